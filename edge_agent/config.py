@@ -1,0 +1,167 @@
+"""The configuration file: YAML -> frozen types, strictly.
+
+An unknown key, a wrong type or a number out of its range stops the start with one line that names file, key, what was
+expected and what was found. Nothing here opens a camera, a socket or a model.
+
+    >>> load_text("bundle: /b\\ncamera: {source: clip.mp4}", "<test>").camera.loop
+    True
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+import yaml
+from msgspec import Meta
+
+Positive = Annotated[int, Meta(ge=1)]
+
+
+class ConfigError(Exception):
+    """One line: file, key, expected, found, and what to do."""
+
+
+class CameraConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    source: str  # /dev/videoN, a video file, a folder of images, gst:PIPELINE or zmq:ENDPOINT
+    name: Annotated[str, Meta(min_length=1, max_length=32)] = "front"
+    width: Annotated[int, Meta(ge=1, le=7680)] | None = None  # asked of V4L2 and GStreamer
+    height: Annotated[int, Meta(ge=1, le=4320)] | None = None
+    fps: Annotated[float, Meta(gt=0, le=1000)] | None = None
+    realtime: bool = True  # files only: at their own pace, or as fast as the model takes them
+    loop: bool = True  # files only: start again at the end, or stop
+
+
+class VisionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    backend: Literal["onnxruntime", "mtmd"] = "onnxruntime"
+    max_tokens: Annotated[int, Meta(ge=4, le=1024)] = 256  # 28x28 pixels each; llama.cpp's encoder takes at most 1024
+    threads: Annotated[int, Meta(ge=0)] = 0  # 0: as many as there are cores
+
+
+class LanguageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    context: Annotated[int, Meta(ge=256, le=262144)] = 2048
+    threads: Annotated[int, Meta(ge=0)] = 0
+    gpu_layers: Annotated[int, Meta(ge=-1)] = -1  # -1: all that a GPU build can take; without a GPU this means nothing
+    describe: str = ""  # what the language lane is asked of every frame it gets to; empty: it only answers questions
+    max_words_tokens: Positive = 96  # the longest description or answer
+    words: bool = True  # also stream the action's own text on the words stream
+
+
+class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    space: str = "velocity_body"  # a ready action space, or the path of a YAML file
+    instruction: Annotated[str, Meta(max_length=2000)] = "Hold position."
+    deadline_ms: Positive = 2000  # an answer older than this, from capture, is refused as late
+
+
+class WatchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    model_stall_s: Annotated[float, Meta(gt=0)] = 10.0  # no progress for so long: the model process is killed, restarted
+    model_load_s: Annotated[float, Meta(gt=0)] = 120.0  # the same while it loads
+    camera_stall_s: Annotated[float, Meta(gt=0)] = 3.0  # no frame for so long: the camera process is killed, restarted
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    bundle: str
+    camera: CameraConfig
+    vision: VisionConfig = VisionConfig()
+    language: LanguageConfig = LanguageConfig()
+    task: TaskConfig = TaskConfig()
+    watch: WatchConfig = WatchConfig()
+    runtime_dir: str = ""  # where the sockets are; empty: $RUNTIME_DIRECTORY, else /run/edge-agent, else below /tmp
+
+
+def load(path: str | Path) -> Config:
+    """Read and check a configuration file. Raises ConfigError."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    return load_text(text, str(path))
+
+
+def load_text(text: str, name: str) -> Config:
+    return checked(parse_yaml(text, name), Config, name)
+
+
+def parse_yaml(text: str, name: str) -> object:
+    """YAML text -> plain values; a syntax error names file, line and column."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
+        raise ConfigError(f"{where}: not YAML: {getattr(error, 'problem', None) or error}") from None
+
+
+def checked(value: object, kind: type, name: str):
+    """Plain values -> `kind`, with msgspec's message turned into ours: file, key, expected, found, next step."""
+    if value is None:
+        raise ConfigError(f"{name}: empty; expected keys {_keys(kind)}")
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{name}: {_explain(str(error), value, kind)}") from None
+
+
+def _explain(message: str, value: object, kind: type) -> str:
+    said, _, path = message.partition(" - at `")
+    path = path.rstrip("`").removeprefix("$").lstrip(".") or "top level"
+    unknown = re.search(r"unknown field `(.*)`", said)
+    if unknown:
+        parent = _type_at(kind, path)
+        near = difflib.get_close_matches(unknown[1], _names(parent), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{path}: unknown key {unknown[1]!r}; expected one of {_keys(parent)}{hint}"
+    found = _value_at(value, path)
+    return f"{path}: {said[0].lower() + said[1:]}, found {found!r}"
+
+
+def _names(kind: type) -> list[str]:
+    return [field.name for field in msgspec.structs.fields(kind)] if hasattr(kind, "__struct_fields__") else []
+
+
+def _keys(kind: type) -> str:
+    return ", ".join(_names(kind)) or "none"
+
+
+def _steps(path: str) -> list[str]:
+    return [] if path == "top level" else re.findall(r"[^.\[\]]+", path)
+
+
+def _type_at(kind: type, path: str) -> type:
+    for step in _steps(path):
+        fields = {f.name: f.type for f in msgspec.structs.fields(kind)} if hasattr(kind, "__struct_fields__") else {}
+        kind = fields.get(step, object)
+    return kind
+
+
+def _value_at(value: object, path: str) -> object:
+    for step in _steps(path):
+        try:
+            value = value[int(step) if isinstance(value, list) else step]  # type: ignore[index]
+        except (KeyError, IndexError, TypeError, ValueError):
+            return "nothing"
+    return value if not isinstance(value, dict) else "a mapping"
+
+
+def runtime_dir(configured: str = "") -> Path:
+    """The folder of the sockets, the same for the daemon and for a client on the same machine.
+
+    systemd sets $RUNTIME_DIRECTORY for the unit; a client finds the unit's folder if it exists, else the one that a
+    daemon started by hand by the same user makes.
+    """
+    if configured:
+        return Path(configured)
+    if os.environ.get("RUNTIME_DIRECTORY"):
+        return Path(os.environ["RUNTIME_DIRECTORY"].split(":")[0])
+    unit = Path("/run/edge-agent")
+    if unit.is_dir() and os.access(unit, os.R_OK | os.X_OK):
+        return unit
+    return Path(os.environ.get("XDG_RUNTIME_DIR", "/tmp")) / f"edge-agent-{os.getuid()}"
+
+
+def endpoint(folder: Path, stream: str) -> str:
+    return f"ipc://{folder}/{stream}"

@@ -1,0 +1,228 @@
+"""One llama.cpp model and its context: rows in, logits out. Knows sequences and positions, knows no prompts.
+
+Two sequences share one cache: ACT answers every frame, WORDS talks about a frame it shares with ACT while ACT has gone
+on to the next one. A llama.cpp batch holds tokens or embeddings; text that must travel with image rows is therefore
+looked up in the token-embedding table (`embed`) and everything goes as one embedding batch.
+
+The ctypes structs follow llama.cpp's head and move with every release of llama-cpp-python: this file checks the exact
+version, and with vision.py it is the only one that touches them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import llama_cpp
+import llama_cpp.llama_cpp as ll
+import numpy as np
+
+from edge_agent.bundle import Embedding
+from edge_agent.config import LanguageConfig
+
+LLAMA_CPP_PYTHON = "0.3.36"
+ACT, WORDS = 0, 1  # sequences
+ROWS_PER_STEP = 512  # llama.cpp's physical batch; larger ones only cost memory on the boards we run on
+
+if llama_cpp.__version__ != LLAMA_CPP_PYTHON:
+    raise ImportError(
+        f"llama-cpp-python: expected {LLAMA_CPP_PYTHON}, found {llama_cpp.__version__}: its structs move with every "
+        "release; install the expected one"
+    )
+
+_log: Callable[[str], None] | None = None
+
+
+@ll.llama_log_callback
+def _on_log(level: int, text: bytes, _user: object) -> None:
+    if _log is not None:
+        _log(text.decode("utf-8", "replace"))
+    elif level == 4:  # GGML_LOG_LEVEL_ERROR
+        os.write(2, text)
+
+
+# The callback must outlive every native thread: module level, never freed.
+ll.llama_log_set(_on_log, ctypes.c_void_p(0))
+ll.llama_backend_init()
+
+
+def log_to(receiver: Callable[[str], None] | None) -> None:
+    """Send llama.cpp's log lines to `receiver`; None: only warnings and errors, to stderr."""
+    global _log
+    _log = receiver
+
+
+class LanguageError(Exception):
+    """llama.cpp refused; the worker cannot go on."""
+
+
+class Language:
+    """Owns a model and a context; close() frees both. Not thread-safe."""
+
+    def __init__(
+        self, path: Path, config: LanguageConfig, embedding: Embedding, progress: Callable[[float], None] = lambda part: None
+    ) -> None:
+        """Load. progress(0…1) is called while weights are read. Raises LanguageError."""
+
+        @ll.llama_progress_callback
+        def on_progress(part: float, _user: object) -> bool:
+            progress(part)
+            return True
+
+        log_lines: list[str] = []
+        log_to(lambda text: log_lines.append(text.strip()))
+        params = ll.llama_model_default_params()
+        params.n_gpu_layers = config.gpu_layers
+        params.progress_callback = on_progress
+        self.model = ll.llama_model_load_from_file(os.fsencode(path), params)
+        log_to(None)
+        if not self.model:
+            raise LanguageError(f"{path}: llama.cpp cannot load it: {_last_error(log_lines)}")
+        self.vocab = ll.llama_model_get_vocab(self.model)
+        self.n_embd = ll.llama_model_n_embd(self.model)
+        self.n_vocab = ll.llama_vocab_n_tokens(self.vocab)
+        self.n_ctx = config.context
+
+        threads = config.threads or len(os.sched_getaffinity(0))
+        params = ll.llama_context_default_params()
+        params.n_ctx = params.n_batch = config.context
+        params.n_ubatch = min(ROWS_PER_STEP, config.context)
+        params.n_seq_max = 2
+        params.kv_unified = True  # both sequences may share the cells of one frame
+        params.n_threads = params.n_threads_batch = threads
+        params.no_perf = True
+        self.context = ll.llama_init_from_model(self.model, params)
+        if not self.context:
+            ll.llama_model_free(self.model)
+            raise LanguageError(f"{path}: llama.cpp cannot make a context of {config.context} tokens; lower language.context")
+        self.memory = ll.llama_get_memory(self.context)
+        self._table = _EmbeddingTable(path, embedding, self.n_embd)
+
+        # One batch for all calls: positions, sequences and output marks are rewritten in place.
+        n = config.context
+        self._token = np.zeros(n, np.int32)
+        self._pos = np.zeros(n, np.int32)
+        self._n_seq = np.ones(n, np.int32)
+        self._want = np.zeros(n, np.int8)
+        self._seq_values = np.arange(2, dtype=np.int32)
+        self._seq_pointers = [
+            np.full(n, self._seq_values.ctypes.data + 4 * sequence, np.uintp) for sequence in (ACT, WORDS)
+        ]
+
+    def close(self) -> None:
+        if self.context:
+            ll.llama_free(self.context)
+            ll.llama_model_free(self.model)
+            self._table.close()
+            self.context = self.model = None
+
+    def __enter__(self) -> Language:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    # -- text ---------------------------------------------------------------------------------------------------------
+
+    def tokens(self, text: str) -> list[int]:
+        """Plain text -> ids. `[INST]` or `</s>` inside it stay letters: text has no authority over the layout."""
+        raw = text.encode()
+        out = (ll.llama_token * (len(raw) + 8))()
+        n = ll.llama_tokenize(self.vocab, raw, len(raw), out, len(out), False, False)
+        return list(out[:n])
+
+    def piece(self, token: int) -> bytes:
+        """A token's bytes; a special token has none."""
+        out = ctypes.create_string_buffer(256)
+        n = ll.llama_token_to_piece(self.vocab, token, out, len(out), 0, False)
+        return out.raw[: max(n, 0)]
+
+    def is_end(self, token: int) -> bool:
+        return ll.llama_vocab_is_eog(self.vocab, token)
+
+    def embed(self, tokens: list[int]) -> np.ndarray:
+        """Rows of the token-embedding table as the model itself reads them: (n, n_embd) float32."""
+        return self._table.rows(tokens)
+
+    # -- cache --------------------------------------------------------------------------------------------------------
+
+    def forget(self, sequence: int, start: int) -> None:
+        """Drop a sequence's cells from position `start` on; cells another sequence shares stay for that one."""
+        ll.llama_memory_seq_rm(self.memory, sequence, start, -1)
+
+    def share(self, stop: int) -> None:
+        """WORDS becomes what ACT holds before position `stop`."""
+        ll.llama_memory_seq_rm(self.memory, WORDS, -1, -1)
+        ll.llama_memory_seq_cp(self.memory, ACT, WORDS, -1, stop)
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+
+    def decode_rows(self, rows: np.ndarray, start: int, sequence: int = ACT) -> np.ndarray:
+        """Embedding rows (n, n_embd) float32 at positions start… -> logits after the last, (n_vocab,) float32.
+
+        The logits are a view into llama.cpp's memory, good until the next call.
+        """
+        batch = self._batch(len(rows), start, sequence)
+        batch.embd = rows.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        return self._run(batch)
+
+    def decode_tokens(self, tokens: list[int], start: int, sequence: int = ACT) -> np.ndarray:
+        """The same for token ids."""
+        batch = self._batch(len(tokens), start, sequence)
+        self._token[: len(tokens)] = tokens
+        batch.token = self._token.ctypes.data_as(ctypes.POINTER(ll.llama_token))
+        return self._run(batch)
+
+    def _batch(self, n: int, start: int, sequence: int) -> ll.llama_batch:
+        if not 0 < n <= len(self._pos) or start + n > self.n_ctx:
+            raise LanguageError(f"positions {start} to {start + n} do not fit a context of {self.n_ctx} tokens")
+        self._pos[:n] = np.arange(start, start + n)
+        self._want[:n] = 0
+        self._want[n - 1] = 1
+        return ll.llama_batch(
+            n_tokens=n,
+            pos=self._pos.ctypes.data_as(ctypes.POINTER(ll.llama_pos)),
+            n_seq_id=self._n_seq.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            seq_id=self._seq_pointers[sequence].ctypes.data_as(ctypes.POINTER(ctypes.POINTER(ll.llama_seq_id))),
+            logits=self._want.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+
+    def _run(self, batch: ll.llama_batch) -> np.ndarray:
+        status = ll.llama_decode(self.context, batch)
+        if status:
+            raise LanguageError(f"llama_decode returned {status} for {batch.n_tokens} rows (1: the cache is full)")
+        return np.ctypeslib.as_array(ll.llama_get_logits_ith(self.context, -1), (self.n_vocab,))
+
+
+class _EmbeddingTable:
+    """token_embd.weight, mapped; rows are dequantised on demand and remembered, since prompts repeat."""
+
+    def __init__(self, path: Path, embedding: Embedding, n_embd: int) -> None:
+        self._file = path.open("rb")
+        self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._type = gguf.GGMLQuantizationType[embedding.ggml_type]
+        self._offset, self._row_bytes, self._n_embd = embedding.offset, embedding.row_bytes, n_embd
+        self._known: dict[int, np.ndarray] = {}
+
+    def rows(self, tokens: list[int]) -> np.ndarray:
+        out = np.empty((len(tokens), self._n_embd), np.float32)
+        for i, token in enumerate(tokens):
+            if token not in self._known:
+                at = self._offset + token * self._row_bytes
+                raw = np.frombuffer(self._map[at : at + self._row_bytes], np.uint8)
+                self._known[token] = gguf.quants.dequantize(raw, self._type).reshape(self._n_embd)
+            out[i] = self._known[token]
+        return out
+
+    def close(self) -> None:
+        self._map.close()
+        self._file.close()
+
+
+def _last_error(lines: list[str]) -> str:
+    errors = [line for line in lines if "error" in line.lower() or "failed" in line.lower()]
+    return (errors or lines or ["no reason given"])[0][:300]

@@ -1,0 +1,200 @@
+"""Image -> pixels (pure) -> rows for the language model, by onnxruntime or by llama.cpp's mtmd.
+
+Both encoders take the same image, already on the 28-pixel grid, and give the same rows: one per 28x28 pixels, line by
+line, with an [IMG_BREAK] row between lines and none after the last. Neither keeps anything from one frame to the next
+but its buffers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+from pathlib import Path
+
+import cv2
+import llama_cpp.llama_cpp as ll
+import llama_cpp.mtmd_cpp as mtmd
+import numpy as np
+import onnxruntime
+
+from edge_agent import bundle
+from edge_agent.config import VisionConfig
+
+MIN_TOKENS = 8  # mtmd enlarges anything smaller by itself; so do we, so that both encoders see the same image
+# Best first. onnxruntime falls back to the CPU without a word when a provider cannot start: `provider` says what runs.
+PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
+
+
+class VisionError(Exception):
+    """The encoder refused; the worker cannot go on."""
+
+
+def grid(height: int, width: int, max_tokens: int, vision: bundle.Vision) -> tuple[int, int]:
+    """Lines and columns of merged patches for a frame: as many as it fills, at most max_tokens, longest edge capped.
+
+    A frame keeps its shape as nearly as the grid allows; sides are rounded up, as the reference processor does, until
+    the budget binds.
+    """
+    unit, longest = vision.patch * vision.merge, vision.image_size // (vision.patch * vision.merge)
+    scale = min(1.0, vision.image_size / max(height, width))
+    lines = min(longest, math.ceil(height * scale / unit))
+    columns = min(longest, math.ceil(width * scale / unit))
+    if lines * columns > max_tokens:
+        lines, columns = _fit(height, width, max_tokens, math.floor)
+    elif lines * columns < MIN_TOKENS:
+        lines, columns = _fit(height, width, MIN_TOKENS, math.ceil)
+    lines, columns = max(1, min(lines, longest)), max(1, min(columns, longest))
+    if lines * columns > max_tokens:  # a strip: one side is down to a single line, so the other must give way
+        lines, columns = (lines, max_tokens // lines) if lines < columns else (max_tokens // columns, columns)
+    return lines, columns
+
+
+def _fit(height: int, width: int, tokens: int, rounding) -> tuple[int, int]:
+    ratio = math.sqrt(tokens * height / width)
+    return max(1, rounding(ratio)), max(1, rounding(tokens / max(ratio, 1e-9)))
+
+
+def n_rows(lines: int, columns: int) -> int:
+    """Rows of the encoder's output: the tokens and the breaks between lines."""
+    return lines * columns + lines - 1
+
+
+class Preprocessor:
+    """Frames -> the encoder's input, into buffers that are reused while the size stays."""
+
+    def __init__(self, vision: bundle.Vision, max_tokens: int) -> None:
+        self.vision, self.max_tokens = vision, max_tokens
+        mean, std = np.asarray(vision.mean, np.float32), np.asarray(vision.std, np.float32)
+        self._scale = (1 / (255 * std)).reshape(3, 1, 1)
+        self._shift = (-mean / std).reshape(3, 1, 1)
+        self._image = np.empty((0, 0, 3), np.uint8)
+        self._pixels = np.empty((1, 3, 0, 0), np.float32)
+
+    def image(self, frame: np.ndarray) -> np.ndarray:
+        """frame: (H, W, 3) uint8 RGB -> (28 * lines, 28 * columns, 3) uint8 RGB, a buffer good until the next call."""
+        unit = self.vision.patch * self.vision.merge
+        lines, columns = grid(*frame.shape[:2], self.max_tokens, self.vision)
+        size = (lines * unit, columns * unit)
+        if self._image.shape[:2] != size:
+            self._image = np.empty((*size, 3), np.uint8)
+        shrinking = frame.shape[0] > size[0] or frame.shape[1] > size[1]
+        cv2.resize(
+            frame, size[::-1], dst=self._image, interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC
+        )
+        return self._image
+
+    def pixels(self, image: np.ndarray) -> np.ndarray:
+        """image on the grid -> (1, 3, H, W) float32, (RGB / 255 - mean) / std, a buffer good until the next call."""
+        shape = (1, 3, *image.shape[:2])
+        if self._pixels.shape != shape:
+            self._pixels = np.empty(shape, np.float32)
+        np.multiply(image.transpose(2, 0, 1), self._scale, out=self._pixels[0])
+        self._pixels[0] += self._shift
+        return self._pixels
+
+
+class OnnxEncoder:
+    """vision.onnx through onnxruntime."""
+
+    def __init__(self, path: Path, preprocessor: Preprocessor, threads: int) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # Spinning workers would take the cores from the language model between two frames.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        usable = [name for name in PROVIDERS if name in onnxruntime.get_available_providers()]
+        try:
+            self._session = onnxruntime.InferenceSession(path, options, providers=usable)
+        except Exception as error:  # onnxruntime raises classes of its own, which share no public base
+            raise VisionError(f"{path}: onnxruntime cannot load it: {str(error)[:300]}") from None
+        self._preprocessor = preprocessor
+        self.provider = f"onnxruntime {self._session.get_providers()[0]}"
+
+    def encode(self, image: np.ndarray) -> np.ndarray:
+        """image: (H, W, 3) uint8 RGB on the grid -> (n_rows, hidden) float32."""
+        return self._session.run(None, {"pixel_values": self._preprocessor.pixels(image)})[0]
+
+    def close(self) -> None:
+        self._session = None
+
+
+class MtmdEncoder:
+    """mmproj.gguf through llama.cpp's own encoder.
+
+    The [IMG_BREAK] rows are put in here: llama.cpp makes them by multiplying memory nobody wrote with zero, which gives
+    NaN whenever that memory happens to hold one.
+    """
+
+    def __init__(self, path: Path, model: int, break_row: np.ndarray, unit: int, threads: int, gpu: bool) -> None:
+        """model: llama.cpp's handle of the language model, whose width the projector must match.
+        break_row: (hidden,) float32. unit: pixels per row of output, a side."""
+        self._break_row, self._unit = break_row, unit
+        params = mtmd.mtmd_context_params_default()
+        params.use_gpu = gpu
+        params.n_threads = threads or len(os.sched_getaffinity(0))
+        params.print_timings = False
+        params.warmup = False  # the worker warms up with a frame of the size it will see
+        self._context = mtmd.mtmd_init_from_file(os.fsencode(path), model, params)
+        if not self._context:
+            raise VisionError(f"{path}: llama.cpp's mtmd cannot load it for this language model")
+        self._n_embd = ll.llama_model_n_embd(model)
+        self.provider = "mtmd " + ("GPU" if gpu and ll.llama_supports_gpu_offload() else "CPU")
+
+    def encode(self, image: np.ndarray) -> np.ndarray:
+        """image: (H, W, 3) uint8 RGB on the grid -> (n_rows, hidden) float32, a view good until the next call."""
+        height, width = image.shape[:2]
+        data = np.ascontiguousarray(image).ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        bitmap = mtmd.mtmd_bitmap_init(width, height, data)
+        chunks = mtmd.mtmd_input_chunks_init()
+        try:
+            part = mtmd.mtmd_input_part(text=None, bitmap=bitmap)
+            parts = (ctypes.POINTER(mtmd.mtmd_input_part) * 1)(ctypes.pointer(part))
+            if mtmd.mtmd_tokenize_from_parts(self._context, chunks, parts, 1, False):
+                raise VisionError(f"mtmd refused a frame of {width}x{height}")
+            for i in range(mtmd.mtmd_input_chunks_size(chunks)):
+                chunk = mtmd.mtmd_input_chunks_get(chunks, i)
+                if mtmd.mtmd_input_chunk_get_type(chunk) == mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE:
+                    if status := mtmd.mtmd_encode_chunk(self._context, chunk):
+                        raise VisionError(f"mtmd_encode_chunk returned {status} for a frame of {width}x{height}")
+                    n = mtmd.mtmd_input_chunk_get_n_tokens(chunk)
+                    rows = np.ctypeslib.as_array(mtmd.mtmd_get_output_embd(self._context), (n, self._n_embd))
+                    columns = width // self._unit
+                    rows[columns :: columns + 1] = self._break_row
+                    return rows
+            raise VisionError(f"mtmd found no image in a frame of {width}x{height}")
+        finally:
+            mtmd.mtmd_input_chunks_free(chunks)
+            mtmd.mtmd_bitmap_free(bitmap)
+
+    def close(self) -> None:
+        if self._context:
+            mtmd.mtmd_free(self._context)
+            self._context = None
+
+
+# The encoder logs through its own hooks; llama.cpp's quiet one serves both, and must not be freed either.
+@ll.llama_log_callback
+def _quiet(level: int, text: bytes, _user: object) -> None:
+    if level == 4:
+        os.write(2, text)
+
+
+mtmd.mtmd_log_set(_quiet, ctypes.c_void_p(0))
+mtmd.mtmd_helper_log_set(_quiet, ctypes.c_void_p(0))
+
+
+def open_encoder(
+    model_bundle: bundle.Bundle,
+    config: VisionConfig,
+    preprocessor: Preprocessor,
+    model: int,
+    break_row: np.ndarray,
+    gpu: bool,
+) -> OnnxEncoder | MtmdEncoder:
+    """The encoder the configuration asks for. Raises VisionError."""
+    if config.backend == "mtmd":
+        unit = preprocessor.vision.patch * preprocessor.vision.merge
+        return MtmdEncoder(model_bundle.path(bundle.MMPROJ), model, break_row, unit, config.threads, gpu)
+    return OnnxEncoder(model_bundle.path(bundle.VISION), preprocessor, config.threads)

@@ -1,0 +1,213 @@
+"""edge-quantize: inspect, convert, build. Parses arguments, shows progress, turns known errors into one line.
+
+Exit status: 0 done; 1 the work failed (input, disk); 2 wrong arguments; 130 interrupted. Nothing half-written stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from quantize.checkpoint import Checkpoint, CheckpointError, read
+
+EPILOG = """examples:
+  edge-quantize inspect  Ministral-3-3B-Instruct-2512
+  edge-quantize build    Ministral-3-3B-Instruct-2512  bundles/3b --recipe Q4_K_M
+  edge-quantize convert  Ministral-3-3B-Instruct-2512  full/3b --type bf16
+
+A checkpoint is the folder as downloaded: config.json, *.safetensors, tekken.json or tokenizer.json. BF16 and FP8.
+"""
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, _terminate)
+    arguments = _parser().parse_args()
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was left behind", 130)
+    except CheckpointError as error:
+        _fail(str(error))
+    except BrokenPipeError:
+        sys.exit(1)
+    except OSError as error:
+        _fail(f"{error.filename or 'output'}: {error.strerror or error}")
+    except Exception as error:
+        if type(error).__name__ not in _ONE_LINE:
+            raise
+        _fail(str(error))
+
+
+# Errors whose text is already one line for the user; their modules load native code, so they are named, not imported.
+_ONE_LINE = {"BuildError", "RecipeError", "LanguageError", "VisionError", "BundleError"}
+
+
+def _terminate(_signal: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(line: str, status: int = 1) -> None:
+    print(f"edge-quantize: {line}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="edge-quantize",
+        description="A released Ministral 3 checkpoint becomes a 4-bit bundle for edge-agent.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    inspect = commands.add_parser("inspect", help="what a checkpoint is, what a bundle of it will weigh, where it fits")
+    inspect.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    inspect.add_argument("--json", action="store_true", help="one JSON line instead of text")
+    inspect.set_defaults(run=_inspect)
+
+    convert = commands.add_parser("convert", help="language.gguf, mmproj.gguf and vision.onnx at source precision")
+    convert.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    convert.add_argument("out", type=Path, metavar="OUT_DIR")
+    convert.add_argument("--type", choices=("bf16", "f16", "f32"), default="bf16", help="of the matrices (default bf16)")
+    convert.add_argument("--force", action="store_true", help="replace OUT_DIR if this tool made it")
+    convert.set_defaults(run=_convert)
+
+    build = commands.add_parser("build", help="a whole 4-bit bundle, tried and with its manifest")
+    build.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    build.add_argument("out", type=Path, metavar="BUNDLE_DIR")
+    build.add_argument("--recipe", default="Q4_K_M", metavar="RECIPE",
+                       help="Q4_K_M (default), Q4_K_S, Q4_0, IQ4_XS, Q5_K_M, Q6_K, Q8_0")  # fmt: skip
+    build.add_argument("--force", action="store_true", help="replace BUNDLE_DIR if this tool made it")
+    build.add_argument("--json", action="store_true", help="the manifest as one JSON line at the end")
+    build.set_defaults(run=_build)
+    return parser
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    checkpoint = read(arguments.checkpoint)
+    from quantize import recipe, tokenizer  # llama.cpp loads only once the checkpoint is known to be one
+    from quantize.build import source_bytes
+
+    words = tokenizer.read(checkpoint.folder, checkpoint.text.vocab)
+    weights = {name: sum(recipe.weigh(checkpoint, name).values()) for name in recipe.RECIPES}
+    memory = recipe.memory_bytes(checkpoint, weights["Q4_K_M"])
+    vision_bytes = 2 * sum(_size(checkpoint, row) for row in checkpoint.vision_rows)
+    facts = {
+        "checkpoint": str(checkpoint.folder),
+        "family": checkpoint.family,
+        "size": checkpoint.size,
+        "variant": checkpoint.variant(),
+        "dtype": "FP8" if checkpoint.fp8 else "BF16",
+        "parameters": checkpoint.parameters,
+        "tensors": len(checkpoint.sources),
+        "ignored": checkpoint.ignored,
+        "source_bytes": source_bytes(checkpoint),
+        "tied_embeddings": checkpoint.text.tied,
+        "tokenizer": words.file.name,
+        "vocab": checkpoint.text.vocab,
+        "language_bytes": weights,
+        "vision_bytes": vision_bytes,
+        "memory_bytes_q4_k_m": memory,
+        "fits": [board for board, gib in recipe.BOARDS.items() if memory <= gib * 2**30],
+    }
+    if arguments.json:
+        print(json.dumps(facts))
+        return
+    t = checkpoint.text
+    reasons: dict[str, int] = {}
+    for why in checkpoint.ignored.values():
+        reasons[why] = reasons.get(why, 0) + 1
+    print(f"{checkpoint.folder}")
+    print(f"  model       {facts['family']} {facts['size']} {facts['variant']}, {checkpoint.parameters / 1e9:.3f} B parameters")
+    print(f"  text        {t.layers} layers, hidden {t.hidden}, {t.heads} heads x {t.head_dim}, {t.kv_heads} kv heads, "
+          f"ffn {t.ffn}, {'tied' if t.tied else 'untied'} embeddings")  # fmt: skip
+    print(f"  vision      {checkpoint.vision.layers} layers, hidden {checkpoint.vision.hidden}, patch "
+          f"{checkpoint.vision.patch}, merge {checkpoint.vision.merge}")  # fmt: skip
+    print(f"  tensors     {facts['tensors']} used, {facts['dtype']}, {facts['source_bytes'] / 1e9:.2f} GB")
+    for why, count in reasons.items():
+        print(f"  ignored     {count}: {why}")
+    print(f"  tokenizer   {words.file.name}, {len(words.tokens)} tokens, {len(words.merges)} merges")
+    print("  a bundle of it (language + vision.onnx + mmproj.gguf):")
+    for name, n_bytes in weights.items():
+        total = n_bytes + 2 * vision_bytes
+        print(f"    {name:8} {n_bytes / 1e9:8.3f} + {vision_bytes / 1e9:.3f} + {vision_bytes / 1e9:.3f} = {total / 1e9:.3f} GB")
+    print(f"  serving Q4_K_M with {recipe.CONTEXT} tokens of context takes about {memory / 2**30:.1f} GiB; fits: "
+          f"{', '.join(facts['fits']) or 'none of the known boards'}")  # fmt: skip
+
+
+def _size(checkpoint: Checkpoint, row: object) -> int:
+    import math
+
+    return math.prod(checkpoint.shape(row))
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    checkpoint = read(arguments.checkpoint)
+    from quantize import build
+
+    with _Shown() as report:
+        build.convert(checkpoint, arguments.out, arguments.type, arguments.force, report)
+    print(f"{arguments.out}: {checkpoint.family} {checkpoint.size} at {arguments.type}")
+
+
+def _build(arguments: argparse.Namespace) -> None:
+    checkpoint = read(arguments.checkpoint)
+    from quantize import build, recipe
+
+    if arguments.recipe not in recipe.RECIPES:
+        _fail(f"--recipe: expected one of {', '.join(recipe.RECIPES)}, found {arguments.recipe!r}", 2)
+    with _Shown() as report:
+        manifest = build.build(checkpoint, arguments.out, arguments.recipe, arguments.force, report)
+    n_bytes = sum(file.bytes for file in manifest.files.values())
+    if arguments.json:
+        import msgspec
+
+        print(msgspec.json.encode(manifest).decode())
+    else:
+        print(f"{arguments.out}: {manifest.model.family} {manifest.model.size} {manifest.recipe}, {n_bytes / 1e6:.1f} MB; "
+              "every file tried and hashed")  # fmt: skip
+
+
+class _Shown:
+    """Progress: a bar on a terminal, a line per stage and ten seconds otherwise. On stderr, stdout is for results."""
+
+    def __enter__(self):
+        console = Console(stderr=True)
+        self._stage, self._last = "", 0.0
+        self._bar = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description:<18}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+                TimeElapsedColumn(), TextColumn("{task.fields[what]}"), console=console,
+            )  # fmt: skip
+            self._bar.start()
+        return self._report
+
+    def __exit__(self, *_error: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def _report(self, stage: str, what: str, done: int, total: int) -> None:
+        if self._bar:
+            if stage != self._stage:
+                self._task = self._bar.add_task(stage, total=total, what="")
+            self._bar.update(self._task, completed=done, what=what if done < total else "")
+        elif stage != self._stage or done >= total or time.monotonic() - self._last > 10:
+            if stage != self._stage or done >= total or what:
+                self._last = time.monotonic()
+                if stage != self._stage or done >= total:
+                    print(f"{stage}: {'done' if done >= total else 'started'}", file=sys.stderr, flush=True)
+                else:
+                    print(f"{stage}: {100 * done // total} %", file=sys.stderr, flush=True)
+        self._stage = stage
+
+
+if __name__ == "__main__":
+    main()

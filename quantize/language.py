@@ -1,0 +1,187 @@
+"""Checkpoint -> GGUF files, in one pass over the tensors: language.gguf, and mmproj.gguf for llama.cpp's encoder.
+
+The headers come from the `gguf` package; tensor bytes are streamed in blocks of rows, so memory does not grow with the
+model. Matrices take the asked type, vectors stay float32, as llama.cpp expects. Quantising is recipe.py's work.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import gguf
+import ml_dtypes
+import numpy as np
+
+from quantize import names, tokenizer
+from quantize.checkpoint import Checkpoint, chat_template, spans
+
+Report = Callable[[str, int, int], None]  # (what, bytes done, bytes in all)
+TYPES = {  # --type -> (GGUF tensor type, numpy dtype of its elements, llama.cpp's file type)
+    "bf16": (gguf.GGMLQuantizationType.BF16, np.dtype(ml_dtypes.bfloat16), gguf.LlamaFileType.MOSTLY_BF16),
+    "f16": (gguf.GGMLQuantizationType.F16, np.dtype(np.float16), gguf.LlamaFileType.MOSTLY_F16),
+    "f32": (gguf.GGMLQuantizationType.F32, np.dtype(np.float32), gguf.LlamaFileType.ALL_F32),
+}
+# llama.cpp's convolution takes no bfloat16, and its own files keep these two at float32 unless they are float16.
+CONVOLUTIONS = ("v.patch_embd.weight", "mm.patch_merger.weight")
+IMG_BREAK = "v.token_embd.img_break"
+
+
+def write_language(checkpoint: Checkpoint, out: Path, kind: str, report: Report) -> None:
+    """language.gguf: the text model and its tokenizer."""
+    words = tokenizer.read(checkpoint.folder, checkpoint.text.vocab)
+    writer = _language_writer(checkpoint, out, kind)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("tekken")
+    writer.add_token_list(words.tokens)
+    writer.add_token_types(words.types)
+    writer.add_token_merges(words.merges)
+    writer.add_bos_token_id(words.special["bos"])
+    writer.add_eos_token_id(words.special["eos"])
+    writer.add_unk_token_id(words.special["unk"])
+    writer.add_pad_token_id(words.special["pad"])
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(False)
+    if template := chat_template(checkpoint.folder):
+        writer.add_chat_template(template)
+    _write(writer, checkpoint, checkpoint.text_rows, kind, report)
+
+
+def write_outline(checkpoint: Checkpoint, out: Path) -> None:
+    """language.gguf with every header and no weights (a hole in the file): enough for libllama to plan a recipe."""
+    writer = _language_writer(checkpoint, out, "bf16")
+    dtypes = _declare(writer, checkpoint, checkpoint.text_rows, "bf16")
+    n_bytes = sum(
+        gguf.GGUFWriter.ggml_pad(math.prod(checkpoint.shape(row)) * dtypes[row.gguf][1].itemsize, gguf.GGUF_DEFAULT_ALIGNMENT)
+        for row in checkpoint.text_rows
+    )
+    file = writer.fout[0]
+    file.truncate(file.tell() + n_bytes)
+    writer.close()
+
+
+def _language_writer(checkpoint: Checkpoint, out: Path, kind: str) -> gguf.GGUFWriter:
+    t = checkpoint.text
+    writer = gguf.GGUFWriter(out, "mistral3")
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(f"{checkpoint.family} {checkpoint.size} {checkpoint.variant()}")
+    writer.add_size_label(checkpoint.size)
+    writer.add_file_type(TYPES[kind][2])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(t.vocab)
+    writer.add_context_length(t.context)
+    writer.add_embedding_length(t.hidden)
+    writer.add_block_count(t.layers)
+    writer.add_feed_forward_length(t.ffn)
+    writer.add_head_count(t.heads)
+    writer.add_head_count_kv(t.kv_heads)
+    writer.add_key_length(t.head_dim)
+    writer.add_value_length(t.head_dim)
+    writer.add_layer_norm_rms_eps(t.rms_eps)
+    writer.add_rope_dimension_count(t.head_dim)
+    writer.add_rope_freq_base(t.rope_theta)
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(t.yarn_factor)
+    writer.add_rope_scaling_orig_ctx_len(t.yarn_original_context)
+    writer.add_rope_scaling_yarn_beta_fast(t.yarn_beta_fast)
+    writer.add_rope_scaling_yarn_beta_slow(t.yarn_beta_slow)
+    writer.add_rope_scaling_yarn_log_mul(t.yarn_mscale_all_dim)
+    writer.add_attn_temperature_scale(t.scaling_beta)
+    return writer
+
+
+def write_mmproj(checkpoint: Checkpoint, out: Path, kind: str, report: Report) -> None:
+    """mmproj.gguf: vision tower, patch merger and projector for llama.cpp's mtmd, [IMG_BREAK] row included."""
+    v, words = checkpoint.vision, tokenizer.read(checkpoint.folder, checkpoint.text.vocab)
+    writer = gguf.GGUFWriter(out, "clip")
+    writer.add_type(gguf.GGUFType.MMPROJ)
+    writer.add_name(f"{checkpoint.family} {checkpoint.size} vision")
+    writer.add_file_type(TYPES[kind][2])
+    writer.add_clip_has_vision_encoder(True)
+    writer.add_clip_projector_type(gguf.VisionProjectorType.PIXTRAL)
+    writer.add_vision_projection_dim(checkpoint.text.hidden)
+    writer.add_vision_image_size(v.image_size)
+    writer.add_vision_patch_size(v.patch)
+    writer.add_vision_embedding_length(v.hidden)
+    writer.add_vision_feed_forward_length(v.ffn)
+    writer.add_vision_block_count(v.layers)
+    writer.add_vision_head_count(v.heads)
+    writer.add_vision_attention_layernorm_eps(v.eps)
+    writer.add_vision_use_silu(True)
+    writer.add_vision_spatial_merge_size(v.merge)
+    writer.add_vision_image_mean(v.mean)
+    writer.add_vision_image_std(v.std)
+    _write(writer, checkpoint, checkpoint.vision_rows, kind, report, break_id=words.special["img_break"])
+
+
+def img_break(checkpoint: Checkpoint, break_id: int) -> np.ndarray:
+    """The [IMG_BREAK] embedding, (hidden,) float32: it stands between the rows of an image."""
+    return checkpoint.rows(names.TEXT[0], break_id, break_id + 1)[0].astype(np.float32)
+
+
+def _declare(
+    writer: gguf.GGUFWriter, checkpoint: Checkpoint, rows: list[names.Row], kind: str, break_row: bool = False
+) -> dict[str, tuple[gguf.GGMLQuantizationType, np.dtype]]:
+    """Write every header; returns the element type of each tensor."""
+    dtypes = {row.gguf: _element(row, kind, len(checkpoint.shape(row))) for row in rows}
+    for row in rows:
+        shape = checkpoint.shape(row)
+        ggml_type, dtype = dtypes[row.gguf]
+        writer.add_tensor_info(row.gguf, shape, dtype, math.prod(shape) * dtype.itemsize, ggml_type)
+    if break_row:
+        writer.add_tensor_info(IMG_BREAK, (checkpoint.text.hidden,), np.dtype(np.float32), checkpoint.text.hidden * 4)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.write_padding(writer.fout[0], writer.fout[0].tell())
+    return dtypes
+
+
+def _write(
+    writer: gguf.GGUFWriter, checkpoint: Checkpoint, rows: list[names.Row], kind: str, report: Report, break_id: int = -1
+) -> None:
+    dtypes = _declare(writer, checkpoint, rows, kind, break_row=break_id >= 0)
+    # From here the package would want each tensor whole in memory; the format is only bytes with padding between them.
+    file, total, done = writer.fout[0], sum(math.prod(checkpoint.shape(row)) for row in rows), 0
+    for row in rows:
+        written = 0
+        for block in tensor_blocks(checkpoint, row, dtypes[row.gguf][1]):
+            file.write(block.view(np.uint8).data)
+            written += block.nbytes
+            done += block.size
+            report(row.gguf, done, total)
+        writer.write_padding(file, written)
+    if break_id >= 0:
+        file.write(img_break(checkpoint, break_id).tobytes())
+        writer.write_padding(file, checkpoint.text.hidden * 4)
+    writer.close()
+
+
+def _element(row: names.Row, kind: str, n_dims: int) -> tuple[gguf.GGMLQuantizationType, np.dtype]:
+    if n_dims == 1 or (row.gguf in CONVOLUTIONS and kind != "f16"):
+        kind = "f32"
+    return TYPES[kind][:2]
+
+
+def tensor_blocks(checkpoint: Checkpoint, row: names.Row, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """The tensor as GGUF holds it: blocks of rows in `dtype`, rotary rows interleaved."""
+    source, shape = checkpoint.sources[row.hf], checkpoint.shape(row)
+    unit = shape[0] // checkpoint.dims[row.rope] if row.rope else 1  # rows of one head, which may not be split
+    if checkpoint.scale(row) is None:  # straight from the file: no detour through float32 where the type stays
+        blocks = (checkpoint.rows(row, start, stop) for start, stop in spans(shape, unit))
+    else:
+        blocks = checkpoint.float_blocks(row, unit)
+    for block in blocks:
+        if row.rope:
+            block = interleave(block, unit)
+        block = np.ascontiguousarray(block.astype(dtype, copy=False))
+        if dtype == np.float16 and not np.isfinite(block).all():
+            raise ValueError(f"{source.file}: {source.name}: a value does not fit float16; use --type bf16")
+        yield block.reshape(-1)
+
+
+def interleave(block: np.ndarray, head_rows: int) -> np.ndarray:
+    """HF's rotary order (first halves, then second halves, per head) -> llama.cpp's (half pairs side by side)."""
+    heads = block.reshape(-1, 2, head_rows // 2, *block.shape[1:])
+    return heads.swapaxes(1, 2).reshape(block.shape)
