@@ -21,7 +21,9 @@ from edge_agent.config import ConfigError, checked, parse_yaml
 
 READY_SPACES = Path(__file__).parent / "action_spaces"
 _NAME = Meta(pattern="^[a-z][a-z0-9_]{0,31}$")
-MAX_VALID_FOR_MS = 900  # below PX4's 1 s offboard time-out: an expired action is gone before the autopilot gives up on us
+MAX_VALID_FOR_MS = (
+    900  # below PX4's 1 s offboard time-out: an expired action is gone before the autopilot gives up on us
+)
 
 
 class Field(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

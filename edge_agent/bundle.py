@@ -106,7 +106,9 @@ def read_manifest(folder: str | Path) -> Bundle:
     try:
         descriptor = _open(path)
     except FileNotFoundError:
-        raise BundleError(f"{path}: missing; an unfinished or foreign folder; make one with edge-quantize build") from None
+        raise BundleError(
+            f"{path}: missing; an unfinished or foreign folder; make one with edge-quantize build"
+        ) from None
     with os.fdopen(descriptor, "rb") as file:
         raw = file.read(MAX_MANIFEST_BYTES + 1)
     if len(raw) > MAX_MANIFEST_BYTES:

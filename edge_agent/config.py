@@ -58,7 +58,9 @@ class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 class WatchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    model_stall_s: Annotated[float, Meta(gt=0)] = 10.0  # no progress for so long: the model process is killed, restarted
+    model_stall_s: Annotated[float, Meta(gt=0)] = (
+        10.0  # no progress for so long: the model process is killed, restarted
+    )
     model_load_s: Annotated[float, Meta(gt=0)] = 120.0  # the same while it loads
     camera_stall_s: Annotated[float, Meta(gt=0)] = 3.0  # no frame for so long: the camera process is killed, restarted
 

@@ -69,4 +69,3 @@ def greedy(logits: np.ndarray) -> int:
     if not np.isfinite(logits[token]):
         raise NotFinite
     return token
-

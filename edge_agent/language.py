@@ -64,7 +64,11 @@ class Language:
     """Owns a model and a context; close() frees both. Not thread-safe."""
 
     def __init__(
-        self, path: Path, config: LanguageConfig, embedding: Embedding, progress: Callable[[float], None] = lambda part: None
+        self,
+        path: Path,
+        config: LanguageConfig,
+        embedding: Embedding,
+        progress: Callable[[float], None] = lambda part: None,
     ) -> None:
         """Load. progress(0…1) is called while weights are read. Raises LanguageError."""
 
@@ -98,7 +102,9 @@ class Language:
         self.context = ll.llama_init_from_model(self.model, params)
         if not self.context:
             ll.llama_model_free(self.model)
-            raise LanguageError(f"{path}: llama.cpp cannot make a context of {config.context} tokens; lower language.context")
+            raise LanguageError(
+                f"{path}: llama.cpp cannot make a context of {config.context} tokens; lower language.context"
+            )
         self.memory = ll.llama_get_memory(self.context)
         self._table = _EmbeddingTable(path, embedding, self.n_embd)
 

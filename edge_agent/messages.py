@@ -4,8 +4,8 @@ Three families, all msgpack maps written by msgspec: what leaves on the wire (PR
 for (control), and what the three processes tell each other. Nothing here opens a socket or a file, and nothing here
 needs numpy: a controller on a small board imports this file.
 
-    >>> payload = pack("words", Words(v=1, epoch=7, seq=0, t_pub_ns=0, bundle_id="ab", lane="describe", frame_id=3, text="a"))
-    >>> unpack("words", payload).text
+    >>> header = dict(v=1, epoch=7, seq=0, t_pub_ns=0, bundle_id="ab")
+    >>> unpack("words", pack("words", Words(lane="describe", frame_id=3, text="a", **header))).text
     'a'
 """
 
@@ -89,6 +89,7 @@ RefusalReason = Literal[
     "not-finite",  # the model's numbers were NaN or infinite
     "paused",  # control paused the daemon while this frame was on its way
     "stale-task",  # the frame was answered under an instruction that has since been replaced
+    "clock",  # the frame claims to be from the future
 ]
 
 
@@ -117,7 +118,7 @@ class Words(Header, frozen=True, kw_only=True, tag_field="kind", tag="words"):
     text: str
     request: str = ""  # id of the question this answers
     last: bool = False
-    cut: str = ""  # with last: why the sentence ended early ("length", "instruct", "model-restart"), empty if it ended
+    cut: str = ""  # with last: why the sentence ended early (length, not-finite, instruct, asked, restart)
 
 
 State = Literal["starting", "running", "paused", "no-frames", "stalled", "fault", "stopping"]
@@ -214,6 +215,16 @@ class Progress(msgspec.Struct, frozen=True, tag_field="kind", tag="progress"):
     what: str
 
 
+Cut = Literal["", "late", "length", "not-finite"]  # why an answer is not complete; empty: it is
+
+
+class Instructed(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="instructed"):
+    """From here on frames are answered under this instruction; with an error, under the one before."""
+
+    task_id: int
+    error: str = ""
+
+
 class Proposal(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="proposal"):
     """The model's answer to one frame, unchecked: the supervisor makes an Action or a Refusal of it."""
 
@@ -223,7 +234,7 @@ class Proposal(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag=
     frame_seq: int  # of the slot: tells how many frames were passed over
     task_id: int  # which instruction it was asked under
     text: str
-    cut: str  # empty, or why the answer is not complete
+    cut: Cut
     stages_ms: Stages
 
 
@@ -236,13 +247,7 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="pi
     cut: str = ""
 
 
-class ModelFault(msgspec.Struct, frozen=True, tag_field="kind", tag="fault"):
-    reason: str
-    detail: str
-    fatal: bool  # the worker cannot go on: restart it
-
-
-ModelEvent = Ready | Progress | Proposal | Piece | ModelFault
+ModelEvent = Ready | Progress | Instructed | Proposal | Piece
 
 
 # Supervisor -> model.

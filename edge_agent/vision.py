@@ -79,9 +79,7 @@ class Preprocessor:
         if self._image.shape[:2] != size:
             self._image = np.empty((*size, 3), np.uint8)
         shrinking = frame.shape[0] > size[0] or frame.shape[1] > size[1]
-        cv2.resize(
-            frame, size[::-1], dst=self._image, interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC
-        )
+        cv2.resize(frame, size[::-1], dst=self._image, interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC)
         return self._image
 
     def pixels(self, image: np.ndarray) -> np.ndarray:

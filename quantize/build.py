@@ -88,7 +88,9 @@ def build(checkpoint: Checkpoint, out: Path, recipe: str, force: bool, report: R
         return manifest
 
 
-def _convert(checkpoint: Checkpoint, work: Path, kind: str, report: Report, language_name: str = bundle.LANGUAGE) -> None:
+def _convert(
+    checkpoint: Checkpoint, work: Path, kind: str, report: Report, language_name: str = bundle.LANGUAGE
+) -> None:
     write_language(checkpoint, work / language_name, kind, _stage(report, "language"))
     write_mmproj(checkpoint, work / bundle.MMPROJ, kind, _stage(report, "mmproj"))
     write_vision(checkpoint, work / bundle.VISION, kind, _stage(report, "vision"))
@@ -144,7 +146,9 @@ def _describe(checkpoint: Checkpoint, work: Path, recipe: str, report: Report) -
     report("try", "language and vision", 1, 1)
     facts = {"recipe": recipe, "bytes_by_type": dict(by_type), "tried": tried}
     bundle.write_durably(work / bundle.REPORT, msgspec.json.format(msgspec.json.encode(facts), indent=2) + b"\n")
-    files = {name: bundle.hash_file(work / name) for name in (bundle.LANGUAGE, bundle.VISION, bundle.MMPROJ, bundle.REPORT)}
+    files = {
+        name: bundle.hash_file(work / name) for name in (bundle.LANGUAGE, bundle.VISION, bundle.MMPROJ, bundle.REPORT)
+    }
     return bundle.Manifest(
         format=bundle.FORMAT,
         created_by=f"edge-quantize {edge_agent.__version__}, llama-cpp-python {llama_cpp.__version__}",
@@ -218,4 +222,3 @@ def _licence(folder: Path) -> str:
 
 def source_bytes(checkpoint: Checkpoint) -> int:
     return sum(math.prod(s.shape) * DTYPES[s.dtype].itemsize for s in checkpoint.sources.values())
-

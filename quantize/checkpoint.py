@@ -118,11 +118,20 @@ class Checkpoint(msgspec.Struct, frozen=True):
         """The words in which the tables of `names` give shapes."""
         t, v = self.text, self.vision
         return {
-            "hidden": t.hidden, "ffn": t.ffn, "vocab": t.vocab, "heads": t.heads, "kv_heads": t.kv_heads,
-            "q": t.heads * t.head_dim, "kv": t.kv_heads * t.head_dim,
-            "v_hidden": v.hidden, "v_ffn": v.ffn, "v_heads": v.heads, "channels": v.channels, "patch": v.patch,
+            "hidden": t.hidden,
+            "ffn": t.ffn,
+            "vocab": t.vocab,
+            "heads": t.heads,
+            "kv_heads": t.kv_heads,
+            "q": t.heads * t.head_dim,
+            "kv": t.kv_heads * t.head_dim,
+            "v_hidden": v.hidden,
+            "v_ffn": v.ffn,
+            "v_heads": v.heads,
+            "channels": v.channels,
+            "patch": v.patch,
             "merged": v.hidden * v.merge * v.merge,
-        }  # fmt: skip
+        }
 
     def shape(self, row: names.Row) -> tuple[int, ...]:
         return tuple(self.dims[word] for word in row.shape)
@@ -165,7 +174,7 @@ class Checkpoint(msgspec.Struct, frozen=True):
             value = np.frombuffer(file.read(source.n_bytes), DTYPES[source.dtype]).astype(np.float32)[0]
         if not (np.isfinite(value) and value > 0):
             raise CheckpointError(
-                f"{source.file}: {source.name}: expected a finite scale above 0, found {value}; the checkpoint is damaged"
+                f"{source.file}: {source.name}: expected a finite scale above 0, found {value}; the file is damaged"
             )
         return value
 
@@ -212,12 +221,14 @@ def chat_template(folder: Path) -> str:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; expected a checkpoint as downloaded (config.json, *.safetensors)")
+        raise CheckpointError(
+            f"{folder}: no such folder; expected a checkpoint as downloaded (config.json, *.safetensors)"
+        )
     if not (folder / "config.json").is_file():
         if (folder / "params.json").is_file():
             raise CheckpointError(
-                f"{folder}: params.json, but no config.json: this is the consolidated layout, which this version does not "
-                "read yet; use the HF layout of the same model"
+                f"{folder}: params.json, but no config.json: this is the consolidated layout, which this version does "
+                "not read; use the HF layout of the same model"
             )
         raise CheckpointError(f"{folder}: no config.json: not a checkpoint; expected config.json and *.safetensors")
     config = read_json(folder / "config.json")
@@ -225,8 +236,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     inner = (config.get("text_config") or {}).get("model_type")
     if found[0] != "Mistral3ForConditionalGeneration" or inner != "ministral3":
         raise CheckpointError(
-            f"{folder}/config.json: architectures: expected Mistral3ForConditionalGeneration with a ministral3 text model, "
-            f"found {found[0]} with {inner}; this tool converts Ministral 3 checkpoints"
+            f"{folder}/config.json: architectures: expected Mistral3ForConditionalGeneration with a ministral3 text "
+            f"model, found {found[0]} with {inner}; this tool converts Ministral 3 checkpoints"
         )
     return config
 
@@ -388,8 +399,9 @@ def _header(path: Path) -> list[Source]:
             raise CheckpointError(f"{path}: {name}: header entry is damaged; copy the file again")
         source = Source(name, path, 8 + length + start_at, dtype, shape)
         if end_at - start_at != source.n_bytes:
-            raise CheckpointError(f"{path}: {name}: expected {source.n_bytes} bytes for {shape} {dtype}, found "
-                                  f"{end_at - start_at}")  # fmt: skip
+            raise CheckpointError(
+                f"{path}: {name}: expected {source.n_bytes} bytes for {shape} {dtype}, found {end_at - start_at}"
+            )
         end_expected = max(end_expected, 8 + length + end_at)
         found.append(source)
     if size != end_expected:
@@ -426,7 +438,9 @@ def _match(folder: Path, config: dict[str, Any], text: Text, vision: Vision, fou
                 f"{sources[name].shape}"
             )
         if sources[name].dtype == "F8_E4M3" and (not name.startswith("text.layers.") or len(shape) != 2):
-            raise CheckpointError(f"{sources[name].file}: {sources[name].name}: FP8 is known only for the linear layers")
+            raise CheckpointError(
+                f"{sources[name].file}: {sources[name].name}: FP8 is known only for the linear layers"
+            )
     for name in sorted(scales - sources.keys()):
         raise CheckpointError(f"{folder}: {name}: missing; the FP8 tensor {name.removesuffix(names.SCALE)} needs it")
     for name in sorted(scales):

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import signal
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from quantize.checkpoint import Checkpoint, CheckpointError, read
+from quantize.checkpoint import CheckpointError, read
 
 EPILOG = """examples:
   edge-quantize inspect  Ministral-3-3B-Instruct-2512
@@ -75,15 +77,21 @@ def _parser() -> argparse.ArgumentParser:
     convert = commands.add_parser("convert", help="language.gguf, mmproj.gguf and vision.onnx at source precision")
     convert.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     convert.add_argument("out", type=Path, metavar="OUT_DIR")
-    convert.add_argument("--type", choices=("bf16", "f16", "f32"), default="bf16", help="of the matrices (default bf16)")
+    convert.add_argument(
+        "--type", choices=("bf16", "f16", "f32"), default="bf16", help="of the matrices (default bf16)"
+    )
     convert.add_argument("--force", action="store_true", help="replace OUT_DIR if this tool made it")
     convert.set_defaults(run=_convert)
 
     build = commands.add_parser("build", help="a whole 4-bit bundle, tried and with its manifest")
     build.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     build.add_argument("out", type=Path, metavar="BUNDLE_DIR")
-    build.add_argument("--recipe", default="Q4_K_M", metavar="RECIPE",
-                       help="Q4_K_M (default), Q4_K_S, Q4_0, IQ4_XS, Q5_K_M, Q6_K, Q8_0")  # fmt: skip
+    build.add_argument(
+        "--recipe",
+        default="Q4_K_M",
+        metavar="RECIPE",
+        help="Q4_K_M (default), Q4_K_S, Q4_0, IQ4_XS, Q5_K_M, Q6_K, Q8_0",
+    )
     build.add_argument("--force", action="store_true", help="replace BUNDLE_DIR if this tool made it")
     build.add_argument("--json", action="store_true", help="the manifest as one JSON line at the end")
     build.set_defaults(run=_build)
@@ -98,7 +106,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     words = tokenizer.read(checkpoint.folder, checkpoint.text.vocab)
     weights = {name: sum(recipe.weigh(checkpoint, name).values()) for name in recipe.RECIPES}
     memory = recipe.memory_bytes(checkpoint, weights["Q4_K_M"])
-    vision_bytes = 2 * sum(_size(checkpoint, row) for row in checkpoint.vision_rows)
+    vision_bytes = 2 * sum(math.prod(checkpoint.shape(row)) for row in checkpoint.vision_rows)
     facts = {
         "checkpoint": str(checkpoint.folder),
         "family": checkpoint.family,
@@ -120,32 +128,24 @@ def _inspect(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(facts))
         return
-    t = checkpoint.text
-    reasons: dict[str, int] = {}
-    for why in checkpoint.ignored.values():
-        reasons[why] = reasons.get(why, 0) + 1
+    t, v = checkpoint.text, checkpoint.vision
     print(f"{checkpoint.folder}")
-    print(f"  model       {facts['family']} {facts['size']} {facts['variant']}, {checkpoint.parameters / 1e9:.3f} B parameters")
-    print(f"  text        {t.layers} layers, hidden {t.hidden}, {t.heads} heads x {t.head_dim}, {t.kv_heads} kv heads, "
-          f"ffn {t.ffn}, {'tied' if t.tied else 'untied'} embeddings")  # fmt: skip
-    print(f"  vision      {checkpoint.vision.layers} layers, hidden {checkpoint.vision.hidden}, patch "
-          f"{checkpoint.vision.patch}, merge {checkpoint.vision.merge}")  # fmt: skip
+    name = f"{facts['family']} {facts['size']} {facts['variant']}"
+    print(f"  model       {name}, {facts['parameters'] / 1e9:.3f} B parameters")
+    heads = f"{t.heads} heads x {t.head_dim}, {t.kv_heads} kv heads"
+    print(f"  text        {t.layers} layers, hidden {t.hidden}, {heads}, ffn {t.ffn}")
+    print(f"  embeddings  {t.vocab} rows, {'tied to' if t.tied else 'apart from'} the output head")
+    print(f"  vision      {v.layers} layers, hidden {v.hidden}, patch {v.patch}, merge {v.merge}")
     print(f"  tensors     {facts['tensors']} used, {facts['dtype']}, {facts['source_bytes'] / 1e9:.2f} GB")
-    for why, count in reasons.items():
+    for why, count in Counter(checkpoint.ignored.values()).items():
         print(f"  ignored     {count}: {why}")
     print(f"  tokenizer   {words.file.name}, {len(words.tokens)} tokens, {len(words.merges)} merges")
-    print("  a bundle of it (language + vision.onnx + mmproj.gguf):")
+    print("  a bundle of it, GB: language + vision.onnx + mmproj.gguf")
     for name, n_bytes in weights.items():
-        total = n_bytes + 2 * vision_bytes
-        print(f"    {name:8} {n_bytes / 1e9:8.3f} + {vision_bytes / 1e9:.3f} + {vision_bytes / 1e9:.3f} = {total / 1e9:.3f} GB")
-    print(f"  serving Q4_K_M with {recipe.CONTEXT} tokens of context takes about {memory / 2**30:.1f} GiB; fits: "
-          f"{', '.join(facts['fits']) or 'none of the known boards'}")  # fmt: skip
-
-
-def _size(checkpoint: Checkpoint, row: object) -> int:
-    import math
-
-    return math.prod(checkpoint.shape(row))
+        parts, total = (n_bytes / 1e9, vision_bytes / 1e9), (n_bytes + 2 * vision_bytes) / 1e9
+        print(f"    {name:8} {parts[0]:7.3f} + {parts[1]:.3f} + {parts[1]:.3f} = {total:.3f}")
+    fits = ", ".join(facts["fits"]) or "none of the known boards"
+    print(f"  serving Q4_K_M with {recipe.CONTEXT} tokens of context takes {memory / 2**30:.1f} GiB; fits: {fits}")
 
 
 def _convert(arguments: argparse.Namespace) -> None:
@@ -171,8 +171,10 @@ def _build(arguments: argparse.Namespace) -> None:
 
         print(msgspec.json.encode(manifest).decode())
     else:
-        print(f"{arguments.out}: {manifest.model.family} {manifest.model.size} {manifest.recipe}, {n_bytes / 1e6:.1f} MB; "
-              "every file tried and hashed")  # fmt: skip
+        model = manifest.model
+        print(
+            f"{arguments.out}: {model.family} {model.size} {manifest.recipe}, {n_bytes / 1e6:.1f} MB, tried and hashed"
+        )
 
 
 class _Shown:
@@ -184,9 +186,13 @@ class _Shown:
         self._bar = None
         if console.is_terminal:
             self._bar = Progress(
-                TextColumn("{task.description:<18}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-                TimeElapsedColumn(), TextColumn("{task.fields[what]}"), console=console,
-            )  # fmt: skip
+                TextColumn("{task.description:<18}"),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f}%"),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[what]}"),
+                console=console,
+            )
             self._bar.start()
         return self._report
 
@@ -195,18 +201,15 @@ class _Shown:
             self._bar.stop()
 
     def _report(self, stage: str, what: str, done: int, total: int) -> None:
-        if self._bar:
-            if stage != self._stage:
-                self._task = self._bar.add_task(stage, total=total, what="")
-            self._bar.update(self._task, completed=done, what=what if done < total else "")
-        elif stage != self._stage or done >= total or time.monotonic() - self._last > 10:
-            if stage != self._stage or done >= total or what:
-                self._last = time.monotonic()
-                if stage != self._stage or done >= total:
-                    print(f"{stage}: {'done' if done >= total else 'started'}", file=sys.stderr, flush=True)
-                else:
-                    print(f"{stage}: {100 * done // total} %", file=sys.stderr, flush=True)
+        new, ended = stage != self._stage, done >= total
         self._stage = stage
+        if self._bar:
+            if new:
+                self._task = self._bar.add_task(stage, total=total, what="")
+            self._bar.update(self._task, completed=done, what="" if ended else what)
+        elif new or ended or time.monotonic() - self._last > 10:
+            self._last = time.monotonic()
+            print(f"{stage}: {'done' if ended else f'{100 * done // total} %'}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

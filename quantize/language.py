@@ -53,7 +53,9 @@ def write_outline(checkpoint: Checkpoint, out: Path) -> None:
     writer = _language_writer(checkpoint, out, "bf16")
     dtypes = _declare(writer, checkpoint, checkpoint.text_rows, "bf16")
     n_bytes = sum(
-        gguf.GGUFWriter.ggml_pad(math.prod(checkpoint.shape(row)) * dtypes[row.gguf][1].itemsize, gguf.GGUF_DEFAULT_ALIGNMENT)
+        gguf.GGUFWriter.ggml_pad(
+            math.prod(checkpoint.shape(row)) * dtypes[row.gguf][1].itemsize, gguf.GGUF_DEFAULT_ALIGNMENT
+        )
         for row in checkpoint.text_rows
     )
     file = writer.fout[0]
@@ -139,7 +141,12 @@ def _declare(
 
 
 def _write(
-    writer: gguf.GGUFWriter, checkpoint: Checkpoint, rows: list[names.Row], kind: str, report: Report, break_id: int = -1
+    writer: gguf.GGUFWriter,
+    checkpoint: Checkpoint,
+    rows: list[names.Row],
+    kind: str,
+    report: Report,
+    break_id: int = -1,
 ) -> None:
     dtypes = _declare(writer, checkpoint, rows, kind, break_row=break_id >= 0)
     # From here the package would want each tensor whole in memory; the format is only bytes with padding between them.

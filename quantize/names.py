@@ -1,10 +1,10 @@
 """The Ministral 3 tables: which tensor a checkpoint must hold, its shape, and what it is called in GGUF.
 
-One row per tensor; `{n}` is the layer. Shapes are given in the words of `Dims`, so that a row reads like the model card.
-Nothing here opens a file.
+One row per tensor; `{n}` is the layer. Shapes are given in the words of Checkpoint.dims, so that a row reads like the
+model card. Nothing here opens a file.
 
-Q and K rows: HF stores each head's rotary halves one after the other, llama.cpp wants them interleaved; rows with `rope`
-are permuted from the HF layout. Consolidated checkpoints (third column) are interleaved already.
+Q and K rows: HF stores each head's rotary halves one after the other, llama.cpp wants them interleaved; rows with
+`rope` are permuted from the HF layout. Consolidated checkpoints (second column) are interleaved already.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class Row(NamedTuple):
     hf: str  # name in an HF checkpoint, after `canonical`
     consolidated: str  # name in a consolidated checkpoint
     gguf: str
-    shape: tuple[str, ...]  # words of Dims, outermost first
+    shape: tuple[str, ...]  # words of Checkpoint.dims, outermost first
     rope: str = ""  # the count of heads whose rows are permuted
 
 
@@ -39,31 +39,57 @@ TEXT_LAYER = (
 )
 
 VISION = (
-    Row("vision.patch_conv.weight", "vision_encoder.patch_conv.weight", "v.patch_embd.weight",
-        ("v_hidden", "channels", "patch", "patch")),
+    Row(
+        "vision.patch_conv.weight",
+        "vision_encoder.patch_conv.weight",
+        "v.patch_embd.weight",
+        ("v_hidden", "channels", "patch", "patch"),
+    ),
     Row("vision.ln_pre.weight", "vision_encoder.ln_pre.weight", "v.pre_ln.weight", ("v_hidden",)),
     Row("projector.norm.weight", "pre_mm_projector_norm.weight", "mm.input_norm.weight", ("v_hidden",)),
-    Row("projector.patch_merger.merging_layer.weight", "patch_merger.merging_layer.weight", "mm.patch_merger.weight",
-        ("v_hidden", "merged")),
+    Row(
+        "projector.patch_merger.merging_layer.weight",
+        "patch_merger.merging_layer.weight",
+        "mm.patch_merger.weight",
+        ("v_hidden", "merged"),
+    ),
     Row("projector.linear_1.weight", "vision_language_adapter.w_in.weight", "mm.1.weight", ("hidden", "v_hidden")),
     Row("projector.linear_2.weight", "vision_language_adapter.w_out.weight", "mm.2.weight", ("hidden", "hidden")),
-)  # fmt: skip
+)
 _L, _C, _G = "vision.transformer.layers.{n}.", "vision_encoder.transformer.layers.{n}.", "v.blk.{n}."
 VISION_LAYER = (
     Row(_L + "attention_norm.weight", _C + "attention_norm.weight", _G + "ln1.weight", ("v_hidden",)),
-    Row(_L + "attention.q_proj.weight", _C + "attention.wq.weight", _G + "attn_q.weight",
-        ("v_hidden", "v_hidden"), "v_heads"),
-    Row(_L + "attention.k_proj.weight", _C + "attention.wk.weight", _G + "attn_k.weight",
-        ("v_hidden", "v_hidden"), "v_heads"),
+    Row(
+        _L + "attention.q_proj.weight",
+        _C + "attention.wq.weight",
+        _G + "attn_q.weight",
+        ("v_hidden", "v_hidden"),
+        "v_heads",
+    ),
+    Row(
+        _L + "attention.k_proj.weight",
+        _C + "attention.wk.weight",
+        _G + "attn_k.weight",
+        ("v_hidden", "v_hidden"),
+        "v_heads",
+    ),
     Row(_L + "attention.v_proj.weight", _C + "attention.wv.weight", _G + "attn_v.weight", ("v_hidden", "v_hidden")),
     Row(_L + "attention.o_proj.weight", _C + "attention.wo.weight", _G + "attn_out.weight", ("v_hidden", "v_hidden")),
     Row(_L + "ffn_norm.weight", _C + "ffn_norm.weight", _G + "ln2.weight", ("v_hidden",)),
-    Row(_L + "feed_forward.gate_proj.weight", _C + "feed_forward.w1.weight", _G + "ffn_gate.weight",
-        ("v_ffn", "v_hidden")),
+    Row(
+        _L + "feed_forward.gate_proj.weight",
+        _C + "feed_forward.w1.weight",
+        _G + "ffn_gate.weight",
+        ("v_ffn", "v_hidden"),
+    ),
     Row(_L + "feed_forward.up_proj.weight", _C + "feed_forward.w3.weight", _G + "ffn_up.weight", ("v_ffn", "v_hidden")),
-    Row(_L + "feed_forward.down_proj.weight", _C + "feed_forward.w2.weight", _G + "ffn_down.weight",
-        ("v_hidden", "v_ffn")),
-)  # fmt: skip
+    Row(
+        _L + "feed_forward.down_proj.weight",
+        _C + "feed_forward.w2.weight",
+        _G + "ffn_down.weight",
+        ("v_hidden", "v_ffn"),
+    ),
+)
 
 # HF checkpoints name the same modules in three ways, by the transformers release that saved them; longest first.
 _PREFIXES = (

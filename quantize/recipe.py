@@ -37,9 +37,13 @@ MAX_BUFFER_BYTES = 256 << 20  # of tensor rows libllama holds at once; its defau
 # Memory a program can have on a board with a headless JetPack, GiB, and what llama.cpp and onnxruntime take beside
 # weights and cache: measured with a 3B at 2048 tokens of context and 256 image tokens.
 BOARDS = {
-    "Orin Nano 4GB": 2.7, "Orin Nano 8GB": 6.4, "Orin NX 16GB": 14.3, "AGX Orin 32GB": 29.0, "AGX Orin 64GB": 60.0,
+    "Orin Nano 4GB": 2.7,
+    "Orin Nano 8GB": 6.4,
+    "Orin NX 16GB": 14.3,
+    "AGX Orin 32GB": 29.0,
+    "AGX Orin 64GB": 60.0,
     "Thor 128GB": 120.0,
-}  # fmt: skip
+}
 OVERHEAD_BYTES = 450 << 20
 CONTEXT = 2048
 
@@ -101,7 +105,9 @@ def _run(source: Path, out: Path, recipe: str, report: Report, dry_run: bool) ->
     finally:
         language.log_to(None)
     if status:
-        errors = [line for line in said if "error" in line.lower() or "failed" in line.lower()] or said[-1:] or ["no reason"]
+        errors = (
+            [line for line in said if "error" in line.lower() or "failed" in line.lower()] or said[-1:] or ["no reason"]
+        )
         raise RecipeError(f"{source}: libllama cannot quantise it to {recipe}: {errors[0].strip()}")
     return types
 
@@ -135,11 +141,13 @@ def tensor_table(path: Path) -> list[TensorInfo]:
         size = function("gguf_get_tensor_size", ctypes.c_size_t, handle, index)
         return [
             TensorInfo(
-                name(context, i).decode(), gguf.GGMLQuantizationType(kind(context, i)).name,
-                start + offset(context, i), size(context, i),
+                name(context, i).decode(),
+                gguf.GGMLQuantizationType(kind(context, i)).name,
+                start + offset(context, i),
+                size(context, i),
             )
             for i in range(function("gguf_get_n_tensors", index, handle)(context))
-        ]  # fmt: skip
+        ]
     finally:
         function("gguf_free", None, handle)(context)
 

@@ -16,10 +16,18 @@ from quantize.checkpoint import CheckpointError, read_json
 NORMAL, CONTROL = 1, 3  # gguf.TokenType
 # What the prompt layout and the runtime need by name. A vocabulary without one of these is no Ministral 3 tokenizer.
 SPECIAL = {
-    "unk": "<unk>", "bos": "<s>", "eos": "</s>", "pad": "<pad>",
-    "inst": "[INST]", "inst_end": "[/INST]", "system": "[SYSTEM_PROMPT]", "system_end": "[/SYSTEM_PROMPT]",
-    "img": "[IMG]", "img_break": "[IMG_BREAK]", "img_end": "[IMG_END]",
-}  # fmt: skip
+    "unk": "<unk>",
+    "bos": "<s>",
+    "eos": "</s>",
+    "pad": "<pad>",
+    "inst": "[INST]",
+    "inst_end": "[/INST]",
+    "system": "[SYSTEM_PROMPT]",
+    "system_end": "[/SYSTEM_PROMPT]",
+    "img": "[IMG]",
+    "img_break": "[IMG_BREAK]",
+    "img_end": "[IMG_END]",
+}
 
 
 class Tokenizer(msgspec.Struct, frozen=True):

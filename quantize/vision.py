@@ -51,7 +51,9 @@ def write_vision(checkpoint: Checkpoint, out: Path, kind: str, report: Report) -
     heads = [_initializer_head(row, checkpoint, kind, dtype) for row in rows]
     graph_bytes = len(small) + sum(len(prefix) + n_bytes for prefix, n_bytes in heads)
     if len(head) + graph_bytes + 16 > MAX_FILE_BYTES:
-        raise CheckpointError(f"{out.name}: {graph_bytes} bytes as {kind} is over protobuf's 2 GB; use --type bf16 or f16")
+        raise CheckpointError(
+            f"{out.name}: {graph_bytes} bytes as {kind} is over protobuf's 2 GB; use --type bf16 or f16"
+        )
     done = 0
     with out.open("wb") as file:
         file.write(head + _tag(onnx.ModelProto, "graph") + _varint(graph_bytes) + small)
@@ -132,8 +134,13 @@ class _Graph:
 
     def build(self, break_row: np.ndarray) -> None:
         v = self.v
-        patches = self.node("Conv", "pixel_values", self.weight("vision.patch_conv.weight"),
-                            kernel_shape=[v.patch, v.patch], strides=[v.patch, v.patch])  # fmt: skip
+        patches = self.node(
+            "Conv",
+            "pixel_values",
+            self.weight("vision.patch_conv.weight"),
+            kernel_shape=[v.patch, v.patch],
+            strides=[v.patch, v.patch],
+        )
         grid = self.node("Shape", patches)
         h = self.node("Slice", grid, self.const([2]), self.const([3]))
         w = self.node("Slice", grid, self.const([3]), self.const([4]))

@@ -1,0 +1,253 @@
+"""edge-agent: run, check, listen, ask, instruct, pause, resume, status. Parses arguments, prints, sets the exit status.
+
+Exit status: 0 fine; 1 failed; 2 wrong arguments; 69 no camera yet; 75 no daemon answers; 78 configuration, bundle or
+source is wrong (systemd does not retry that one).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+
+import msgspec
+
+from edge_agent.bundle import BundleError
+from edge_agent.config import CameraConfig, Config, ConfigError, load, runtime_dir
+
+EPILOG = """examples:
+  edge-agent check  --config /etc/edge-agent.yaml
+  edge-agent run    --bundle bundles/3b --camera /dev/video0
+  edge-agent listen
+  edge-agent ask "What is in front of us?"
+  edge-agent instruct "Land on the blue square."
+"""
+PROBE_S = 12.0
+NO_DAEMON = os.EX_TEMPFAIL
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    try:
+        sys.exit(arguments.run(arguments))
+    except (ConfigError, BundleError) as error:
+        _fail(str(error), os.EX_CONFIG)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(0)
+    except TimeoutError as error:
+        _fail(str(error), NO_DAEMON)
+    except OSError as error:
+        _fail(f"{error.filename or 'edge-agent'}: {error.strerror or error}", 1)
+
+
+def _fail(line: str, status: int) -> None:
+    print(f"edge-agent: {line}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="edge-agent",
+        description="Camera frames in, checked robot actions and language out over ZeroMQ, on the device, offline.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        return command
+
+    for name, run, text in (
+        ("run", _run, "serve: camera, model, endpoints, until stopped"),
+        ("check", _check, "validate configuration, bundle, camera and memory without serving; exit 78 on trouble"),
+    ):
+        command = add(name, run, text)
+        command.add_argument("--config", metavar="FILE", help="YAML; systemd/edge-agent.yaml explains every key")
+        command.add_argument("--bundle", metavar="DIR", help="instead of, or over, the file's bundle")
+        command.add_argument("--camera", metavar="SOURCE", help="instead of, or over, the file's camera.source")
+
+    for name, run, text in (
+        ("listen", _listen, "show actions, words and status as a controller hears them"),
+        ("status", _status, "what the daemon is doing"),
+        ("ask", _ask, "a question about what the camera sees, answered in words"),
+        ("instruct", _instruct, "give the daemon a new instruction"),
+        ("pause", _pause, "no more actions, from now on"),
+        ("resume", _resume, "actions again"),
+    ):
+        command = add(name, run, text)
+        if name in ("ask", "instruct"):
+            command.add_argument("text", metavar="TEXT")
+        command.add_argument("--runtime-dir", default="", metavar="DIR", help="the daemon's runtime folder")
+        if name in ("listen", "status"):
+            command.add_argument("--json", action="store_true", help="one JSON line per message")
+        if name == "listen":
+            command.add_argument("--seconds", type=float, metavar="S", help="stop after so long")
+    return parser
+
+
+def _config(arguments: argparse.Namespace) -> Config:
+    """The file, with --bundle and --camera over it; both flags together need no file."""
+    if arguments.config:
+        config = load(arguments.config)
+        if arguments.bundle:
+            config = msgspec.structs.replace(config, bundle=arguments.bundle)
+        if arguments.camera:
+            config = msgspec.structs.replace(
+                config, camera=msgspec.structs.replace(config.camera, source=arguments.camera)
+            )
+    elif arguments.bundle and arguments.camera:
+        config = Config(bundle=arguments.bundle, camera=CameraConfig(source=arguments.camera))
+    else:
+        raise ConfigError("expected --config FILE, or --bundle DIR and --camera SOURCE")
+    return config
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from edge_agent import supervisor
+    from edge_agent.link import LinkError
+
+    try:
+        return supervisor.run(_config(arguments))
+    except LinkError as error:
+        _fail(str(error), os.EX_CONFIG)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    """One line per thing checked; goes on after a failure, so that one run shows all of them."""
+    from edge_agent import actions, bundle, health
+
+    config, status = _config(arguments), 0
+    try:
+        space = actions.load(config.task.space)
+        print(f"ok    actions  {space.name}: {', '.join(space.actions)}")
+    except ConfigError as error:
+        status = _bad("actions", str(error))
+    needed_mib = None
+    try:
+        verified = bundle.verify(config.bundle)
+        manifest = verified.manifest
+        vision_bytes = manifest.files[bundle.MMPROJ if config.vision.backend == "mtmd" else bundle.VISION].bytes
+        needed = manifest.files[bundle.LANGUAGE].bytes + vision_bytes
+        needed += config.language.context * manifest.model.kv_bytes_per_token
+        needed_mib = needed / 2**20 + 350
+        print(
+            f"ok    bundle   {verified.id}: {manifest.model.family} {manifest.model.size} {manifest.recipe}, "
+            f"{verified.file_bytes / 1e6:.1f} MB, every hash right"
+        )
+    except BundleError as error:
+        status = _bad("bundle", str(error))
+    seen, line = _probe(config.camera)
+    status = (print(f"ok    camera   {line}") or status) if seen else _bad("camera", f"camera.source: {line}")
+    free_mib = health.mem_available_mib()
+    if needed_mib is not None and free_mib is not None:
+        line = f"about {needed_mib:.0f} MiB needed, {free_mib:.0f} MiB available"
+        if needed_mib < free_mib:
+            print(f"ok    memory   {line}")
+        else:
+            status = _bad("memory", f"{line}; use a smaller bundle, or lower language.context")
+    return status
+
+
+def _bad(what: str, line: str) -> int:
+    print(f"FAIL  {what:8} {line}")
+    return os.EX_CONFIG
+
+
+def _probe(config: CameraConfig) -> tuple[bool, str]:
+    """Read one frame in a child process: a camera can hang in the driver for ever, a child can be killed."""
+    code = (
+        "import sys, msgspec; from edge_agent import camera; from edge_agent.config import CameraConfig\n"
+        "config = msgspec.json.decode(sys.argv[1], type=CameraConfig)\n"
+        "try: print(camera.probe(config))\n"
+        "except camera.Broken as broken: sys.exit(f'{broken.reason}: {broken.detail}')\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, msgspec.json.encode(config).decode()],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        out, error = child.communicate(timeout=PROBE_S)
+    except subprocess.TimeoutExpired:
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+        return False, f"{config.source}: no frame in {PROBE_S:g} s"
+    if child.returncode:
+        return False, (error.strip().splitlines() or ["the probe failed"])[-1]
+    return True, f"{config.source}: {out.strip()}"
+
+
+def _client(arguments: argparse.Namespace):
+    from edge_agent.client import Client
+
+    return Client(arguments.runtime_dir)
+
+
+def _listen(arguments: argparse.Namespace) -> int:
+    from edge_agent import view
+
+    with _client(arguments) as client:
+        if client.status(2.0) is None:
+            raise TimeoutError(
+                f"{client.folder}: no daemon answers; start one with edge-agent run, or give --runtime-dir"
+            )
+        view.watch(client, arguments.seconds, arguments.json)
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    with _client(arguments) as client:
+        status = client.status(2.0)
+    if status is None:
+        raise TimeoutError(f"{runtime_dir(arguments.runtime_dir)}: no daemon answers; is edge-agent running?")
+    if arguments.json:
+        print(msgspec.json.encode(status).decode())
+        return 0
+    for name in status.__struct_fields__:
+        value = getattr(status, name)
+        if isinstance(value, msgspec.Struct):
+            value = msgspec.to_builtins(value)
+        print(f"{name:18} {value}")
+    return 0
+
+
+def _ask(arguments: argparse.Namespace) -> int:
+    """Print the answer's pieces as they are decoded."""
+    from edge_agent.client import Refused
+
+    with _client(arguments) as client:
+        try:
+            for piece in client.ask_in_pieces(arguments.text):
+                print(piece, end="", flush=True)
+            print()
+        except Refused as error:
+            _fail(str(error), 1)
+    return 0
+
+
+def _simple(operation: str):
+    def run(arguments: argparse.Namespace) -> int:
+        from edge_agent.client import Refused
+
+        with _client(arguments) as client:
+            try:
+                client.request(operation, getattr(arguments, "text", ""), 30.0)
+            except Refused as error:
+                _fail(str(error), 1)
+        return 0
+
+    return run
+
+
+_instruct, _pause, _resume = _simple("instruct"), _simple("pause"), _simple("resume")
+
+
+if __name__ == "__main__":
+    main()
