@@ -60,9 +60,7 @@ class Client:
     def next_answer(self, timeout_s: float) -> m.Action | m.Refusal | None:
         """The newest message of the actions stream, valid now, or None after timeout_s without one."""
         socket, until_s = self._subscriber("actions"), time.monotonic() + timeout_s
-        while (left_s := until_s - time.monotonic()) >= 0:
-            if not socket.poll(left_s * 1000):
-                break
+        while socket.poll(max(0.0, until_s - time.monotonic()) * 1000):
             with contextlib.suppress(msgspec.DecodeError):
                 message = m.unpack("actions", socket.recv())
                 if not self._is_new(message):
@@ -186,7 +184,7 @@ class Client:
 
     def _next(self, stream: str, timeout_s: float) -> m.Words | m.Status | None:
         socket, until_s = self._subscriber(stream), time.monotonic() + timeout_s
-        while (left_s := until_s - time.monotonic()) >= 0 and socket.poll(left_s * 1000):
+        while socket.poll(max(0.0, until_s - time.monotonic()) * 1000):
             with contextlib.suppress(msgspec.DecodeError):
                 return m.unpack(stream, socket.recv())
         return None

@@ -13,7 +13,7 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import msgspec
 import yaml
@@ -109,15 +109,19 @@ def checked(value: object, kind: type, name: str):
 
 
 def _explain(message: str, value: object, kind: type) -> str:
-    said, _, path = message.partition(" - at `")
-    path = path.rstrip("`").removeprefix("$").lstrip(".") or "top level"
-    unknown = re.search(r"unknown field `(.*)`", said)
-    if unknown:
-        parent = _type_at(kind, path)
-        near = difflib.get_close_matches(unknown[1], _names(parent), n=1)
+    said, _, where = message.partition(" - at ")
+    found_path = re.search(r"\$\.?([^`]*)", where)
+    path = (found_path[1] if found_path else "") or "top level"
+    at = _type_at(kind, path)
+    if unknown := re.search(r"unknown field `(.*)`", said):
+        near = difflib.get_close_matches(unknown[1], _names(at), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"{path}: unknown key {unknown[1]!r}; expected one of {_keys(parent)}{hint}"
+        return f"{path}: unknown key {unknown[1]!r}; expected one of {_keys(at)}{hint}"
+    if missing := re.search(r"missing required field `(.*)`", said):
+        return f"{path}: {missing[1]}: missing; expected keys {_keys(at)}"
     found = _value_at(value, path)
+    if said.startswith("Invalid enum") and get_args(at):
+        return f"{path}: expected one of {', '.join(map(str, get_args(at)))}, found {found!r}"
     return f"{path}: {said[0].lower() + said[1:]}, found {found!r}"
 
 

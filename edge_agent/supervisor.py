@@ -28,6 +28,7 @@ from edge_agent.notify import Watchdog, notify
 from edge_agent.worker import Worker
 
 EX_UNAVAILABLE, EX_CONFIG = os.EX_UNAVAILABLE, os.EX_CONFIG
+CAMERA, MODEL = "edge_agent.camera", "edge_agent.model"  # the modules run as children
 STATUS_NS = 200_000_000
 # A camera that is not there at the start gets this long. The unit gives up after 20 starts in 300 s: with 15 s for each
 # it never does, so a camera plugged in later is still found.
@@ -99,8 +100,8 @@ class Supervisor:
         self.epoch = random.SystemRandom().getrandbits(48)
         self.started_ns = time.monotonic_ns()
         self.task, self.task_id, self.next_task_id = config.task.instruction, 0, 1
-        self.camera = Child("edge_agent.camera", self.slot, lambda: m.encode(config.camera))
-        self.model = Child("edge_agent.model", self.slot, lambda: m.encode(config))
+        self.camera = Child(CAMERA, self.slot, lambda: m.encode(config.camera))
+        self.model = Child(MODEL, self.slot, lambda: m.encode(config))
         self.watchdog = Watchdog()
         self.ready = False  # READY was said
         self.model_ready = self.camera_open = self.camera_ended = self.paused = self.stopping = False
@@ -135,7 +136,7 @@ class Supervisor:
         except Stop as stop:
             notify("STOPPING=1")
             if stop.args[0]:
-                log(stop.args[0])
+                log(f"edge-agent: {stop.args[0]}")
             self.stopping = True
             self._publish_status("stopping", stop.args[0])
             return stop.status
@@ -315,7 +316,8 @@ class Supervisor:
                 rate = f" at {event.fps:g} fps" if event.fps else ""
                 log(f"camera {self.config.camera.name}: {event.description}, {event.width}x{event.height}{rate}")
             elif isinstance(event, m.CameraEnded):
-                self.camera_ended, self.camera.reason = True, "camera: the source has ended"
+                self.camera_ended, self.camera_open = True, False
+                self.camera.reason = "camera: the source has ended"
             else:
                 self.camera.reason = f"camera: {event.reason}: {event.detail}"
                 self._fault("camera", event.reason, event.detail)
@@ -327,12 +329,14 @@ class Supervisor:
         if self.camera_ended:
             self.camera.end()
         elif status == EX_CONFIG:  # its last words say more than its status
+            self.camera_open = False
             self.camera.lose(self.camera.reason)
         else:
             self._lose_camera(_ending(status))
 
     def _lose_camera(self, reason: str) -> None:
         self._fault("camera", reason)
+        self.camera_open = False
         self.camera.lose(f"camera: {reason}")
 
     # -- watching -----------------------------------------------------------------------------------------------------
@@ -341,6 +345,8 @@ class Supervisor:
         now_ns, watch = time.monotonic_ns(), self.config.watch
         if (seq := self.slot.latest_seq) != self.latest_seq:
             self.latest_seq, self.frame_ns, self.camera.heard_ns = seq, now_ns, now_ns
+            if self.camera_open:
+                self.camera.reason = ""  # one unreadable frame among good ones is counted, and no more
         for child in (self.camera, self.model):
             if child.worker is None and now_ns >= child.due_ns and not (child is self.camera and self.camera_ended):
                 self._start_model() if child is self.model else child.start()
@@ -377,7 +383,7 @@ class Supervisor:
             return ("stalled" if "stalled" in self.model.reason else "fault"), self.model.reason or "model: starting"
         if self.paused:
             return "paused", "by control"
-        if self.camera_ended or (self.camera.reason and now_ns - self.frame_ns > NS):
+        if not self.camera_open or (self.camera.reason and now_ns - self.frame_ns > NS):
             return "no-frames", self.camera.reason
         slow_ns = 2 * NS / self.config.camera.fps if self.config.camera.fps else 0
         if self.config.camera.realtime and now_ns - self.frame_ns > max(stall_ns, slow_ns):

@@ -1,0 +1,124 @@
+"""Toy checkpoints, conversions and one bundle, made once a session and shared. Read them, never write into them.
+
+A test that needs a broken one copies it first: shutil.copytree(toy_bf16, tmp_path / "checkpoint").
+Native code is imported inside the fixtures: the tests of the light modules must not load it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import toy
+
+TESTS = Path(__file__).resolve().parent
+
+
+def silent(stage: str, what: str, done: int, total: int) -> None:
+    """A build.Report for tests that do not look at progress."""
+
+
+@pytest.fixture(scope="session")
+def toy_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BF16 checkpoint folder: tied embeddings, tekken.json, one file of weights, 4096 tokens."""
+    return toy.write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "toy-bf16")
+
+
+@pytest.fixture(scope="session")
+def toy_fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An FP8 checkpoint folder: an output head of its own, otherwise as toy_bf16."""
+    return toy.write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "toy-fp8", dtype="fp8", tied=False)
+
+
+@pytest.fixture(scope="session")
+def toy_full_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BF16 checkpoint folder with all 131072 tokens of the releases. Seconds to make: for tests of the tokenizer."""
+    return toy.write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "toy-full", layers=1, vocab=131072)
+
+
+@pytest.fixture(scope="session")
+def toy_bundle(toy_bf16: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Q4_K_M bundle of toy_bf16, as `edge-quantize build` makes it."""
+    from quantize import build, checkpoint
+
+    out = tmp_path_factory.mktemp("bundles") / "toy"
+    build.build(checkpoint.read(toy_bf16), out, "Q4_K_M", False, silent)
+    return out
+
+
+@pytest.fixture(scope="session")
+def convert(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """convert(checkpoint folder, type) -> the folder with its three files; the same arguments, the same folder."""
+    from quantize import build, checkpoint
+
+    made: dict[tuple[Path, str], Path] = {}
+
+    def convert(folder: Path, kind: str = "bf16") -> Path:
+        if (folder, kind) not in made:
+            out = tmp_path_factory.mktemp("converted") / f"{folder.name}-{kind}"
+            build.convert(checkpoint.read(folder), out, kind, False, silent)
+            made[folder, kind] = out
+        return made[folder, kind]
+
+    return convert
+
+
+class Case(NamedTuple):
+    """What transformers computed for one toy checkpoint, and what edge-quantize made of the same checkpoint."""
+
+    arrays: dict[str, np.ndarray]  # tests/reference/NAME.npz; its keys are explained in make_reference.py
+    checkpoint: Path
+    converted: Path  # at bf16
+
+    def image(self, height: int, width: int) -> np.ndarray:
+        return toy.toy_image(height, width, int(self.arrays["image_seed"]))
+
+    def language(self) -> Any:
+        """language.gguf in the runtime's own hands; close it."""
+        import gguf
+
+        from edge_agent import bundle, language
+        from edge_agent.config import LanguageConfig
+
+        path = self.converted / bundle.LANGUAGE
+        table = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "token_embd.weight")
+        embedding = bundle.Embedding(
+            offset=table.data_offset, ggml_type=table.tensor_type.name, row_bytes=table.n_bytes // int(table.shape[1])
+        )
+        return language.Language(path, LanguageConfig(context=512, gpu_layers=0), embedding)
+
+
+@pytest.fixture(scope="session")
+def case(convert: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+    """case("bf16_tied") -> Case, made once."""
+    made: dict[str, Case] = {}
+
+    def case(name: str) -> Case:
+        if name not in made:
+            with np.load(TESTS / "reference" / f"{name}.npz") as file:
+                arrays = dict(file)
+            folder = tmp_path_factory.mktemp("reference") / name
+            toy.write_checkpoint(folder, **json.loads(str(arrays["arguments"])))
+            made[name] = Case(arrays, folder, convert(folder))
+        return made[name]
+
+    return case
+
+
+@pytest.fixture(scope="session")
+def edge_quantize() -> Callable[..., subprocess.CompletedProcess]:
+    """edge_quantize("inspect", folder): the command line in a process of its own."""
+
+    def edge_quantize(*arguments: object, **options: Any) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "quantize.cli", *map(str, arguments)]
+        env = os.environ | {"PYTHONPATH": str(TESTS.parent)}
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, **options)
+
+    return edge_quantize

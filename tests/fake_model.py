@@ -1,0 +1,86 @@
+"""A model process that fails on request: the real worker, socket and messages, no model behind them.
+
+$FAKE_MODEL is JSON: {"text": what it answers, "delay_ms": how long it takes, "after": answers until it misbehaves,
+"then": hang | abort | segv | exit | garbage | silent, "cut": …, "task_id": a wrong one, "future": true}.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+import time
+
+from edge_agent import messages as m
+from edge_agent import worker
+
+
+def main() -> None:
+    slot, events, _ = worker.attach()
+    law = json.loads(os.environ.get("FAKE_MODEL", "{}"))
+
+    def emit(event: object) -> None:
+        events.send(m.encode(event))
+
+    emit(m.Ready(vision="fake", load_s=0.0, warmup_ms=0.0))
+    seen, answered, task_id, paused = 0, 0, -1, False
+    events.setblocking(False)
+    while True:
+        try:
+            command = m.decode_model_command(events.recv(worker.MAX_EVENT_BYTES))
+            if isinstance(command, m.Instruct):
+                task_id = command.task_id
+                error = "too long" if command.text == "refuse this" else ""
+                emit(m.Instructed(task_id=task_id, error=error))
+            elif isinstance(command, m.SetPaused):
+                paused = command.paused
+            else:
+                for text in ("a ", "pad"):
+                    emit(m.Piece(lane="answer", frame_id=seen, text=text, request=command.request))
+                emit(m.Piece(lane="answer", frame_id=seen, text="", request=command.request, last=True))
+        except BlockingIOError:
+            pass
+        frame = slot.newest(seen)
+        if frame is None or task_id < 0:
+            slot.wait(0.05)
+            emit(m.Progress("idle"))
+            continue
+        seen = frame.seq
+        if paused:
+            continue
+        if answered >= law.get("after", 1 << 60):
+            misbehave(law["then"], events)
+        time.sleep(law.get("delay_ms", 0) / 1000)
+        texts = law.get("text", ['{"action":"move","vx":1,"vy":0,"vz":0,"yaw":0}'])
+        emit(
+            m.Proposal(
+                frame_id=frame.frame_id,
+                t_capture_ns=frame.t_capture_ns + (10**9 if law.get("future") else 0),
+                capture_clock=frame.capture_clock,
+                frame_seq=frame.seq,
+                task_id=law.get("task_id", task_id),
+                text=texts[answered % len(texts)],
+                cut=law.get("cut", ""),
+                stages_ms=m.Stages(queue=0, encode=0, prefill=0, decode=0, post=0),
+            )
+        )
+        answered += 1
+
+
+def misbehave(how: str, events) -> None:
+    if how == "abort":
+        os.abort()
+    elif how == "segv":
+        ctypes.string_at(1)
+    elif how == "exit":
+        sys.exit(3)
+    elif how == "garbage":
+        events.send(b"\xc1 not msgpack")
+        time.sleep(60)
+    else:  # hang: alive, its socket open, no progress
+        time.sleep(600)
+
+
+if __name__ == "__main__":
+    main()
