@@ -7,37 +7,30 @@
                                                a GStreamer pipeline, here a CSI camera; runs in gst-launch-1.0
     zmq:ipc:///run/edge-agent/frames           frames pushed by the process that owns the camera: frames.pack_frame()
 
-    python -m edge_agent.camera --slot FD --wake FD --events FD
-
-The first message on the events socket (SOCK_SEQPACKET) is the CameraConfig; back go CameraOpened, CameraFault and
+The supervisor starts it (worker.py) with the CameraConfig as first message; back go CameraOpened, CameraFault and
 CameraEnded. A live source that fails is named in a fault and opened again for ever; what cannot heal (no such file)
-ends the process with EX_CONFIG. It cannot free itself from a read() that hangs: the supervisor kills it. The supervisor
-must start it from a thread that stays, because the kernel ties our life to that thread (PR_SET_PDEATHSIG).
+ends the process with EX_CONFIG. It cannot free itself from a read() that hangs: the supervisor kills it.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import ctypes
 import errno
 import fcntl
 import functools
 import os
 import select
 import shlex
-import signal
-import socket
 import struct
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Generator
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Literal
 
+from edge_agent import worker
 from edge_agent.config import CameraConfig
 from edge_agent.frames import MAX_IMAGE_BYTES, Slot
 from edge_agent.messages import CameraEnded, CameraEvent, CameraFault, CameraOpened, CameraReason, Clock, encode
@@ -210,7 +203,7 @@ def launch(config: CameraConfig) -> tuple[subprocess.Popen, int]:
             stderr=subprocess.STDOUT,
             pass_fds=(write_fd,),
             start_new_session=True,  # Ctrl-C in a terminal is for the supervisor
-            preexec_fn=functools.partial(die_with, os.getpid()),
+            preexec_fn=functools.partial(worker.die_with, os.getpid()),
         )
     except FileNotFoundError:
         os.close(frames_fd)
@@ -537,24 +530,6 @@ def probe(config: CameraConfig, timeout_s: float = 10.0) -> str:
 # The process.
 
 
-def die_with(parent_pid: int) -> None:
-    """Have the kernel kill this process when its parent dies, however it dies."""
-    LIBC.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent_pid:  # it was gone before we asked
-        os._exit(1)
-
-
-LIBC = ctypes.CDLL(None)
-
-
-def leave_with(events: socket.socket) -> None:
-    """Exit at once when the supervisor closes its end, whatever the main thread hangs in."""
-    poll = select.poll()
-    poll.register(events, select.POLLRDHUP)
-    poll.poll()
-    os._exit(0)
-
-
 def run(config: CameraConfig, slot: Slot, send: Callable[[CameraEvent], None]) -> int:
     """Publish the source's frames until it ends (0) or cannot heal (EX_CONFIG)."""
     backoff_s = BACKOFF_S
@@ -581,21 +556,10 @@ def run(config: CameraConfig, slot: Slot, send: Callable[[CameraEvent], None]) -
         backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="edge_agent.camera", description="started by the supervisor, not by hand")
-    for name in ("--slot", "--wake", "--events"):
-        parser.add_argument(name, type=int, required=True, metavar="FD")
-    fds = parser.parse_args(arguments)
-    die_with(os.getppid())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the supervisor, who ends us
+def main() -> int:
+    slot, events, first = worker.attach()
     cv2.setNumThreads(1)  # the cores are the model's
-    events = socket.socket(fileno=fds.events)
-    first = events.recv(65536)
-    if not first:
-        return 0  # the supervisor is gone already
-    threading.Thread(target=leave_with, args=(events,), daemon=True).start()
     config = msgspec.msgpack.decode(first, type=CameraConfig)
-    slot = Slot.attach(fds.slot, fds.wake)
     try:
         return run(config, slot, lambda event: events.send(encode(event)))
     except BrokenPipeError:

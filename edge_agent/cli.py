@@ -203,6 +203,8 @@ def _listen(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
+    from edge_agent.view import printable
+
     with _client(arguments) as client:
         status = client.status(2.0)
     if status is None:
@@ -214,18 +216,19 @@ def _status(arguments: argparse.Namespace) -> int:
         value = getattr(status, name)
         if isinstance(value, msgspec.Struct):
             value = msgspec.to_builtins(value)
-        print(f"{name:18} {value}")
+        print(f"{name:18} {printable(str(value))}")
     return 0
 
 
 def _ask(arguments: argparse.Namespace) -> int:
     """Print the answer's pieces as they are decoded."""
     from edge_agent.client import Refused
+    from edge_agent.view import printable
 
     with _client(arguments) as client:
         try:
             for piece in client.ask_in_pieces(arguments.text):
-                print(piece, end="", flush=True)
+                print(printable(piece), end="", flush=True)
             print()
         except Refused as error:
             _fail(str(error), 1)

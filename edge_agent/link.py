@@ -82,7 +82,7 @@ class Link:
 
     def close(self) -> None:
         for stream, socket in self._sockets.items():
-            socket.close()
+            socket.close(linger=100 if stream == "status" else 0)  # the last status says why there is no next one
             with contextlib.suppress(OSError):
                 (self.folder / stream).unlink()
         self._context.term()

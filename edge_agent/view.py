@@ -20,6 +20,13 @@ from edge_agent import messages as m
 from edge_agent.client import Client
 
 WORDS_SHOWN = 600
+# What a model says may hold escape sequences; a terminal would obey them.
+_CONTROL = dict.fromkeys([*range(0x20), *range(0x7F, 0xA0)], "\N{REPLACEMENT CHARACTER}") | {0x0A: "\n", 0x09: " "}
+
+
+def printable(text: str) -> str:
+    """Text without control characters but the line feed."""
+    return text.translate(_CONTROL)
 
 
 class Heard:
@@ -42,7 +49,7 @@ class Heard:
         elif isinstance(message, m.Words):
             self.n_words += 1
             ended = "\n" if message.last else ""
-            self.words[message.lane] = (self.words[message.lane] + message.text + ended)[-WORDS_SHOWN:]
+            self.words[message.lane] = (self.words[message.lane] + printable(message.text) + ended)[-WORDS_SHOWN:]
         else:
             self.answer = message
             now_s = time.monotonic()
@@ -69,10 +76,9 @@ class Heard:
             "actions_per_s": round((len(self.ages_ms) - 1) / span_s, 2) if span_s and self.ages_ms else None,
             "age_ms_p50": _percentile(self.ages_ms, 0.5),
             "age_ms_p99": _percentile(self.ages_ms, 0.99),
-            "stages_ms_p50": {
-                name: _percentile([getattr(stages, name) for stages in self.stages], 0.5)
-                for name in m.Stages.__struct_fields__
-            },
+        } | {
+            f"{name}_ms_p50": _percentile([getattr(stages, name) for stages in self.stages], 0.5)
+            for name in m.Stages.__struct_fields__
         }
 
 
@@ -127,9 +133,9 @@ def _line(message: m.Action | m.Refusal | m.Words | m.Status, as_json: bool) -> 
         )
         print(f"frame {message.frame_id}: {message.action} {values} (age {message.age_ms:.0f} ms)", flush=True)
     elif isinstance(message, m.Refusal):
-        print(f"frame {message.frame_id}: no action: {message.reason} {message.detail}", flush=True)
+        print(f"frame {message.frame_id}: no action: {message.reason} {printable(message.detail)}", flush=True)
     elif isinstance(message, m.Words) and message.lane != "action":
-        print(message.text, end="\n" if message.last else "", flush=True)
+        print(printable(message.text), end="\n" if message.last else "", flush=True)
     sys.stdout.flush()
 
 
@@ -151,16 +157,16 @@ def _screen(heard: Heard, note: str) -> Group:
             f"decode {s.decode:.1f}  post {s.post:.2f} ms",
         )
     elif answer is not None:
-        table.add_row("action", Text(f"none: {answer.reason}  {answer.detail}", style="bold yellow"))
+        table.add_row("action", Text(printable(f"none: {answer.reason}  {answer.detail}"), style="bold yellow"))
     if answer is not None:
         table.add_row(
             "frame",
             f"{answer.frame_id}   age {answer.age_ms:.0f} ms   {heard.rate_hz:.1f} answers/s   "
             f"dropped {answer.dropped_frames}",
         )
-        table.add_row("task", answer.task)
+        table.add_row("task", Text(printable(answer.task)))  # Text: brackets in a string would be markup
     if status is not None:
-        table.add_row("state", f"{status.state}  {status.reason}")
+        table.add_row("state", Text(printable(f"{status.state}  {status.reason}")))
         table.add_row("vision", status.vision)
         memory = f"{status.model_worker.rss_mib:.0f} MiB" if status.model_worker.rss_mib is not None else "unknown"
         table.add_row("model", f"{memory}, restarts {status.model_worker.restarts}")

@@ -30,7 +30,10 @@ OUT = ROOT / "demo"
 BIN = Path(sys.executable).parent
 PHOTOGRAPHS = (skimage.data.coffee, skimage.data.astronaut, skimage.data.chelsea)
 FPS, WIDTH, HEIGHT = 10, 640, 480
-NOTE = "UNTRAINED WEIGHTS: a toy model with random numbers. The actions below mean nothing; the timing and the path are real."
+NOTE = (
+    "UNTRAINED WEIGHTS: a toy model with random numbers. "
+    "The actions below mean nothing; the timing and the path are real."
+)
 CONFIG = """\
 bundle: {bundle}
 camera: {{source: {video}, name: demo}}

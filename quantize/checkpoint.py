@@ -210,7 +210,7 @@ def read_json(path: Path) -> Any:
 
 
 def chat_template(folder: Path) -> str:
-    """The checkpoint's own chat template, or "". It is carried along as text for other programs; never rendered here."""
+    """The checkpoint's own chat template, or "": carried along as text for other programs, never rendered here."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     if (folder / "tokenizer_config.json").is_file():

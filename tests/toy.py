@@ -24,28 +24,49 @@ from pathlib import Path
 
 import numpy as np
 
-N_SPECIAL = 1000                                  # special ids come first, then the ranks of the byte pairs
+N_SPECIAL = 1000  # special ids come first, then the ranks of the byte pairs
 IMG, IMG_BREAK, IMG_END = 10, 12, 13
-MERGE = 2                                         # patches per side in one token
+MERGE = 2  # patches per side in one token
 PATCH_PX = 14
-GRID_PX = PATCH_PX * MERGE                        # an image whose sides are multiples of this is never resized
+GRID_PX = PATCH_PX * MERGE  # an image whose sides are multiples of this is never resized
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # RGB
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # The Tekken v13 names; every id not listed is <SPECIAL_id>.
 SPECIAL_NAMES = {
-    0: "<unk>", 1: "<s>", 2: "</s>", 3: "[INST]", 4: "[/INST]", 5: "[AVAILABLE_TOOLS]", 6: "[/AVAILABLE_TOOLS]",
-    7: "[TOOL_RESULTS]", 8: "[/TOOL_RESULTS]", 9: "[TOOL_CALLS]", IMG: "[IMG]", 11: "<pad>", IMG_BREAK: "[IMG_BREAK]",
-    IMG_END: "[IMG_END]", 14: "[PREFIX]", 15: "[MIDDLE]", 16: "[SUFFIX]", 17: "[SYSTEM_PROMPT]",
-    18: "[/SYSTEM_PROMPT]", 19: "[TOOL_CONTENT]", 24: "[AUDIO]", 25: "[BEGIN_AUDIO]", 32: "[ARGS]", 33: "[CALL_ID]",
-    34: "[THINK]", 35: "[/THINK]",
+    0: "<unk>",
+    1: "<s>",
+    2: "</s>",
+    3: "[INST]",
+    4: "[/INST]",
+    5: "[AVAILABLE_TOOLS]",
+    6: "[/AVAILABLE_TOOLS]",
+    7: "[TOOL_RESULTS]",
+    8: "[/TOOL_RESULTS]",
+    9: "[TOOL_CALLS]",
+    IMG: "[IMG]",
+    11: "<pad>",
+    IMG_BREAK: "[IMG_BREAK]",
+    IMG_END: "[IMG_END]",
+    14: "[PREFIX]",
+    15: "[MIDDLE]",
+    16: "[SUFFIX]",
+    17: "[SYSTEM_PROMPT]",
+    18: "[/SYSTEM_PROMPT]",
+    19: "[TOOL_CONTENT]",
+    24: "[AUDIO]",
+    25: "[BEGIN_AUDIO]",
+    32: "[ARGS]",
+    33: "[CALL_ID]",
+    34: "[THINK]",
+    35: "[/THINK]",
 }
 
-EMBEDDING_STD = 0.25      # small beside what a layer adds, or a tied model only repeats its last token
-ROW_SPREAD = 0.5          # embedding rows differ in length (log-normal), as trained ones do: this clears the argmax
-UNUSED_ROW = 0.1          # rows of special ids nobody trained are short, as in the releases: they never win
-QK_GAIN = 1.5             # attention that prefers some positions, so that a few image tokens are not averaged away
-GELU_RMS = 0.65           # rms of gelu(x) for x ~ N(0, 1): linear_2 undoes it to match the text embeddings
+EMBEDDING_STD = 0.25  # small beside what a layer adds, or a tied model only repeats its last token
+ROW_SPREAD = 0.5  # embedding rows differ in length (log-normal), as trained ones do: this clears the argmax
+UNUSED_ROW = 0.1  # rows of special ids nobody trained are short, as in the releases: they never win
+QK_GAIN = 1.5  # attention that prefers some positions, so that a few image tokens are not averaged away
+GELU_RMS = 0.65  # rms of gelu(x) for x ~ N(0, 1): linear_2 undoes it to match the text embeddings
 
 F8_MAX = 448.0
 
@@ -75,12 +96,12 @@ def e4m3_value(code):
 
 def e4m3_code(x):
     """float32 → float8_e4m3fn codes (uint8), round to nearest even, saturating at ±448. Finite values only."""
-    values = e4m3_value(np.arange(127)).astype(np.float64)      # the finite non-negative numbers, ascending by code
+    values = e4m3_value(np.arange(127)).astype(np.float64)  # the finite non-negative numbers, ascending by code
     middles = (values[:-1] + values[1:]) / 2
     magnitude = np.abs(np.asarray(x, dtype=np.float64))
-    code = np.searchsorted(middles, magnitude, side="left")     # a tie stays below ...
+    code = np.searchsorted(middles, magnitude, side="left")  # a tie stays below ...
     tie = (code < 126) & (magnitude == middles[np.minimum(code, 125)])
-    code += tie & (code % 2 == 1)                               # ... unless the code below is odd
+    code += tie & (code % 2 == 1)  # ... unless the code below is odd
     return code.astype(np.uint8) | np.where(np.signbit(x), 0x80, 0).astype(np.uint8)
 
 
@@ -159,7 +180,8 @@ def _tensors(s):
             (layer + "feed_forward.down_proj.weight", (vision, vision_ffn), _linear(), False),
         ]
     projector = "multi_modal_projector."
-    return tensors + [
+    return [
+        *tensors,
         (projector + "norm.weight", (vision,), _norm, False),
         (projector + "patch_merger.merging_layer.weight", (vision, vision * MERGE**2), _linear(), False),
         (projector + "linear_1.weight", (hidden, vision), _linear(), False),
@@ -188,8 +210,12 @@ def _stored(tensors, seed, dtype, prefix):
         # No inputs were measured: as if the largest had been between 2 and 6, common after an RMSNorm.
         input_scale = (4 + 2 * np.tanh(_normal(seed, name + ":input", (), 1.0))) / F8_MAX
         yield on_disk, "F8_E4M3", shape, lambda weight=weight: quantise_e4m3(weight())[0].tobytes()
-        yield (stem + "weight_scale_inv", "BF16", (),
-               lambda weight=weight: bf16_bits(quantise_e4m3(weight())[1]).tobytes())
+        yield (
+            stem + "weight_scale_inv",
+            "BF16",
+            (),
+            lambda weight=weight: bf16_bits(quantise_e4m3(weight())[1]).tobytes(),
+        )
         yield stem + "activation_scale", "BF16", (), lambda scale=input_scale: bf16_bits(scale).tobytes()
 
 
@@ -219,7 +245,7 @@ def _write_weights(folder, stored, n_shards):
     total = sum(_n_bytes(kind, shape) for _, kind, shape, _ in stored)
     parts, done = [[]], 0
     for tensor in stored:
-        if done * n_shards >= total * len(parts):      # a tensor larger than a shard still leaves no file empty
+        if done * n_shards >= total * len(parts):  # a tensor larger than a shard still leaves no file empty
             parts.append([])
         parts[-1].append(tensor)
         done += _n_bytes(tensor[1], tensor[2])
@@ -228,8 +254,10 @@ def _write_weights(folder, stored, n_shards):
         path = folder / f"model-{i:05d}-of-{n_shards:05d}.safetensors"
         _write_safetensors(path, part)
         weight_map |= {name: path.name for name, *_ in part}
-    _write_json(folder / "model.safetensors.index.json",
-                {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    _write_json(
+        folder / "model.safetensors.index.json",
+        {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
+    )
 
 
 # -- config ----------------------------------------------------------------------------------------------------------
@@ -319,24 +347,33 @@ def _write_processor(folder, context):
         "image_processor_type": "PixtralImageProcessorFast",
         "image_std": list(PIXEL_STD),
         "patch_size": PATCH_PX,
-        "resample": 3,                            # bicubic
+        "resample": 3,  # bicubic
         "rescale_factor": 1 / 255,
         "size": {"longest_edge": 1540},
     }
     _write_json(folder / "preprocessor_config.json", image_processor | {"processor_class": "PixtralProcessor"})
-    _write_json(folder / "processor_config.json", {
-        "image_break_token": "[IMG_BREAK]",
-        "image_end_token": "[IMG_END]",
-        "image_processor": image_processor,
-        "image_token": "[IMG]",
-        "patch_size": PATCH_PX,
-        "processor_class": "PixtralProcessor",
-        "spatial_merge_size": MERGE,
-    })
-    _write_json(folder / "generation_config.json", {
-        "bos_token_id": 1, "eos_token_id": 2, "max_length": context, "pad_token_id": 11,
-        "transformers_version": "5.0.0.dev0",
-    })
+    _write_json(
+        folder / "processor_config.json",
+        {
+            "image_break_token": "[IMG_BREAK]",
+            "image_end_token": "[IMG_END]",
+            "image_processor": image_processor,
+            "image_token": "[IMG]",
+            "patch_size": PATCH_PX,
+            "processor_class": "PixtralProcessor",
+            "spatial_merge_size": MERGE,
+        },
+    )
+    _write_json(
+        folder / "generation_config.json",
+        {
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "max_length": context,
+            "pad_token_id": 11,
+            "transformers_version": "5.0.0.dev0",
+        },
+    )
 
 
 # -- tokenizer -------------------------------------------------------------------------------------------------------
@@ -354,18 +391,21 @@ def _tekken():
 
 def _write_tekken(folder, vocab):
     """tekken.json as v13 writes it. The first ranks of a byte-pair vocabulary are themselves such a vocabulary."""
-    _write_json(folder / "tekken.json", {
-        "config": {
-            "pattern": _tekken()["config"]["pattern"],
-            "num_vocab_tokens": vocab - N_SPECIAL,
-            "default_vocab_size": vocab,
-            "default_num_special_tokens": N_SPECIAL,
-            "version": "v13",
+    _write_json(
+        folder / "tekken.json",
+        {
+            "config": {
+                "pattern": _tekken()["config"]["pattern"],
+                "num_vocab_tokens": vocab - N_SPECIAL,
+                "default_vocab_size": vocab,
+                "default_num_special_tokens": N_SPECIAL,
+                "version": "v13",
+            },
+            "vocab": _tekken()["vocab"][: vocab - N_SPECIAL],
+            "special_tokens": [{"rank": i, "token_str": special_name(i), "is_control": True} for i in range(N_SPECIAL)],
+            "image": {"image_patch_size": PATCH_PX, "max_image_size": 1540, "spatial_merge_size": MERGE},
         },
-        "vocab": _tekken()["vocab"][: vocab - N_SPECIAL],
-        "special_tokens": [{"rank": i, "token_str": special_name(i), "is_control": True} for i in range(N_SPECIAL)],
-        "image": {"image_patch_size": PATCH_PX, "max_image_size": 1540, "spatial_merge_size": MERGE},
-    })
+    )
 
 
 def _byte_alphabet():
@@ -396,44 +436,67 @@ def _write_tokenizer(folder, vocab):
 
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     specials = {special_name(i): i for i in range(N_SPECIAL)}
-    _write_json(folder / "tokenizer.json", {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
-                          "normalized": False, "special": True} for name, i in specials.items()],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": _tekken()["config"]["pattern"]}, "behavior": "Isolated",
-             "invert": False},
-            byte_level,
-        ]},
-        "post_processor": byte_level | {"trim_offsets": False, "use_regex": True},
-        "decoder": byte_level | {"add_prefix_space": True, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": True,                # a whole word that is a token is that token, as tiktoken has it
-            "vocab": specials | {spell(piece): N_SPECIAL + n for n, piece in enumerate(pieces)},
-            "merges": [[spell(a), spell(b)] for a, b in _merges(pieces)],
+    _write_json(
+        folder / "tokenizer.json",
+        {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [
+                {
+                    "id": i,
+                    "content": name,
+                    "single_word": False,
+                    "lstrip": False,
+                    "rstrip": False,
+                    "normalized": False,
+                    "special": True,
+                }
+                for name, i in specials.items()
+            ],
+            "normalizer": None,
+            "pre_tokenizer": {
+                "type": "Sequence",
+                "pretokenizers": [
+                    {
+                        "type": "Split",
+                        "pattern": {"Regex": _tekken()["config"]["pattern"]},
+                        "behavior": "Isolated",
+                        "invert": False,
+                    },
+                    byte_level,
+                ],
+            },
+            "post_processor": byte_level | {"trim_offsets": False, "use_regex": True},
+            "decoder": byte_level | {"add_prefix_space": True, "use_regex": True},
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": None,
+                "continuing_subword_prefix": None,
+                "end_of_word_suffix": None,
+                "fuse_unk": False,
+                "byte_fallback": False,
+                "ignore_merges": True,  # a whole word that is a token is that token, as tiktoken has it
+                "vocab": specials | {spell(piece): N_SPECIAL + n for n, piece in enumerate(pieces)},
+                "merges": [[spell(a), spell(b)] for a, b in _merges(pieces)],
+            },
         },
-    })
-    _write_json(folder / "tokenizer_config.json", {
-        "backend": "tokenizers",
-        "bos_token": "<s>",
-        "clean_up_tokenization_spaces": False,
-        "eos_token": "</s>",
-        "model_max_length": 1000000000000000019884624838656,
-        "pad_token": "<pad>",
-        "processor_class": "PixtralProcessor",
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "unk_token": "<unk>",
-    })
+    )
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "backend": "tokenizers",
+            "bos_token": "<s>",
+            "clean_up_tokenization_spaces": False,
+            "eos_token": "</s>",
+            "model_max_length": 1000000000000000019884624838656,
+            "pad_token": "<pad>",
+            "processor_class": "PixtralProcessor",
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "unk_token": "<unk>",
+        },
+    )
 
 
 # -- the front door --------------------------------------------------------------------------------------------------
@@ -513,8 +576,9 @@ def main():
     parser.add_argument("--untied", action="store_true", help="a head of its own, as in the 8B and 14B")
     for name, default in defaults.items():
         if name != "tied":
-            parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default,
-                                help=f"(default: {default!r})")
+            parser.add_argument(
+                f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"(default: {default!r})"
+            )
     arguments = vars(parser.parse_args())
     folder, untied = arguments.pop("folder"), arguments.pop("untied")
     print(write_checkpoint(folder, tied=not untied, **arguments))

@@ -46,9 +46,9 @@ CASES = {
     # The text passes positions 64, 128 and 192: in no other case do the queries scale.
     "short_context": {"seed": 66, "vocab": 2048, "original_context": 64},
 }
-IMAGE_SIZES = [(112, 112), (140, 196), (224, 84)]      # height, width: square, wide and tall, all on the 28-pixel grid
+IMAGE_SIZES = [(112, 112), (140, 196), (224, 84)]  # height, width: square, wide and tall, all on the 28-pixel grid
 IMAGE_SEED = 7
-N_KEPT = 8                                             # positions whose logits are stored, counted from the end
+N_KEPT = 8  # positions whose logits are stored, counted from the end
 
 SYSTEM = "You steer a small vehicle. Answer with one action."
 SENTENCE = (
@@ -63,19 +63,28 @@ def image_ids(height, width):
     """Row by row, a break between rows and one end: (rows · columns + rows) ids."""
     row = [toy.IMG] * (width // toy.GRID_PX)
     n_rows = height // toy.GRID_PX
-    return (row + [toy.IMG_BREAK]) * (n_rows - 1) + row + [toy.IMG_END]
+    return ([*row, toy.IMG_BREAK]) * (n_rows - 1) + row + [toy.IMG_END]
 
 
 def prompt_ids(tokenizer, image, words):
     """The released layout, with the image (a list of ids, empty for none) first inside [INST]."""
+
     def special(name):
         return [tokenizer.get_special_token(name)]
 
     def encode(text):
         return tokenizer.encode(text, bos=False, eos=False)
 
-    return (special("<s>") + special("[SYSTEM_PROMPT]") + encode(SYSTEM) + special("[/SYSTEM_PROMPT]")
-            + special("[INST]") + image + encode(words) + special("[/INST]"))
+    return (
+        special("<s>")
+        + special("[SYSTEM_PROMPT]")
+        + encode(SYSTEM)
+        + special("[/SYSTEM_PROMPT]")
+        + special("[INST]")
+        + image
+        + encode(words)
+        + special("[/INST]")
+    )
 
 
 def pixel_values(image):
@@ -86,7 +95,8 @@ def pixel_values(image):
 
 def load(folder):
     model, report = Mistral3ForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True)
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
     if any(report.values()):
         raise ValueError(f"{folder}: transformers expects other tensors: {report}")
     # From fp8 checkpoints transformers leaves the tensors that are not quantised in bf16, whatever dtype was asked for.
@@ -106,8 +116,10 @@ def features_of(model, **image):
 
 
 def image_inputs(height, width, seed):
-    return {"pixel_values": pixel_values(toy.toy_image(height, width, seed)),
-            "image_sizes": torch.tensor([[height, width]])}
+    return {
+        "pixel_values": pixel_values(toy.toy_image(height, width, seed)),
+        "image_sizes": torch.tensor([[height, width]]),
+    }
 
 
 def margins(logits):
@@ -139,8 +151,11 @@ def compute(arguments):
         image = image_inputs(height, width, IMAGE_SEED)
         ids = prompt_ids(tokenizer, image_ids(height, width), QUESTION)
         logits = logits_of(model, ids, **image)
-        arrays |= {f"{key}_ids": np.array(ids, dtype=np.int32), f"{key}_features": features_of(model, **image),
-                   f"{key}_logits": logits}
+        arrays |= {
+            f"{key}_ids": np.array(ids, dtype=np.int32),
+            f"{key}_features": features_of(model, **image),
+            f"{key}_logits": logits,
+        }
         other = logits_of(model, ids, **image_inputs(height, width, IMAGE_SEED + 1))
         change = np.abs(other - logits).mean() / logits.std()
         line += f" | {key} n={len(ids)} margin={_margin_text(logits)} change={change:.2f}"
@@ -163,11 +178,13 @@ def save(path, arrays):
 
 
 def main():
-    torch.set_num_threads(1)                           # one order of summation, so that a rerun changes no byte
+    torch.set_num_threads(1)  # one order of summation, so that a rerun changes no byte
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    print("margin: top-1 minus top-2 at the last position, as a part of the range of logits; "
-          "change: mean |difference| of logits for another image, in standard deviations")
+    print(
+        "margin: top-1 minus top-2 at the last position, as a part of the range of logits; "
+        "change: mean |difference| of logits for another image, in standard deviations"
+    )
     n_bytes = 0
     for name, arguments in CASES.items():
         arrays, line = compute(arguments)
