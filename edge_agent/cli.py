@@ -132,8 +132,10 @@ def _check(arguments: argparse.Namespace) -> int:
     try:
         verified = bundle.verify(config.bundle)
         manifest = verified.manifest
-        vision_bytes = manifest.files[bundle.MMPROJ if config.vision.backend == "mtmd" else bundle.VISION].bytes
-        needed = manifest.files[bundle.LANGUAGE].bytes + vision_bytes
+        mtmd = config.vision.backend == "mtmd"
+        # onnxruntime computes in float32 and keeps the 16-bit weights beside: three times its file.
+        needed = manifest.files[bundle.MMPROJ].bytes if mtmd else 3 * manifest.files[bundle.VISION].bytes
+        needed += manifest.files[bundle.LANGUAGE].bytes
         needed += config.language.context * manifest.model.kv_bytes_per_token
         needed_mib = needed / 2**20 + 350
         print(

@@ -69,8 +69,12 @@ class Language:
         config: LanguageConfig,
         embedding: Embedding,
         progress: Callable[[float], None] = lambda part: None,
+        repack: bool = True,
     ) -> None:
-        """Load. progress(0…1) is called while weights are read. Raises LanguageError."""
+        """Load. progress(0…1) is called while weights are read. Raises LanguageError.
+
+        repack: on a CPU, llama.cpp keeps a second copy of the weights, in the order its kernels like best.
+        """
 
         @ll.llama_progress_callback
         def on_progress(part: float, _user: object) -> bool:
@@ -81,6 +85,7 @@ class Language:
         log_to(lambda text: log_lines.append(text.strip()))
         params = ll.llama_model_default_params()
         params.n_gpu_layers = config.gpu_layers
+        params.use_extra_bufts = repack
         params.progress_callback = on_progress
         self.model = ll.llama_model_load_from_file(os.fsencode(path), params)
         log_to(None)

@@ -209,6 +209,13 @@ class Ready(msgspec.Struct, frozen=True, tag_field="kind", tag="ready"):
     warmup_ms: float
 
 
+class CannotStart(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="cannot-start"):
+    """The last words of a model process that never gets ready."""
+
+    reason: str
+    configured: bool  # the configuration is at fault: the same would happen again
+
+
 class Progress(msgspec.Struct, frozen=True, tag_field="kind", tag="progress"):
     """Work was really done: a stage of loading, or a decode while no frame came."""
 
@@ -247,7 +254,7 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="pi
     cut: str = ""
 
 
-ModelEvent = Ready | Progress | Instructed | Proposal | Piece
+ModelEvent = Ready | CannotStart | Progress | Instructed | Proposal | Piece
 
 
 # Supervisor -> model.

@@ -26,12 +26,13 @@ import msgspec
 import numpy as np
 
 from edge_agent import actions, bundle, vision, worker
-from edge_agent.config import Config
+from edge_agent.config import Config, ConfigError
 from edge_agent.decoding import Grammar, NotFinite, greedy
 from edge_agent.frames import Frame, Slot
-from edge_agent.language import ACT, WORDS, Language
+from edge_agent.language import ACT, WORDS, Language, LanguageError
 from edge_agent.messages import (
     Ask,
+    CannotStart,
     Cut,
     Instruct,
     Instructed,
@@ -109,8 +110,9 @@ class Engine:
         closing = [self.special["img_end"], *self.language.tokens(ACT_CLOSING), self.special["inst_end"], *opening]
         self.opening = opening
         self.closing_rows = self.language.embed(closing)  # (n, hidden) float32
-        # One buffer for a frame's rows and what follows them; a strip of one column has the most rows for its tokens.
-        most_rows = 2 * config.vision.max_tokens + len(closing)
+        # One buffer for a frame's rows, a break after each line but the last, and what follows them.
+        most_lines = manifest.vision.image_size // (manifest.vision.patch * manifest.vision.merge)
+        most_rows = config.vision.max_tokens + most_lines + len(closing)
         self.rows = np.empty((most_rows, self.language.n_embd), np.float32)
         self.prefix: list[int] = []
         self.frame_stop = 0  # position after the frame's [IMG_END]; 0: the cache holds no frame
@@ -129,8 +131,8 @@ class Engine:
         needed = len(prefix) + 2 * len(self.rows) + MAX_ANSWER_TOKENS + self.config.language.max_words_tokens + 64
         if needed > self.language.n_ctx:
             raise Refused(
-                f"the instruction makes a prompt of {len(prefix)} tokens; with two frames and the answers that is "
-                f"{needed}, language.context is {self.language.n_ctx}: shorten it, or lower vision.max_tokens"
+                f"language.context: {len(prefix)} tokens of prompt, two frames and the answers make {needed}, found "
+                f"{self.language.n_ctx}; raise it, lower vision.max_tokens, or shorten the instruction"
             )
         self.language.forget(WORDS, 0)
         self.language.forget(ACT, 0)
@@ -382,10 +384,17 @@ def main() -> int:
         events.send(encode(event))
 
     start = time.monotonic()
-    model_bundle = bundle.read_manifest(config.bundle)  # the supervisor has verified the files
-    engine = Engine(config, model_bundle, actions.load(config.task.space), emit)
-    emit(Progress("warm-up"))
-    warmup_ms = warm_up(engine)
+    try:
+        model_bundle = bundle.read_manifest(config.bundle)  # the supervisor has verified the files
+        engine = Engine(config, model_bundle, actions.load(config.task.space), emit)
+        emit(Progress("warm-up"))
+        warmup_ms = warm_up(engine)
+    except (LanguageError, vision.VisionError, bundle.BundleError, ValueError) as error:
+        emit(CannotStart(reason=str(error), configured=False))
+        return 1
+    except (Refused, ConfigError) as error:
+        emit(CannotStart(reason=str(error), configured=True))
+        return 1
     emit(Ready(vision=engine.encoder.provider, load_s=time.monotonic() - start, warmup_ms=warmup_ms))
     loop = Loop(engine, slot, events)
     while True:

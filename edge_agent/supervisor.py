@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import select
 import signal
-import sys
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -39,6 +39,7 @@ MAX_RESTARTS_IN_A_ROW = 5  # of a model that never gets ready again: let systemd
 MAX_ID = 64
 REMEMBERED_REPLIES = 256
 ASK_TIMEOUT_S = 60.0
+PATIENCE = 3  # a model is not stalled before so many times the duration of its warm-up frame
 NS = 1_000_000_000
 MS = 1_000_000
 
@@ -105,7 +106,7 @@ class Supervisor:
         self.watchdog = Watchdog()
         self.ready = False  # READY was said
         self.model_ready = self.camera_open = self.camera_ended = self.paused = self.stopping = False
-        self.vision = ""
+        self.vision, self.frame_s = "", 0.0  # which encoder really runs; how long the warm-up frame took
         self.progress = self.actions = 0
         self.refusals: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
@@ -194,12 +195,22 @@ class Supervisor:
                 self._instructed(event)
             elif isinstance(event, m.Ready):
                 self._model_is_ready(event)
+            elif isinstance(event, m.CannotStart):
+                if not self.ready:
+                    raise Stop(EX_CONFIG if event.configured else 1, event.reason)
+                self._lose_model(event.reason)
+                return
         if worker.exit_status is not None:
             self._lose_model(_ending(worker.exit_status))
 
     def _model_is_ready(self, event: m.Ready) -> None:
         log(f"model ready in {event.load_s:.1f} s, first frame {event.warmup_ms:.0f} ms, vision by {event.vision}")
-        self.vision = event.vision
+        if event.warmup_ms > self.config.task.deadline_ms:
+            deadline_ms = self.config.task.deadline_ms
+            log(
+                f"slower than task.deadline_ms, {deadline_ms}: answers will be late; lower vision.max_tokens or raise it"
+            )
+        self.vision, self.frame_s = event.vision, event.warmup_ms / 1000
         self.model.worker.send(m.encode(m.SetPaused(self.paused)))
         self.model.worker.send(m.encode(m.Instruct(self.task_id, self.task)))
 
@@ -207,7 +218,7 @@ class Supervisor:
         sender, request, text = self.instructing.pop(event.task_id, (None, "", self.task))
         if event.error:
             if sender is None:
-                raise Stop(EX_CONFIG, f"task.instruction: {event.error}")
+                raise Stop(EX_CONFIG, event.error)
             self._reply(sender, request, error=event.error)
             return
         self.task_id, self.task = event.task_id, text
@@ -215,7 +226,8 @@ class Supervisor:
             self._reply(sender, request, result={"task": text})
         if not self.model_ready:
             self.model_ready, self.model.reason, self.model.in_a_row = True, "", 0
-            self.watchdog.allow(None)
+            slow = PATIENCE * self.frame_s * 1e6 > self.watchdog.interval_us
+            self.watchdog.allow(PATIENCE * self.frame_s if slow else None)
 
     def _proposal(self, p: m.Proposal) -> None:
         """The one place where a model's words become an action: everything is checked here, nowhere later."""
@@ -350,7 +362,7 @@ class Supervisor:
         for child in (self.camera, self.model):
             if child.worker is None and now_ns >= child.due_ns and not (child is self.camera and self.camera_ended):
                 self._start_model() if child is self.model else child.start()
-        model_s = watch.model_stall_s if self.model_ready else watch.model_load_s
+        model_s = max(watch.model_stall_s, PATIENCE * self.frame_s) if self.model_ready else watch.model_load_s
         if self.model.worker and now_ns - self.model.heard_ns > model_s * NS:
             self._lose_model(f"stalled: no progress in {model_s:g} s")
         slow_s = 2 / self.config.camera.fps if self.config.camera.fps else 0.0
@@ -520,9 +532,10 @@ def _ending(status: int) -> str:
 
 
 def log(line: str) -> None:
-    """One line to stderr, which is the journal's; a full or closed one must not stop us."""
+    """One line to stderr, which is the journal's. Whoever reads it may be dead or stuck: then the line is lost."""
     with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
+        if select.select([], [2], [], 0)[1]:
+            os.write(2, line.encode(errors="replace")[:4000] + b"\n")  # below PIPE_BUF: cannot wait once it is writable
 
 
 def run(config: Config) -> int:

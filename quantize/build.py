@@ -7,9 +7,13 @@ of it stays. The bundle is tried before it gets its manifest: it is loaded by th
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import fcntl
+import glob
 import math
 import os
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,10 +25,10 @@ import numpy as np
 import edge_agent
 from edge_agent import bundle, language, vision
 from edge_agent.config import LanguageConfig
+from quantize import ggml, names, tokenizer
 from quantize import recipe as recipes
-from quantize import tokenizer
 from quantize.checkpoint import DTYPES, Checkpoint
-from quantize.language import img_break, write_language, write_mmproj
+from quantize.language import TYPES, img_break, uniform, write_language, write_mmproj
 from quantize.vision import write_vision
 
 Report = Callable[[str, str, int, int], None]  # (stage, what, done, in all)
@@ -49,49 +53,76 @@ def fresh_folder(out: Path, force: bool) -> Iterator[Path]:
             raise BuildError(f"{out}: --force replaces only folders made by edge-quantize; found {strange[0]!r} in it")
     if not out.parent.is_dir():
         raise BuildError(f"{out.parent}: no such folder; make it first")
-    work = out.parent / f".{out.name}.{os.getpid()}.part"
-    work.mkdir()
+    _clear_leftovers(out)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
+    lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
     try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield work
         for file in work.iterdir():
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
+        work.chmod(0o755)
         bundle.sync_folder(work)
-        old = out.parent / f".{out.name}.{os.getpid()}.old"
-        if out.exists():
-            os.rename(out, old)
-        os.rename(work, out)
+        _replace(work, out)
         bundle.sync_folder(out.parent)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        os.close(lock)
+
+
+def _replace(work: Path, out: Path) -> None:
+    """`work` becomes `out`. An `out` that was there is exchanged for it in one step and goes with `work`'s name."""
+    if not out.exists():
+        os.rename(work, out)
+    elif _libc.renameat2(_AT_FDCWD, os.fsencode(work), _AT_FDCWD, os.fsencode(out), _RENAME_EXCHANGE):
+        old = work.with_suffix(".old")  # a file system that cannot exchange: killed in between, the old one is here
+        os.rename(out, old)
+        os.rename(work, out)
+        shutil.rmtree(old)
+
+
+_libc = ctypes.CDLL(None)
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def _clear_leftovers(out: Path) -> None:
+    """What a killed run left beside `out`; a folder that is locked is being worked in."""
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*.part"):
+        lock = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left, ignore_errors=True)
+        os.close(lock)
 
 
 def convert(checkpoint: Checkpoint, out: Path, kind: str, force: bool, report: Report) -> None:
     """language.gguf, mmproj.gguf and vision.onnx at source precision (or as `kind` says)."""
-    _need_space(out, _elements(checkpoint) * {"bf16": 2, "f16": 2, "f32": 4}[kind])
+    rows = [*checkpoint.text_rows, *checkpoint.vision_rows, *checkpoint.vision_rows]  # vision is written twice
+    _need_space(out, _elements(rows, checkpoint) * {"bf16": 2, "f16": 2, "f32": 4}[kind])
+    types = uniform(checkpoint, checkpoint.text_rows, kind)
     with fresh_folder(out, force) as work:
-        _convert(checkpoint, work, kind, report)
+        write_language(checkpoint, work / bundle.LANGUAGE, types, TYPES[kind][1], _stage(report, "language"))
+        _write_vision(checkpoint, work, kind, report)
 
 
 def build(checkpoint: Checkpoint, out: Path, recipe: str, force: bool, report: Report) -> bundle.Manifest:
-    """The same, then quantised, tried and described: a bundle."""
-    weight = recipes.weigh(checkpoint, recipe)
-    _need_space(out, _elements(checkpoint) * 2 + sum(weight.values()))
+    """The same with a quantised language model, tried and described: a bundle."""
+    types = recipes.plan(checkpoint, recipe)
+    _need_space(
+        out, sum(recipes.weigh(checkpoint, recipe).values()) + 2 * 2 * _elements(checkpoint.vision_rows, checkpoint)
+    )
     with fresh_folder(out, force) as work:
-        full = work / "full.gguf"
-        _convert(checkpoint, work, "bf16", report, language_name=full.name)
-        recipes.quantise(full, work / bundle.LANGUAGE, recipe, _stage(report, f"quantise {recipe}"))
-        full.unlink()
+        write_language(
+            checkpoint, work / bundle.LANGUAGE, types, recipes.RECIPES[recipe], _stage(report, f"language {recipe}")
+        )
+        _write_vision(checkpoint, work, "bf16", report)
         manifest = _describe(checkpoint, work, recipe, report)
         bundle.write_manifest(work, manifest)
         return manifest
 
 
-def _convert(
-    checkpoint: Checkpoint, work: Path, kind: str, report: Report, language_name: str = bundle.LANGUAGE
-) -> None:
-    write_language(checkpoint, work / language_name, kind, _stage(report, "language"))
+def _write_vision(checkpoint: Checkpoint, work: Path, kind: str, report: Report) -> None:
     write_mmproj(checkpoint, work / bundle.MMPROJ, kind, _stage(report, "mmproj"))
     write_vision(checkpoint, work / bundle.VISION, kind, _stage(report, "vision"))
 
@@ -100,10 +131,8 @@ def _stage(report: Report, stage: str) -> Callable[[str, int, int], None]:
     return lambda what, done, total: report(stage, what, done, total)
 
 
-def _elements(checkpoint: Checkpoint) -> int:
-    """Numbers written at source precision: the vision encoder twice, as GGUF and as ONNX."""
-    vision_elements = sum(math.prod(checkpoint.shape(row)) for row in checkpoint.vision_rows)
-    return sum(math.prod(checkpoint.shape(row)) for row in checkpoint.text_rows) + 2 * vision_elements
+def _elements(rows: list[names.Row], checkpoint: Checkpoint) -> int:
+    return sum(math.prod(checkpoint.shape(row)) for row in rows)
 
 
 def _need_space(out: Path, n_bytes: int) -> None:
@@ -118,7 +147,7 @@ def _need_space(out: Path, n_bytes: int) -> None:
 
 def _describe(checkpoint: Checkpoint, work: Path, recipe: str, report: Report) -> bundle.Manifest:
     """Try the files as the runtime will use them, then hash everything."""
-    table = recipes.tensor_table(work / bundle.LANGUAGE)
+    table = ggml.tensor_table(work / bundle.LANGUAGE)
     by_type: Counter[str] = Counter()
     for tensor in table:
         by_type[tensor.ggml_type] += tensor.n_bytes
@@ -164,32 +193,31 @@ def _describe(checkpoint: Checkpoint, work: Path, recipe: str, report: Report) -
 
 
 def _try(work: Path, model: bundle.Model, seen: bundle.Vision, break_row: np.ndarray) -> dict[str, float]:
-    """Load both halves; the two encoders must agree, and rows looked up by us must do what tokens do."""
+    """Load the parts, the larger ones one after the other: rows looked up must do what tokens do, and the two encoders
+    must agree on a picture."""
+    preprocessor, unit = vision.Preprocessor(seen, 64), seen.patch * seen.merge
+    noise = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    image = np.ascontiguousarray(np.kron(noise, np.ones((unit, unit, 1), np.uint8)))
     config = LanguageConfig(context=256, gpu_layers=0)
-    with language.Language(work / bundle.LANGUAGE, config, model.embedding) as llm:
+    with language.Language(work / bundle.LANGUAGE, config, model.embedding, repack=False) as llm:
         tokens = [model.special["bos"], model.special["inst"], *llm.tokens("Hold position."), model.special["inst_end"]]
         by_token = llm.decode_tokens(tokens, 0).copy()
         llm.forget(language.ACT, 0)
         by_row = llm.decode_rows(llm.embed(tokens), 0).copy()
-        if not np.isfinite(by_token).all():
-            raise BuildError("the quantised model gives numbers that are not finite; the checkpoint is damaged")
-        difference = float(np.abs(by_token - by_row).max() / max(np.abs(by_token).max(), 1e-9))
-        if difference > 1e-3:
-            raise BuildError(f"embedding rows looked up differ from the model's own by {difference:.2g}; report this")
-        preprocessor = vision.Preprocessor(seen, 64)
-        unit = seen.patch * seen.merge
-        noise = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
-        image = np.ascontiguousarray(np.kron(noise, np.ones((unit, unit, 1), np.uint8)))
-        rows = []
-        for encoder in (
-            vision.OnnxEncoder(work / bundle.VISION, preprocessor, 0),
-            vision.MtmdEncoder(work / bundle.MMPROJ, llm.model, break_row, unit, 0, gpu=False),
-        ):
-            rows.append(np.array(encoder.encode(image)))
-            encoder.close()
-    a, b = rows
+        encoder = vision.MtmdEncoder(work / bundle.MMPROJ, llm.model, break_row, unit, 0, gpu=False)
+        a = np.array(encoder.encode(image))
+        encoder.close()
+    encoder = vision.OnnxEncoder(work / bundle.VISION, preprocessor, 0)
+    b = encoder.encode(image)
+    encoder.close()
+
+    if not np.isfinite(by_token).all():
+        raise BuildError("the quantised model gives numbers that are not finite; the checkpoint is damaged")
+    difference = float(np.abs(by_token - by_row).max() / max(np.abs(by_token).max(), 1e-9))
+    if difference > 1e-3:
+        raise BuildError(f"embedding rows looked up differ from the model's own by {difference:.2g}; report this")
     if a.shape != b.shape:
-        raise BuildError(f"vision.onnx gives {a.shape} rows, mmproj.gguf {b.shape}; report this")
+        raise BuildError(f"mmproj.gguf gives {a.shape} rows, vision.onnx {b.shape}; report this")
     cosine = float(((a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))).min())
     if not cosine >= MIN_COSINE:
         raise BuildError(f"vision.onnx and mmproj.gguf disagree: cosine {cosine:.5f}, expected {MIN_COSINE} or more")

@@ -72,7 +72,9 @@ def quantise_rows(rows: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarr
         count = min(step, n - start)
         written = _quantize_chunk(kind, rows.ctypes.data, out.ctypes.data, start * width, count, width, None)
         if written != count * out.shape[1]:
-            raise RuntimeError(f"ggml_quantize_chunk: expected {count * out.shape[1]} bytes of {kind.name}, wrote {written}")
+            raise RuntimeError(
+                f"ggml_quantize_chunk: expected {count * out.shape[1]} bytes of {kind.name}, wrote {written}"
+            )
 
     list(_threads.map(part, range(0, n, step)))
     return out

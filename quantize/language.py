@@ -1,7 +1,8 @@
 """Checkpoint -> GGUF files, in one pass over the tensors: language.gguf, and mmproj.gguf for llama.cpp's encoder.
 
 The headers come from the `gguf` package; tensor bytes are streamed in blocks of rows, so memory does not grow with the
-model. Matrices take the asked type, vectors stay float32, as llama.cpp expects. Quantising is recipe.py's work.
+model, and quantised on the way, without a file at full precision in between. Which tensor gets which type is said by
+the caller (recipe.plan); vectors stay float32, as llama.cpp expects.
 """
 
 from __future__ import annotations
@@ -14,24 +15,27 @@ import gguf
 import ml_dtypes
 import numpy as np
 
-from quantize import names, tokenizer
-from quantize.checkpoint import Checkpoint, chat_template, spans
+from quantize import ggml, names, tokenizer
+from quantize.checkpoint import Checkpoint, CheckpointError, chat_template, spans
 
 Report = Callable[[str, int, int], None]  # (what, bytes done, bytes in all)
-TYPES = {  # --type -> (GGUF tensor type, numpy dtype of its elements, llama.cpp's file type)
-    "bf16": (gguf.GGMLQuantizationType.BF16, np.dtype(ml_dtypes.bfloat16), gguf.LlamaFileType.MOSTLY_BF16),
-    "f16": (gguf.GGMLQuantizationType.F16, np.dtype(np.float16), gguf.LlamaFileType.MOSTLY_F16),
-    "f32": (gguf.GGMLQuantizationType.F32, np.dtype(np.float32), gguf.LlamaFileType.ALL_F32),
+Type = gguf.GGMLQuantizationType
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+TYPES = {  # --type -> (GGUF tensor type, llama.cpp's file type)
+    "bf16": (Type.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+    "f16": (Type.F16, gguf.LlamaFileType.MOSTLY_F16),
+    "f32": (Type.F32, gguf.LlamaFileType.ALL_F32),
 }
+FLOATS = {Type.BF16: BFLOAT16, Type.F16: np.dtype(np.float16), Type.F32: np.dtype(np.float32)}
 # llama.cpp's convolution takes no bfloat16, and its own files keep these two at float32 unless they are float16.
 CONVOLUTIONS = ("v.patch_embd.weight", "mm.patch_merger.weight")
 IMG_BREAK = "v.token_embd.img_break"
 
 
-def write_language(checkpoint: Checkpoint, out: Path, kind: str, report: Report) -> None:
-    """language.gguf: the text model and its tokenizer."""
+def write_language(checkpoint: Checkpoint, out: Path, types: dict[str, Type], file_type: int, report: Report) -> None:
+    """language.gguf: the text model and its tokenizer. types: GGUF name -> type, of every text tensor."""
     words = tokenizer.read(checkpoint.folder, checkpoint.text.vocab)
-    writer = _language_writer(checkpoint, out, kind)
+    writer = _language_writer(checkpoint, out, file_type)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("tekken")
     writer.add_token_list(words.tokens)
@@ -45,31 +49,28 @@ def write_language(checkpoint: Checkpoint, out: Path, kind: str, report: Report)
     writer.add_add_eos_token(False)
     if template := chat_template(checkpoint.folder):
         writer.add_chat_template(template)
-    _write(writer, checkpoint, checkpoint.text_rows, kind, report)
+    _write(writer, checkpoint, checkpoint.text_rows, types, report)
 
 
 def write_outline(checkpoint: Checkpoint, out: Path) -> None:
     """language.gguf with every header and no weights (a hole in the file): enough for libllama to plan a recipe."""
-    writer = _language_writer(checkpoint, out, "bf16")
-    dtypes = _declare(writer, checkpoint, checkpoint.text_rows, "bf16")
-    n_bytes = sum(
-        gguf.GGUFWriter.ggml_pad(
-            math.prod(checkpoint.shape(row)) * dtypes[row.gguf][1].itemsize, gguf.GGUF_DEFAULT_ALIGNMENT
-        )
-        for row in checkpoint.text_rows
-    )
+    writer = _language_writer(checkpoint, out, TYPES["bf16"][1])
+    types = uniform(checkpoint, checkpoint.text_rows, "bf16")
+    _declare(writer, checkpoint, checkpoint.text_rows, types)
+    sizes = [_n_bytes(checkpoint.shape(row), types[row.gguf]) for row in checkpoint.text_rows]
+    n_bytes = sum(gguf.GGUFWriter.ggml_pad(size, gguf.GGUF_DEFAULT_ALIGNMENT) for size in sizes)
     file = writer.fout[0]
     file.truncate(file.tell() + n_bytes)
     writer.close()
 
 
-def _language_writer(checkpoint: Checkpoint, out: Path, kind: str) -> gguf.GGUFWriter:
+def _language_writer(checkpoint: Checkpoint, out: Path, file_type: int) -> gguf.GGUFWriter:
     t = checkpoint.text
     writer = gguf.GGUFWriter(out, "mistral3")
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(f"{checkpoint.family} {checkpoint.size} {checkpoint.variant()}")
     writer.add_size_label(checkpoint.size)
-    writer.add_file_type(TYPES[kind][2])
+    writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(t.vocab)
     writer.add_context_length(t.context)
@@ -99,7 +100,7 @@ def write_mmproj(checkpoint: Checkpoint, out: Path, kind: str, report: Report) -
     writer = gguf.GGUFWriter(out, "clip")
     writer.add_type(gguf.GGUFType.MMPROJ)
     writer.add_name(f"{checkpoint.family} {checkpoint.size} vision")
-    writer.add_file_type(TYPES[kind][2])
+    writer.add_file_type(TYPES[kind][1])
     writer.add_clip_has_vision_encoder(True)
     writer.add_clip_projector_type(gguf.VisionProjectorType.PIXTRAL)
     writer.add_vision_projection_dim(checkpoint.text.hidden)
@@ -114,7 +115,8 @@ def write_mmproj(checkpoint: Checkpoint, out: Path, kind: str, report: Report) -
     writer.add_vision_spatial_merge_size(v.merge)
     writer.add_vision_image_mean(v.mean)
     writer.add_vision_image_std(v.std)
-    _write(writer, checkpoint, checkpoint.vision_rows, kind, report, break_id=words.special["img_break"])
+    rows = checkpoint.vision_rows
+    _write(writer, checkpoint, rows, uniform(checkpoint, rows, kind), report, break_id=words.special["img_break"])
 
 
 def img_break(checkpoint: Checkpoint, break_id: int) -> np.ndarray:
@@ -122,40 +124,59 @@ def img_break(checkpoint: Checkpoint, break_id: int) -> np.ndarray:
     return checkpoint.rows(names.TEXT[0], break_id, break_id + 1)[0].astype(np.float32)
 
 
+def uniform(checkpoint: Checkpoint, rows: list[names.Row], kind: str) -> dict[str, Type]:
+    """Every matrix in one type: bf16, f16 or f32. GGUF name -> type."""
+
+    def of(row: names.Row) -> Type:
+        exact = len(checkpoint.shape(row)) == 1 or (row.gguf in CONVOLUTIONS and kind != "f16")
+        return Type.F32 if exact else TYPES[kind][0]
+
+    return {row.gguf: of(row) for row in rows}
+
+
+def _n_bytes(shape: tuple[int, ...], kind: Type) -> int:
+    return math.prod(shape[:-1]) * ggml.row_bytes(kind, shape[-1])
+
+
 def _declare(
-    writer: gguf.GGUFWriter, checkpoint: Checkpoint, rows: list[names.Row], kind: str, break_row: bool = False
-) -> dict[str, tuple[gguf.GGMLQuantizationType, np.dtype]]:
-    """Write every header; returns the element type of each tensor."""
-    dtypes = {row.gguf: _element(row, kind, len(checkpoint.shape(row))) for row in rows}
+    writer: gguf.GGUFWriter,
+    checkpoint: Checkpoint,
+    rows: list[names.Row],
+    types: dict[str, Type],
+    break_row: bool = False,
+) -> None:
+    """Write every header."""
     for row in rows:
-        shape = checkpoint.shape(row)
-        ggml_type, dtype = dtypes[row.gguf]
-        writer.add_tensor_info(row.gguf, shape, dtype, math.prod(shape) * dtype.itemsize, ggml_type)
+        shape, kind = checkpoint.shape(row), types[row.gguf]
+        writer.add_tensor_info(row.gguf, shape, np.dtype(np.float32), _n_bytes(shape, kind), kind)
     if break_row:
         writer.add_tensor_info(IMG_BREAK, (checkpoint.text.hidden,), np.dtype(np.float32), checkpoint.text.hidden * 4)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.write_padding(writer.fout[0], writer.fout[0].tell())
-    return dtypes
 
 
 def _write(
     writer: gguf.GGUFWriter,
     checkpoint: Checkpoint,
     rows: list[names.Row],
-    kind: str,
+    types: dict[str, Type],
     report: Report,
     break_id: int = -1,
 ) -> None:
-    dtypes = _declare(writer, checkpoint, rows, kind, break_row=break_id >= 0)
+    _declare(writer, checkpoint, rows, types, break_row=break_id >= 0)
     # From here the package would want each tensor whole in memory; the format is only bytes with padding between them.
     file, total, done = writer.fout[0], sum(math.prod(checkpoint.shape(row)) for row in rows), 0
     for row in rows:
-        written = 0
-        for block in tensor_blocks(checkpoint, row, dtypes[row.gguf][1]):
-            file.write(block.view(np.uint8).data)
-            written += block.nbytes
+        kind, written = types[row.gguf], 0
+        for block in tensor_blocks(checkpoint, row, FLOATS.get(kind, BFLOAT16)):
+            if kind in FLOATS:
+                data = block
+            else:  # through bfloat16, so that a bundle of an FP8 checkpoint is that of its bf16 conversion
+                data = ggml.quantise_rows(block.astype(np.float32).reshape(-1, checkpoint.shape(row)[-1]), kind)
+            file.write(data.view(np.uint8).data)
+            written += data.nbytes
             done += block.size
             report(row.gguf, done, total)
         writer.write_padding(file, written)
@@ -165,14 +186,8 @@ def _write(
     writer.close()
 
 
-def _element(row: names.Row, kind: str, n_dims: int) -> tuple[gguf.GGMLQuantizationType, np.dtype]:
-    if n_dims == 1 or (row.gguf in CONVOLUTIONS and kind != "f16"):
-        kind = "f32"
-    return TYPES[kind][:2]
-
-
 def tensor_blocks(checkpoint: Checkpoint, row: names.Row, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """The tensor as GGUF holds it: blocks of rows in `dtype`, rotary rows interleaved."""
+    """The tensor's elements in `dtype`, flat, in blocks of whole rows; rotary rows interleaved as GGUF wants them."""
     source, shape = checkpoint.sources[row.hf], checkpoint.shape(row)
     unit = shape[0] // checkpoint.dims[row.rope] if row.rope else 1  # rows of one head, which may not be split
     if checkpoint.scale(row) is None:  # straight from the file: no detour through float32 where the type stays
@@ -183,9 +198,17 @@ def tensor_blocks(checkpoint: Checkpoint, row: names.Row, dtype: np.dtype) -> It
         if row.rope:
             block = interleave(block, unit)
         block = np.ascontiguousarray(block.astype(dtype, copy=False))
-        if dtype == np.float16 and not np.isfinite(block).all():
-            raise ValueError(f"{source.file}: {source.name}: a value does not fit float16; use --type bf16")
+        if not _finite(block):
+            why = "a value does not fit float16; use --type bf16" if dtype == np.float16 else "holds NaN or infinity"
+            raise CheckpointError(f"{source.file}: {source.name}: {why}")
         yield block.reshape(-1)
+
+
+def _finite(block: np.ndarray) -> bool:
+    """Whether every number is one. By the bits for bfloat16, which numpy itself does not know."""
+    if block.dtype == BFLOAT16:
+        return not ((block.view(np.uint16) & 0x7F80) == 0x7F80).any()
+    return bool(np.isfinite(block).all())
 
 
 def interleave(block: np.ndarray, head_rows: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Which tensor gets which type: the standard recipes, carried out by libllama, and what they will weigh.
+"""Which tensor gets which type under a standard recipe, what that will weigh, and where it fits.
 
 The rules of a recipe are libllama's own; to know them beforehand they are asked, not copied: libllama plans a file that
 has every header and no weights.
@@ -15,13 +15,12 @@ from collections import Counter
 from pathlib import Path
 
 import gguf
-import llama_cpp
 import llama_cpp.llama_cpp as ll
-import msgspec
 
 from edge_agent import language
+from quantize import ggml
 from quantize.checkpoint import Checkpoint
-from quantize.language import Report, write_outline
+from quantize.language import write_outline
 
 RECIPES = {
     "Q4_K_M": ll.LLAMA_FTYPE_MOSTLY_Q4_K_M,
@@ -32,7 +31,6 @@ RECIPES = {
     "Q6_K": ll.LLAMA_FTYPE_MOSTLY_Q6_K,
     "Q8_0": ll.LLAMA_FTYPE_MOSTLY_Q8_0,
 }
-MAX_BUFFER_BYTES = 256 << 20  # of tensor rows libllama holds at once; its default is 8 GiB
 
 # Memory a program can have on a board with a headless JetPack, GiB, and what llama.cpp and onnxruntime take beside
 # weights and cache: measured with a 3B at 2048 tokens of context and 256 image tokens.
@@ -52,109 +50,58 @@ class RecipeError(Exception):
     """libllama refused; one line."""
 
 
-class TensorInfo(msgspec.Struct, frozen=True):
-    name: str
-    ggml_type: str
-    offset: int  # from the start of the file
-    n_bytes: int
+def plan(checkpoint: Checkpoint, recipe: str) -> dict[str, gguf.GGMLQuantizationType]:
+    """GGUF name -> type, for every text tensor. Raises RecipeError.
+
+    libllama says what it would do in its log, a line per tensor.
+    """
+    params = ll.llama_model_quantize_default_params()
+    params.ftype = RECIPES[recipe]
+    params.dry_run = True
+    said: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="edge-quantize-") as folder:
+        outline = Path(folder) / "outline.gguf"
+        write_outline(checkpoint, outline)
+        language.log_to(said.append)
+        try:
+            status = ll.llama_model_quantize(os.fsencode(outline), b"none.gguf", ctypes.byref(params))
+        finally:
+            language.log_to(None)
+    lines = "".join(said).splitlines()
+    if status:
+        errors = [line for line in lines if "error" in line.lower() or "failed" in line.lower()] or ["no reason given"]
+        raise RecipeError(f"{checkpoint.folder}: libllama has no plan for {recipe}: {errors[0].strip()}")
+    types = {}
+    for line in lines:
+        if found := _LINE.match(line):
+            name, before, after = found.groups()
+            types[name] = gguf.GGMLQuantizationType[(after or before).upper()]
+    missing = [row.gguf for row in checkpoint.text_rows if row.gguf not in types]
+    if missing:
+        raise RecipeError(f"{checkpoint.folder}: libllama's plan for {recipe} leaves out {missing[0]}; report this")
+    return types
 
 
-def quantise(source: Path, out: Path, recipe: str, report: Report) -> None:
-    """GGUF -> GGUF of the recipe's types. Raises RecipeError."""
-    _run(source, out, recipe, report, dry_run=False)
+# "[   1/ 236]  token_embd.weight - [ 3072, 131072, 1, 1], type =   bf16, size = 768.00 MiB -> 315.00 MiB (q6_K)"
+_LINE = re.compile(r"\[ *\d+/ *\d+\] +(\S+) .*type = +(\w+), size = .*?(?:\((\w+)\))?$")
 
 
 def weigh(checkpoint: Checkpoint, recipe: str) -> dict[str, int]:
     """Bytes by type of the language model under a recipe, without converting anything."""
     counted: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory(prefix="edge-quantize-") as folder:
-        outline = Path(folder) / "outline.gguf"
-        write_outline(checkpoint, outline)
-        types = _run(outline, Path(folder) / "none", recipe, lambda *_: None, dry_run=True)
+    types = plan(checkpoint, recipe)
     for row in checkpoint.text_rows:
-        kind = gguf.GGMLQuantizationType[types[row.gguf]]
-        block, n_bytes = gguf.GGML_QUANT_SIZES[kind]
-        counted[kind.name] += math.prod(checkpoint.shape(row)) // block * n_bytes
+        shape = checkpoint.shape(row)
+        counted[types[row.gguf].name] += math.prod(shape[:-1]) * ggml.row_bytes(types[row.gguf], shape[-1])
     return dict(counted)
 
 
-def _run(source: Path, out: Path, recipe: str, report: Report, dry_run: bool) -> dict[str, str]:
-    """libllama says what it does in its log, a line per tensor: that is the progress, and the plan."""
-    params = ll.llama_model_quantize_default_params()
-    params.ftype = RECIPES[recipe]
-    params.nthread = len(os.sched_getaffinity(0))
-    params.max_buf_size = MAX_BUFFER_BYTES
-    params.dry_run = dry_run
-    types: dict[str, str] = {}
-    said, text = [], ""
-
-    def on_log(piece: str) -> None:
-        nonlocal text
-        text += piece
-        *lines, text = text.split("\n")
-        for line in lines:
-            said.append(line)
-            if found := _LINE.match(line):
-                done, total, name, before, converted, planned = found.groups()
-                types[name] = (converted or planned or before).upper()
-                report(name, int(done), int(total))
-
-    language.log_to(on_log)
-    try:
-        status = ll.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(params))
-    finally:
-        language.log_to(None)
-    if status:
-        errors = (
-            [line for line in said if "error" in line.lower() or "failed" in line.lower()] or said[-1:] or ["no reason"]
-        )
-        raise RecipeError(f"{source}: libllama cannot quantise it to {recipe}: {errors[0].strip()}")
-    return types
-
-
-_LINE = re.compile(
-    r"\[ *(\d+)/ *(\d+)\] +(\S+) .*type = +(\w+), (?:converting to (\w+) \.\. )?size = .*?(?:\((\w+)\))?$"
-)
-
-
-def tensor_table(path: Path) -> list[TensorInfo]:
-    """Every tensor of a GGUF file, by ggml's own reader (the `gguf` package takes seconds for a full vocabulary)."""
-    lib = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so"))
-
-    class Init(ctypes.Structure):
-        _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p)]
-
-    def function(name: str, result: type, *arguments: type):
-        call = lib[name]
-        call.restype, call.argtypes = result, list(arguments)
-        return call
-
-    handle, index = ctypes.c_void_p, ctypes.c_int64
-    context = function("gguf_init_from_file", handle, ctypes.c_char_p, Init)(os.fsencode(path), Init(True, None))
-    if not context:
-        raise RecipeError(f"{path}: not a GGUF file, or damaged")
-    try:
-        start = function("gguf_get_data_offset", ctypes.c_size_t, handle)(context)
-        name = function("gguf_get_tensor_name", ctypes.c_char_p, handle, index)
-        kind = function("gguf_get_tensor_type", ctypes.c_int, handle, index)
-        offset = function("gguf_get_tensor_offset", ctypes.c_size_t, handle, index)
-        size = function("gguf_get_tensor_size", ctypes.c_size_t, handle, index)
-        return [
-            TensorInfo(
-                name(context, i).decode(),
-                gguf.GGMLQuantizationType(kind(context, i)).name,
-                start + offset(context, i),
-                size(context, i),
-            )
-            for i in range(function("gguf_get_n_tensors", index, handle)(context))
-        ]
-    finally:
-        function("gguf_free", None, handle)(context)
-
-
 def memory_bytes(checkpoint: Checkpoint, language_bytes: int) -> int:
-    """What serving the model takes: language, vision at 16 bit, cache at 16 bit, buffers."""
-    vision = 2 * sum(math.prod(checkpoint.shape(row)) for row in checkpoint.vision_rows)
+    """What serving the model takes: language, vision, cache at 16 bit, buffers.
+
+    onnxruntime computes in float32 and keeps the 16-bit weights beside: measured, 6 bytes a weight. (mtmd takes 2.)
+    """
+    vision = 6 * sum(math.prod(checkpoint.shape(row)) for row in checkpoint.vision_rows)
     return language_bytes + vision + CONTEXT * kv_bytes_per_token(checkpoint) + OVERHEAD_BYTES
 
 

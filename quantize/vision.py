@@ -24,7 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from quantize import names, tokenizer
 from quantize.checkpoint import Checkpoint, CheckpointError
-from quantize.language import TYPES, Report, img_break, tensor_blocks
+from quantize.language import FLOATS, TYPES, Report, img_break, tensor_blocks
 
 OPSET, IR_VERSION = 17, 8
 MAX_FILE_BYTES = 2**31 - 1  # protobuf's limit; external data files are refused on the device
@@ -33,7 +33,7 @@ ONNX_TYPES = {"bf16": TensorProto.BFLOAT16, "f16": TensorProto.FLOAT16, "f32": T
 
 def write_vision(checkpoint: Checkpoint, out: Path, kind: str, report: Report) -> None:
     """Stream vision.onnx to `out`. Raises CheckpointError when the file would pass protobuf's 2 GB."""
-    rows, dtype = checkpoint.vision_rows, TYPES[kind][1]
+    rows, dtype = checkpoint.vision_rows, FLOATS[TYPES[kind][0]]
     break_id = tokenizer.read(checkpoint.folder, checkpoint.text.vocab).special["img_break"]
     graph = _Graph(checkpoint, kind)
     graph.build(img_break(checkpoint, break_id))

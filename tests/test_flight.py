@@ -124,11 +124,19 @@ def test_control_characters_of_the_prompt_are_only_letters(toy_bundle, runtime, 
 
 
 def test_an_instruction_too_long_is_refused_and_the_old_one_stands(toy_bundle, runtime, video):
-    small = config(toy_bundle, str(video)) | {"language": LANGUAGE | {"context": 640}}
+    small = config(toy_bundle, str(video)) | {"language": LANGUAGE | {"context": 900}}
     with rig.daemon(runtime, small) as running, running.client() as client:
         with pytest.raises(Refused, match=r"language\.context"):
             client.instruct("very " * 390)
         assert next(client.actions()).task == "Hold position."
+
+
+def test_a_context_too_small_for_a_frame_is_said_before_ready(toy_bundle, runtime, video):
+    tiny = config(toy_bundle, str(video)) | {"language": LANGUAGE | {"context": 256}}
+    with rig.daemon(runtime, tiny, wait=False) as running:
+        assert running.process.wait(20) == os.EX_CONFIG
+        last = running.log.read_text().splitlines()[-1]
+    assert last.startswith("edge-agent: language.context:") and "vision.max_tokens" in last
 
 
 def test_a_camera_that_ends_is_survived(toy_bundle, runtime, video):

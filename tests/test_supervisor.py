@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -261,32 +263,27 @@ def test_kill_9_leaves_no_orphans_and_no_lock(toy_bundle, runtime):
             assert second.wait("running").epoch != epoch
 
 
-def test_systemd_hears_ready_after_warm_up_and_the_watchdog_only_with_progress(toy_bundle, runtime):
+def test_systemd_hears_ready_and_the_watchdog_only_with_progress(toy_bundle, runtime):
+    heard: list[tuple[float, str]] = []
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager, rig.Pusher(f"ipc://{runtime}/frames"):
         manager.bind(str(runtime / "notify"))
-        manager.settimeout(10)
+        manager.settimeout(0.1)
         env = {"NOTIFY_SOCKET": str(runtime / "notify"), "WATCHDOG_USEC": "400000"}
-        slow = config(toy_bundle, runtime) | {"watch": {"model_stall_s": 3.0, "camera_stall_s": 0.5}}
-        with rig.daemon(runtime, slow, fake={"after": 40, "then": "hang"}, env=env) as running:
-            heard: list[tuple[float, str]] = []
-            hung_s = None
-            while not hung_s:
-                heard.append((time.monotonic(), manager.recv(4096).decode()))
-                newest = max((s for s, text in heard if text == "WATCHDOG=1"), default=None)
-                manager.settimeout(1.0)
-                if newest and time.monotonic() - newest > 0.9:
-                    hung_s = newest
-                try:
+        patient = config(toy_bundle, runtime) | {"watch": {"model_stall_s": 30.0, "camera_stall_s": 0.5}}
+        with (
+            rig.daemon(runtime, patient, fake={"after": 60, "then": "hang"}, env=env) as running,
+            running.client() as client,
+        ):
+            until_s = time.monotonic() + 5
+            while time.monotonic() < until_s:
+                with contextlib.suppress(TimeoutError):
                     heard.append((time.monotonic(), manager.recv(4096).decode()))
-                except TimeoutError:
-                    hung_s = newest
-            assert any("READY=1" in text for _, text in heard)
-            # Hung: three more intervals pass in silence, although the supervisor itself lives and publishes status.
-            manager.settimeout(1.2)
-            with pytest.raises(TimeoutError):
-                while True:
-                    assert manager.recv(4096).decode() != "WATCHDOG=1"
-            assert running.process.poll() is None
+            status = client.status()
+            assert status is not None and status.actions == 60  # it hangs; the supervisor itself is well
+    fed_s = [at for at, text in heard if text == "WATCHDOG=1"]
+    assert any("READY=1" in text for _, text in heard)
+    assert len(fed_s) >= 3 and max(b - a for a, b in itertools.pairwise(fed_s)) < 0.4
+    assert until_s - fed_s[-1] > 1.2, "fed without progress, three intervals long"
 
 
 def test_a_source_that_cannot_heal_ends_the_start_with_78(toy_bundle, runtime):
