@@ -17,7 +17,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from edge_agent.config import ConfigError, checked, parse_yaml
+from edge_agent.config import ConfigError, checked, parse_yaml, read_text
 
 READY_SPACES = Path(__file__).parent / "action_spaces"
 _NAME = Meta(pattern="^[a-z][a-z0-9_]{0,31}$")
@@ -70,7 +70,7 @@ def load(name_or_path: str) -> Space:
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in READY_SPACES.glob("*.yaml")))
         raise ConfigError(f"task.space: expected one of {known}, or the path of a YAML file; found {name_or_path!r}")
-    space = checked(parse_yaml(path.read_text(encoding="utf-8"), str(path)), Space, str(path))
+    space = checked(parse_yaml(read_text(path), str(path)), Space, str(path))
     for verb_name, verb in space.actions.items():
         names = [field.name or key for key, field in verb.fields.items()]
         if len(set(names)) < len(names) or "action" in verb.fields:
@@ -134,7 +134,7 @@ def read(text: str, space: Space) -> Asked | Rejected:
     reported; everything else that does not fit is rejected whole."""
     try:
         answer = msgspec.json.decode(text.encode())
-    except (msgspec.DecodeError, UnicodeEncodeError) as error:
+    except (msgspec.DecodeError, UnicodeEncodeError, RecursionError) as error:
         return Rejected("invalid", f"not JSON: {error}")
     if not isinstance(answer, dict):
         return Rejected("invalid", f"expected an object, found {type(answer).__name__}")

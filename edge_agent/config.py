@@ -13,7 +13,7 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, get_args, get_origin
 
 import msgspec
 import yaml
@@ -58,11 +58,13 @@ class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 class WatchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    model_stall_s: Annotated[float, Meta(gt=0)] = (
+    model_stall_s: Annotated[float, Meta(gt=0, le=3600)] = (
         10.0  # no progress for so long: the model process is killed, restarted
     )
-    model_load_s: Annotated[float, Meta(gt=0)] = 120.0  # the same while it loads
-    camera_stall_s: Annotated[float, Meta(gt=0)] = 3.0  # no frame for so long: the camera process is killed, restarted
+    model_load_s: Annotated[float, Meta(gt=0, le=3600)] = 120.0  # the same while it loads
+    camera_stall_s: Annotated[float, Meta(gt=0, le=3600)] = (
+        3.0  # no frame for so long: the camera process is killed, restarted
+    )
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -77,11 +79,14 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 def load(path: str | Path) -> Config:
     """Read and check a configuration file. Raises ConfigError."""
+    return load_text(read_text(path), str(path))
+
+
+def read_text(path: str | Path) -> str:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    return load_text(text, str(path))
 
 
 def load_text(text: str, name: str) -> Config:
@@ -95,7 +100,10 @@ def parse_yaml(text: str, name: str) -> object:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
-        raise ConfigError(f"{where}: not YAML: {getattr(error, 'problem', None) or error}") from None
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"{where}: not YAML: {problem}") from None
+    except (ValueError, RecursionError) as error:  # a date of the 13th month; a thousand brackets
+        raise ConfigError(f"{name}: not YAML that can be read: {error}") from None
 
 
 def checked(value: object, kind: type, name: str):
@@ -108,39 +116,50 @@ def checked(value: object, kind: type, name: str):
         raise ConfigError(f"{name}: {_explain(str(error), value, kind)}") from None
 
 
-def _explain(message: str, value: object, kind: type) -> str:
+def _explain(message: str, value: object, kind: object, above: str = "") -> str:
     said, _, where = message.partition(" - at ")
     found_path = re.search(r"\$\.?([^`]*)", where)
-    path = (found_path[1] if found_path else "") or "top level"
-    at = _type_at(kind, path)
+    path = found_path[1] if found_path else ""
+    table, inside, _ = path.partition("[...]")
+    at = _type_at(kind, table)
+    if inside:  # msgspec does not say which entry of a table it means; the first that cannot be converted alone
+        for key, item in _value_at(value, table).items():
+            try:
+                msgspec.convert(item, get_args(at)[-1])
+            except msgspec.ValidationError as error:
+                return _explain(str(error), item, get_args(at)[-1], f"{above}{table}.{key}.")
+    shown = (above + path).rstrip(".") or "top level"
     if unknown := re.search(r"unknown field `(.*)`", said):
         near = difflib.get_close_matches(unknown[1], _names(at), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"{path}: unknown key {unknown[1]!r}; expected one of {_keys(at)}{hint}"
+        return f"{shown}: unknown key {unknown[1]!r}; expected one of {_keys(at)}{hint}"
     if missing := re.search(r"missing required field `(.*)`", said):
-        return f"{path}: {missing[1]}: missing; expected keys {_keys(at)}"
+        return f"{shown}: {missing[1]}: missing; expected keys {_keys(at)}"
     found = _value_at(value, path)
+    found = "a mapping" if isinstance(found, dict) else repr(found)
     if said.startswith("Invalid enum") and get_args(at):
-        return f"{path}: expected one of {', '.join(map(str, get_args(at)))}, found {found!r}"
-    return f"{path}: {said[0].lower() + said[1:]}, found {found!r}"
+        return f"{shown}: expected one of {', '.join(map(str, get_args(at)))}, found {found}"
+    return f"{shown}: {said[0].lower() + said[1:]}, found {found}"
 
 
-def _names(kind: type) -> list[str]:
+def _names(kind: object) -> list[str]:
     return [field.name for field in msgspec.structs.fields(kind)] if hasattr(kind, "__struct_fields__") else []
 
 
-def _keys(kind: type) -> str:
+def _keys(kind: object) -> str:
     return ", ".join(_names(kind)) or "none"
 
 
 def _steps(path: str) -> list[str]:
-    return [] if path == "top level" else re.findall(r"[^.\[\]]+", path)
+    return re.findall(r"[^.\[\]]+", path)
 
 
-def _type_at(kind: type, path: str) -> type:
+def _type_at(kind: object, path: str) -> object:
     for step in _steps(path):
         fields = {f.name: f.type for f in msgspec.structs.fields(kind)} if hasattr(kind, "__struct_fields__") else {}
         kind = fields.get(step, object)
+        while get_origin(kind) is Annotated:
+            kind = get_args(kind)[0]
     return kind
 
 
@@ -150,7 +169,7 @@ def _value_at(value: object, path: str) -> object:
             value = value[int(step) if isinstance(value, list) else step]  # type: ignore[index]
         except (KeyError, IndexError, TypeError, ValueError):
             return "nothing"
-    return value if not isinstance(value, dict) else "a mapping"
+    return value
 
 
 def runtime_dir(configured: str = "") -> Path:

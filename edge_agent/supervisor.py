@@ -208,7 +208,7 @@ class Supervisor:
         if event.warmup_ms > self.config.task.deadline_ms:
             deadline_ms = self.config.task.deadline_ms
             log(
-                f"slower than task.deadline_ms, {deadline_ms}: answers will be late; lower vision.max_tokens or raise it"
+                f"slower than task.deadline_ms {deadline_ms}: answers will be late; lower vision.max_tokens or raise it"
             )
         self.vision, self.frame_s = event.vision, event.warmup_ms / 1000
         self.model.worker.send(m.encode(m.SetPaused(self.paused)))
