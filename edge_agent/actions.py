@@ -90,8 +90,21 @@ def _check_field(field: Field, where: str) -> None:
         return
     if any(n is None or not math.isfinite(n) for n in numbers):
         raise ConfigError(f"{where}: expected finite min, max and step, or one_of; found {numbers}")
+    if not _is_decimal(field.step):
+        raise ConfigError(
+            f"{where}: step: expected one like 0.01, 0.05, 0.25 or 1; found {field.step}, which has no end"
+        )
     if not field.min < field.max or field.step > field.max - field.min:
         raise ConfigError(f"{where}: expected min < max and a step within; found {numbers}")
+
+
+def _is_decimal(step: float) -> bool:
+    """Whether shifting the point gives a whole number in floating point, which is how the grammar reads a step."""
+    for _ in range(7):
+        if step.is_integer():
+            return True
+        step *= 10
+    return False
 
 
 def schema(space: Space) -> dict:

@@ -118,12 +118,12 @@ def read_manifest(folder: str | Path) -> Bundle:
         if version != FORMAT:
             raise BundleError(f"{path}: format: expected {FORMAT}, found {version}; use the edge-agent it was made for")
         manifest = msgspec.json.decode(raw, type=Manifest)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{path}: damaged: {error}; build or copy the bundle again") from None
     for name in (LANGUAGE, VISION, MMPROJ, *manifest.files):
         if name not in manifest.files:
             raise BundleError(f"{path}: files: {name} missing; build the bundle again")
-        if Path(name).name != name or name in (MANIFEST, ".", ".."):
+        if Path(name).name != name or "\0" in name or name in (MANIFEST, ".", ".."):
             raise BundleError(f"{path}: files: expected plain names inside the bundle, found {name!r}")
     extra = sorted(set(os.listdir(folder)) - manifest.files.keys() - {MANIFEST, "bundle.sig"})
     if extra:

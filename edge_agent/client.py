@@ -109,8 +109,8 @@ class Client:
     def ask_in_pieces(self, question: str, timeout_s: float = 90.0) -> Iterator[str]:
         """The same, piece by piece as it is decoded; together the pieces are the answer."""
         words, heard = self._subscriber("words"), ""
-        control, request_id = self._send("ask", question, "")
         until_s = time.monotonic() + timeout_s
+        control, request_id = self._send("ask", question, "", timeout_s)
         poller = zmq.Poller()
         poller.register(words, zmq.POLLIN)
         poller.register(control, zmq.POLLIN)
@@ -122,7 +122,7 @@ class Client:
             if words in ready and (piece := self.next_words(0.0)) is not None and piece.request == request_id:
                 heard += piece.text
                 yield piece.text
-        raise TimeoutError(f"{endpoint(self.folder, 'control')}: no answer in {timeout_s:g} s; is edge-agent running?")
+        raise self._no_answer("ask", timeout_s)
 
     def pause(self, timeout_s: float = 5.0) -> None:
         self.request("pause", "", timeout_s)
@@ -135,24 +135,34 @@ class Client:
 
     def request(self, op: m.Operation, text: str, timeout_s: float, request_id: str = "") -> dict:
         """Any operation. The same request_id again gets the first answer again, without doing it twice."""
-        control, request_id = self._send(op, text, request_id)
         until_s = time.monotonic() + timeout_s
+        control, request_id = self._send(op, text, request_id, timeout_s)
         while control.poll(max(0.0, until_s - time.monotonic()) * 1000):
             if (result := self._reply_to(request_id)) is not None:
                 return result
-        raise TimeoutError(
-            f"{endpoint(self.folder, 'control')}: no answer to {op} in {timeout_s:g} s; is edge-agent running?"
-        )
+        raise self._no_answer(op, timeout_s)
 
-    def _send(self, op: m.Operation, text: str, request_id: str) -> tuple[zmq.Socket, str]:
+    def _send(self, op: m.Operation, text: str, request_id: str, timeout_s: float) -> tuple[zmq.Socket, str]:
+        """Only to a daemon that is there: a request must not wait in a queue and be carried out some other day."""
         request = m.Request(v=m.PROTOCOL_VERSION, id=request_id or os.urandom(8).hex(), op=op, text=text)
         control = self._control()
+        if not control.poll(timeout_s * 1000, zmq.POLLOUT):
+            raise self._no_answer(op, timeout_s)
         control.send(m.encode(request), zmq.NOBLOCK)
         return control, request.id
 
+    def _no_answer(self, op: str, timeout_s: float) -> TimeoutError:
+        """The error to raise. The socket goes, and with it whatever of the request has not left."""
+        self._sockets.pop("control").close()
+        where = endpoint(self.folder, "control")
+        return TimeoutError(f"{where}: no answer to {op} in {timeout_s:g} s; is edge-agent running?")
+
     def _reply_to(self, request_id: str) -> dict | None:
         """The result, if the waiting reply is to this request; None if to an earlier one that we gave up on."""
-        reply = m.decode_reply(self._control().recv())
+        try:
+            reply = m.decode_reply(self._control().recv())
+        except msgspec.DecodeError:
+            return None
         if reply.id != request_id:
             return None
         if not reply.ok:
@@ -177,6 +187,7 @@ class Client:
         if "control" not in self._sockets:
             socket = self._context.socket(zmq.DEALER)
             socket.setsockopt(zmq.LINGER, 0)
+            socket.setsockopt(zmq.IMMEDIATE, 1)  # no queue without a connection
             socket.setsockopt(zmq.MAXMSGSIZE, m.MAX_MESSAGE_BYTES)
             socket.connect(endpoint(self.folder, "control"))
             self._sockets["control"] = socket

@@ -38,7 +38,7 @@ class CameraConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
 class VisionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     backend: Literal["onnxruntime", "mtmd"] = "onnxruntime"
-    max_tokens: Annotated[int, Meta(ge=4, le=1024)] = 256  # 28x28 pixels each; llama.cpp's encoder takes at most 1024
+    max_tokens: Annotated[int, Meta(ge=8, le=1024)] = 256  # 28x28 pixels each; llama.cpp's encoder takes 8 to 1024
     threads: Annotated[int, Meta(ge=0)] = 0  # 0: as many as there are cores
 
 

@@ -16,6 +16,7 @@ import zmq
 from edge_agent.config import endpoint
 from edge_agent.messages import MAX_MESSAGE_BYTES, STREAMS, Header, pack
 
+REQUESTS_AT_ONCE = 64
 MAX_SOCKET_PATH = 107  # sun_path
 PUBLISH_HWM = {"actions": 8, "words": 1000, "status": 8}  # a slow subscriber loses messages, and sees it in seq
 
@@ -59,15 +60,15 @@ class Link:
         old_umask = os.umask(0o117)
         try:
             for stream, row in STREAMS.items():
-                self._sockets[stream] = self._bind(stream, getattr(zmq, row.socket))
+                self._bind(stream, getattr(zmq, row.socket))
         except zmq.ZMQError as error:
             self.close()
             raise LinkError(f"runtime_dir: {endpoint(folder, stream)}: cannot be bound: {error.strerror}") from None
         finally:
             os.umask(old_umask)
 
-    def _bind(self, stream: str, kind: int) -> zmq.Socket:
-        socket = self._context.socket(kind)
+    def _bind(self, stream: str, kind: int) -> None:
+        socket = self._sockets[stream] = self._context.socket(kind)  # known before it can fail: close() finds it
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         if stream in PUBLISH_HWM:
@@ -78,7 +79,6 @@ class Link:
         if stream == "status":
             socket.setsockopt(zmq.XPUB_VERBOSE, 1)  # every subscription is told, so that each gets the last value
         socket.bind(endpoint(self.folder, stream))
-        return socket
 
     def close(self) -> None:
         for stream, socket in self._sockets.items():
@@ -107,15 +107,15 @@ class Link:
             self._sockets[stream].send(payload, zmq.NOBLOCK)
 
     def new_subscriber(self) -> bool:
-        """Whether somebody subscribed to status since the last call."""
+        """Whether somebody subscribed to status since the last call; of a flood, some are left for the next."""
         subscribed = False
         with contextlib.suppress(zmq.Again):
-            while True:
+            for _ in range(REQUESTS_AT_ONCE):
                 subscribed |= self.status.recv(zmq.NOBLOCK)[:1] == b"\x01"
         return subscribed
 
-    def requests(self, limit: int = 64) -> list[tuple[list[bytes], bytes]]:
-        """(who asks, payload) of waiting requests; at most `limit`, so that a flood does not hold up a frame."""
+    def requests(self, limit: int = REQUESTS_AT_ONCE) -> list[tuple[list[bytes], bytes]]:
+        """(who asks, payload) of waiting requests; at most `limit`: a flood must not hold up a frame."""
         found = []
         with contextlib.suppress(zmq.Again):
             while len(found) < limit:

@@ -12,6 +12,7 @@ needs numpy: a controller on a small board imports this file.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import msgspec
@@ -278,18 +279,29 @@ ModelCommand = Instruct | Ask | SetPaused
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-_WIRE = {
-    "actions": msgspec.msgpack.Decoder(Action | Refusal),
-    "words": msgspec.msgpack.Decoder(Words),
-    "status": msgspec.msgpack.Decoder(Status),
-}
 _encoder = msgspec.msgpack.Encoder()
 encode = _encoder.encode  # between processes: any struct -> msgpack bytes
-decode_camera_event = msgspec.msgpack.Decoder(CameraEvent).decode
-decode_model_event = msgspec.msgpack.Decoder(ModelEvent).decode
-decode_model_command = msgspec.msgpack.Decoder(ModelCommand).decode
-decode_request = msgspec.msgpack.Decoder(Request).decode
-decode_reply = msgspec.msgpack.Decoder(Reply).decode
+
+
+def _decoder(kind: Any) -> Callable[[bytes | memoryview], Any]:
+    """msgpack bytes -> a struct. Raises msgspec.DecodeError, and nothing else, on anything that is none."""
+    decode = msgspec.msgpack.Decoder(kind).decode
+
+    def checked(payload: bytes | memoryview) -> Any:
+        try:
+            return decode(payload)
+        except (UnicodeDecodeError, RecursionError) as error:  # msgspec lets these two through
+            raise msgspec.DecodeError(str(error)) from None
+
+    return checked
+
+
+_WIRE = {"actions": _decoder(Action | Refusal), "words": _decoder(Words), "status": _decoder(Status)}
+decode_camera_event = _decoder(CameraEvent)
+decode_model_event = _decoder(ModelEvent)
+decode_model_command = _decoder(ModelCommand)
+decode_request = _decoder(Request)
+decode_reply = _decoder(Reply)
 
 
 def pack(stream: str, message: Header) -> bytes:
@@ -297,9 +309,7 @@ def pack(stream: str, message: Header) -> bytes:
 
     Raises ValueError when the message is too large or an action's number is not finite: neither may leave.
     """
-    if isinstance(message, Action) and not all(
-        math.isfinite(x) for x in message.values.values() if isinstance(x, float)
-    ):
+    if isinstance(message, Action) and not _finite(message):
         raise ValueError(f"action {message.action!r} of frame {message.frame_id} holds a number that is not finite")
     payload = STREAMS[stream].topic + _encoder.encode(message)
     if len(payload) > MAX_MESSAGE_BYTES:
@@ -307,9 +317,19 @@ def pack(stream: str, message: Header) -> bytes:
     return payload
 
 
+def _finite(action: Action) -> bool:
+    numbers = [
+        action.age_ms,
+        *action.values.values(),
+        *action.clamped.values(),
+        *msgspec.structs.astuple(action.stages_ms),
+    ]
+    return all(math.isfinite(number) for number in numbers if isinstance(number, float))
+
+
 def unpack(stream: str, payload: bytes) -> Any:
     """The message in one wire frame. Raises msgspec.DecodeError (a ValueError) on anything else."""
     topic = STREAMS[stream].topic
     if payload[:1] != topic:
         raise msgspec.DecodeError(f"{stream}: expected topic {topic!r}, found {payload[:1]!r}")
-    return _WIRE[stream].decode(memoryview(payload)[1:])
+    return _WIRE[stream](memoryview(payload)[1:])

@@ -14,6 +14,7 @@ supervisor starts another one. What is evaluated, in this order, so that little 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import os
 import select
 import socket
@@ -55,6 +56,7 @@ ROLE = (
 )
 ACT_CLOSING = "Action?"
 MAX_ANSWER_TOKENS = 160  # the grammar ends an answer long before; this bounds one that does not
+QUESTION_TOKENS = 64  # at least so many fit; where the context is larger, more do
 KEEP_WARM_S = 1.0  # without frames: one decode step so often, which is also how the supervisor knows that we can
 WARM_UP_FRAME = (480, 640, 3)
 NS_PER_MS = 1e6
@@ -115,6 +117,7 @@ class Engine:
         most_rows = config.vision.max_tokens + most_lines + len(closing)
         self.rows = np.empty((most_rows, self.language.n_embd), np.float32)
         self.prefix: list[int] = []
+        self.room = 0  # tokens that a question may have
         self.frame_stop = 0  # position after the frame's [IMG_END]; 0: the cache holds no frame
         self.frame_id = 0
 
@@ -128,7 +131,13 @@ class Engine:
         s = self.special
         prefix = [s["bos"], s["system"], *self.language.tokens(text), s["system_end"], s["inst"]]
         # Cells in the worst case: a frame in ACT, and another that WORDS still talks about.
-        needed = len(prefix) + 2 * len(self.rows) + MAX_ANSWER_TOKENS + self.config.language.max_words_tokens + 64
+        needed = (
+            len(prefix)
+            + 2 * len(self.rows)
+            + MAX_ANSWER_TOKENS
+            + self.config.language.max_words_tokens
+            + QUESTION_TOKENS
+        )
         if needed > self.language.n_ctx:
             raise Refused(
                 f"language.context: {len(prefix)} tokens of prompt, two frames and the answers make {needed}, found "
@@ -138,13 +147,17 @@ class Engine:
         self.language.forget(ACT, 0)
         self.language.decode_tokens(prefix, 0)
         self.prefix, self.frame_stop = prefix, 0
+        self.room = self.language.n_ctx - needed + QUESTION_TOKENS
 
     def act(self, image: np.ndarray, frame_id: int, deadline_ns: int) -> tuple[str, Cut, dict[str, float]]:
         """image: on the grid, as the preprocessor made it -> (answer, why it is cut, stage times in ms)."""
         t0 = time.monotonic_ns()
         self.grammar.start()
         self.grammar.forced()  # self.opening, which is in closing_rows
-        rows = self._see(image)
+        try:
+            rows = self._see(image)
+        except NotFinite:
+            return "", "not-finite", dict.fromkeys(("encode", "prefill", "decode"), 0.0)
         n = len(rows) + len(self.closing_rows)
         t1 = time.monotonic_ns()
         logits = self._evaluate(rows, self.closing_rows)
@@ -180,18 +193,21 @@ class Engine:
         return text, cut, stages
 
     def look(self, image: np.ndarray, frame_id: int) -> None:
-        """Evaluate a frame without asking for an action: for a question while paused."""
+        """Evaluate a frame without asking for an action: for a question while paused. Raises NotFinite."""
         rows = self._see(image)
         self._evaluate(rows, self.closing_rows[:1])
         self.frame_stop, self.frame_id = len(self.prefix) + len(rows) + 1, frame_id
 
     def begin(self, lane: Lane, request: str, question: str) -> Sentence | None:
         """Start a sentence about the frame that ACT holds. None: it ended before it began."""
-        self.language.share(self.frame_stop)
         tokens = [*self.language.tokens(question), self.special["inst_end"]]
+        sentence = Sentence(lane, request, self.frame_id, 0, 0, 0, codecs.getincrementaldecoder("utf-8")("replace"))
+        if len(tokens) > self.room:
+            self.end(sentence, "length")
+            return None
+        self.language.share(self.frame_stop)
         logits = self.language.decode_tokens(tokens, self.frame_stop, WORDS)
-        letters = codecs.getincrementaldecoder("utf-8")("replace")
-        sentence = Sentence(lane, request, self.frame_id, self.frame_stop + len(tokens), 0, 0, letters)
+        sentence.position = self.frame_stop + len(tokens)
         return self._go_on(sentence, logits)
 
     def step(self, sentence: Sentence) -> Sentence | None:
@@ -217,8 +233,12 @@ class Engine:
         self.language.forget(ACT, start)
 
     def _see(self, image: np.ndarray) -> np.ndarray:
-        """The frame's rows, in the shared buffer, with room behind them."""
+        """The frame's rows, in the shared buffer, with room behind them. Raises NotFinite: 4-bit kernels take NaN for
+        a number, and the logits would look fine."""
+        self.frame_stop = 0
         rows = self.encoder.encode(image)
+        if not np.isfinite(rows).all():
+            raise NotFinite
         self.rows[: len(rows)] = rows
         return self.rows[: len(rows)]
 
@@ -317,7 +337,8 @@ class Loop:
             return  # the camera came round while we read: there is a newer one
         self.seen_seq = frame.seq
         if self.paused:
-            engine.look(image, frame.frame_id)
+            with contextlib.suppress(NotFinite):  # then the question waits for a better one
+                engine.look(image, frame.frame_id)
             return
         text, cut, stages = "", "late", {"encode": 0.0, "prefill": 0.0, "decode": 0.0}
         started_ns = time.monotonic_ns()

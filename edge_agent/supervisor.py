@@ -8,6 +8,7 @@ not retry), 69 no camera yet, 1 a worker that will not run, 0 asked to stop.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import random
 import select
@@ -188,6 +189,9 @@ class Supervisor:
             self.model.heard_ns = time.monotonic_ns()
             self.progress += 1
             if isinstance(event, m.Proposal):
+                if not all(map(math.isfinite, msgspec.structs.astuple(event.stages_ms))):
+                    self._lose_model("garbage from the model process: stage times that are no numbers")
+                    return
                 self._proposal(event)
             elif isinstance(event, m.Piece):
                 self._piece(event)
@@ -286,7 +290,7 @@ class Supervisor:
         pieces.append(piece.text)
         if piece.last:
             del self.asking[piece.request]
-            result = {"text": "".join(pieces)[:30_000], "frame_id": piece.frame_id, "cut": piece.cut}
+            result = {"text": "".join(pieces)[:12_000], "frame_id": piece.frame_id, "cut": piece.cut}
             self._reply(sender, request, result=result)
 
     def _words(self, lane: m.Lane, frame_id: int, text: str, request: str, last: bool, cut: str) -> None:
@@ -462,7 +466,7 @@ class Supervisor:
     def _request(self, sender: list[bytes], payload: bytes) -> None:
         try:
             request = m.decode_request(payload)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except msgspec.DecodeError as error:
             reply = m.Reply(v=m.PROTOCOL_VERSION, id="", ok=False, error=f"not a request: {error}"[:500])
             self.link.reply(sender, m.encode(reply))
             return

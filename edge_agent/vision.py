@@ -8,6 +8,8 @@ but its buffers.
 from __future__ import annotations
 
 import ctypes
+import functools
+import itertools
 import math
 import os
 from pathlib import Path
@@ -30,29 +32,32 @@ class VisionError(Exception):
     """The encoder refused; the worker cannot go on."""
 
 
+@functools.lru_cache(64)
 def grid(height: int, width: int, max_tokens: int, vision: bundle.Vision) -> tuple[int, int]:
     """Lines and columns of merged patches for a frame: as many as it fills, at most max_tokens, longest edge capped.
 
-    A frame keeps its shape as nearly as the grid allows; sides are rounded up, as the reference processor does, until
-    the budget binds.
+    Sides are rounded up, as the reference processor does, until the budget binds; then it is the grid within the budget
+    that is nearest to the frame's shape.
     """
-    unit, longest = vision.patch * vision.merge, vision.image_size // (vision.patch * vision.merge)
+    unit = vision.patch * vision.merge
+    longest = vision.image_size // unit
     scale = min(1.0, vision.image_size / max(height, width))
-    lines = min(longest, math.ceil(height * scale / unit))
-    columns = min(longest, math.ceil(width * scale / unit))
-    if lines * columns > max_tokens:
-        lines, columns = _fit(height, width, max_tokens, math.floor)
-    elif lines * columns < MIN_TOKENS:
-        lines, columns = _fit(height, width, MIN_TOKENS, math.ceil)
-    lines, columns = max(1, min(lines, longest)), max(1, min(columns, longest))
-    if lines * columns > max_tokens:  # a strip: one side is down to a single line, so the other must give way
-        lines, columns = (lines, max_tokens // lines) if lines < columns else (max_tokens // columns, columns)
-    return lines, columns
+    lines, columns = height * scale / unit, width * scale / unit
+    up = min(longest, math.ceil(lines)), min(longest, math.ceil(columns))
+    if MIN_TOKENS <= up[0] * up[1] <= max_tokens:
+        return up
+    if up[0] * up[1] > max_tokens:
+        fit = min(1.0, math.sqrt(max_tokens / (lines * columns)))
+    else:
+        fit = max(1.0, math.sqrt(MIN_TOKENS / (lines * columns)))
+    lines, columns = lines * fit, columns * fit
 
+    def distance(sides: tuple[int, int]) -> tuple[bool, float]:
+        apart = [(n, side) for n, side in zip(sides, (lines, columns), strict=True)]
+        return any(abs(n - side) >= 1 for n, side in apart), sum(abs(math.log(n / side)) for n, side in apart)
 
-def _fit(height: int, width: int, tokens: int, rounding) -> tuple[int, int]:
-    ratio = math.sqrt(tokens * height / width)
-    return max(1, rounding(ratio)), max(1, rounding(tokens / max(ratio, 1e-9)))
+    sides = itertools.product(range(1, longest + 1), repeat=2)
+    return min((n for n in sides if MIN_TOKENS <= n[0] * n[1] <= max_tokens), key=distance)
 
 
 def n_rows(lines: int, columns: int) -> int:

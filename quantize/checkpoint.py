@@ -332,8 +332,8 @@ def _vision(config: dict[str, Any], folder: Path) -> Vision:
         image_size=_get(v, "image_size", int, where),
         rope_theta=_get(rope, "rope_theta", float, where, v.get("rope_theta", 10000.0)),
         eps=1e-5,
-        mean=tuple(processor.get("image_mean", (0.48145466, 0.4578275, 0.40821073))),
-        std=tuple(processor.get("image_std", (0.26862954, 0.26130258, 0.27577711))),
+        mean=_pixel(processor, "image_mean", (0.48145466, 0.4578275, 0.40821073), folder),
+        std=_pixel(processor, "image_std", (0.26862954, 0.26130258, 0.27577711), folder),
     )
 
 
@@ -346,6 +346,15 @@ def _processor(folder: Path) -> dict[str, Any]:
             if "image_mean" in values:
                 return values
     return {}
+
+
+def _pixel(processor: dict[str, Any], key: str, default: tuple[float, ...], folder: Path) -> tuple[float, float, float]:
+    value = processor.get(key, default)
+    if not isinstance(value, list | tuple) or [type(n) in (int, float) for n in value] != [True] * 3:
+        raise CheckpointError(f"{folder}: processor_config.json: {key}: expected three numbers, found {value!r}")
+    if key == "image_std" and min(value) <= 0:
+        raise CheckpointError(f"{folder}: processor_config.json: {key}: expected numbers above 0, found {value!r}")
+    return tuple(map(float, value))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

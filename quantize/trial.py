@@ -1,0 +1,78 @@
+"""Try a bundle's files as the runtime will use them, before they get their manifest.
+
+    python -m quantize.trial < question.json > figures.json
+
+A process of its own: llama.cpp aborts on some damaged numbers, and that must not take the builder along. It fails with
+one line on stderr.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from edge_agent import bundle, language, vision
+from edge_agent.config import LanguageConfig
+
+MIN_COSINE = 0.999  # between the two encoders, for each row of a test picture
+MAX_DIFFERENCE = 1e-3  # of the logits, relative to the largest: rows looked up by us against the model's own
+
+
+class Question(msgspec.Struct):
+    work: str
+    model: bundle.Model
+    vision: bundle.Vision
+    break_row: list[float]  # the [IMG_BREAK] embedding
+
+
+class Failed(Exception):
+    """One line."""
+
+
+def run(question: Question) -> dict[str, float]:
+    """Load the parts, the larger ones one after the other: rows looked up must do what tokens do, and the two encoders
+    must agree on a picture. Raises Failed, LanguageError, VisionError."""
+    work, model, unit = Path(question.work), question.model, question.vision.patch * question.vision.merge
+    preprocessor = vision.Preprocessor(question.vision, 64)
+    noise = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    image = np.ascontiguousarray(np.kron(noise, np.ones((unit, unit, 1), np.uint8)))
+    config = LanguageConfig(context=256, gpu_layers=0)
+    with language.Language(work / bundle.LANGUAGE, config, model.embedding, repack=False) as llm:
+        tokens = [model.special["bos"], model.special["inst"], *llm.tokens("Hold position."), model.special["inst_end"]]
+        by_token = llm.decode_tokens(tokens, 0).copy()
+        llm.forget(language.ACT, 0)
+        by_row = llm.decode_rows(llm.embed(tokens), 0).copy()
+        break_row = np.asarray(question.break_row, np.float32)
+        encoder = vision.MtmdEncoder(work / bundle.MMPROJ, llm.model, break_row, unit, 0, gpu=False)
+        a = np.array(encoder.encode(image))
+        encoder.close()
+    encoder = vision.OnnxEncoder(work / bundle.VISION, preprocessor, 0)
+    b = encoder.encode(image)
+    encoder.close()
+
+    if not np.isfinite(by_token).all():
+        raise Failed("the quantised model gives numbers that are not finite")
+    difference = float(np.abs(by_token - by_row).max() / max(np.abs(by_token).max(), 1e-9))
+    if not difference <= MAX_DIFFERENCE:
+        raise Failed(f"embedding rows looked up differ from the model's own by {difference:.2g}")
+    if a.shape != b.shape:
+        raise Failed(f"mmproj.gguf gives {a.shape} rows, vision.onnx {b.shape}")
+    cosine = float(((a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))).min())
+    if not cosine >= MIN_COSINE:
+        raise Failed(f"vision.onnx and mmproj.gguf disagree: cosine {cosine:.5f}, expected {MIN_COSINE} or more")
+    return {"embedding_rows_relative_difference": difference, "onnx_mtmd_min_cosine": cosine}
+
+
+def main() -> None:
+    try:
+        figures = run(msgspec.json.decode(sys.stdin.buffer.read(), type=Question))
+    except (Failed, language.LanguageError, vision.VisionError) as error:
+        sys.exit(str(error))
+    sys.stdout.buffer.write(msgspec.json.encode(figures))
+
+
+if __name__ == "__main__":
+    main()
