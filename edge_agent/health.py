@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-MIB = 1 << 20
-
 
 def mem_available_mib(text: str | None = None) -> float | None:
     """From /proc/meminfo, or from `text` in its form."""
-    for line in (_read("/proc/meminfo") if text is None else text).splitlines():
-        words = line.split()
-        if len(words) >= 2 and words[0] == "MemAvailable:" and words[1].isdigit():
-            return int(words[1]) / 1024
-    return None
+    return _mib("MemAvailable:", _read("/proc/meminfo") if text is None else text)
 
 
 def rss_mib(pid: int, text: str | None = None) -> float | None:
     """Resident memory of a process, from /proc/PID/status, or from `text` in its form."""
-    for line in (_read(f"/proc/{pid}/status") if text is None else text).splitlines():
+    return _mib("VmRSS:", _read(f"/proc/{pid}/status") if text is None else text)
+
+
+def _mib(key: str, text: str) -> float | None:
+    """The number behind `key`, which the kernel gives in KiB."""
+    for line in text.splitlines():
         words = line.split()
-        if len(words) >= 2 and words[0] == "VmRSS:" and words[1].isdigit():
+        if len(words) >= 2 and words[0] == key and _is_count(words[1]):
             return int(words[1]) / 1024
     return None
 
@@ -30,9 +29,13 @@ def temperature_c(zones: Path = Path("/sys/class/thermal")) -> float | None:
     found = []
     for zone in zones.glob("thermal_zone*/temp"):
         text = _read(str(zone)).strip()
-        if text.lstrip("-").isdigit() and 0 < int(text) < 150_000:
+        if _is_count(text) and 0 < int(text) < 150_000:
             found.append(int(text) / 1000)
     return max(found, default=None)
+
+
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 20
 
 
 def _read(path: str) -> str:

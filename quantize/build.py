@@ -66,6 +66,10 @@ def fresh_folder(out: Path, force: bool) -> Iterator[Path]:
         bundle.sync_folder(work)
         _replace(work, out)
         bundle.sync_folder(out.parent)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise BuildError(f"{out}: {error.strerror} while writing it; nothing was left behind") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
         os.close(lock)

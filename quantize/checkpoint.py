@@ -7,6 +7,7 @@ Raises CheckpointError: one line with file, key, expected, found, next step.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import struct
@@ -202,19 +203,27 @@ def read(folder: str | Path) -> Checkpoint:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def read_json(path: Path) -> Any:
+def read_table(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises CheckpointError."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: damaged: expected a JSON object, found a {type(value).__name__}")
+    return value
 
 
 def chat_template(folder: Path) -> str:
     """The checkpoint's own chat template, or "": carried along as text for other programs, never rendered here."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{path}: not UTF-8: {error.reason}; download it again") from None
     if (folder / "tokenizer_config.json").is_file():
-        template = read_json(folder / "tokenizer_config.json").get("chat_template", "")
+        template = read_table(folder / "tokenizer_config.json").get("chat_template", "")
         return template if isinstance(template, str) else ""
     return ""
 
@@ -231,9 +240,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
                 "not read; use the HF layout of the same model"
             )
         raise CheckpointError(f"{folder}: no config.json: not a checkpoint; expected config.json and *.safetensors")
-    config = read_json(folder / "config.json")
+    config = read_table(folder / "config.json")
     found = config.get("architectures") or [config.get("model_type", "none")]
-    inner = (config.get("text_config") or {}).get("model_type")
+    text = config.get("text_config") or {}
+    if not isinstance(text, dict):
+        raise CheckpointError(f"{folder}/config.json: text_config: expected a table, found {text!r}")
+    inner = text.get("model_type")
     if found[0] != "Mistral3ForConditionalGeneration" or inner != "ministral3":
         raise CheckpointError(
             f"{folder}/config.json: architectures: expected Mistral3ForConditionalGeneration with a ministral3 text "
@@ -250,8 +262,8 @@ def _get(table: dict[str, Any], key: str, kind: type, where: str, default: Any =
         value = float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise CheckpointError(f"{where}: {key}: expected {kind.__name__}, found {value!r}")
-    if kind is int and value <= 0:
-        raise CheckpointError(f"{where}: {key}: expected a number above 0, found {value}")
+    if kind in (int, float) and not (0 < value < math.inf):
+        raise CheckpointError(f"{where}: {key}: expected a number above 0, found {value:g}")
     return value
 
 
@@ -341,9 +353,9 @@ def _processor(folder: Path) -> dict[str, Any]:
     """Pixel mean and deviation: the newer file wins; without any, the family's values stand."""
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (folder / name).is_file():
-            values = read_json(folder / name)
+            values = read_table(folder / name)
             values = values.get("image_processor", values)
-            if "image_mean" in values:
+            if isinstance(values, dict) and "image_mean" in values:
                 return values
     return {}
 
@@ -363,7 +375,7 @@ def _pixel(processor: dict[str, Any], key: str, default: tuple[float, ...], fold
 def _headers(folder: Path) -> list[Source]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = read_json(index).get("weight_map")
+        weight_map = read_table(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{index}: weight_map: missing; expected tensor name -> file")
         files = sorted(set(weight_map.values()))
@@ -395,6 +407,8 @@ def _header(path: Path) -> list[Source]:
             header = json.loads(file.read(length))
         except ValueError as error:
             raise CheckpointError(f"{path}: safetensors header is not JSON: {error}; copy it again") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: safetensors header: expected an object, found a {type(header).__name__}")
     header.pop("__metadata__", None)
     found, end_expected = [], 0
     for name, entry in header.items():
@@ -402,7 +416,7 @@ def _header(path: Path) -> list[Source]:
             dtype, shape, (start_at, end_at) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         except (KeyError, TypeError, ValueError):
             raise CheckpointError(f"{path}: {name}: header entry is damaged; copy the file again") from None
-        if dtype not in DTYPES:
+        if not isinstance(dtype, str) or dtype not in DTYPES:
             raise CheckpointError(f"{path}: {name}: dtype: expected one of {', '.join(DTYPES)}, found {dtype}")
         if any(not isinstance(n, int) or n < 0 for n in (*shape, start_at, end_at)):
             raise CheckpointError(f"{path}: {name}: header entry is damaged; copy the file again")
@@ -413,6 +427,11 @@ def _header(path: Path) -> list[Source]:
             )
         end_expected = max(end_expected, 8 + length + end_at)
         found.append(source)
+    for before, after in itertools.pairwise(sorted(found, key=lambda source: source.offset)):
+        if before.offset + before.n_bytes > after.offset:
+            raise CheckpointError(
+                f"{path}: {before.name} and {after.name} overlap; the header is damaged, copy it again"
+            )
     if size != end_expected:
         raise CheckpointError(f"{path}: expected {end_expected} bytes by its header, found {size}; copy the file again")
     return found
@@ -471,6 +490,8 @@ def _check_quantisation(folder: Path, config: dict[str, Any], fp8: bool) -> None
         if fp8:
             raise CheckpointError(f"{where}: missing, but the checkpoint holds FP8 tensors")
         return
+    if not isinstance(quantisation, dict):
+        raise CheckpointError(f"{where}: expected a table, found {quantisation!r}")
     method, block = quantisation.get("quant_method"), quantisation.get("weight_block_size")
     if method != "fp8" or block is not None:
         raise CheckpointError(

@@ -29,7 +29,9 @@ A checkpoint is the folder as downloaded: config.json, *.safetensors, tekken.jso
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _interrupt)
     arguments = _parser().parse_args()
     try:
         arguments.run(arguments)
@@ -51,7 +53,13 @@ def main() -> None:
 _ONE_LINE = {"BuildError", "RecipeError", "LanguageError", "VisionError", "BundleError"}
 
 
-def _terminate(_signal: int, _frame: object) -> None:
+_interrupted = False
+
+
+def _interrupt(_signal: int, _frame: object) -> None:
+    """In a callback that native code called, the exception would be lost: the next report raises it again."""
+    global _interrupted
+    _interrupted = True
     raise KeyboardInterrupt
 
 
@@ -201,6 +209,8 @@ class _Shown:
             self._bar.stop()
 
     def _report(self, stage: str, what: str, done: int, total: int) -> None:
+        if _interrupted:
+            raise KeyboardInterrupt
         new, ended = stage != self._stage, done >= total
         self._stage = stage
         if self._bar:

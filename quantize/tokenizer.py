@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from quantize.checkpoint import CheckpointError, read_json
+from quantize.checkpoint import CheckpointError, read_table
 
 NORMAL, CONTROL = 1, 3  # gguf.TokenType
 # What the prompt layout and the runtime need by name. A vocabulary without one of these is no Ministral 3 tokenizer.
@@ -44,8 +44,8 @@ def read(folder: Path, vocab: int) -> Tokenizer:
         path = folder / name
         if path.is_file():
             try:
-                tokens, types, merges = reader(read_json(path), vocab)
-            except (KeyError, TypeError, IndexError, ValueError) as error:
+                tokens, types, merges = reader(read_table(path), vocab)
+            except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
                 raise CheckpointError(f"{path}: damaged: {type(error).__name__} {error}; download it again") from None
             break
     else:

@@ -44,30 +44,50 @@ def toy_full_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def toy_bundle(toy_bf16: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Q4_K_M bundle of toy_bf16, as `edge-quantize build` makes it."""
-    from quantize import build, checkpoint
+def toy_small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As toy_fp8, with half the tokens and a single layer: for tests that build a lot."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "toy-small"
+    return toy.write_checkpoint(folder, dtype="fp8", tied=False, vocab=2048, layers=1, vision_layers=1)
 
-    out = tmp_path_factory.mktemp("bundles") / "toy"
-    build.build(checkpoint.read(toy_bf16), out, "Q4_K_M", False, silent)
-    return out
+
+@pytest.fixture(scope="session")
+def toy_bundle(build: Callable[..., Path], toy_bf16: Path) -> Path:
+    """A Q4_K_M bundle of toy_bf16, as `edge-quantize build` makes it."""
+    return build(toy_bf16, "Q4_K_M")
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """build(checkpoint folder, recipe) -> a bundle; the same arguments, the same bundle."""
+    made: dict[tuple[Path, str], Path] = {}
+
+    def make(folder: Path, recipe: str) -> Path:
+        from quantize import build, checkpoint
+
+        if (folder, recipe) not in made:
+            out = tmp_path_factory.mktemp("bundles") / f"{folder.name}-{recipe}"
+            build.build(checkpoint.read(folder), out, recipe, False, silent)
+            made[folder, recipe] = out
+        return made[folder, recipe]
+
+    return make
 
 
 @pytest.fixture(scope="session")
 def convert(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """convert(checkpoint folder, type) -> the folder with its three files; the same arguments, the same folder."""
-    from quantize import build, checkpoint
-
     made: dict[tuple[Path, str], Path] = {}
 
-    def convert(folder: Path, kind: str = "bf16") -> Path:
+    def make(folder: Path, kind: str = "bf16") -> Path:
+        from quantize import build, checkpoint
+
         if (folder, kind) not in made:
             out = tmp_path_factory.mktemp("converted") / f"{folder.name}-{kind}"
             build.convert(checkpoint.read(folder), out, kind, False, silent)
             made[folder, kind] = out
         return made[folder, kind]
 
-    return convert
+    return make
 
 
 class Case(NamedTuple):
@@ -92,7 +112,7 @@ class Case(NamedTuple):
         embedding = bundle.Embedding(
             offset=table.data_offset, ggml_type=table.tensor_type.name, row_bytes=table.n_bytes // int(table.shape[1])
         )
-        return language.Language(path, LanguageConfig(context=512, gpu_layers=0), embedding)
+        return language.Language(path, LanguageConfig(context=512, threads=1, gpu_layers=0), embedding)
 
 
 @pytest.fixture(scope="session")
@@ -100,7 +120,7 @@ def case(convert: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory)
     """case("bf16_tied") -> Case, made once."""
     made: dict[str, Case] = {}
 
-    def case(name: str) -> Case:
+    def make(name: str) -> Case:
         if name not in made:
             with np.load(TESTS / "reference" / f"{name}.npz") as file:
                 arrays = dict(file)
@@ -109,7 +129,7 @@ def case(convert: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory)
             made[name] = Case(arrays, folder, convert(folder))
         return made[name]
 
-    return case
+    return make
 
 
 @pytest.fixture(scope="session")
