@@ -35,6 +35,7 @@ class Worker:
             [sys.executable, "-m", module, "--slot", str(fds[0]), "--wake", str(fds[1]), "--events", str(fds[2])],
             stdin=subprocess.DEVNULL,
             pass_fds=fds,
+            env=os.environ | {"PYTHONSAFEPATH": "1"},  # no module of this name from the folder we happen to stand in
         )
         theirs.close()
         self.socket.send(first_message)

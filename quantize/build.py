@@ -69,7 +69,7 @@ def fresh_folder(out: Path, force: bool) -> Iterator[Path]:
     except OSError as error:
         if error.filename is not None:
             raise
-        raise BuildError(f"{out}: {error.strerror} while writing it; nothing was left behind") from None
+        raise BuildError(f"{out}: {error.strerror} while writing it; make room and start again") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
         os.close(lock)
@@ -200,7 +200,11 @@ def _try(work: Path, model: bundle.Model, seen: bundle.Vision, break_row: np.nda
     """Load and use the files in a process of its own: native code may abort on what a checkpoint holds."""
     question = trial.Question(str(work), model, seen, break_row.tolist())
     done = subprocess.run(
-        [sys.executable, "-m", "quantize.trial"], input=msgspec.json.encode(question), capture_output=True, check=False
+        [sys.executable, "-m", "quantize.trial"],
+        input=msgspec.json.encode(question),
+        capture_output=True,
+        env=os.environ | {"PYTHONSAFEPATH": "1"},  # no module of this name from the folder we happen to stand in
+        check=False,
     )
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().splitlines() or ["it said nothing"]

@@ -22,6 +22,7 @@ import numpy as np
 from quantize import names
 
 BLOCK_BYTES = 64 << 20  # float32 bytes of one block of rows
+MAX_COUNT = 1 << 20  # of anything in a configuration: layers are written out one by one
 MAX_HEADER_BYTES = 100 << 20  # the safetensors format's own limit
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -262,6 +263,8 @@ def _get(table: dict[str, Any], key: str, kind: type, where: str, default: Any =
         value = float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise CheckpointError(f"{where}: {key}: expected {kind.__name__}, found {value!r}")
+    if kind is int and value > MAX_COUNT:
+        raise CheckpointError(f"{where}: {key}: expected at most {MAX_COUNT}, found {value}")
     if kind in (int, float) and not (0 < value < math.inf):
         raise CheckpointError(f"{where}: {key}: expected a number above 0, found {value:g}")
     return value

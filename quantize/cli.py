@@ -32,6 +32,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, _interrupt)
+    sys.unraisablehook = _quiet
     arguments = _parser().parse_args()
     try:
         arguments.run(arguments)
@@ -51,6 +52,11 @@ def main() -> None:
 
 # Errors whose text is already one line for the user; their modules load native code, so they are named, not imported.
 _ONE_LINE = {"BuildError", "RecipeError", "LanguageError", "VisionError", "BundleError"}
+
+
+def _quiet(lost: sys.UnraisableHookArgs) -> None:
+    if lost.exc_type is not KeyboardInterrupt:  # that one is raised again, see below
+        sys.__unraisablehook__(lost)
 
 
 _interrupted = False

@@ -334,7 +334,7 @@ any_text = (
 
 
 @pytest.mark.parametrize("space", [VELOCITY, WAYPOINT], ids=READY)
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=300)
 @given(text=any_text)
 @example(text="[" * 100_000)
 @example(text='{"a":' * 100_000)

@@ -143,7 +143,7 @@ def plain_answer(language: Language, engine: model.Engine, image: np.ndarray) ->
 
 @pytest.mark.parametrize(
     ("name", "verb", "n_images"),
-    [("velocity_body", "", 30), ("waypoint", "", 30), ("velocity_body", "move", 5), ("waypoint", "waypoint", 5)],
+    [("velocity_body", "", 20), ("waypoint", "", 12), ("velocity_body", "move", 5), ("waypoint", "waypoint", 5)],
 )
 def test_an_answer_is_that_of_a_plain_evaluation(exact_bundle, tmp_path, name, verb, n_images):
     """Over images; also with nothing but the verb that has numbers, since the toy likes to land.
