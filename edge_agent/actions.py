@@ -130,16 +130,18 @@ def _verb_schema(name: str, verb: Verb) -> dict:
 
 def describe(space: Space) -> str:
     """The space in the model's words, for the pinned prefix."""
-    lines = []
+    lines = [space.about] if space.about else []
     for name, verb in space.actions.items():
         fields = []
         for key, field in verb.fields.items():
             if field.one_of is not None:
-                fields.append(f"{key} ({field.about}: {' or '.join(field.one_of)})")
+                what, join = [field.about, " or ".join(field.one_of)], ": "
             else:
-                fields.append(f"{key} ({field.about}, {field.unit}, {field.min:g} to {field.max:g})")
-        lines.append(f"{name}: {verb.about}" + (f"; {', '.join(fields)}" if fields else ""))
-    return "\n".join([*([space.about] if space.about else []), *lines])
+                what, join = [field.about, field.unit, f"{field.min:g} to {field.max:g}"], ", "
+            fields.append(f"{key} ({join.join(filter(None, what))})")
+        said = "; ".join(part for part in (verb.about, ", ".join(fields)) if part)
+        lines.append(f"{name}: {said}" if said else name)
+    return "\n".join(lines)
 
 
 def read(text: str, space: Space) -> Asked | Rejected:

@@ -196,11 +196,15 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def write_durably(path: Path, data: bytes) -> None:
     """Replace a file so that a power cut leaves the old or the new one, never a torn one."""
     temporary = path.with_name(path.name + ".new")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 

@@ -93,10 +93,22 @@ def load_text(text: str, name: str) -> Config:
     return checked(parse_yaml(text, name), Config, name)
 
 
+class _Strict(yaml.SafeLoader):
+    """YAML's safe subset, without the licence to write a key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key.value, str)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(problem=f"key {key.value!r} twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def parse_yaml(text: str, name: str) -> object:
     """YAML text -> plain values; a syntax error names file, line and column."""
     try:
-        return yaml.safe_load(text)
+        return _Strict(text).get_single_data()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name

@@ -20,6 +20,10 @@ class NotFinite(Exception):
     """The logits hold NaN or infinity: nothing can be chosen from them."""
 
 
+class Stuck(Exception):
+    """The grammar gave up inside llguidance: it would allow nothing but the end, for ever."""
+
+
 class Grammar:
     """The answers a JSON schema allows, in the tokens of one vocabulary. Compiling takes a second or two."""
 
@@ -51,6 +55,8 @@ class Grammar:
     def choose(self, logits: np.ndarray) -> int:
         """The likeliest allowed token, taken as said. logits: (n_vocab,) float32."""
         llguidance.numpy.fill_next_token_bitmask(self._matcher, self._mask, 0)
+        if self._matcher.is_error():
+            raise Stuck
         allowed = np.flatnonzero(np.unpackbits(self._mask.view(np.uint8).ravel(), bitorder="little")[: len(logits)])
         token = int(allowed[np.argmax(logits[allowed])])
         if not np.isfinite(logits[token]):

@@ -87,6 +87,7 @@ class Language:
         params.n_gpu_layers = config.gpu_layers
         params.use_extra_bufts = repack
         params.progress_callback = on_progress
+        self._table = _EmbeddingTable(path, embedding)
         self.model = ll.llama_model_load_from_file(os.fsencode(path), params)
         log_to(None)
         if not self.model:
@@ -111,7 +112,6 @@ class Language:
                 f"{path}: llama.cpp cannot make a context of {config.context} tokens; lower language.context"
             )
         self.memory = ll.llama_get_memory(self.context)
-        self._table = _EmbeddingTable(path, embedding, self.n_embd)
 
         # One batch for all calls: positions, sequences and output marks are rewritten in place.
         n = config.context
@@ -212,22 +212,27 @@ class Language:
 class _EmbeddingTable:
     """token_embd.weight, mapped; rows are dequantised on demand and remembered, since prompts repeat."""
 
-    def __init__(self, path: Path, embedding: Embedding, n_embd: int) -> None:
-        self._file = path.open("rb")
-        self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+    def __init__(self, path: Path, embedding: Embedding) -> None:
+        try:
+            self._file = path.open("rb")
+            self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise LanguageError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        if embedding.ggml_type not in gguf.GGMLQuantizationType.__members__ or embedding.offset >= len(self._map):
+            raise LanguageError(
+                f"{path}: no {embedding.ggml_type} embedding at {embedding.offset}; build the bundle again"
+            )
         self._type = gguf.GGMLQuantizationType[embedding.ggml_type]
-        self._offset, self._row_bytes, self._n_embd = embedding.offset, embedding.row_bytes, n_embd
+        self._offset, self._row_bytes = embedding.offset, embedding.row_bytes
         self._known: dict[int, np.ndarray] = {}
 
     def rows(self, tokens: list[int]) -> np.ndarray:
-        out = np.empty((len(tokens), self._n_embd), np.float32)
-        for i, token in enumerate(tokens):
+        for token in tokens:
             if token not in self._known:
                 at = self._offset + token * self._row_bytes
                 raw = np.frombuffer(self._map[at : at + self._row_bytes], np.uint8)
-                self._known[token] = gguf.quants.dequantize(raw, self._type).reshape(self._n_embd)
-            out[i] = self._known[token]
-        return out
+                self._known[token] = gguf.quants.dequantize(raw, self._type).reshape(-1)
+        return np.stack([self._known[token] for token in tokens])
 
     def close(self) -> None:
         self._map.close()

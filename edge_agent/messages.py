@@ -119,7 +119,7 @@ class Words(Header, frozen=True, kw_only=True, tag_field="kind", tag="words"):
     text: str
     request: str = ""  # id of the question this answers
     last: bool = False
-    cut: str = ""  # with last: why the sentence ended early (length, not-finite, instruct, asked, restart)
+    cut: str = ""  # with last: why the sentence ended early (PROTOCOL.md lists them)
 
 
 State = Literal["starting", "running", "paused", "no-frames", "stalled", "fault", "stopping"]
@@ -223,7 +223,7 @@ class Progress(msgspec.Struct, frozen=True, tag_field="kind", tag="progress"):
     what: str
 
 
-Cut = Literal["", "late", "length", "not-finite"]  # why an answer is not complete; empty: it is
+Cut = Literal["", "late", "length", "grammar", "not-finite"]  # why an answer is not complete; empty: it is
 
 
 class Instructed(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="instructed"):

@@ -28,7 +28,7 @@ import numpy as np
 
 from edge_agent import actions, bundle, vision, worker
 from edge_agent.config import Config, ConfigError
-from edge_agent.decoding import Grammar, NotFinite, greedy
+from edge_agent.decoding import Grammar, NotFinite, Stuck, greedy
 from edge_agent.frames import Frame, Slot
 from edge_agent.language import ACT, WORDS, Language, LanguageError
 from edge_agent.messages import (
@@ -178,6 +178,9 @@ class Engine:
                 tokens = [self.grammar.choose(logits)]
             except NotFinite:
                 cut = "not-finite"
+                break
+            except Stuck:
+                cut = "grammar"
                 break
             if not self.grammar.complete:
                 tokens += self.grammar.forced()

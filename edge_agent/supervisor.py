@@ -279,7 +279,7 @@ class Supervisor:
         if p.cut == "late" or age_ms > self.config.task.deadline_ms:
             return actions.Rejected("late", f"{age_ms:.0f} ms old, deadline_ms is {self.config.task.deadline_ms}")
         if p.cut:
-            return actions.Rejected("cut" if p.cut == "length" else p.cut, f"after {p.text[:200]!r}")
+            return actions.Rejected(p.cut if p.cut == "not-finite" else "cut", f"after {p.text[:200]!r}")
         return actions.read(p.text, self.space)
 
     def _piece(self, piece: m.Piece) -> None:

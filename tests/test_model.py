@@ -270,6 +270,31 @@ def test_rows_that_are_not_finite_never_become_an_action(engine, events, value, 
     assert act(engine, image) == before
 
 
+def test_logits_that_are_not_finite_never_become_an_action_or_a_word(engine, events, monkeypatch):
+    image = picture(engine, 1)
+    before = act(engine, image)
+    for name in ("decode_rows", "decode_tokens"):
+        real = getattr(engine.language, name)
+
+        def broken(*arguments: object, real=real) -> np.ndarray:
+            return np.full_like(real(*arguments), np.nan)
+
+        monkeypatch.setattr(engine.language, name, broken)
+    text, cut, _ = engine.act(image, 2, time.monotonic_ns() + FAR_NS)
+    assert (cut, text) == ("not-finite", '{"action":"')
+    assert engine.begin("answer", "r1", "What?") is None
+    assert events[-1].request == "r1" and (events[-1].last, events[-1].cut) == (True, "not-finite")
+    monkeypatch.undo()
+    assert act(engine, image) == before
+
+
+def test_an_answer_without_an_end_is_cut(engine, events, monkeypatch):
+    monkeypatch.setattr(model, "MAX_ANSWER_TOKENS", len(engine.opening) - 1)
+    text, cut, _ = engine.act(picture(engine, 1), 1, time.monotonic_ns() + FAR_NS)
+    assert (cut, text) == ("length", '{"action":"')
+    assert (events[-1].last, events[-1].cut) == (True, "length")
+
+
 # -- an instruction ---------------------------------------------------------------------------------------------------
 
 
@@ -490,7 +515,7 @@ class Rig:
 def shared(toy_bundle):
     """One process for all tests that need nothing special of it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
+        patch.setenv("PYTHONPATH", str(ROOT))
         started = Rig(toy_bundle)
         started.wait(m.Ready)
     yield started
@@ -511,7 +536,7 @@ def process(shared):
 @pytest.fixture
 def start(toy_bundle, monkeypatch):
     """A process of the test's own: start(config changes) -> Rig."""
-    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     made: list[Rig] = []
 
     def start(instruct: bool = True, **changes) -> Rig:
@@ -708,7 +733,10 @@ def test_it_dies_with_its_parent(toy_bundle, when):
         time.sleep(60)
     """)
     with subprocess.Popen(
-        [sys.executable, "-c", parent], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", parent],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     ) as process:
         process.stdin.write(m.encode(config_of(toy_bundle)))
         process.stdin.close()
