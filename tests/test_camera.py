@@ -573,12 +573,20 @@ def test_a_refused_message_is_named_and_harms_nothing(tmp_path, stamp_ms, change
         source = camera.pushed(CameraConfig(source=f"zmq:ipc://{tmp_path}/f"), slot)
         pusher = Pusher(tmp_path / "f")
         with closing(source), closing(pusher.socket):
-            first_ns = pusher.send(1)
-            assert next(source).frame_id == 1
-            pusher.send(2, time.monotonic_ns() + stamp_ms * 1_000_000, **changed)
-            fault = next(source)
+
+            def answer(frame_id: int, stamp_ms: float = 0, **changed):
+                """A conflating socket may hold a message back until the next one: what was only late is sent again."""
+                for _ in range(3):
+                    pusher.send(frame_id, time.monotonic_ns() + round(stamp_ms * 1e6), **changed)
+                    found = next(source)
+                    if not isinstance(found, CameraFault) or found.reason != "stalled":
+                        break
+                return found
+
+            assert answer(1).frame_id == 1
+            fault = answer(2, stamp_ms, **changed)
             assert isinstance(fault, CameraFault) and fault.reason == reason and said in fault.detail, fault
-            assert pusher.send(3) > first_ns and next(source).frame_id == 3
+            assert answer(3).frame_id == 3
 
 
 def test_garbage_is_counted_and_told_once_a_second(pushed):
