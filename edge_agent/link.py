@@ -114,11 +114,11 @@ class Link:
                 subscribed |= self.status.recv(zmq.NOBLOCK)[:1] == b"\x01"
         return subscribed
 
-    def requests(self, limit: int = REQUESTS_AT_ONCE) -> list[tuple[list[bytes], bytes]]:
-        """(who asks, payload) of waiting requests; at most `limit`: a flood must not hold up a frame."""
+    def requests(self) -> list[tuple[list[bytes], bytes]]:
+        """(who asks, payload) of waiting requests; at most 64: a flood must not hold up a frame."""
         found = []
         with contextlib.suppress(zmq.Again):
-            while len(found) < limit:
+            while len(found) < REQUESTS_AT_ONCE:
                 *sender, payload = self.control.recv_multipart(zmq.NOBLOCK)
                 found.append((sender, payload))
         return found

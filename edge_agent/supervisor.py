@@ -40,6 +40,7 @@ MAX_RESTARTS_IN_A_ROW = 5  # of a model that never gets ready again: let systemd
 MAX_ID = 64
 REMEMBERED_REPLIES = 256
 ASK_TIMEOUT_S = 60.0
+MAX_WAITING = 8  # questions and instructions the model has not answered yet: no backlog
 PATIENCE = 3  # a model is not stalled before so many times the duration of its warm-up frame
 NS = 1_000_000_000
 MS = 1_000_000
@@ -500,6 +501,8 @@ class Supervisor:
                 self._reply(sender, request.id, error=f"text: expected 1 to 2000 characters, found {len(text)}")
             elif not self.model_ready or worker is None:
                 self._reply(sender, request.id, error=f"the model is not ready ({self._state()[1]}); try again")
+            elif len(self.asking) + len(self.instructing) >= MAX_WAITING:
+                self._reply(sender, request.id, error=f"{MAX_WAITING} requests are waiting already; try again")
             elif request.op == "instruct":
                 self.instructing[self.next_task_id] = (sender, request.id, text)
                 self._command(sender, request.id, m.Instruct(self.next_task_id, text))

@@ -28,7 +28,7 @@ import edge_agent
 from edge_agent import bundle
 from quantize import ggml, names, tokenizer, trial
 from quantize import recipe as recipes
-from quantize.checkpoint import DTYPES, Checkpoint
+from quantize.checkpoint import Checkpoint
 from quantize.language import TYPES, img_break, uniform, write_language, write_mmproj
 from quantize.vision import write_vision
 
@@ -113,9 +113,8 @@ def convert(checkpoint: Checkpoint, out: Path, kind: str, force: bool, report: R
 def build(checkpoint: Checkpoint, out: Path, recipe: str, force: bool, report: Report) -> bundle.Manifest:
     """The same with a quantised language model, tried and described: a bundle."""
     types = recipes.plan(checkpoint, recipe)
-    _need_space(
-        out, sum(recipes.weigh(checkpoint, recipe).values()) + 2 * 2 * _elements(checkpoint.vision_rows, checkpoint)
-    )
+    vision_bytes = 2 * 2 * _elements(checkpoint.vision_rows, checkpoint)
+    _need_space(out, sum(recipes.bytes_by_type(checkpoint, types).values()) + vision_bytes)
     with fresh_folder(out, force) as work:
         write_language(
             checkpoint, work / bundle.LANGUAGE, types, recipes.RECIPES[recipe], _stage(report, f"language {recipe}")
@@ -234,7 +233,3 @@ def _licence(folder: Path) -> str:
             if line.startswith("license:"):
                 return line.split(":", 1)[1].strip()
     return "unknown"
-
-
-def source_bytes(checkpoint: Checkpoint) -> int:
-    return sum(math.prod(s.shape) * DTYPES[s.dtype].itemsize for s in checkpoint.sources.values())

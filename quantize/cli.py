@@ -115,7 +115,6 @@ def _parser() -> argparse.ArgumentParser:
 def _inspect(arguments: argparse.Namespace) -> None:
     checkpoint = read(arguments.checkpoint)
     from quantize import recipe, tokenizer  # llama.cpp loads only once the checkpoint is known to be one
-    from quantize.build import source_bytes
 
     words = tokenizer.read(checkpoint.folder, checkpoint.text.vocab)
     weights = {name: sum(recipe.weigh(checkpoint, name).values()) for name in recipe.RECIPES}
@@ -130,7 +129,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
         "parameters": checkpoint.parameters,
         "tensors": len(checkpoint.sources),
         "ignored": checkpoint.ignored,
-        "source_bytes": source_bytes(checkpoint),
+        "source_bytes": sum(source.n_bytes for source in checkpoint.sources.values()),
         "tied_embeddings": checkpoint.text.tied,
         "tokenizer": words.file.name,
         "vocab": checkpoint.text.vocab,
@@ -159,7 +158,9 @@ def _inspect(arguments: argparse.Namespace) -> None:
         parts, total = (n_bytes / 1e9, vision_bytes / 1e9), (n_bytes + 2 * vision_bytes) / 1e9
         print(f"    {name:8} {parts[0]:7.3f} + {parts[1]:.3f} + {parts[1]:.3f} = {total:.3f}")
     fits = ", ".join(facts["fits"]) or "none of the known boards"
-    print(f"  serving Q4_K_M with {recipe.CONTEXT} tokens of context takes {memory / 2**30:.1f} GiB; fits: {fits}")
+    print(
+        f"  serving Q4_K_M with {recipe.CONTEXT} tokens of context: {memory / 2**30:.1f} GiB, estimated; fits: {fits}"
+    )
 
 
 def _convert(arguments: argparse.Namespace) -> None:

@@ -32,8 +32,8 @@ RECIPES = {
     "Q8_0": ll.LLAMA_FTYPE_MOSTLY_Q8_0,
 }
 
-# Memory a program can have on a board with a headless JetPack, GiB, and what llama.cpp and onnxruntime take beside
-# weights and cache: measured with a 3B at 2048 tokens of context and 256 image tokens.
+# What we reckon a program can have on a board with a headless JetPack, GiB, and an allowance for buffers beside weights
+# and cache. None of these was measured on a board. On a CPU, llama.cpp's repacked copy of the weights comes on top.
 BOARDS = {
     "Orin Nano 4GB": 2.7,
     "Orin Nano 8GB": 6.4,
@@ -86,14 +86,18 @@ def plan(checkpoint: Checkpoint, recipe: str) -> dict[str, gguf.GGMLQuantization
 _LINE = re.compile(r"\[ *\d+/ *\d+\] +(\S+) .*type = +(\w+), size = .*?(?:\((\w+)\))?$")
 
 
-def weigh(checkpoint: Checkpoint, recipe: str) -> dict[str, int]:
-    """Bytes by type of the language model under a recipe, without converting anything."""
+def bytes_by_type(checkpoint: Checkpoint, types: dict[str, gguf.GGMLQuantizationType]) -> dict[str, int]:
+    """What the text tensors weigh in the types of a plan."""
     counted: Counter[str] = Counter()
-    types = plan(checkpoint, recipe)
     for row in checkpoint.text_rows:
         shape = checkpoint.shape(row)
         counted[types[row.gguf].name] += math.prod(shape[:-1]) * ggml.row_bytes(types[row.gguf], shape[-1])
     return dict(counted)
+
+
+def weigh(checkpoint: Checkpoint, recipe: str) -> dict[str, int]:
+    """Bytes by type of the language model under a recipe, without converting anything."""
+    return bytes_by_type(checkpoint, plan(checkpoint, recipe))
 
 
 def memory_bytes(checkpoint: Checkpoint, language_bytes: int) -> int:

@@ -176,6 +176,29 @@ def test_instruct_and_ask(toy_bundle, runtime):
         assert "".join(client.ask_in_pieces("what?")) == "a pad"
 
 
+def test_questions_do_not_pile_up(toy_bundle, runtime):
+    """A model that is busy with a frame takes no questions; those that wait are few, the others are told at once."""
+    with (
+        rig.Pusher(f"ipc://{runtime}/frames"),
+        rig.daemon(runtime, config(toy_bundle, runtime), fake={"delay_ms": 400}),
+        zmq.Context() as context,
+        context.socket(zmq.DEALER) as dealer,
+    ):
+        dealer.setsockopt(zmq.LINGER, 0)
+        dealer.connect(endpoint(runtime, "control"))
+        for n in range(30):
+            dealer.send(m.encode(m.Request(v=1, id=f"q{n}", op="ask", text="what?")))
+        replies = []
+        while len(replies) < 30 and dealer.poll(10_000):
+            replies.append(m.decode_reply(dealer.recv()))
+        assert len(replies) == 30
+        refused = [reply for reply in replies if not reply.ok]
+        assert len(refused) >= 15 and all("waiting already" in reply.error for reply in refused)
+        assert sum(reply.ok for reply in replies) >= 8
+        dealer.send(m.encode(m.Request(v=1, id="later", op="ask", text="what?")))
+        assert dealer.poll(5000) and m.decode_reply(dealer.recv()).ok
+
+
 def test_the_same_id_is_done_once(toy_bundle, runtime):
     with (
         rig.Pusher(f"ipc://{runtime}/frames"),
