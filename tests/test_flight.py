@@ -112,9 +112,16 @@ def test_words_stream_in_pieces_and_ask_collects_them(toy_bundle, runtime, video
             if (words := client.next_words(0.5)) is not None:
                 lanes.add(words.lane)
         assert lanes >= {"describe", "action"}
-        pieces = list(client.ask_in_pieces("Is there a pad?"))
-        assert len(pieces) > 1
-        assert client.ask("Is there a pad?")
+        assert "".join(client.ask_in_pieces("Is there a pad?"))
+        with running.client() as other:
+            other.next_words(0.5)  # subscribed before the question
+            answer = client.ask("Is there a pad?")
+            pieces: list[m.Words] = []
+            while not (pieces and pieces[-1].last):
+                words = other.next_words(5.0)
+                assert words is not None, pieces
+                pieces += [words] if words.lane == "answer" else []
+        assert len(pieces) > 2 and "".join(piece.text for piece in pieces) == answer
 
 
 def test_control_characters_of_the_prompt_are_only_letters(toy_bundle, runtime, video):
