@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         "--recipe",
         default="Q4_K_M",
         metavar="RECIPE",
-        help="Q4_K_M (default), Q4_K_S, Q4_0, IQ4_XS, Q5_K_M, Q6_K, Q8_0",
+        help="Q4_K_M (default), Q4_K_S, Q4_0, IQ4_XS, Q5_K_M, Q6_K, Q8_0; BF16 loses nothing",
     )
     build.add_argument("--force", action="store_true", help="replace BUNDLE_DIR if this tool made it")
     build.add_argument("--json", action="store_true", help="the manifest as one JSON line at the end")

@@ -30,6 +30,7 @@ RECIPES = {
     "Q5_K_M": ll.LLAMA_FTYPE_MOSTLY_Q5_K_M,
     "Q6_K": ll.LLAMA_FTYPE_MOSTLY_Q6_K,
     "Q8_0": ll.LLAMA_FTYPE_MOSTLY_Q8_0,
+    "BF16": ll.LLAMA_FTYPE_MOSTLY_BF16,  # nothing lost: what the others are measured against
 }
 
 # What we reckon a program can have on a board with a headless JetPack, GiB, and an allowance for buffers beside weights

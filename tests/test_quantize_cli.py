@@ -606,7 +606,9 @@ def test_inspect_says_what_a_checkpoint_is(edge_quantize, build, request, source
     assert facts["vision_bytes"] == 2 * vision
     manifest = json.loads((build(folder, "Q4_K_M") / bundle.MANIFEST).read_text())
     assert facts["language_bytes"]["Q4_K_M"] == sum(manifest["bytes_by_type"].values())
-    assert sorted(facts["language_bytes"]) == sorted(["Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_XS", "Q5_K_M", "Q6_K", "Q8_0"])
+    assert sorted(facts["language_bytes"]) == sorted(
+        ["Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_XS", "Q5_K_M", "Q6_K", "Q8_0", "BF16"]
+    )
     size = (folder / "model.safetensors").stat().st_size
     ignored = 2 * scales  # bytes of the activation scales, one bfloat16 each
     header = 8 + int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little")

@@ -39,7 +39,16 @@ RELEASES = {
     "14B": Release(40, 5120, 16384, False, 13.51, 8_239_593_024, 163_840),
 }
 TOKENIZER_BYTES = 8e6  # of vocabulary and merges in a published file: 6 to 9 MB
-BITS = {"Q4_K_M": 4.5, "Q4_K_S": 4.5, "Q4_0": 4.5, "IQ4_XS": 4.25, "Q5_K_M": 5.5, "Q6_K": 6.5625, "Q8_0": 8.5}
+BITS = {
+    "Q4_K_M": 4.5,
+    "Q4_K_S": 4.5,
+    "Q4_0": 4.5,
+    "IQ4_XS": 4.25,
+    "Q5_K_M": 5.5,
+    "Q6_K": 6.5625,
+    "Q8_0": 8.5,
+    "BF16": 16.0,
+}
 
 
 def shapes(release: Release) -> dict[str, tuple[int, ...]]:
@@ -167,7 +176,7 @@ def test_a_bundle_holds_the_bytes_that_libllama_makes(
 
 @pytest.mark.parametrize("name", recipe.RECIPES)
 def test_quantised_values_are_still_those_of_the_model(name: str, toy_small: Path, build: Callable, convert: Callable):
-    most = {4: 0.12, 5: 0.06, 6: 0.03, 8: 0.01}[int(BITS[name])]
+    most = {4: 0.12, 5: 0.06, 6: 0.03, 8: 0.01, 16: 1e-9}[int(BITS[name])]
     before = tensors_of(convert(toy_small) / bundle.LANGUAGE)
     for tensor, value in tensors_of(build(toy_small, name) / bundle.LANGUAGE).items():
         error = np.linalg.norm(value - before[tensor]) / np.linalg.norm(before[tensor])
@@ -175,7 +184,7 @@ def test_quantised_values_are_still_those_of_the_model(name: str, toy_small: Pat
 
 
 def test_recipes_are_those_of_the_issue():
-    assert list(recipe.RECIPES) == ["Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_XS", "Q5_K_M", "Q6_K", "Q8_0"]
+    assert list(recipe.RECIPES) == ["Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_XS", "Q5_K_M", "Q6_K", "Q8_0", "BF16"]
     for name, number in recipe.RECIPES.items():
         assert gguf.LlamaFileType(number).name == f"MOSTLY_{name}"
 
