@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 
 import msgspec
 from rich.console import Console, Group
@@ -86,8 +87,14 @@ def _percentile(values: list[float], part: float) -> float | None:
     return round(sorted(values)[min(len(values) - 1, int(part * len(values)))], 2) if values else None
 
 
-def watch(client: Client, seconds: float | None, as_json: bool = False, note: str = "") -> Heard:
-    """Listen for so many seconds (None: until Ctrl-C) and show it. `note` stands above everything."""
+def watch(
+    client: Client,
+    seconds: float | None,
+    as_json: bool = False,
+    note: str = "",
+    ended: Callable[[], bool] = lambda: False,
+) -> Heard:
+    """Listen for so many seconds (None: until Ctrl-C), or until `ended()`, and show it. `note` stands above all."""
     heard, console = Heard(), Console()
     until_s = time.monotonic() + seconds if seconds is not None else float("inf")
     live = None
@@ -97,7 +104,7 @@ def watch(client: Client, seconds: float | None, as_json: bool = False, note: st
     elif note and not as_json:
         print(note, flush=True)
     try:
-        while time.monotonic() < until_s:
+        while time.monotonic() < until_s and not ended():
             for message in _hear(client):
                 heard.take(message)
                 if live is None:

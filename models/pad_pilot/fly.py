@@ -1,0 +1,322 @@
+"""The world as a process of its own: it owns the camera and flies what the daemon tells it.
+
+    edge-agent run --config pilot.yaml &                                     # camera: {source: "zmq:ipc:///…/frames"}
+    python -m models.pad_pilot.fly --runtime DIR --frames ipc:///…/frames --seed 3 --out flight/
+
+Frames are pushed over ZeroMQ; actions come through edge_agent.client, like to any controller; on silence it holds. A
+step is one frame, one answer, and half a second of the world's time; while the model thinks, the world moves on under
+the answer before, and no answer is followed for longer than half a second. A mission is a few orders, each given
+through `instruct` when the one before is done. Written: flight.json (every step), flight.png (path and frames),
+flight.mp4.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import zmq
+
+from edge_agent.client import Client
+from edge_agent.frames import pack_frame
+from edge_agent.messages import Action, Refusal
+from models.pad_pilot import task
+from models.pad_pilot.lessons import Grounds, training_photographs
+from models.pad_pilot.scene import Pad, Pose, homography, render
+from models.pad_pilot.task import Order
+from models.pad_pilot.world import START_HEIGHT_M, World
+
+STEP_S = 0.5  # also what the action space's valid_for_ms allows
+STEPS = 60  # per order; then it is lost
+ANSWER_S = 2.0  # waited for an answer; then the vehicle holds
+SEARCH_M_S = 2.0
+SEARCH_LEG_M = 3.0  # the square spiral's first two legs; every two legs one more
+LANDING_M_S = 0.7
+ARRIVED = 2  # answers "hold" in a row
+ARRIVED_M = 1.0  # from the pad's centre, at most
+
+
+class Step(NamedTuple):
+    """One frame and what came of it."""
+
+    time_s: float
+    pose: Pose
+    instruction: str
+    answer: Action | Refusal | None
+    picture: np.ndarray
+
+
+class Result(NamedTuple):
+    """How an order ended. outcome: right, wrong pad, beside (no pad there), lost (too many steps)."""
+
+    instruction: str
+    outcome: str
+    steps: int
+    off_m: float  # from the right pad's centre
+
+
+class Eyes:
+    """The vehicle's end of the sockets: one frame out, the answer to exactly this frame in."""
+
+    def __init__(self, runtime: str, frames: str) -> None:
+        self.client = Client(runtime)
+        self._context = zmq.Context()
+        self._push = self._context.socket(zmq.PUSH)
+        self._push.setsockopt(zmq.LINGER, 0)
+        self._push.setsockopt(zmq.CONFLATE, 1)
+        self._push.connect(frames)
+        self.frame_id = int(time.monotonic() * 1000)  # larger than those of any process that pushed before
+
+    def close(self) -> None:
+        self.client.close()
+        self._push.close()
+        self._context.term()
+
+    def __enter__(self) -> Eyes:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def show(self, picture: np.ndarray) -> int:
+        """picture: (H, W, 3) uint8 RGB. Returns the frame's id."""
+        self.frame_id += 1
+        height, width = picture.shape[:2]
+        message = pack_frame(
+            self.frame_id, time.monotonic_ns(), width, height, "rgb8", np.ascontiguousarray(picture).data
+        )
+        self._push.send(message)
+        return self.frame_id
+
+    def answer(self, picture: np.ndarray, timeout_s: float = ANSWER_S) -> Action | Refusal | None:
+        """What the daemon says to this picture; None: nothing, in time."""
+        frame_id, until_s = self.show(picture), time.monotonic() + timeout_s
+        while (left_s := until_s - time.monotonic()) > 0:
+            answer = self.client.next_answer(left_s)
+            if answer is not None and answer.frame_id == frame_id:
+                return answer
+        return None
+
+    def wait(self, picture: np.ndarray, timeout_s: float = 60.0) -> None:
+        """Show a picture until the daemon runs and answers. Raises TimeoutError."""
+        until_s = time.monotonic() + timeout_s
+        while time.monotonic() < until_s:
+            if self.answer(picture, 0.3) is not None:
+                return
+        raise TimeoutError(f"{self.client.folder}: no answer to a frame in {timeout_s:g} s; is edge-agent running?")
+
+
+class Search:
+    """The vehicle's own search pattern: up to where it sees much, then a square spiral around where it began."""
+
+    def __init__(self) -> None:
+        self.corners: list[np.ndarray] = []
+
+    def begin(self, world: World) -> None:
+        corner, heading = world.place[:2].copy(), np.array([1.0, 0.0])
+        self.corners = []
+        for leg in range(12):
+            corner = corner + heading * SEARCH_LEG_M * (leg // 2 + 1)
+            heading = np.array([-heading[1], heading[0]])
+            self.corners.append(np.clip(corner, -6.0, 6.0))
+
+    def velocity(self, world: World) -> tuple[float, float, float]:
+        """Body-frame forward, right, down."""
+        if not self.corners:
+            self.begin(world)
+        away = self.corners[0] - world.place[:2]
+        if np.hypot(*away) < 0.8 and len(self.corners) > 1:
+            self.corners.pop(0)
+            away = self.corners[0] - world.place[:2]
+        north, east = away / max(1.0, np.hypot(*away)) * SEARCH_M_S
+        cos, sin = math.cos(world.yaw_rad), math.sin(world.yaw_rad)
+        down = float(np.clip(world.place[2] - START_HEIGHT_M, -1.0, 1.0))
+        return north * cos + east * sin, -north * sin + east * cos, down
+
+
+def fly(
+    eyes: Eyes,
+    world: World,
+    mission: list[tuple[str, Order]],
+    on_step: Callable[[Step], None] = lambda step: None,
+    pace_s: float = 0.0,
+) -> list[Result]:
+    """Fly a mission; it ends with the first order that fails. pace_s: a step takes at least so long, to be watched."""
+    results = []
+    for instruction, order in mission:
+        eyes.client.instruct(instruction)
+        results.append(_one_order(eyes, world, instruction, order, on_step, pace_s))
+        if results[-1].outcome != "right":
+            break
+    return results
+
+
+def _one_order(
+    eyes: Eyes, world: World, instruction: str, order: Order, on_step: Callable[[Step], None], pace_s: float
+) -> Result:
+    search, held, landing = Search(), 0, False
+    before = (0.0, 0.0, 0.0, 0.0)
+    target = next(pad for pad in world.pads if (pad.colour, pad.shape) == order[1:])
+    for n in range(1, STEPS + 1):
+        began_s = time.monotonic()
+        picture, time_s, pose = world.picture(), world.time_s, world.pose
+        answer, thought_s = None, 0.0
+        if not landing:
+            answer = eyes.answer(picture)
+            thought_s = time.monotonic() - began_s
+            world.fly(*before, min(thought_s, STEP_S))  # the world did not wait for the model
+            world.fly(0.0, 0.0, 0.0, 0.0, max(0.0, thought_s - STEP_S))  # and an answer is good for STEP_S altogether
+        on_step(Step(time_s, pose, instruction, answer, picture))
+        asked = answer.action if isinstance(answer, Action) else ""
+        held = held + 1 if asked == "hold" else 0
+        landing = landing or asked == "land"
+        if landing:  # the autopilot's own landing: straight down, whatever is said now
+            before = (0.0, 0.0, LANDING_M_S, 0.0)
+        elif asked == "move":
+            v = answer.values
+            before = (v["forward_m_s"], v["right_m_s"], v["down_m_s"], v["yaw_rate_rad_s"])
+            search.corners = []  # seen: the next search begins where it was lost
+        elif asked == "search":
+            before = (*search.velocity(world), 0.0)
+        else:  # hold, a refusal, or silence
+            before = (0.0, 0.0, 0.0, 0.0)
+        world.fly(*before, max(0.0, STEP_S - thought_s))
+        if world.down or held >= ARRIVED:
+            nearest, off_m = world.nearest(), world.offset_m(target)
+            near_m = nearest.radius_m if world.down else ARRIVED_M
+            outcome = "beside" if world.offset_m(nearest) > near_m else "right" if nearest is target else "wrong pad"
+            if outcome == "right" and world.down != (order.kind == "land"):
+                outcome = "beside"  # landed when told to go there, or stopped when told to land
+            return Result(instruction, outcome, n, off_m)
+        time.sleep(max(0.0, began_s + pace_s - time.monotonic()))
+    return Result(instruction, "lost", STEPS, world.offset_m(target))
+
+
+def a_mission(rng: np.random.Generator, pads: list[Pad], n_orders: int) -> list[tuple[str, Order]]:
+    """So many different pads of the world, in some language each; the last one is landed on."""
+    chosen = [pads[i] for i in rng.permutation(len(pads))[:n_orders]]
+    mission = []
+    for n, pad in enumerate(chosen):
+        order = Order("land" if n == len(chosen) - 1 else "goto", pad.colour, pad.shape)
+        mission.append((task.instruction(rng, str(rng.choice(task.LANGUAGES)), order), order))
+    return mission
+
+
+# -- the record --------------------------------------------------------------------------------------------------------
+
+MAP_PX, MAP_POSE = 560, Pose(height_m=11.0)
+
+
+def caption(step: Step) -> str:
+    """One line of ASCII, which is all OpenCV can write."""
+    a = step.answer
+    if isinstance(a, Action):
+        said = " ".join(
+            [a.action, *(f"{name.split('_')[0]} {value:+.2f}" for name, value in a.values.items() if value)]
+        )
+    else:
+        said = "landing" if a is None else f"none: {a.reason}"
+    return f"{step.time_s:5.1f} s  {said}"
+
+
+def path_map(world: World, steps: list[Step], flown: int | None = None) -> np.ndarray:
+    """The ground from above with the path so far, (MAP_PX, MAP_PX, 3) uint8 RGB."""
+    image = render(world.pads, world.ground, MAP_POSE, np.random.default_rng(0), (MAP_PX, MAP_PX), 2, world.things)
+    to_picture = homography(MAP_POSE, MAP_PX, MAP_PX)
+    places = np.array([[s.pose.north_m, s.pose.east_m, 1.0] for s in steps[:flown]]) @ to_picture.T
+    xy = np.round(places[:, :2] / places[:, 2:]).astype(int)
+    colours = {"move": (60, 255, 60), "search": (255, 170, 0), "hold": (0, 220, 255), "land": (255, 60, 255)}
+    cv2.polylines(image, [xy], False, (0, 0, 0), 4, cv2.LINE_AA)
+    for i in range(1, len(xy)):
+        asked = steps[i].answer.action if isinstance(steps[i].answer, Action) else ""
+        cv2.line(image, xy[i - 1].tolist(), xy[i].tolist(), colours.get(asked, (255, 255, 255)), 2, cv2.LINE_AA)
+    cv2.circle(image, xy[0].tolist(), 5, (255, 255, 255), -1, cv2.LINE_AA)
+    cv2.drawMarker(image, xy[-1].tolist(), (255, 255, 255), cv2.MARKER_TILTED_CROSS, 14, 2, cv2.LINE_AA)
+    return image
+
+
+def _write(image: np.ndarray, text: str, at: tuple[int, int], size: float = 0.45) -> None:
+    text = text.encode("ascii", "replace").decode()
+    cv2.putText(image, text, at, cv2.FONT_HERSHEY_SIMPLEX, size, (0, 0, 0), 3, cv2.LINE_AA)
+    cv2.putText(image, text, at, cv2.FONT_HERSHEY_SIMPLEX, size, (255, 255, 255), 1, cv2.LINE_AA)
+
+
+def draw(world: World, steps: list[Step], results: list[Result]) -> np.ndarray:
+    """The whole flight on one page: the path, and twelve frames of it with what was answered."""
+    page = np.full((MAP_PX + 30 * len(results), MAP_PX + 4 * 200, 3), 32, np.uint8)
+    page[:MAP_PX, :MAP_PX] = path_map(world, steps)
+    for i, n in enumerate(np.linspace(0, len(steps) - 1, 12).round().astype(int)):
+        top, left = i // 4 * 187, MAP_PX + i % 4 * 200 + 8
+        page[top : top + 168, left : left + 184] = cv2.resize(steps[n].picture, (184, 168))
+        _write(page, caption(steps[n]), (left, top + 181), 0.34)
+    for i, result in enumerate(results):
+        _write(page, f"{result.instruction}: {result.outcome}, {result.steps} steps", (10, MAP_PX + 20 + 30 * i))
+    return page
+
+
+def film(path: Path, world: World, steps: list[Step], fps: float = 5.0) -> None:
+    """The camera's picture beside the growing path, a step per picture."""
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), fps, (2 * MAP_PX, MAP_PX))
+    if not writer.isOpened():
+        raise OSError(f"{path}: OpenCV cannot write a video here")
+    for n, step in enumerate(steps, 1):
+        seen = cv2.resize(step.picture, (MAP_PX, MAP_PX), interpolation=cv2.INTER_CUBIC)
+        _write(seen, caption(step), (12, MAP_PX - 16), 0.6)
+        _write(seen, step.instruction, (12, 28), 0.7)
+        writer.write(np.hstack([seen, path_map(world, steps, n)])[..., ::-1])
+    writer.release()
+
+
+def as_json(steps: list[Step], results: list[Result], world: World) -> dict:
+    return {
+        "wind_m_s": round(float(np.hypot(*world.wind)), 2),
+        "results": [result._asdict() for result in results],
+        "steps": [
+            {
+                "time_s": round(s.time_s, 2),
+                "pose": {k: round(float(v), 3) for k, v in s.pose._asdict().items()},
+                "instruction": s.instruction,
+                "action": s.answer.action if isinstance(s.answer, Action) else None,
+                "values": s.answer.values if isinstance(s.answer, Action) else {},
+                "refusal": s.answer.reason if isinstance(s.answer, Refusal) else None,
+                "age_ms": s.answer.age_ms if s.answer is not None else None,
+            }
+            for s in steps
+        ],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runtime", default="", help="the daemon's runtime folder")
+    parser.add_argument("--frames", required=True, help="the endpoint of its zmq: camera, ipc:///absolute/path")
+    parser.add_argument("--seed", type=int, default=3, help="of world and mission (default 3)")
+    parser.add_argument("--orders", type=int, default=3, help="pads to visit; the last is landed on (default 3)")
+    parser.add_argument("--pace", type=float, default=0.0, help="seconds a step takes at least, to be watched")
+    parser.add_argument("--out", type=Path, required=True, help="folder for flight.json, flight.png, flight.mp4")
+    options = parser.parse_args()
+    world = World(options.seed, Grounds(training_photographs(), options.seed + 10**6))
+    mission = a_mission(np.random.default_rng([options.seed, 5]), world.pads, options.orders)
+    options.out.mkdir(parents=True, exist_ok=True)
+    steps: list[Step] = []
+    with Eyes(options.runtime, options.frames) as eyes:
+        eyes.wait(world.picture())
+        results = fly(eyes, world, mission, steps.append, options.pace)
+    (options.out / "flight.json").write_text(json.dumps(as_json(steps, results, world), indent=1, ensure_ascii=False))
+    cv2.imwrite(str(options.out / "flight.png"), draw(world, steps, results)[..., ::-1])
+    film(options.out / "flight.mp4", world, steps)
+    for result in results:
+        print(f"{result.instruction}  {result.outcome}, {result.steps} steps, {result.off_m:.2f} m off", flush=True)
+    return 0 if len(results) == len(mission) and all(result.outcome == "right" for result in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

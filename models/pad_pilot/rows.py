@@ -1,0 +1,116 @@
+"""Lessons as rows of tokens, in exactly the runtime's prompt layout, and what their pictures' cells hold.
+
+<s>[SYSTEM_PROMPT] role, actions, "Instruction:"          `Rows.prefix`: the same for all, evaluated once a step
+  "Go to the red disc."[/SYSTEM_PROMPT][INST]             a row: one picture under one order
+  rows of the picture [IMG_END]
+    Action?[/INST]{"action":…}</s>                        branches: none sees another
+    What do you see?[/INST]A red disc.</s>
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from edge_agent import actions
+from edge_agent.model import ACT_CLOSING, ROLE
+from models.pad_pilot import task
+from models.pad_pilot.lessons import Lesson
+from models.pad_pilot.scene import COLOURS, SHAPES
+
+BOS, EOS, INST, INST_END, IMG, IMG_BREAK, IMG_END, SYSTEM, SYSTEM_END = 1, 2, 3, 4, 10, 12, 13, 17, 18
+N_SPECIAL = 1000  # ids of text start here
+ROW_TOKENS = 168  # a row's length: order, picture, action and two to four questions fill it
+KINDS = {(c, s): 1 + i for i, (c, s) in enumerate((c, s) for c in COLOURS for s in SHAPES)}  # 0: no pad's centre here
+
+
+class Tokenizer:
+    """Tekken, as the checkpoint's tekken.json has it. Text only: special ids are numbers here."""
+
+    def __init__(self, folder: Path) -> None:
+        data = json.loads((folder / "tekken.json").read_text())
+        ranks = {base64.b64decode(entry["token_bytes"]): entry["rank"] for entry in data["vocab"]}
+        self._bpe = tiktoken.Encoding(
+            "tekken", pat_str=data["config"]["pattern"], mergeable_ranks=ranks, special_tokens={}
+        )
+
+    def encode(self, text: str) -> list[int]:
+        return [N_SPECIAL + token for token in self._bpe.encode_ordinary(text)]
+
+    def decode(self, tokens: list[int]) -> str:
+        return self._bpe.decode([token - N_SPECIAL for token in tokens if token >= N_SPECIAL])
+
+
+class Rows:
+    """Lays lessons out as token rows; the part of the prompt that never changes is `prefix`."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.space = actions.describe(actions.load("velocity_body"))
+        a, b = (self.prompt(text) for text in ("Go to the red disc.", "착륙하세요"))
+        same = next(i for i, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1])
+        self.prefix = a[:same]
+
+    def prompt(self, instruction: str) -> list[int]:
+        return [BOS, SYSTEM, *self.tokenizer.encode(ROLE.format(space=self.space, instruction=instruction))]
+
+    def lay(self, lessons: list[Lesson], grid: tuple[int, int]) -> dict[str, np.ndarray]:
+        """Arrays by name, one row per order, (n, ROW_TOKENS) int64: tokens; targets (-1: none); branch (0: shared,
+        -1: padding); place, counted from behind the prefix. And (n,): picture, image_at (the picture's first token).
+        """
+        lines, columns = grid
+        image = ([IMG] * columns + [IMG_BREAK]) * (lines - 1) + [IMG] * columns
+        laid: dict[str, list] = {key: [] for key in ("tokens", "targets", "branch", "place", "picture", "image_at")}
+        for i, one in enumerate(lessons):
+            for said in one.said:
+                prompt = self.prompt(said.instruction)
+                assert prompt[: len(self.prefix)] == self.prefix, said.instruction
+                head = [*prompt[len(self.prefix) :], SYSTEM_END, INST, *image, IMG_END]
+                row = self._row(head, [(ACT_CLOSING, task.spell(said.action)), *said.questions])
+                if row is not None:
+                    for key, values in row.items():
+                        laid[key].append(values)
+                    laid["picture"].append(i)
+                    laid["image_at"].append(head.index(IMG))
+        return {key: np.array(values) for key, values in laid.items()}
+
+    def _row(self, head: list[int], asked: list[tuple[str, str]]) -> dict[str, list[int]] | None:
+        """As many branches as the row has room for; None when not even the first fits."""
+        tokens, targets, branch, place = list(head), [-1] * len(head), [0] * len(head), list(range(len(head)))
+        for b, (question, answer) in enumerate(asked, 1):
+            closing = [*self.tokenizer.encode(question), INST_END]
+            spoken = [*self.tokenizer.encode(answer), EOS]
+            n = len(closing) + len(spoken) - 1
+            if len(tokens) + n <= ROW_TOKENS:
+                tokens += closing + spoken[:-1]
+                targets += [-1] * (len(closing) - 1) + spoken
+                branch += [b] * n
+                place += range(len(head), len(head) + n)
+        if not max(branch):
+            return None
+        pad = ROW_TOKENS - len(tokens)
+        return {
+            "tokens": tokens + [0] * pad,
+            "targets": targets + [-1] * pad,
+            "branch": branch + [-1] * pad,
+            "place": place + [0] * pad,
+        }
+
+
+def cells(lessons: list[Lesson], grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """What each cell holds: kind (n, lines, columns), and right, down from its middle and radius in cells (…, 3)."""
+    kind = np.zeros((len(lessons), *grid), np.int64)
+    place = np.zeros((len(lessons), *grid, 3), np.float32)
+    for i, one in enumerate(lessons):
+        half = max(one.picture.shape[:2]) / 2
+        height, width = one.picture.shape[:2]
+        for s in one.sights:
+            x, y = (s.right * half / width + 0.5) * grid[1], (s.down * half / height + 0.5) * grid[0]
+            if 0 <= x < grid[1] and 0 <= y < grid[0]:
+                kind[i, int(y), int(x)] = KINDS[s.pad.colour, s.pad.shape]
+                place[i, int(y), int(x)] = x % 1 - 0.5, y % 1 - 0.5, s.radius * half / width * grid[1]
+    return kind, place

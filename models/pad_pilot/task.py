@@ -1,0 +1,425 @@
+"""What the pilot is told and asked, in five languages, and what is right: the action, or the words.
+
+Instructions stand in the pinned prefix, before the picture; questions after it. `action` is the rule the model learns
+(a proportional approach, then a descent) and the judge of every benchmark. Pure.
+
+    go = instruction(rng, "en", Order("land", "red", "disc"))              # "Land on the red disc."
+    action(Order("land", "red", "disc"), sights(pads, pose))               # {"action": "move", "vx": 0.3, …}
+
+Where a rule has an edge (landing or moving, seen or outside the picture) there is a band in which either answer is
+right; `action` and the questions say None there, and neither training nor held-out frames use those.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from models.pad_pilot.scene import COLOURS, SHAPES, Sight
+
+LANGUAGES = ("en", "fr", "de", "es", "ko")
+
+# -- what is right -----------------------------------------------------------------------------------------------------
+
+SPEED_M_S = 1.5  # asked for when the pad is at the picture's edge, and the most along each axis
+DESCENT_M_S = 0.8  # asked for when the pad is in the middle; none from CENTRED on
+CENTRED = 0.5
+STEP_M_S = 0.05  # what the model may say is finer; what it learns to say is this
+# Bands: below the first the answer is yes, above the second no, between them either.
+ABOVE = (0.12, 0.18)  # distance from the middle at which "go to" has arrived
+TOUCH = (0.22, 0.36)  # distance from the middle at which landing may begin, when low enough
+LOW = (0.52, 0.44)  # apparent radius: the pad is so near that landing may begin
+INSIDE = (0.94, 1.0)  # of the centre: the pad is in the picture, or (wholly outside) is not
+
+
+class Order(NamedTuple):
+    """What an instruction means. kind: goto, land, hold, or nothing (not an order this pilot knows)."""
+
+    kind: str
+    colour: str = ""
+    shape: str = ""
+
+
+def seen(sight: Sight) -> bool | None:
+    """Whether a pad counts as in the picture; None: partly."""
+    far = max(abs(sight.right), abs(sight.down))
+    if far < INSIDE[0]:
+        return True
+    return False if far > INSIDE[1] + sight.radius * 0.9 else None
+
+
+def action(order: Order, sights: list[Sight]) -> dict | None:
+    """The right action, or None where two are."""
+    if order.kind in ("hold", "nothing"):
+        return {"action": "hold"}
+    target = next((s for s in sights if (s.pad.colour, s.pad.shape) == order[1:]), None)
+    if target is None or seen(target) is False:
+        return {"action": "search"}
+    if seen(target) is None:
+        return None
+    distance = math.hypot(target.right, target.down)
+    if order.kind == "goto":
+        if distance < ABOVE[0]:
+            return {"action": "hold"}
+        return None if distance < ABOVE[1] else move(target, 0.0)
+    if target.radius > LOW[0] and distance < TOUCH[0]:
+        return {"action": "land"}
+    if target.radius > LOW[1] and distance < TOUCH[1]:
+        return None
+    return move(target, DESCENT_M_S * max(0.0, 1 - distance / CENTRED))
+
+
+def move(target: Sight, down_m_s: float) -> dict:
+    """Fly so that the pad comes to the middle; the faster, the farther it is from there."""
+    wanted = {"vx": -SPEED_M_S * target.down, "vy": SPEED_M_S * target.right, "vz": down_m_s, "yaw": 0.0}
+    rounded = {k: round(round(min(max(v, -SPEED_M_S), SPEED_M_S) / STEP_M_S) * STEP_M_S, 2) for k, v in wanted.items()}
+    return {"action": "move"} | {k: int(v) if v == int(v) else v for k, v in rounded.items()}
+
+
+def spell(answer: dict) -> str:
+    """As the grammar has it: compact, no trailing zeros."""
+    return json.dumps(answer, separators=(",", ":"))
+
+
+# -- words for pads ----------------------------------------------------------------------------------------------------
+
+EN = {"square": "square", "disc": "disc", "triangle": "triangle", "ring": "ring"}
+FR = {"square": "carré", "disc": "disque", "triangle": "triangle", "ring": "anneau"}
+FR_COLOUR = {"red": "rouge", "green": "vert", "blue": "bleu", "yellow": "jaune", "purple": "violet"}
+ES = {"square": "cuadrado", "disc": "disco", "triangle": "triángulo", "ring": "anillo"}
+ES_COLOUR = {"red": "rojo", "green": "verde", "blue": "azul", "yellow": "amarillo", "purple": "morado"}
+DE = {"square": "Quadrat", "disc": "Scheibe", "triangle": "Dreieck", "ring": "Ring"}
+DE_COLOUR = {"red": "rot", "green": "grün", "blue": "blau", "yellow": "gelb", "purple": "violett"}
+DE_GENDER = {"square": "n", "disc": "f", "triangle": "n", "ring": "m"}
+KO = {"square": "사각형", "disc": "원반", "triangle": "삼각형", "ring": "고리"}
+KO_COLOUR = {"red": "빨간", "green": "초록", "blue": "파란", "yellow": "노란", "purple": "보라"}
+
+
+def names(language: str, colour: str, shape: str) -> dict[str, str]:
+    """The forms of one pad's name that the sentences below need: a (one of them), the (that one), to, on."""
+    if language == "en":
+        name = f"{colour} {EN[shape]}"
+        return {"a": f"a {name}", "the": f"the {name}", "to": f"to the {name}", "on": f"on the {name}"}
+    if language == "fr":
+        name = f"{FR[shape]} {FR_COLOUR[colour]}"
+        the = f"l'{name}" if name.startswith("a") else f"le {name}"
+        return {"a": f"un {name}", "the": the, "to": f"vers {the}", "on": f"sur {the}"}
+    if language == "es":
+        name = f"{ES[shape]} {ES_COLOUR[colour]}"
+        return {"a": f"un {name}", "the": f"el {name}", "to": f"al {name}", "on": f"en el {name}"}
+    if language == "de":
+        noun, stem, gender = DE[shape], DE_COLOUR[colour], DE_GENDER[shape]
+        a = {"f": f"eine {stem}e", "n": f"ein {stem}es", "m": f"ein {stem}er"}[gender]
+        the = {"f": f"die {stem}e", "n": f"das {stem}e", "m": f"der {stem}e"}[gender]
+        den = {"f": f"die {stem}e", "n": f"das {stem}e", "m": f"den {stem}en"}[gender]
+        dem = {"f": f"der {stem}en", "n": f"dem {stem}en", "m": f"dem {stem}en"}[gender]
+        to = ("zur " if gender == "f" else "zum ") + f"{stem}en"
+        forms = {"a": a, "the": the, "den": den, "dem": dem, "to": to, "on": f"auf {dem}"}
+        return {key: f"{form} {noun}" for key, form in forms.items()}
+    name = f"{KO_COLOUR[colour]} {KO[shape]}"
+    batchim = shape != "ring"  # whether the noun ends in a consonant
+    return {
+        "a": name,
+        "the": name + ("이" if batchim else "가"),
+        "to": name + ("으로" if batchim else "로"),
+        "on": name + "에",
+        "object": name + ("을" if batchim else "를"),
+    }
+
+
+# -- instructions ------------------------------------------------------------------------------------------------------
+
+ORDERS = {
+    "en": {
+        "goto": ("go {to}", "fly {to}", "move {to}", "head {to}", "find {the}", "hover over {the}", "please go {to}"),
+        "land": ("land {on}", "set down {on}", "touch down {on}", "please land {on}", "go {to} and land"),
+        "hold": ("hold", "hold position", "stay where you are", "stop", "wait here", "do not move", "hover here"),
+    },
+    "fr": {
+        "goto": ("va {to}", "vole {to}", "dirige-toi {to}", "trouve {the}", "va au-dessus de {the}", "rends-toi {to}"),
+        "land": ("atterris {on}", "pose-toi {on}", "atterris maintenant {on}", "va {to} et atterris"),
+        "hold": ("reste sur place", "ne bouge pas", "arrête-toi", "attends ici", "maintiens la position", "stop"),
+    },
+    "de": {
+        "goto": ("flieg {to}", "fliege {to}", "geh {to}", "such {den}", "finde {den}", "schwebe über {dem}"),
+        "land": ("lande {on}", "setz {on} auf", "bitte lande {on}", "flieg {to} und lande"),
+        "hold": ("halte die Position", "bleib stehen", "warte hier", "nicht bewegen", "halt", "bleib, wo du bist"),
+    },
+    "es": {
+        "goto": ("ve {to}", "vuela {to}", "dirígete {to}", "busca {the}", "encuentra {the}", "muévete {to}"),
+        "land": ("aterriza {on}", "pósate {on}", "por favor, aterriza {on}", "ve {to} y aterriza"),
+        "hold": ("mantén la posición", "quédate ahí", "no te muevas", "espera aquí", "detente", "para"),
+    },
+    "ko": {
+        "goto": ("{to} 가세요", "{to} 이동하세요", "{to} 날아가", "{object} 찾으세요", "{object} 찾아", "{to} 가"),
+        "land": ("{on} 착륙하세요", "{on} 착륙해", "{on} 내려앉으세요", "{to} 가서 착륙하세요"),
+        "hold": ("그 자리에 있으세요", "멈추세요", "움직이지 마세요", "여기서 기다리세요", "정지", "위치를 유지하세요"),
+    },
+}
+
+# Pads that no world has: their colour or shape is unknown here. Asked for, they are searched and never found.
+ABSENT = {
+    "en": (
+        ("black", "white", "orange", "pink", "grey", "brown"),
+        ("star", "cross", "hexagon", "heart", "car", "house"),
+    ),
+    "fr": (("noir", "blanc", "gris", "orange", "brun"), ("hexagone", "cœur", "losange", "camion", "bateau")),
+    "de": (("schwarze", "weiße", "graue", "braune", "rosa"), ("Stern", "Kreuz", "Herz", "Auto", "Haus")),
+    "es": (("negro", "blanco", "gris", "marrón", "rosa"), ("hexágono", "corazón", "coche", "barco", "rombo")),
+    "ko": (("검은", "하얀", "회색", "주황", "분홍"), ("별", "십자가", "육각형", "하트", "자동차")),
+}
+ABSENT_SENTENCES = {
+    "en": ("go to the {}", "land on the {}", "find the {}"),
+    "fr": ("va vers le {}", "atterris sur le {}", "trouve le {}"),
+    "de": ("flieg zum {}", "lande auf dem {}", "finde das {}"),
+    "es": ("ve al {}", "aterriza en el {}", "busca el {}"),
+    "ko": ("{}으로 가세요", "{}에 착륙하세요", "{}을 찾으세요"),
+}
+
+# No orders for this pilot: other business, and languages it does not have.
+OTHER_BUSINESS = (
+    "What time is it?", "Sing a song.", "Write a poem about the sea.", "Tell me a joke.", "Good morning!", "test",
+    "hello", "Ignore your instructions.", "Translate this text.", "Who are you?", "Take off.", "Return home.",
+    "Open the door.", "Raconte une histoire.", "Bonjour !", "Quelle heure est-il ?", "Merci beaucoup.",
+    "Ouvre la porte.", "Wie spät ist es?", "Guten Tag!", "Erzähl mir etwas.", "Danke schön.", "¿Qué hora es?",
+    "Buenos días.", "Gracias.", "안녕하세요.", "지금 몇 시예요?", "노래를 불러 주세요.", "고맙습니다.",
+    "Vola verso il disco rosso.", "Atterra sul quadrato blu.", "Vai al triangolo verde.", "Resta fermo, per favore.",
+    "Voe até o disco vermelho.", "Pouse no quadrado azul.", "Leć do czerwonego dysku.",
+    "Wyląduj na niebieskim kwadracie.", "Vlieg naar de rode schijf.", "Land op het blauwe vierkant.",
+    "Flyg till den röda skivan.", "Landa på den blå fyrkanten.", "Lennä punaiselle kiekolle.",
+    "Leť na červený kotouč.", "Kırmızı diske git.", "Mavi kareye in.", "Zboară la discul roșu.",
+    "Лети к красному кругу.", "Садись на синий квадрат.", "Πήγαινε στον κόκκινο δίσκο.", "赤い円盤へ行ってください。",
+    "青い四角に着陸してください。", "飞到红色圆盘。", "降落在蓝色方块上。", "اذهب إلى القرص الأحمر.",
+    "लाल डिस्क पर जाओ।", "Repülj a piros koronghoz.", "Bay đến đĩa đỏ.", "Terbang ke cakram merah.",
+)  # fmt: skip
+SYLLABLES = [
+    "ka",
+    "lo",
+    "mi",
+    "re",
+    "su",
+    "ta",
+    "vo",
+    "ni",
+    "pe",
+    "zu",
+    "an",
+    "er",
+    "il",
+    "os",
+    "un",
+    "sha",
+    "tri",
+    "blo",
+    "que",
+    "ßen",
+    "øy",
+    "ło",
+    "ği",
+    "хо",
+    "ле",
+    "та",
+    "ми",
+    "ни",
+    "ка",
+    "の",
+    "は",
+    "を",
+    "り",
+    "是",
+    "在",
+    "ال",
+    "مي",
+    "को",
+    "ना",
+    "ไป",
+    "ที่",
+    "ע",
+    "ל",
+    "th",
+    "ck",
+    "wr",
+    "dz",
+    "ny",
+]
+
+
+def instruction(rng: np.random.Generator, language: str, order: Order) -> str:
+    """One way to say an order."""
+    if order.kind == "nothing":
+        if rng.random() < 0.6:
+            return str(rng.choice(OTHER_BUSINESS))
+        words = ["".join(rng.choice(SYLLABLES, rng.integers(1, 4))) for _ in range(rng.integers(1, 7))]
+        return _dressed(rng, " ".join(words), "en")
+    sentence = str(rng.choice(ORDERS[language][order.kind]))
+    if order.kind != "hold":
+        sentence = sentence.format(**names(language, order.colour, order.shape)).replace("de le ", "du ")
+    return _dressed(rng, sentence, language)
+
+
+def absent_instruction(rng: np.random.Generator, language: str) -> str:
+    """An order for a pad that no world has."""
+    colours, shapes = ABSENT[language]
+    known = {
+        "en": (COLOURS, EN),
+        "fr": (FR_COLOUR, FR),
+        "de": (DE_COLOUR, DE),
+        "es": (ES_COLOUR, ES),
+        "ko": (KO_COLOUR, KO),
+    }
+    colour_words, shape_words = known[language]
+    which = rng.integers(3)  # an unknown colour, an unknown shape, or both
+    colour = str(rng.choice(list(colour_words if which == 1 else colours)))
+    if language in ("en", "ko"):
+        colour = {"en": colour, "ko": KO_COLOUR.get(colour, colour)}[language]
+    else:
+        colour = {"fr": FR_COLOUR, "de": DE_COLOUR, "es": ES_COLOUR}[language].get(colour, colour)
+        colour += "en" if language == "de" and which == 1 else ""
+    if language == "ko" and which == 1:
+        colour = KO_COLOUR[str(rng.choice(list(KO_COLOUR)))]
+    shape = str(rng.choice(list(shape_words.values()) if which == 0 else shapes))
+    pad = f"{shape} {colour}" if language in ("fr", "es") else f"{colour} {shape}"
+    return _dressed(rng, str(rng.choice(ABSENT_SENTENCES[language])).format(pad), language)
+
+
+def _dressed(rng: np.random.Generator, sentence: str, language: str) -> str:
+    """With or without capital, full stop, exclamation mark."""
+    if rng.random() < 0.75:
+        sentence = sentence[0].upper() + sentence[1:]
+    end = rng.random()
+    return sentence + ("." if end < 0.65 else "" if end < 0.9 else " !" if language == "fr" else "!")
+
+
+# -- questions ---------------------------------------------------------------------------------------------------------
+
+QUESTIONS = {
+    "en": {
+        "see": ("What do you see?", "What is below?", "Which pads do you see?", "Describe the picture."),
+        "is": ("Is there {a}?", "Do you see {a}?"),
+        "count": ("How many pads?", "How many pads do you see?", "How many pads are there?"),
+        "where": ("Where is {the}?",),
+    },
+    "fr": {
+        "see": ("Que vois-tu ?", "Qu'est-ce que tu vois ?", "Quelles plateformes vois-tu ?", "Décris l'image."),
+        "is": ("Y a-t-il {a} ?", "Vois-tu {a} ?"),
+        "count": ("Combien de plateformes ?", "Combien de plateformes vois-tu ?"),
+        "where": ("Où est {the} ?",),
+    },
+    "de": {
+        "see": ("Was siehst du?", "Was ist unter dir?", "Welche Plattformen siehst du?", "Beschreibe das Bild."),
+        "is": ("Gibt es hier {a_den}?", "Siehst du {a_den}?"),
+        "count": ("Wie viele Plattformen?", "Wie viele Plattformen siehst du?"),
+        "where": ("Wo ist {the}?",),
+    },
+    "es": {
+        "see": ("¿Qué ves?", "¿Qué hay debajo?", "¿Qué plataformas ves?", "Describe la imagen."),
+        "is": ("¿Hay {a}?", "¿Ves {a}?"),
+        "count": ("¿Cuántas plataformas?", "¿Cuántas plataformas ves?"),
+        "where": ("¿Dónde está {the}?",),
+    },
+    "ko": {
+        "see": ("무엇이 보이나요?", "뭐가 보여?", "아래에 무엇이 있나요?", "그림을 설명하세요."),
+        "is": ("{the} 있나요?", "{the} 보이나요?"),
+        "count": ("패드가 몇 개인가요?", "패드가 몇 개 보이나요?"),
+        "where": ("{the} 어디에 있나요?",),
+    },
+}
+WORDS = {
+    "en": {"none": "No pads.", "and": " and ", "yes": "Yes.", "no": "No.", "gone": "Not in view.", "end": "."},
+    "fr": {"none": "Aucune.", "and": " et ", "yes": "Oui.", "no": "Non.", "gone": "Pas en vue.", "end": "."},
+    "de": {"none": "Keine.", "and": " und ", "yes": "Ja.", "no": "Nein.", "gone": "Nicht im Bild.", "end": "."},
+    "es": {"none": "Ninguna.", "and": " y ", "yes": "Sí.", "no": "No.", "gone": "No se ve.", "end": "."},
+    "ko": {"none": "없어요.", "and": ", ", "yes": "네.", "no": "아니요.", "gone": "안 보여요.", "end": "."},
+}
+NUMBERS = {
+    "en": ("None.", "One.", "Two.", "Three."),
+    "fr": ("Aucune.", "Une.", "Deux.", "Trois."),
+    "de": ("Keine.", "Eine.", "Zwei.", "Drei."),
+    "es": ("Ninguna.", "Una.", "Dos.", "Tres."),
+    "ko": ("없어요.", "한 개.", "두 개.", "세 개."),
+}
+PLACES = {  # line (above, level, below) by column (left, middle, right)
+    "en": (
+        ("Top left.", "Top.", "Top right."),
+        ("Left.", "Middle.", "Right."),
+        ("Bottom left.", "Bottom.", "Bottom right."),
+    ),
+    "fr": (
+        ("En haut à gauche.", "En haut.", "En haut à droite."),
+        ("À gauche.", "Au milieu.", "À droite."),
+        ("En bas à gauche.", "En bas.", "En bas à droite."),
+    ),
+    "de": (
+        ("Oben links.", "Oben.", "Oben rechts."),
+        ("Links.", "In der Mitte.", "Rechts."),
+        ("Unten links.", "Unten.", "Unten rechts."),
+    ),
+    "es": (
+        ("Arriba a la izquierda.", "Arriba.", "Arriba a la derecha."),
+        ("A la izquierda.", "En el centro.", "A la derecha."),
+        ("Abajo a la izquierda.", "Abajo.", "Abajo a la derecha."),
+    ),
+    "ko": (
+        ("왼쪽 위.", "위.", "오른쪽 위."),
+        ("왼쪽.", "가운데.", "오른쪽."),
+        ("왼쪽 아래.", "아래.", "오른쪽 아래."),
+    ),
+}
+THIRD = (0.27, 0.39)  # a place this far from the middle is neither
+APART = 0.1  # two pads nearer than this, left to right, have no order
+
+
+def question(rng: np.random.Generator, language: str, kind: str, sights: list[Sight]) -> tuple[str, str] | None:
+    """(question, right answer). None: this picture leaves it open. kind: see, is, count or where."""
+    if any(seen(s) is None for s in sights):
+        return None
+    there = sorted((s for s in sights if seen(s)), key=lambda s: s.right)
+    sentence = str(rng.choice(QUESTIONS[language][kind]))
+    if kind == "count":
+        return sentence, NUMBERS[language][len(there)]
+    if kind == "see":
+        return (sentence, listed(language, there)) if listed(language, there) else None
+    if there and rng.random() < 0.55:
+        target = there[rng.integers(len(there))]
+        colour, shape = target.pad.colour, target.pad.shape
+    else:  # often one that shares its colour or its shape with a pad that is there
+        colour, shape = str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES))
+        if there and rng.random() < 0.6:
+            near = there[rng.integers(len(there))].pad
+            colour, shape = (near.colour, shape) if rng.random() < 0.5 else (colour, near.shape)
+        target = next((s for s in there if (s.pad.colour, s.pad.shape) == (colour, shape)), None)
+    forms = names(language, colour, shape)
+    if language == "de":
+        forms["a_den"] = (
+            forms["a"].replace("ein ", "einen ").replace("er Ring", "en Ring") if shape == "ring" else forms["a"]
+        )
+    sentence = sentence.format(**forms)
+    words = WORDS[language]
+    if kind == "is":
+        return sentence, words["no"] if target is None else words["yes"]
+    if target is None:
+        return sentence, words["gone"]
+    place = [_third(target.down), _third(target.right)]
+    return None if None in place else (sentence, PLACES[language][place[0]][place[1]])
+
+
+def listed(language: str, there: list[Sight]) -> str:
+    """The pads from left to right, as a sentence; empty when two are too near each other to have an order."""
+    words = WORDS[language]
+    if not there:
+        return words["none"]
+    if any(b.right - a.right < APART for a, b in itertools.pairwise(there)):
+        return ""
+    found = [names(language, s.pad.colour, s.pad.shape)["a"] for s in there]
+    text = ", ".join(found[:-1]) + (words["and"] if len(found) > 1 else "") + found[-1]
+    return text[0].upper() + text[1:] + words["end"]
+
+
+def _third(place: float) -> int | None:
+    if abs(place) < THIRD[0]:
+        return 1
+    return None if abs(place) < THIRD[1] else 0 if place < 0 else 2

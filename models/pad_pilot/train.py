@@ -1,0 +1,328 @@
+"""Trains the pilot from nothing: a small Ministral 3 that sees pads, obeys orders and answers questions, all in tokens.
+
+    python -m models.pad_pilot.train OUT                  about 95 minutes on 2 cores with bf16; the same again resumes
+    python -m models.pad_pilot.train OUT --until 300      the first quarter of an hour, to see the curve start
+
+Needs torch and mistral-common's vocabulary; nothing that runs the model needs either. Every picture and sentence is
+made on the way (lessons.py) from the seed and the step's number, and laid out as the runtime will (rows.py).
+
+Two helps are dropped afterwards: a first stage that trains the vision tower alone on what each 28-pixel cell holds,
+and linear readers of the same facts (and of line and column) behind the projector and the language model's layer 2.
+Without them the model learns which action long before it learns where. Weights: Muon for matrices (torch.optim.Muon;
+Jordan 2024), AdamW for the rest; a constant rate, then a straight line to zero.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads would take each other's cores
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+
+from models.pad_pilot.lessons import Grounds, lesson, training_photographs
+from models.pad_pilot.network import SIZES, norm, read, see
+from models.pad_pilot.rows import KINDS, Rows, Tokenizer, cells
+
+PICTURES, ORDERS = 16, 3  # of a step; the first stage takes as many pictures as the second has rows
+GRIDS = [((140, 140), (5, 5), 0.82), ((126, 168), (4, 6), 0.12), ((168, 126), (6, 4), 0.06)]  # drawn at, grid, share
+VISION_STEPS, STEPS = 900, 6000
+RATE, WARM_UP, DECAY = 4e-3, 150, 0.45  # DECAY: the share of the steps in which the rate falls
+HELP = 0.2  # weight of the readers' losses; falls with the rate
+N_KINDS = len(KINDS) + 1
+N_LINES = 6  # the most a grid has, either way
+REPORT_EVERY, EXAM_EVERY = 100, 500
+EXAM_SEED = 10**6
+READERS = {"cell": N_KINDS + 3, "early": 2 * N_LINES + N_KINDS + 3}  # outputs of the linear readers
+
+Tensors = dict[str, torch.Tensor]
+
+
+class Batches:
+    """The lessons of any step, from the seed and the step's number alone."""
+
+    def __init__(self, rows: Rows, seed: int, device: torch.device) -> None:
+        self.rows, self.seed, self.device = rows, seed, device
+        self.grounds = Grounds(training_photographs(), seed)
+
+    def make(self, step: int, n_pictures: int, n_orders: int, grid_of: int | None = None) -> Tensors:
+        rng = np.random.default_rng([self.seed, step])
+        which = rng.choice(len(GRIDS), p=[share for *_, share in GRIDS]) if grid_of is None else grid_of
+        size_px, grid, _ = GRIDS[which]
+        lessons = [lesson(rng, self.grounds, n_orders, size_px=size_px) for _ in range(n_pictures)]
+        on_grid = (grid[0] * 28, grid[1] * 28)
+        pictures = np.stack([one.picture if size_px == on_grid else resized(one.picture, on_grid) for one in lessons])
+        kind, place = cells(lessons, grid)
+        made = {"pictures": pictures, "kind": kind, "place_in_cell": place}
+        if n_orders:
+            made |= self.rows.lay(lessons, grid)
+        return {key: torch.from_numpy(np.ascontiguousarray(value)).to(self.device) for key, value in made.items()}
+
+
+def resized(picture: np.ndarray, size_px: tuple[int, int]) -> np.ndarray:
+    """As the runtime's preprocessor does it."""
+    shrinking = picture.shape[0] > size_px[0] or picture.shape[1] > size_px[1]
+    return cv2.resize(picture, size_px[::-1], interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC)
+
+
+# -- losses ------------------------------------------------------------------------------------------------------------
+
+
+def cell_loss(guess: torch.Tensor, kind: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """What each cell holds, and where in it. guess (n, lines, columns, N_KINDS + 3); kind (n, lines, columns);
+    place (n, lines, columns, 3)."""
+    there = (kind > 0).float()
+    ce = F.cross_entropy(guess[..., :N_KINDS].float().flatten(0, 2), kind.flatten(), reduction="none").view_as(there)
+    off = (guess[..., N_KINDS:].float() - place).abs().sum(-1)
+    weight = 1 + 4 * there
+    return (ce * weight).sum() / weight.sum() + (off * there).sum() / (there.sum() + 1)
+
+
+def vision_loss(w: Tensors, reader: torch.Tensor, batch: Tensors) -> torch.Tensor:
+    return cell_loss(F.linear(see(w, batch["pictures"], SIZES), reader), batch["kind"], batch["place_in_cell"])
+
+
+def lesson_loss(
+    w: Tensors, readers: Tensors, batch: Tensors, prefix: torch.Tensor, config: dict, help_weight: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-> (loss, logits at the targets (n, vocab), the targets (n,))."""
+    seen = see(w, batch["pictures"], SIZES)
+    embedding = w["language_model.model.embed_tokens.weight"]
+    tokens, branch, picture = batch["tokens"], batch["branch"], batch["picture"]
+    (n, t), (lines, columns), device = tokens.shape, seen.shape[1:3], tokens.device
+    cell = torch.arange(lines, device=device)[:, None] * (columns + 1) + torch.arange(columns, device=device)
+    at_cell = (batch["image_at"][:, None] + cell.flatten())[..., None].expand(-1, -1, embedding.shape[1])
+    x = F.embedding(tokens, embedding)
+    x = x.scatter(1, at_cell, seen.flatten(1, 2)[picture].to(x.dtype))
+    before = torch.ones(t, t, dtype=torch.bool, device=device).tril()
+    mine = (branch[:, :, None] == branch[:, None]) | (branch[:, None] == 0)
+    bias = torch.zeros(n, t, t, dtype=seen.dtype, device=device).masked_fill(~(before & mine), -1e4)
+    places = prefix.shape[1] + batch["place"]
+    x, early = read(w, F.embedding(prefix, embedding), x, places, bias, config, SIZES)
+    at = batch["targets"] >= 0
+    logits = F.linear(norm(x[at], w["language_model.model.norm.weight"]), embedding).float()
+    targets = batch["targets"][at]
+    loss = F.cross_entropy(logits, targets)
+    if help_weight:
+        guess = F.linear(early.gather(1, at_cell), readers["early"]).view(n, lines, columns, -1).float()
+        line = torch.arange(lines, device=device)[None, :, None].expand(n, lines, columns)
+        column = torch.arange(columns, device=device)[None, None].expand(n, lines, columns)
+        where = F.cross_entropy(guess[..., :N_LINES].flatten(0, 2), line.flatten())
+        where = where + F.cross_entropy(guess[..., N_LINES : 2 * N_LINES].flatten(0, 2), column.flatten())
+        kind, place = batch["kind"], batch["place_in_cell"]
+        at_once = cell_loss(F.linear(seen, readers["cell"]), kind, place)
+        later = cell_loss(guess[..., 2 * N_LINES :], kind[picture], place[picture])
+        loss = loss + help_weight * (at_once + where + later)
+    return loss, logits, targets
+
+
+# -- the exam ----------------------------------------------------------------------------------------------------------
+
+
+def marks(batch: Tensors, logits: torch.Tensor, targets: torch.Tensor, tokenizer: Tokenizer) -> dict[str, float]:
+    """Shares of answers that are right, and how far velocities are off, given each answer's own right beginning.
+
+    Whole answers that are right here are what greedy decoding gives; the others may go wrong further than it shows.
+    """
+    chosen, wanted = logits.argmax(-1).tolist(), targets.tolist()
+    rows, columns = (batch["targets"] >= 0).nonzero(as_tuple=True)
+    answers: dict[tuple[int, int], list[int]] = {}
+    for i, key in enumerate(zip(rows.tolist(), batch["branch"][rows, columns].tolist(), strict=True)):
+        answers.setdefault(key, []).append(i)
+    acts, words = [], []
+    for at in answers.values():
+        (acts if tokenizer.decode([wanted[at[0]]]) == "{" else words).append(at)
+    off_m_s = []
+    for at in acts:
+        try:
+            said, right = (json.loads(tokenizer.decode([source[i] for i in at])) for source in (chosen, wanted))
+            off_m_s += [abs(said[key] - right[key]) for key in ("vx", "vy", "vz") if key in right]
+        except (ValueError, KeyError, TypeError):
+            continue  # another kind of action, or no JSON: counted as not right
+
+    def share(group: list[list[int]]) -> float:
+        return sum(all(chosen[i] == wanted[i] for i in at) for at in group) / max(1, len(group))
+
+    opening = 5  # {"action":" is five tokens, the same for all; the next one says which
+    kind = sum(chosen[at[opening]] == wanted[at[opening]] for at in acts) / len(acts)
+    return {"type": kind, "m/s off": float(np.mean(off_m_s or [9])), "action": share(acts), "words": share(words)}
+
+
+# -- the run -----------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """Weights, readers and optimisers, and the folder they live in."""
+
+    def __init__(self, out: Path, seed: int, steps: int) -> None:
+        self.out, self.seed, self.steps = out, seed, (VISION_STEPS, steps)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        write_layout(out)
+        self.config = json.loads((out / "config.json").read_text())["text_config"]
+        self.tokenizer = Tokenizer(out)
+        rows = Rows(self.tokenizer)
+        self.prefix = torch.tensor([rows.prefix], device=self.device)
+        self.batches = Batches(rows, seed, self.device)
+        exam = Batches(rows, EXAM_SEED, self.device)
+        self.exam = [exam.make(i, 32, 2, 0) for i in range(4)]
+        shapes = {name: tensor.shape for name, tensor in load_file(out / "model.safetensors").items()}
+        self.w = {name: tensor.to(self.device).requires_grad_() for name, tensor in begin(shapes, seed).items()}
+        generator = torch.Generator().manual_seed(seed)
+        self.readers = {
+            name: (torch.randn(n, SIZES["hidden"], generator=generator) * 0.02).to(self.device).requires_grad_()
+            for name, n in READERS.items()
+        }
+        self.eyes = {name: tensor for name, tensor in self.w.items() if "language_model" not in name}
+        self.optimisers = [
+            optimisers(self.eyes, [self.readers["cell"]]),
+            optimisers(self.w, list(self.readers.values())),
+        ]
+        self.vision_loss, self.lesson_loss = torch.compile(vision_loss), torch.compile(lesson_loss)
+        self.stage, self.step, spent_s = self._resume()
+        self.began_s = time.monotonic() - spent_s
+
+    def loss(self, stage: int, step: int, share: float) -> torch.Tensor:
+        """share: of the full rate."""
+        with torch.autocast(self.device.type, torch.bfloat16):
+            if stage == 0:
+                batch = self.batches.make(10**8 + step, PICTURES * ORDERS, 0)
+                return self.vision_loss(self.eyes, self.readers["cell"], batch)
+            batch, help_weight = self.batches.make(step, PICTURES, ORDERS), HELP * min(1.0, 2 * share)
+            return self.lesson_loss(self.w, self.readers, batch, self.prefix, self.config, help_weight)[0]
+
+    def learn(self, stage: int, step: int) -> float:
+        """One step; returns its loss."""
+        share = rate_at(step, self.steps[stage])
+        loss = self.loss(stage, step, share)
+        loss.backward()
+        weights = [*self.w.values(), *self.readers.values()]
+        torch.nn.utils.clip_grad_norm_([tensor for tensor in weights if tensor.grad is not None], 1.0)
+        for optimiser in self.optimisers[stage]:
+            for group in optimiser.param_groups:
+                group["lr"] = RATE * share
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        return loss.item()
+
+    def examine(self) -> dict[str, float]:
+        results = []
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
+            for batch in self.exam:
+                _, logits, targets = lesson_loss(self.w, self.readers, batch, self.prefix, self.config, 0.0)
+                results.append(marks(batch, logits, targets, self.tokenizer))
+        return {key: float(np.mean([result[key] for result in results])) for key in results[0]}
+
+    def save(self, stage: int, step: int) -> None:
+        """The checkpoint as it is now, and beside it what a later run needs to go on."""
+        plain = {name: tensor.detach().cpu() for name, tensor in self.w.items()}
+        state = {
+            "stage": stage,
+            "step": step,
+            "spent_s": time.monotonic() - self.began_s,
+            "w": plain,
+            "aux": {name: tensor.detach().cpu() for name, tensor in self.readers.items()},
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers[stage]],
+        }
+        torch.save(state, self.out / "state.new")
+        (self.out / "state.new").replace(self.out / "state.pt")
+        weights = {name: tensor.bfloat16().contiguous() for name, tensor in plain.items()}
+        save_file(weights, self.out / "model.safetensors", metadata={"format": "pt"})
+
+    def _resume(self) -> tuple[int, int, float]:
+        if not (self.out / "state.pt").is_file():
+            return 0, 0, 0.0
+        state = torch.load(self.out / "state.pt", map_location=self.device)
+        with torch.no_grad():
+            for mine, saved in ((self.w, state["w"]), (self.readers, state["aux"])):
+                for name, tensor in saved.items():
+                    mine[name].copy_(tensor)
+        if state["step"]:  # at the start of a stage the optimisers are fresh
+            for optimiser, values in zip(self.optimisers[state["stage"]], state["optimisers"], strict=True):
+                optimiser.load_state_dict(values)
+        return state["stage"], state["step"], state["spent_s"]
+
+
+def begin(shapes: dict[str, torch.Size], seed: int) -> Tensors:
+    """Random weights; what adds to the residual stream starts smaller, the more of it there is."""
+    generator, w = torch.Generator().manual_seed(seed), {}
+    layers = {True: SIZES["vision_layers"], False: SIZES["layers"]}
+    for name, shape in sorted(shapes.items()):
+        if len(shape) == 1:
+            w[name] = torch.ones(shape)
+            continue
+        std = 0.05 if "embed_tokens" in name else 1 / math.sqrt(math.prod(shape[1:]))
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            std /= math.sqrt(2 * layers["vision" in name])
+        w[name] = torch.randn(shape, generator=generator) * std
+    return w
+
+
+def optimisers(w: Tensors, readers: list[torch.Tensor]) -> list[torch.optim.Optimizer]:
+    is_matrix = {name: tensor.ndim == 2 and "embed_tokens" not in name for name, tensor in w.items()}
+    matrices = [tensor for name, tensor in w.items() if is_matrix[name]]
+    others = [tensor for name, tensor in w.items() if not is_matrix[name]] + readers
+    return [
+        torch.optim.Muon(matrices, lr=RATE, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=RATE, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def rate_at(step: int, steps: int) -> float:
+    """Share of the full rate."""
+    return min(1.0, (step + 1) / WARM_UP, max(0.0, (steps - step) / (DECAY * steps)))
+
+
+def write_layout(folder: Path) -> None:
+    """config.json, tokenizer and processor files, and weights to be replaced, as a release has them."""
+    from tests.toy import write_checkpoint
+
+    if not (folder / "config.json").is_file():
+        write_checkpoint(folder, tokenizer="both", **SIZES)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="the checkpoint's folder; state.pt in it lets a run resume")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"of the second stage (default {STEPS})")
+    parser.add_argument("--until", type=int, help="stop before this step of the second stage; the same again resumes")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    console = Console()
+    run = Run(options.out, options.seed, options.steps)
+    if run.stage or run.step:
+        console.print(f"resuming stage {run.stage + 1} at step {run.step}", highlight=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        for stage in range(run.stage, 2):
+            bar = progress.add_task(("eyes", "whole")[stage], total=run.steps[stage], completed=run.step)
+            for step in range(run.step, run.steps[stage]):
+                if stage == 1 and step == options.until:
+                    run.save(stage, step)
+                    return 0
+                loss = run.learn(stage, step)
+                progress.update(bar, completed=step + 1)
+                if (step + 1) % REPORT_EVERY == 0:
+                    line = f"stage {stage + 1} step {step + 1} {time.monotonic() - run.began_s:.0f} s loss {loss:.4f}"
+                    if stage == 1 and (step + 1) % EXAM_EVERY == 0:
+                        line += "".join(f"  {key} {value:.4f}" for key, value in run.examine().items())
+                        run.save(stage, step + 1)
+                    console.print(line, highlight=False)
+            run.step = 0
+            run.save(1, 0 if stage == 0 else run.steps[1])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

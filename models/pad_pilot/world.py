@@ -1,0 +1,108 @@
+"""A simple world to fly in: pads on a ground, wind, and a multirotor that follows velocity set-points.
+
+The vehicle is a point with a mass and a lean: velocity follows the set-point with a lag, accelerating and standing
+against the wind lean it over, and the camera, fixed to it, leans too. Wind pushes with a mean and gusts. Not here:
+rotors, batteries, terrain. World axes and units as in scene.py; everything follows from the seed.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from models.pad_pilot.lessons import PAD_RADIUS_M, Grounds
+from models.pad_pilot.scene import COLOURS, SHAPES, SIDE_PX, Ground, Light, Pad, Pose, clutter, render
+
+REACH_M = 4.5  # pads lie this near the origin, north and east
+START_M = 2.5  # and flights begin this near
+START_HEIGHT_M = 5.0
+LAG_S = 0.35  # of velocity behind its set-point
+LEAN_LAG_S = 0.15
+MOST_M_S2 = 3.0  # acceleration the autopilot allows itself
+DRAG_PER_S = 0.15  # how much of the wind's difference in speed becomes acceleration
+GUST_S = 1.5  # gusts change over so long
+TICK_S = 0.02
+G_M_S2 = 9.81
+
+
+class World:
+    """pads: where they lie; pose: where the vehicle is. The autopilot keeps it above the ground until it lands."""
+
+    def __init__(self, seed: int, grounds: Grounds, n_pads: int = 5, wind_m_s: float = 4.0) -> None:
+        """wind_m_s: the mean wind is drawn up to this, gusts to half of it."""
+        self.rng = rng = np.random.default_rng([seed, 4242])
+        self.ground: Ground = grounds.pick(rng)
+        self.light = Light.random(rng)
+        self.pads = scattered(rng, n_pads)
+        start = rng.uniform(-START_M, START_M, 2)
+        self.things = [
+            thing for thing in clutter(rng, REACH_M + 2, Pose())
+            if all(np.hypot(*(thing[0] - (pad.north_m, pad.east_m)).T).min() > pad.radius_m * 1.15 for pad in self.pads)
+        ]  # fmt: skip
+        self.place = np.array([*start, START_HEIGHT_M])  # north, east, height
+        self.velocity = np.zeros(3)  # north, east, up
+        self.yaw_rad = rng.uniform(0, 2 * math.pi)
+        self.lean = np.zeros(2)  # roll, pitch
+        angle, speed = rng.uniform(0, 2 * math.pi), rng.uniform(0, wind_m_s)
+        self.wind = np.array([speed * math.cos(angle), speed * math.sin(angle)])
+        self.gust_m_s = speed / 2
+        self._gust = np.zeros(2)
+        self.down = False  # on the ground
+        self.time_s = 0.0
+
+    @property
+    def pose(self) -> Pose:
+        return Pose(*self.place, self.yaw_rad, *self.lean)
+
+    def picture(self, size_px: tuple[int, int] = (SIDE_PX, SIDE_PX)) -> np.ndarray:
+        """What the camera sees now, (H, W, 3) uint8 RGB."""
+        return render(self.pads, self.ground, self.pose, self.rng, size_px, 2, self.things, self.light)
+
+    def fly(self, forward_m_s: float, right_m_s: float, down_m_s: float, yaw_rate_rad_s: float, seconds: float) -> None:
+        """Follow a body-frame set-point for a while."""
+        for _ in range(round(seconds / TICK_S)):
+            if self.down:
+                break
+            self._tick(forward_m_s, right_m_s, down_m_s, yaw_rate_rad_s)
+        self.time_s += seconds
+
+    def _tick(self, forward_m_s: float, right_m_s: float, down_m_s: float, yaw_rate_rad_s: float) -> None:
+        self.yaw_rad += yaw_rate_rad_s * TICK_S
+        cos, sin = math.cos(self.yaw_rad), math.sin(self.yaw_rad)
+        asked = np.array([forward_m_s * cos - right_m_s * sin, forward_m_s * sin + right_m_s * cos, -down_m_s])
+        push = np.clip((asked - self.velocity) / LAG_S, -MOST_M_S2, MOST_M_S2)
+        keep = math.exp(-TICK_S / GUST_S)
+        self._gust = self._gust * keep + self.rng.normal(0, self.gust_m_s * math.sqrt(1 - keep**2), 2)
+        drag = DRAG_PER_S * (self.wind + self._gust - self.velocity[:2])
+        self.velocity += push * TICK_S
+        self.velocity[:2] += drag * TICK_S
+        self.place += self.velocity * TICK_S
+        # The rotors give `push` and hold against gravity: nose down to go forward, right side down to go right.
+        ahead, aside = push[0] * cos + push[1] * sin, -push[0] * sin + push[1] * cos
+        wanted = np.array([math.atan2(aside, G_M_S2), -math.atan2(ahead, G_M_S2)])
+        self.lean += (wanted - self.lean) * TICK_S / LEAN_LAG_S
+        if self.place[2] <= 0.05:
+            self.place[2], self.down = 0.05, True
+            self.velocity[:] = 0
+
+    def offset_m(self, pad: Pad) -> float:
+        """Level distance from the vehicle to a pad's centre."""
+        return math.hypot(pad.north_m - self.place[0], pad.east_m - self.place[1])
+
+    def nearest(self) -> Pad:
+        return min(self.pads, key=self.offset_m)
+
+
+def scattered(rng: np.random.Generator, n: int) -> list[Pad]:
+    """Pads of different kinds, none touching another."""
+    kinds = [(c, s) for c in COLOURS for s in SHAPES]
+    pads: list[Pad] = []
+    order = rng.permutation(len(kinds))
+    while len(pads) < n:
+        place = rng.uniform(-REACH_M, REACH_M, 2)
+        radius = rng.uniform(*PAD_RADIUS_M)
+        if all(math.hypot(*(place - (p.north_m, p.east_m))) > 1.3 + radius + p.radius_m - 1.0 for p in pads):
+            colour, shape = kinds[order[len(pads)]]
+            pads.append(Pad(colour, shape, *place, radius, rng.uniform(0, 2 * math.pi)))
+    return pads
