@@ -39,7 +39,8 @@ STEPS = 60  # per order; then it is lost
 ANSWER_S = 2.0  # waited for an answer; then the vehicle holds
 SEARCH_M_S = 2.0
 SEARCH_LEG_M = 3.0  # the square spiral's first two legs; every two legs one more
-LANDING_M_S = 0.7
+LANDING_M_S = 0.7  # straight down, by the autopilot itself, whatever is said then
+HOLD_M_S = 0.5  # back to where it was told to stay
 ARRIVED = 2  # answers "hold" in a row
 ARRIVED_M = 1.0  # from the pad's centre, at most
 
@@ -135,11 +136,16 @@ class Search:
         away = self.corners[0] - world.place[:2]
         if np.hypot(*away) < 0.8 and len(self.corners) > 1:
             self.corners.pop(0)
-            away = self.corners[0] - world.place[:2]
-        north, east = away / max(1.0, np.hypot(*away)) * SEARCH_M_S
-        cos, sin = math.cos(world.yaw_rad), math.sin(world.yaw_rad)
         down = float(np.clip(world.place[2] - START_HEIGHT_M, -1.0, 1.0))
-        return north * cos + east * sin, -north * sin + east * cos, down
+        return *toward(world, self.corners[0], SEARCH_M_S), down
+
+
+def toward(world: World, place: np.ndarray, most_m_s: float) -> tuple[float, float]:
+    """Body-frame velocity, forward and right, to a place (north, east); slower within the last metre."""
+    away = place - world.place[:2]
+    north, east = away / max(1.0, np.hypot(*away)) * most_m_s
+    cos, sin = math.cos(world.yaw_rad), math.sin(world.yaw_rad)
+    return north * cos + east * sin, -north * sin + east * cos
 
 
 def fly(
@@ -163,7 +169,7 @@ def _one_order(
     eyes: Eyes, world: World, instruction: str, order: Order, on_step: Callable[[Step], None], pace_s: float
 ) -> Result:
     search, held, landing = Search(), 0, False
-    before = (0.0, 0.0, 0.0, 0.0)
+    before, anchor = (0.0, 0.0, 0.0, 0.0), None  # where it stays when it is not told to move
     target = next(pad for pad in world.pads if (pad.colour, pad.shape) == order[1:])
     for n in range(1, STEPS + 1):
         began_s = time.monotonic()
@@ -178,16 +184,15 @@ def _one_order(
         asked = answer.action if isinstance(answer, Action) else ""
         held = held + 1 if asked == "hold" else 0
         landing = landing or asked == "land"
-        if landing:  # the autopilot's own landing: straight down, whatever is said now
-            before = (0.0, 0.0, LANDING_M_S, 0.0)
+        if landing or asked not in ("move", "search"):  # land, hold, a refusal, or silence
+            anchor = world.place[:2].copy() if anchor is None else anchor
+            before = (*toward(world, anchor, HOLD_M_S), LANDING_M_S if landing else 0.0, 0.0)
         elif asked == "move":
-            v = answer.values
+            v, anchor = answer.values, None
             before = (v["forward_m_s"], v["right_m_s"], v["down_m_s"], v["yaw_rate_rad_s"])
             search.corners = []  # seen: the next search begins where it was lost
-        elif asked == "search":
-            before = (*search.velocity(world), 0.0)
-        else:  # hold, a refusal, or silence
-            before = (0.0, 0.0, 0.0, 0.0)
+        else:
+            before, anchor = (*search.velocity(world), 0.0), None
         world.fly(*before, max(0.0, STEP_S - thought_s))
         if world.down or held >= ARRIVED:
             nearest, off_m = world.nearest(), world.offset_m(target)

@@ -34,8 +34,8 @@ from models.pad_pilot.scene import (
 )
 from models.pad_pilot.task import Order
 
-PAD_RADIUS_M = (0.42, 0.62)
-APPARENT_RADIUS = (0.11, 0.85)  # of the pad a lesson is about
+PAD_RADIUS_M = (0.5, 0.65)
+APPARENT_RADIUS = (0.135, 0.85)  # of the pad a lesson is about
 BLANK_SHARE = 0.025  # pictures of nothing
 
 
@@ -45,7 +45,7 @@ class Said(NamedTuple):
     order: Order
     instruction: str
     action: dict
-    questions: list[tuple[str, str]]
+    questions: list[task.Asked]
 
 
 class Lesson(NamedTuple):
@@ -104,17 +104,19 @@ def lesson(
     n_orders: int = 3,
     n_questions: int = 4,
     size_px: tuple[int, int] = (SIDE_PX, SIDE_PX),
+    crowded: bool = False,
 ) -> Lesson:
+    """crowded: many more pads than a world has, for who only learns to tell them apart."""
     if rng.random() < BLANK_SHARE:
         picture, seen = blank(rng, size_px), []
     else:
-        pads, pose = arrangement(rng, size_px)
+        pads, pose = arrangement(rng, size_px, crowded)
         light = Light.random(rng)
         finer = int(rng.choice([1, 2, 2, 3]))
         things = clutter(rng, pose.height_m * HALF_VIEW * 1.2, pose)
         things = [thing for thing in things if not any(_covers(thing[0], pad) for pad in pads)]
         picture = render(pads, grounds.pick(rng), pose, rng, size_px, finer, things, light)
-        seen = [s for s in sights(pads, pose) if task.seen(s) is not False]
+        seen = [s for s in sights(pads, pose, size_px) if task.seen(s) is not False]
     said: list[Said] = []
     for n in range(200):
         if len(said) == n_orders:
@@ -145,7 +147,8 @@ def an_order(rng: np.random.Generator, seen: list[Sight], about_first: bool) -> 
     if dice < 0.14:
         return (order := Order("nothing")), task.instruction(rng, language, order)
     if dice < 0.17:
-        return Order(kind, "", ""), task.absent_instruction(rng, language)
+        order = task.absent_order(rng, kind)
+        return order, task.instruction(rng, language, order)
     if seen and (about_first or dice < 0.82):
         pad = seen[0 if about_first else rng.integers(len(seen))].pad
         order = Order(kind, pad.colour, pad.shape)
@@ -158,8 +161,8 @@ def an_order(rng: np.random.Generator, seen: list[Sight], about_first: bool) -> 
     return order, task.instruction(rng, language, order)
 
 
-def arrangement(rng: np.random.Generator, size_px: tuple[int, int]) -> tuple[list[Pad], Pose]:
-    """Zero to three pads under a pose; the first one is where its place and size in the picture are as drawn."""
+def arrangement(rng: np.random.Generator, size_px: tuple[int, int], crowded: bool = False) -> tuple[list[Pad], Pose]:
+    """Zero to three pads (crowded: up to nine) under a pose; place and size of the first in the picture are drawn."""
     radius_m = rng.uniform(*PAD_RADIUS_M)
     apparent = math.exp(rng.uniform(*np.log(APPARENT_RADIUS)))
     dice = rng.random()
@@ -167,7 +170,7 @@ def arrangement(rng: np.random.Generator, size_px: tuple[int, int]) -> tuple[lis
     if near:
         apparent = rng.uniform(0.45, APPARENT_RADIUS[1])
     elif dice < 0.5:
-        apparent = rng.uniform(APPARENT_RADIUS[0], 0.2)  # most of a flight is high up
+        apparent = rng.uniform(APPARENT_RADIUS[0], 0.24)  # most of a flight is high up
     pose = Pose(
         *rng.uniform(-4, 4, 2),
         height_m=radius_m / (apparent * HALF_VIEW),
@@ -178,14 +181,14 @@ def arrangement(rng: np.random.Generator, size_px: tuple[int, int]) -> tuple[lis
     edge = np.array(size_px) / max(size_px)  # down, right
     kinds = [(c, s) for c in COLOURS for s in SHAPES]
     pads: list[Pad] = []
-    wanted = rng.choice(4, p=(0.06, 0.34, 0.36, 0.24))
+    wanted = 9 if crowded else rng.choice(4, p=(0.06, 0.34, 0.36, 0.24))
     for _ in range(60):
         if len(pads) == wanted:
             break
         reach = 0.94 if rng.random() < 0.85 else 1.6
         down, right = rng.uniform(-reach, reach, 2) * edge
         if not pads and (near or rng.random() < 0.4):
-            down, right = np.clip(rng.normal(0, 0.16 if near else 0.25, 2), -0.9, 0.9)
+            down, right = np.clip(rng.normal(0, 0.16 if near else 0.25, 2), -0.9, 0.9) * edge
         radius = radius_m if not pads else rng.uniform(*PAD_RADIUS_M)
         turn = rng.uniform(0, 2 * math.pi)
         colour, shape = kinds[rng.integers(len(kinds))]

@@ -110,8 +110,8 @@ def read(
     w: dict, prefix: torch.Tensor, x: torch.Tensor, positions: torch.Tensor, bias: torch.Tensor, config: dict, s: dict
 ):
     """Rows that share one prefix. prefix (1, p, hidden); x (rows, t, hidden); positions (rows, t); bias (rows, t, t)
-    -> (x after the last layer, before its norm; x after layer 2)."""
-    p = prefix.shape[1]
+    -> x after each layer; the last one before its norm."""
+    p, after = prefix.shape[1], []
     turn = text_angles(positions, config)
     turn_prefix = text_angles(torch.arange(p, device=x.device)[None], config)
     heads = lambda y: y.unflatten(-1, (-1, s["head_dim"])).transpose(1, 2)  # noqa: E731
@@ -135,6 +135,5 @@ def read(
             h = F.scaled_dot_product_attention(q0, k0, v0, is_causal=True, enable_gqa=True)
             prefix = rest(prefix, h, at)
         x = rest(x, attend(q, k, v, k0[0], v0[0], bias), at)
-        if i == 1:
-            early = x
-    return x, early
+        after.append(x)
+    return after

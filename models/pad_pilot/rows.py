@@ -20,12 +20,12 @@ from edge_agent import actions
 from edge_agent.model import ACT_CLOSING, ROLE
 from models.pad_pilot import task
 from models.pad_pilot.lessons import Lesson
-from models.pad_pilot.scene import COLOURS, SHAPES
+from models.pad_pilot.scene import COLOURS, SHAPES, Sight
 
 BOS, EOS, INST, INST_END, IMG, IMG_BREAK, IMG_END, SYSTEM, SYSTEM_END = 1, 2, 3, 4, 10, 12, 13, 17, 18
 N_SPECIAL = 1000  # ids of text start here
+NOWHERE = 36  # more than any grid has cells
 ROW_TOKENS = 168  # a row's length: order, picture, action and two to four questions fill it
-KINDS = {(c, s): 1 + i for i, (c, s) in enumerate((c, s) for c in COLOURS for s in SHAPES)}  # 0: no pad's centre here
 
 
 class Tokenizer:
@@ -60,17 +60,24 @@ class Rows:
 
     def lay(self, lessons: list[Lesson], grid: tuple[int, int]) -> dict[str, np.ndarray]:
         """Arrays by name, one row per order, (n, ROW_TOKENS) int64: tokens; targets (-1: none); branch (0: shared,
-        -1: padding); place, counted from behind the prefix. And (n,): picture, image_at (the picture's first token).
+        -1: padding); place, counted from behind the prefix; aim: where a closing token asks about one pad, its cell,
+        line by line (NOWHERE: not in the picture), else -1. And (n,): picture, image_at (the picture's first token).
         """
         lines, columns = grid
         image = ([IMG] * columns + [IMG_BREAK]) * (lines - 1) + [IMG] * columns
-        laid: dict[str, list] = {key: [] for key in ("tokens", "targets", "branch", "place", "picture", "image_at")}
+        laid: dict[str, list] = {
+            key: [] for key in ("tokens", "targets", "branch", "place", "aim", "picture", "image_at")
+        }
         for i, one in enumerate(lessons):
             for said in one.said:
                 prompt = self.prompt(said.instruction)
                 assert prompt[: len(self.prefix)] == self.prefix, said.instruction
                 head = [*prompt[len(self.prefix) :], SYSTEM_END, INST, *image, IMG_END]
-                row = self._row(head, [(ACT_CLOSING, task.spell(said.action)), *said.questions])
+                order = said.order
+                about = order[1:] if order.kind in ("goto", "land") else None
+                asked = [task.Asked(ACT_CLOSING, task.spell(said.action), about), *said.questions]
+                cell = {(s.pad.colour, s.pad.shape): cell_of(s, one.picture, grid) for s in one.sights}
+                row = self._row(head, asked, cell)
                 if row is not None:
                     for key, values in row.items():
                         laid[key].append(values)
@@ -78,39 +85,55 @@ class Rows:
                     laid["image_at"].append(head.index(IMG))
         return {key: np.array(values) for key, values in laid.items()}
 
-    def _row(self, head: list[int], asked: list[tuple[str, str]]) -> dict[str, list[int]] | None:
+    def _row(self, head: list[int], asked: list[task.Asked], cell: dict) -> dict[str, list[int]] | None:
         """As many branches as the row has room for; None when not even the first fits."""
+        aim = [-1] * len(head)
         tokens, targets, branch, place = list(head), [-1] * len(head), [0] * len(head), list(range(len(head)))
-        for b, (question, answer) in enumerate(asked, 1):
+        for b, (question, answer, about) in enumerate(asked, 1):
             closing = [*self.tokenizer.encode(question), INST_END]
             spoken = [*self.tokenizer.encode(answer), EOS]
             n = len(closing) + len(spoken) - 1
-            if len(tokens) + n <= ROW_TOKENS:
+            if len(tokens) + n > ROW_TOKENS:
+                if b == 1:
+                    return None
+            else:
                 tokens += closing + spoken[:-1]
                 targets += [-1] * (len(closing) - 1) + spoken
                 branch += [b] * n
+                aim += [-1] * (len(closing) - 1) + [-1 if about is None else cell.get(about, NOWHERE)]
+                aim += [-1] * (len(spoken) - 1)
                 place += range(len(head), len(head) + n)
-        if not max(branch):
-            return None
         pad = ROW_TOKENS - len(tokens)
         return {
             "tokens": tokens + [0] * pad,
             "targets": targets + [-1] * pad,
             "branch": branch + [-1] * pad,
             "place": place + [0] * pad,
+            "aim": aim + [-1] * pad,
         }
 
 
-def cells(lessons: list[Lesson], grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """What each cell holds: kind (n, lines, columns), and right, down from its middle and radius in cells (…, 3)."""
-    kind = np.zeros((len(lessons), *grid), np.int64)
-    place = np.zeros((len(lessons), *grid, 3), np.float32)
+def cell_of(sight: Sight, picture: np.ndarray, grid: tuple[int, int]) -> int:
+    """The cell with a pad's centre, line by line; NOWHERE when it is outside the picture."""
+    height, width = picture.shape[:2]
+    half = max(height, width) / 2
+    x, y = (sight.right * half / width + 0.5) * grid[1], (sight.down * half / height + 0.5) * grid[0]
+    return int(y) * grid[1] + int(x) if 0 <= x < grid[1] and 0 <= y < grid[0] else NOWHERE
+
+
+def cells(lessons: list[Lesson], grid: tuple[int, int]) -> dict[str, np.ndarray]:
+    """What each 28-pixel cell holds, (n, lines, columns): colour (0: no pad's centre, else 1 + its number) and shape
+    int64; and where (…, 3) float32: right and down of the cell's middle, and radius, in cells."""
+    colour = np.zeros((len(lessons), *grid), np.int64)
+    shape = np.zeros((len(lessons), *grid), np.int64)
+    where = np.zeros((len(lessons), *grid, 3), np.float32)
     for i, one in enumerate(lessons):
-        half = max(one.picture.shape[:2]) / 2
         height, width = one.picture.shape[:2]
+        half = max(height, width) / 2
         for s in one.sights:
             x, y = (s.right * half / width + 0.5) * grid[1], (s.down * half / height + 0.5) * grid[0]
-            if 0 <= x < grid[1] and 0 <= y < grid[0]:
-                kind[i, int(y), int(x)] = KINDS[s.pad.colour, s.pad.shape]
-                place[i, int(y), int(x)] = x % 1 - 0.5, y % 1 - 0.5, s.radius * half / width * grid[1]
-    return kind, place
+            if cell_of(s, one.picture, grid) != NOWHERE:
+                at = i, int(y), int(x)
+                colour[at], shape[at] = 1 + list(COLOURS).index(s.pad.colour), SHAPES.index(s.pad.shape)
+                where[at] = x % 1 - 0.5, y % 1 - 0.5, s.radius * half / width * grid[1]
+    return {"cell_colour": colour, "cell_shape": shape, "cell_where": where}

@@ -60,6 +60,7 @@ class Sight(NamedTuple):
     right: float
     down: float
     radius: float
+    edge: tuple[float, float] = (1.0, 1.0)  # where the picture ends, right and down: 1 along its longest side
 
 
 class Ground(NamedTuple):
@@ -86,15 +87,16 @@ def homography(pose: Pose, height_px: int, width_px: int) -> np.ndarray:
     return camera @ to_body
 
 
-def sights(pads: list[Pad], pose: Pose) -> list[Sight]:
+def sights(pads: list[Pad], pose: Pose, size_px: tuple[int, int] = (SIDE_PX, SIDE_PX)) -> list[Sight]:
     """Where each pad's centre appears, also outside the picture; pads behind the camera's horizon are left out."""
     found = []
     to_body = rotation(pose).T
+    edge = (size_px[1] / max(size_px), size_px[0] / max(size_px))
     for pad in pads:
         forward, right, down = to_body @ (pad.north_m - pose.north_m, pad.east_m - pose.east_m, pose.height_m)
         if down > 0.1:
             scale = 1 / (down * HALF_VIEW)
-            found.append(Sight(pad, right * scale, -forward * scale, pad.radius_m * scale))
+            found.append(Sight(pad, right * scale, -forward * scale, pad.radius_m * scale, edge))
     return found
 
 
@@ -180,13 +182,13 @@ def outlines(pad: Pad, white: np.ndarray, paint: np.ndarray) -> list[tuple[np.nd
     )
     parts = [(place(CIRCLE, 1.0), white)]
     if pad.shape == "disc":
-        parts.append((place(CIRCLE, 0.7), paint))
+        parts.append((place(CIRCLE, 0.76), paint))
     elif pad.shape == "square":
-        parts.append((place(np.array([(1, 1), (1, -1), (-1, -1), (-1, 1)]), 0.58), paint))
+        parts.append((place(np.array([(1, 1), (1, -1), (-1, -1), (-1, 1)]), 0.64), paint))
     elif pad.shape == "triangle":
-        parts.append((place(CIRCLE[[0, 13, 27]], 0.88), paint))
+        parts.append((place(CIRCLE[[0, 13, 27]], 0.94), paint))
     else:
-        parts += [(place(CIRCLE, 0.8), paint), (place(CIRCLE, 0.42), white)]
+        parts += [(place(CIRCLE, 0.84), paint), (place(CIRCLE, 0.46), white)]
     return parts
 
 

@@ -31,9 +31,11 @@ CENTRED = 0.5
 STEP_M_S = 0.05  # what the model may say is finer; what it learns to say is this
 # Bands: below the first the answer is yes, above the second no, between them either.
 ABOVE = (0.12, 0.18)  # distance from the middle at which "go to" has arrived
-TOUCH = (0.22, 0.36)  # distance from the middle at which landing may begin, when low enough
+TOUCH = (0.22, 0.36)  # distance from the middle at which landing may begin, when low enough;
+TOUCH_OF_RADIUS = (0.4, 0.55)  # or this share of the apparent radius, where that is more: very low, angles are large
 LOW = (0.52, 0.44)  # apparent radius: the pad is so near that landing may begin
-INSIDE = (0.94, 1.0)  # of the centre: the pad is in the picture, or (wholly outside) is not
+INSIDE = 0.06  # so far within the edge, a pad's centre counts as in the picture
+OUTSIDE = 0.9  # of its radius beyond the edge, it counts as outside
 
 
 class Order(NamedTuple):
@@ -46,10 +48,10 @@ class Order(NamedTuple):
 
 def seen(sight: Sight) -> bool | None:
     """Whether a pad counts as in the picture; None: partly."""
-    far = max(abs(sight.right), abs(sight.down))
-    if far < INSIDE[0]:
+    beyond = max(abs(sight.right) - sight.edge[0], abs(sight.down) - sight.edge[1])
+    if beyond < -INSIDE:
         return True
-    return False if far > INSIDE[1] + sight.radius * 0.9 else None
+    return False if beyond > OUTSIDE * sight.radius else None
 
 
 def action(order: Order, sights: list[Sight]) -> dict | None:
@@ -66,9 +68,10 @@ def action(order: Order, sights: list[Sight]) -> dict | None:
         if distance < ABOVE[0]:
             return {"action": "hold"}
         return None if distance < ABOVE[1] else move(target, 0.0)
-    if target.radius > LOW[0] and distance < TOUCH[0]:
+    touch = [max(pair) for pair in zip(TOUCH, (share * target.radius for share in TOUCH_OF_RADIUS), strict=True)]
+    if target.radius > LOW[0] and distance < touch[0]:
         return {"action": "land"}
-    if target.radius > LOW[1] and distance < TOUCH[1]:
+    if target.radius > LOW[1] and distance < touch[1]:
         return None
     return move(target, DESCENT_M_S * max(0.0, 1 - distance / CENTRED))
 
@@ -87,48 +90,70 @@ def spell(answer: dict) -> str:
 
 # -- words for pads ----------------------------------------------------------------------------------------------------
 
-EN = {"square": "square", "disc": "disc", "triangle": "triangle", "ring": "ring"}
-FR = {"square": "carré", "disc": "disque", "triangle": "triangle", "ring": "anneau"}
-FR_COLOUR = {"red": "rouge", "green": "vert", "blue": "bleu", "yellow": "jaune", "purple": "violet"}
-ES = {"square": "cuadrado", "disc": "disco", "triangle": "triángulo", "ring": "anillo"}
-ES_COLOUR = {"red": "rojo", "green": "verde", "blue": "azul", "yellow": "amarillo", "purple": "morado"}
-DE = {"square": "Quadrat", "disc": "Scheibe", "triangle": "Dreieck", "ring": "Ring"}
-DE_COLOUR = {"red": "rot", "green": "grün", "blue": "blau", "yellow": "gelb", "purple": "violett"}
-DE_GENDER = {"square": "n", "disc": "f", "triangle": "n", "ring": "m"}
-KO = {"square": "사각형", "disc": "원반", "triangle": "삼각형", "ring": "고리"}
-KO_COLOUR = {"red": "빨간", "green": "초록", "blue": "파란", "yellow": "노란", "purple": "보라"}
+# The last five of each are in no world: asked for, they are searched and never found.
+ABSENT_COLOURS = ("black", "white", "grey", "brown", "orange")
+ABSENT_SHAPES = ("hexagon", "heart", "truck", "boat", "diamond")
+_COLOURS, _SHAPES = (*COLOURS, *ABSENT_COLOURS), (*SHAPES, *ABSENT_SHAPES)
+
+
+def _by_name(names: tuple[str, ...], words: str) -> dict[str, str]:
+    return dict(zip(names, words.split(), strict=True))
+
+
+COLOUR_WORDS = {
+    "en": _by_name(_COLOURS, "red green blue yellow purple black white grey brown orange"),
+    "fr": _by_name(_COLOURS, "rouge vert bleu jaune violet noir blanc gris brun orange"),
+    "de": _by_name(_COLOURS, "rot grün blau gelb violett schwarz weiß grau braun orangefarben"),
+    "es": _by_name(_COLOURS, "rojo verde azul amarillo morado negro blanco gris marrón naranja"),
+    "ko": _by_name(_COLOURS, "빨간 초록 파란 노란 보라 검은 하얀 회색 갈색 주황"),
+}
+SHAPE_WORDS = {
+    "en": _by_name(_SHAPES, "disc square triangle ring hexagon heart truck boat diamond"),
+    "fr": _by_name(_SHAPES, "disque carré triangle anneau hexagone cœur camion bateau losange"),
+    "de": _by_name(_SHAPES, "Scheibe Quadrat Dreieck Ring Sechseck Herz Lastwagen Boot Rhombus"),
+    "es": _by_name(_SHAPES, "disco cuadrado triángulo anillo hexágono corazón camión barco rombo"),
+    "ko": _by_name(_SHAPES, "원반 사각형 삼각형 고리 육각형 하트 트럭 배 마름모"),
+}
+DE_GENDER = _by_name(_SHAPES, "f n n m n n m n m")
+FR_ELIDES = ("ring", "hexagon")  # l'anneau, l'hexagone
+KO_ENDS_IN_VOWEL = ("ring", "heart", "boat", "diamond")
 
 
 def names(language: str, colour: str, shape: str) -> dict[str, str]:
     """The forms of one pad's name that the sentences below need: a (one of them), the (that one), to, on."""
+    adjective, noun = COLOUR_WORDS[language][colour], SHAPE_WORDS[language][shape]
     if language == "en":
-        name = f"{colour} {EN[shape]}"
-        return {"a": f"a {name}", "the": f"the {name}", "to": f"to the {name}", "on": f"on the {name}"}
+        name = f"{adjective} {noun}"
+        a = "an" if adjective[0] in "aeiou" else "a"
+        return {"a": f"{a} {name}", "the": f"the {name}", "to": f"to the {name}", "on": f"on the {name}"}
     if language == "fr":
-        name = f"{FR[shape]} {FR_COLOUR[colour]}"
-        the = f"l'{name}" if name.startswith("a") else f"le {name}"
+        name = f"{noun} {adjective}"
+        the = f"l'{name}" if shape in FR_ELIDES else f"le {name}"
         return {"a": f"un {name}", "the": the, "to": f"vers {the}", "on": f"sur {the}"}
     if language == "es":
-        name = f"{ES[shape]} {ES_COLOUR[colour]}"
+        name = f"{noun} {adjective}"
         return {"a": f"un {name}", "the": f"el {name}", "to": f"al {name}", "on": f"en el {name}"}
     if language == "de":
-        noun, stem, gender = DE[shape], DE_COLOUR[colour], DE_GENDER[shape]
-        a = {"f": f"eine {stem}e", "n": f"ein {stem}es", "m": f"ein {stem}er"}[gender]
-        the = {"f": f"die {stem}e", "n": f"das {stem}e", "m": f"der {stem}e"}[gender]
-        den = {"f": f"die {stem}e", "n": f"das {stem}e", "m": f"den {stem}en"}[gender]
-        dem = {"f": f"der {stem}en", "n": f"dem {stem}en", "m": f"dem {stem}en"}[gender]
-        to = ("zur " if gender == "f" else "zum ") + f"{stem}en"
-        forms = {"a": a, "the": the, "den": den, "dem": dem, "to": to, "on": f"auf {dem}"}
-        return {key: f"{form} {noun}" for key, form in forms.items()}
-    name = f"{KO_COLOUR[colour]} {KO[shape]}"
-    batchim = shape != "ring"  # whether the noun ends in a consonant
+        return _german(adjective, noun, DE_GENDER[shape])
+    name, vowel = f"{adjective} {noun}", shape in KO_ENDS_IN_VOWEL
     return {
         "a": name,
-        "the": name + ("이" if batchim else "가"),
-        "to": name + ("으로" if batchim else "로"),
+        "the": name + ("가" if vowel else "이"),
+        "to": name + ("로" if vowel else "으로"),
         "on": name + "에",
-        "object": name + ("을" if batchim else "를"),
+        "object": name + ("를" if vowel else "을"),
     }
+
+
+def _german(stem: str, noun: str, gender: str) -> dict[str, str]:
+    a = {"f": f"eine {stem}e", "n": f"ein {stem}es", "m": f"ein {stem}er"}[gender]
+    a_den = f"einen {stem}en" if gender == "m" else a
+    the = {"f": "die", "n": "das", "m": "der"}[gender] + f" {stem}e"
+    den = f"den {stem}en" if gender == "m" else the
+    dem = ("der" if gender == "f" else "dem") + f" {stem}en"
+    to = ("zur" if gender == "f" else "zum") + f" {stem}en"
+    forms = {"a": a, "a_den": a_den, "the": the, "den": den, "dem": dem, "to": to, "on": f"auf {dem}"}
+    return {key: f"{form} {noun}" for key, form in forms.items()}
 
 
 # -- instructions ------------------------------------------------------------------------------------------------------
@@ -159,25 +184,6 @@ ORDERS = {
         "land": ("{on} 착륙하세요", "{on} 착륙해", "{on} 내려앉으세요", "{to} 가서 착륙하세요"),
         "hold": ("그 자리에 있으세요", "멈추세요", "움직이지 마세요", "여기서 기다리세요", "정지", "위치를 유지하세요"),
     },
-}
-
-# Pads that no world has: their colour or shape is unknown here. Asked for, they are searched and never found.
-ABSENT = {
-    "en": (
-        ("black", "white", "orange", "pink", "grey", "brown"),
-        ("star", "cross", "hexagon", "heart", "car", "house"),
-    ),
-    "fr": (("noir", "blanc", "gris", "orange", "brun"), ("hexagone", "cœur", "losange", "camion", "bateau")),
-    "de": (("schwarze", "weiße", "graue", "braune", "rosa"), ("Stern", "Kreuz", "Herz", "Auto", "Haus")),
-    "es": (("negro", "blanco", "gris", "marrón", "rosa"), ("hexágono", "corazón", "coche", "barco", "rombo")),
-    "ko": (("검은", "하얀", "회색", "주황", "분홍"), ("별", "십자가", "육각형", "하트", "자동차")),
-}
-ABSENT_SENTENCES = {
-    "en": ("go to the {}", "land on the {}", "find the {}"),
-    "fr": ("va vers le {}", "atterris sur le {}", "trouve le {}"),
-    "de": ("flieg zum {}", "lande auf dem {}", "finde das {}"),
-    "es": ("ve al {}", "aterriza en el {}", "busca el {}"),
-    "ko": ("{}으로 가세요", "{}에 착륙하세요", "{}을 찾으세요"),
 }
 
 # No orders for this pilot: other business, and languages it does not have.
@@ -261,29 +267,12 @@ def instruction(rng: np.random.Generator, language: str, order: Order) -> str:
     return _dressed(rng, sentence, language)
 
 
-def absent_instruction(rng: np.random.Generator, language: str) -> str:
-    """An order for a pad that no world has."""
-    colours, shapes = ABSENT[language]
-    known = {
-        "en": (COLOURS, EN),
-        "fr": (FR_COLOUR, FR),
-        "de": (DE_COLOUR, DE),
-        "es": (ES_COLOUR, ES),
-        "ko": (KO_COLOUR, KO),
-    }
-    colour_words, shape_words = known[language]
-    which = rng.integers(3)  # an unknown colour, an unknown shape, or both
-    colour = str(rng.choice(list(colour_words if which == 1 else colours)))
-    if language in ("en", "ko"):
-        colour = {"en": colour, "ko": KO_COLOUR.get(colour, colour)}[language]
-    else:
-        colour = {"fr": FR_COLOUR, "de": DE_COLOUR, "es": ES_COLOUR}[language].get(colour, colour)
-        colour += "en" if language == "de" and which == 1 else ""
-    if language == "ko" and which == 1:
-        colour = KO_COLOUR[str(rng.choice(list(KO_COLOUR)))]
-    shape = str(rng.choice(list(shape_words.values()) if which == 0 else shapes))
-    pad = f"{shape} {colour}" if language in ("fr", "es") else f"{colour} {shape}"
-    return _dressed(rng, str(rng.choice(ABSENT_SENTENCES[language])).format(pad), language)
+def absent_order(rng: np.random.Generator, kind: str) -> Order:
+    """An order for a pad that no world has: its colour, its shape, or both are unknown."""
+    which = rng.integers(3)
+    colour = rng.choice(list(COLOURS) if which == 1 else ABSENT_COLOURS)
+    shape = rng.choice(SHAPES if which == 0 else ABSENT_SHAPES)
+    return Order(kind, str(colour), str(shape))
 
 
 def _dressed(rng: np.random.Generator, sentence: str, language: str) -> str:
@@ -291,7 +280,11 @@ def _dressed(rng: np.random.Generator, sentence: str, language: str) -> str:
     if rng.random() < 0.75:
         sentence = sentence[0].upper() + sentence[1:]
     end = rng.random()
-    return sentence + ("." if end < 0.65 else "" if end < 0.9 else " !" if language == "fr" else "!")
+    if end < 0.65:
+        return sentence + "."
+    if end < 0.9:
+        return sentence
+    return {"fr": f"{sentence} !", "es": f"¡{sentence}!"}.get(language, f"{sentence}!")
 
 
 # -- questions ---------------------------------------------------------------------------------------------------------
@@ -373,16 +366,24 @@ THIRD = (0.27, 0.39)  # a place this far from the middle is neither
 APART = 0.1  # two pads nearer than this, left to right, have no order
 
 
-def question(rng: np.random.Generator, language: str, kind: str, sights: list[Sight]) -> tuple[str, str] | None:
-    """(question, right answer). None: this picture leaves it open. kind: see, is, count or where."""
+class Asked(NamedTuple):
+    question: str
+    answer: str
+    about: tuple[str, str] | None = None  # colour and shape of the one pad it asks about
+
+
+def question(rng: np.random.Generator, language: str, kind: str, sights: list[Sight]) -> Asked | None:
+    """A question and its right answer. None: this picture leaves it open. kind: see, is, count or where."""
     if any(seen(s) is None for s in sights):
         return None
     there = sorted((s for s in sights if seen(s)), key=lambda s: s.right)
     sentence = str(rng.choice(QUESTIONS[language][kind]))
+    if kind == "count" and len(there) >= len(NUMBERS[language]):
+        return None
     if kind == "count":
-        return sentence, NUMBERS[language][len(there)]
+        return Asked(sentence, NUMBERS[language][len(there)])
     if kind == "see":
-        return (sentence, listed(language, there)) if listed(language, there) else None
+        return Asked(sentence, listed(language, there)) if listed(language, there) else None
     if there and rng.random() < 0.55:
         target = there[rng.integers(len(there))]
         colour, shape = target.pad.colour, target.pad.shape
@@ -392,19 +393,14 @@ def question(rng: np.random.Generator, language: str, kind: str, sights: list[Si
             near = there[rng.integers(len(there))].pad
             colour, shape = (near.colour, shape) if rng.random() < 0.5 else (colour, near.shape)
         target = next((s for s in there if (s.pad.colour, s.pad.shape) == (colour, shape)), None)
-    forms = names(language, colour, shape)
-    if language == "de":
-        forms["a_den"] = (
-            forms["a"].replace("ein ", "einen ").replace("er Ring", "en Ring") if shape == "ring" else forms["a"]
-        )
-    sentence = sentence.format(**forms)
+    sentence = sentence.format(**names(language, colour, shape))
     words = WORDS[language]
     if kind == "is":
-        return sentence, words["no"] if target is None else words["yes"]
+        return Asked(sentence, words["no"] if target is None else words["yes"], (colour, shape))
     if target is None:
-        return sentence, words["gone"]
-    place = [_third(target.down), _third(target.right)]
-    return None if None in place else (sentence, PLACES[language][place[0]][place[1]])
+        return Asked(sentence, words["gone"], (colour, shape))
+    place = [_third(target.down / target.edge[1]), _third(target.right / target.edge[0])]
+    return None if None in place else Asked(sentence, PLACES[language][place[0]][place[1]], (colour, shape))
 
 
 def listed(language: str, there: list[Sight]) -> str:

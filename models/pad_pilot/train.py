@@ -20,6 +20,7 @@ import math
 import os
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads would take each other's cores
@@ -34,18 +35,27 @@ from safetensors.torch import load_file, save_file
 
 from models.pad_pilot.lessons import Grounds, lesson, training_photographs
 from models.pad_pilot.network import SIZES, norm, read, see
-from models.pad_pilot.rows import KINDS, Rows, Tokenizer, cells
+from models.pad_pilot.rows import NOWHERE, Rows, Tokenizer, cells
+from models.pad_pilot.scene import COLOURS, SHAPES
 
 PICTURES, ORDERS = 16, 3  # of a step; the first stage takes as many pictures as the second has rows
-GRIDS = [((140, 140), (5, 5), 0.82), ((126, 168), (4, 6), 0.12), ((168, 126), (6, 4), 0.06)]  # drawn at, grid, share
-VISION_STEPS, STEPS = 900, 6000
+GRIDS = [((140, 140), (5, 5), 0.85), ((126, 168), (4, 6), 0.15)]  # drawn at, grid, share
+VISION_STEPS, STEPS = 1200, 4500
 RATE, WARM_UP, DECAY = 4e-3, 150, 0.45  # DECAY: the share of the steps in which the rate falls
-HELP = 0.2  # weight of the readers' losses; falls with the rate
-N_KINDS = len(KINDS) + 1
+EYES_LATER = 0.1  # of the rate, for the vision tower in the second stage: or it forgets what it learnt in the first
+# Weights of the readers' losses in the second stage; they fall with the rate.
+HELP = {"cell": 0.5, "early": 0.25, "match": 0.5, "aim": 0.5}
+N_COLOURS = 1 + len(COLOURS)  # the first: no pad
+N_CELL = N_COLOURS + len(SHAPES) + 3
 N_LINES = 6  # the most a grid has, either way
-REPORT_EVERY, EXAM_EVERY = 100, 500
+REPORT_EVERY, EXAM_EVERY = 50, 250
 EXAM_SEED = 10**6
-READERS = {"cell": N_KINDS + 3, "early": 2 * N_LINES + N_KINDS + 3}  # outputs of the linear readers
+READERS = {  # outputs of the linear readers
+    "cell": N_CELL,  # behind the projector: what the cell holds
+    "early": 2 * N_LINES + N_CELL,  # behind layer 2, at the picture's tokens: line, column, and the same
+    "match": 1,  # behind layer 3, there: whether this cell holds the pad that the instruction names
+    "aim": NOWHERE + 1,  # behind layer 4, where a question ends: the cell of the pad that is asked about
+}
 
 Tensors = dict[str, torch.Tensor]
 
@@ -61,11 +71,12 @@ class Batches:
         rng = np.random.default_rng([self.seed, step])
         which = rng.choice(len(GRIDS), p=[share for *_, share in GRIDS]) if grid_of is None else grid_of
         size_px, grid, _ = GRIDS[which]
-        lessons = [lesson(rng, self.grounds, n_orders, size_px=size_px) for _ in range(n_pictures)]
+        lessons = [
+            lesson(rng, self.grounds, n_orders, size_px=size_px, crowded=not n_orders) for _ in range(n_pictures)
+        ]
         on_grid = (grid[0] * 28, grid[1] * 28)
         pictures = np.stack([one.picture if size_px == on_grid else resized(one.picture, on_grid) for one in lessons])
-        kind, place = cells(lessons, grid)
-        made = {"pictures": pictures, "kind": kind, "place_in_cell": place}
+        made = {"pictures": pictures, **cells(lessons, grid)}
         if n_orders:
             made |= self.rows.lay(lessons, grid)
         return {key: torch.from_numpy(np.ascontiguousarray(value)).to(self.device) for key, value in made.items()}
@@ -80,24 +91,25 @@ def resized(picture: np.ndarray, size_px: tuple[int, int]) -> np.ndarray:
 # -- losses ------------------------------------------------------------------------------------------------------------
 
 
-def cell_loss(guess: torch.Tensor, kind: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """What each cell holds, and where in it. guess (n, lines, columns, N_KINDS + 3); kind (n, lines, columns);
-    place (n, lines, columns, 3)."""
-    there = (kind > 0).float()
-    ce = F.cross_entropy(guess[..., :N_KINDS].float().flatten(0, 2), kind.flatten(), reduction="none").view_as(there)
-    off = (guess[..., N_KINDS:].float() - place).abs().sum(-1)
-    weight = 1 + 4 * there
-    return (ce * weight).sum() / weight.sum() + (off * there).sum() / (there.sum() + 1)
+def cell_loss(guess: torch.Tensor, held: Tensors) -> torch.Tensor:
+    """What each cell holds, and where in it. guess (n, lines, columns, N_CELL); held: rows.cells of the pictures."""
+    guess, there = guess.float(), (held["cell_colour"] > 0).float()
+    colours, shapes, where = guess.split([N_COLOURS, len(SHAPES), 3], -1)
+    colour = F.cross_entropy(colours.flatten(0, 2), held["cell_colour"].flatten(), reduction="none").view_as(there)
+    shape = F.cross_entropy(shapes.flatten(0, 2), held["cell_shape"].flatten(), reduction="none").view_as(there)
+    off = (where - held["cell_where"]).abs().sum(-1)
+    weight = 1 + 3 * there
+    return (colour * weight).sum() / weight.sum() + ((shape + off) * there).sum() / (there.sum() + 1)
 
 
 def vision_loss(w: Tensors, reader: torch.Tensor, batch: Tensors) -> torch.Tensor:
-    return cell_loss(F.linear(see(w, batch["pictures"], SIZES), reader), batch["kind"], batch["place_in_cell"])
+    return cell_loss(F.linear(see(w, batch["pictures"], SIZES), reader), batch)
 
 
 def lesson_loss(
-    w: Tensors, readers: Tensors, batch: Tensors, prefix: torch.Tensor, config: dict, help_weight: float
+    w: Tensors, readers: Tensors, batch: Tensors, prefix: torch.Tensor, config: dict, help_weight: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> (loss, logits at the targets (n, vocab), the targets (n,))."""
+    """-> (loss, logits at the targets (n, vocab), the targets (n,)). help_weight: None leaves the readers out."""
     seen = see(w, batch["pictures"], SIZES)
     embedding = w["language_model.model.embed_tokens.weight"]
     tokens, branch, picture = batch["tokens"], batch["branch"], batch["picture"]
@@ -110,22 +122,40 @@ def lesson_loss(
     mine = (branch[:, :, None] == branch[:, None]) | (branch[:, None] == 0)
     bias = torch.zeros(n, t, t, dtype=seen.dtype, device=device).masked_fill(~(before & mine), -1e4)
     places = prefix.shape[1] + batch["place"]
-    x, early = read(w, F.embedding(prefix, embedding), x, places, bias, config, SIZES)
+    layers = read(w, F.embedding(prefix, embedding), x, places, bias, config, SIZES)
     at = batch["targets"] >= 0
-    logits = F.linear(norm(x[at], w["language_model.model.norm.weight"]), embedding).float()
+    logits = F.linear(norm(layers[-1][at], w["language_model.model.norm.weight"]), embedding).float()
     targets = batch["targets"][at]
     loss = F.cross_entropy(logits, targets)
-    if help_weight:
-        guess = F.linear(early.gather(1, at_cell), readers["early"]).view(n, lines, columns, -1).float()
-        line = torch.arange(lines, device=device)[None, :, None].expand(n, lines, columns)
-        column = torch.arange(columns, device=device)[None, None].expand(n, lines, columns)
-        where = F.cross_entropy(guess[..., :N_LINES].flatten(0, 2), line.flatten())
-        where = where + F.cross_entropy(guess[..., N_LINES : 2 * N_LINES].flatten(0, 2), column.flatten())
-        kind, place = batch["kind"], batch["place_in_cell"]
-        at_once = cell_loss(F.linear(seen, readers["cell"]), kind, place)
-        later = cell_loss(guess[..., 2 * N_LINES :], kind[picture], place[picture])
-        loss = loss + help_weight * (at_once + where + later)
+    if help_weight is not None:
+        helps = reader_losses(readers, batch, seen, [layer.gather(1, at_cell) for layer in layers[1:3]], layers[3])
+        loss = loss + help_weight * sum(HELP[name] * value for name, value in helps.items())
     return loss, logits, targets
+
+
+def reader_losses(
+    readers: Tensors, batch: Tensors, seen: torch.Tensor, at_cells: list[torch.Tensor], late: torch.Tensor
+) -> Tensors:
+    """at_cells: (n, cells, hidden) behind layers 2 and 3; late: (n, tokens, hidden) behind layer 4."""
+    (lines, columns), n, device = seen.shape[1:3], len(late), late.device
+    guess = F.linear(at_cells[0], readers["early"]).view(n, lines, columns, -1).float()
+    line = torch.arange(lines, device=device)[None, :, None].expand(n, lines, columns)
+    column = torch.arange(columns, device=device)[None, None].expand(n, lines, columns)
+    early = F.cross_entropy(guess[..., :N_LINES].flatten(0, 2), line.flatten())
+    early = early + F.cross_entropy(guess[..., N_LINES : 2 * N_LINES].flatten(0, 2), column.flatten())
+    held = {key: values[batch["picture"]] for key, values in batch.items() if key.startswith("cell_")}
+    early = early + cell_loss(guess[..., 2 * N_LINES :], held)
+    aim = batch["aim"].flatten()
+    pointed = F.cross_entropy(F.linear(late.flatten(0, 1), readers["aim"]).float(), aim, ignore_index=-1)
+    # The action is each row's first branch: its aim, if it has one, is the pad that the instruction names.
+    is_act = (batch["branch"] == 1) & (batch["aim"] >= 0)
+    named = torch.where(is_act, batch["aim"], -1).amax(1)
+    match = F.linear(at_cells[1], readers["match"])[..., 0].float()
+    wanted = (torch.arange(lines * columns, device=device) == named[:, None]).float()
+    weight = (1 + 7 * wanted) * (named >= 0)[:, None]
+    matched = F.binary_cross_entropy_with_logits(match, wanted, weight, reduction="sum") / (weight.sum() + 1)
+    cell = cell_loss(F.linear(seen, readers["cell"]), batch)
+    return {"cell": cell, "early": early, "match": matched, "aim": pointed}
 
 
 # -- the exam ----------------------------------------------------------------------------------------------------------
@@ -186,21 +216,34 @@ class Run:
         }
         self.eyes = {name: tensor for name, tensor in self.w.items() if "language_model" not in name}
         self.optimisers = [
-            optimisers(self.eyes, [self.readers["cell"]]),
-            optimisers(self.w, list(self.readers.values())),
+            optimisers(self.eyes, [self.readers["cell"]], 1.0),
+            optimisers(self.w, list(self.readers.values()), EYES_LATER),
         ]
         self.vision_loss, self.lesson_loss = torch.compile(vision_loss), torch.compile(lesson_loss)
+        self._maker = ThreadPoolExecutor(1)
+        self._ahead: dict[tuple[int, int], Future] = {}
         self.stage, self.step, spent_s = self._resume()
         self.began_s = time.monotonic() - spent_s
 
     def loss(self, stage: int, step: int, share: float) -> torch.Tensor:
         """share: of the full rate."""
         with torch.autocast(self.device.type, torch.bfloat16):
+            batch = self._batch(stage, step)
             if stage == 0:
-                batch = self.batches.make(10**8 + step, PICTURES * ORDERS, 0)
                 return self.vision_loss(self.eyes, self.readers["cell"], batch)
-            batch, help_weight = self.batches.make(step, PICTURES, ORDERS), HELP * min(1.0, 2 * share)
+            help_weight = torch.tensor(min(1.0, 2 * share), device=self.device)
             return self.lesson_loss(self.w, self.readers, batch, self.prefix, self.config, help_weight)[0]
+
+    def _batch(self, stage: int, step: int) -> Tensors:
+        """The step's lessons; those of the next one are made meanwhile."""
+        made = self._ahead.pop((stage, step), None) or self._maker.submit(self._make, stage, step)
+        self._ahead = {(stage, step + 1): self._maker.submit(self._make, stage, step + 1)}
+        return made.result()
+
+    def _make(self, stage: int, step: int) -> Tensors:
+        if stage == 0:
+            return self.batches.make(10**8 + step, PICTURES * ORDERS, 0)
+        return self.batches.make(step, PICTURES, ORDERS)
 
     def learn(self, stage: int, step: int) -> float:
         """One step; returns its loss."""
@@ -211,7 +254,7 @@ class Run:
         torch.nn.utils.clip_grad_norm_([tensor for tensor in weights if tensor.grad is not None], 1.0)
         for optimiser in self.optimisers[stage]:
             for group in optimiser.param_groups:
-                group["lr"] = RATE * share
+                group["lr"] = RATE * share * group["part"]
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         return loss.item()
@@ -220,7 +263,7 @@ class Run:
         results = []
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
             for batch in self.exam:
-                _, logits, targets = lesson_loss(self.w, self.readers, batch, self.prefix, self.config, 0.0)
+                _, logits, targets = lesson_loss(self.w, self.readers, batch, self.prefix, self.config, None)
                 results.append(marks(batch, logits, targets, self.tokenizer))
         return {key: float(np.mean([result[key] for result in results])) for key in results[0]}
 
@@ -269,13 +312,19 @@ def begin(shapes: dict[str, torch.Size], seed: int) -> Tensors:
     return w
 
 
-def optimisers(w: Tensors, readers: list[torch.Tensor]) -> list[torch.optim.Optimizer]:
-    is_matrix = {name: tensor.ndim == 2 and "embed_tokens" not in name for name, tensor in w.items()}
-    matrices = [tensor for name, tensor in w.items() if is_matrix[name]]
-    others = [tensor for name, tensor in w.items() if not is_matrix[name]] + readers
+def optimisers(w: Tensors, readers: list[torch.Tensor], eyes: float) -> list[torch.optim.Optimizer]:
+    """eyes: the part of the rate that the vision tower and the projector learn at."""
+
+    def groups(is_matrix: bool) -> list[dict]:
+        chosen = {n: t for n, t in w.items() if is_matrix == (t.ndim == 2 and "embed_tokens" not in n)}
+        seeing = [tensor for name, tensor in chosen.items() if "language_model" not in name]
+        reading = [tensor for name, tensor in chosen.items() if "language_model" in name]
+        rest = [] if is_matrix else readers
+        return [{"params": p, "part": part} for p, part in ((seeing, eyes), (reading + rest, 1.0)) if p]
+
     return [
-        torch.optim.Muon(matrices, lr=RATE, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=RATE, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.Muon(groups(True), lr=RATE, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(groups(False), lr=RATE, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
 

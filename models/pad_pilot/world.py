@@ -16,7 +16,7 @@ from models.pad_pilot.scene import COLOURS, SHAPES, SIDE_PX, Ground, Light, Pad,
 
 REACH_M = 4.5  # pads lie this near the origin, north and east
 START_M = 2.5  # and flights begin this near
-START_HEIGHT_M = 5.0
+START_HEIGHT_M = 4.5
 LAG_S = 0.35  # of velocity behind its set-point
 LEAN_LAG_S = 0.15
 MOST_M_S2 = 3.0  # acceleration the autopilot allows itself
@@ -32,6 +32,7 @@ class World:
     def __init__(self, seed: int, grounds: Grounds, n_pads: int = 5, wind_m_s: float = 4.0) -> None:
         """wind_m_s: the mean wind is drawn up to this, gusts to half of it."""
         self.rng = rng = np.random.default_rng([seed, 4242])
+        self._grain = np.random.default_rng([seed, 4243])
         self.ground: Ground = grounds.pick(rng)
         self.light = Light.random(rng)
         self.pads = scattered(rng, n_pads)
@@ -49,23 +50,28 @@ class World:
         self.gust_m_s = speed / 2
         self._gust = np.zeros(2)
         self.down = False  # on the ground
-        self.time_s = 0.0
+        self._owed_s, self._n_ticks = 0.0, 0
 
     @property
     def pose(self) -> Pose:
         return Pose(*self.place, self.yaw_rad, *self.lean)
 
+    @property
+    def time_s(self) -> float:
+        return self._n_ticks * TICK_S
+
     def picture(self, size_px: tuple[int, int] = (SIDE_PX, SIDE_PX)) -> np.ndarray:
-        """What the camera sees now, (H, W, 3) uint8 RGB."""
-        return render(self.pads, self.ground, self.pose, self.rng, size_px, 2, self.things, self.light)
+        """What the camera sees now, (H, W, 3) uint8 RGB. Looking changes nothing: its noise has its own generator."""
+        return render(self.pads, self.ground, self.pose, self._grain, size_px, 2, self.things, self.light)
 
     def fly(self, forward_m_s: float, right_m_s: float, down_m_s: float, yaw_rate_rad_s: float, seconds: float) -> None:
         """Follow a body-frame set-point for a while."""
-        for _ in range(round(seconds / TICK_S)):
-            if self.down:
-                break
-            self._tick(forward_m_s, right_m_s, down_m_s, yaw_rate_rad_s)
-        self.time_s += seconds
+        self._owed_s += seconds  # what is less than a tick waits for the next call
+        while self._owed_s >= TICK_S - 1e-9:
+            self._owed_s -= TICK_S
+            self._n_ticks += 1
+            if not self.down:
+                self._tick(forward_m_s, right_m_s, down_m_s, yaw_rate_rad_s)
 
     def _tick(self, forward_m_s: float, right_m_s: float, down_m_s: float, yaw_rate_rad_s: float) -> None:
         self.yaw_rad += yaw_rate_rad_s * TICK_S
@@ -102,7 +108,7 @@ def scattered(rng: np.random.Generator, n: int) -> list[Pad]:
     while len(pads) < n:
         place = rng.uniform(-REACH_M, REACH_M, 2)
         radius = rng.uniform(*PAD_RADIUS_M)
-        if all(math.hypot(*(place - (p.north_m, p.east_m))) > 1.3 + radius + p.radius_m - 1.0 for p in pads):
+        if all(math.hypot(*(place - (p.north_m, p.east_m))) > 0.3 + radius + p.radius_m for p in pads):
             colour, shape = kinds[order[len(pads)]]
             pads.append(Pad(colour, shape, *place, radius, rng.uniform(0, 2 * math.pi)))
     return pads
