@@ -1,7 +1,7 @@
-# make demo   the whole chain on this machine, about a minute after the set-up
+# make demo   the trained pilot flies, from checkpoint to landing, about a minute after the set-up
 # make test   ruff and all tests
 # make venv   the set-up alone: virtual environment in .venv, dependencies, this project
-# make bench  slow figures (conversion memory and speed at the 3B's true shape; needs 12 GB of disk)
+# make bench  slow figures: the demo model's flying (half an hour), conversion at the 3B's true shape (12 GB of disk)
 # make soak   the long form of the fault tests
 #
 # A GPU build of llama.cpp and onnxruntime-gpu are taken where an NVIDIA GPU and its compiler are visible.
@@ -13,7 +13,7 @@ RUN := $(VENV)/bin
 .PHONY: venv demo test bench soak clean
 
 demo: venv
-	@$(RUN)/python models/first_flight.py
+	@$(RUN)/python -m models.pad_pilot.demo
 
 test: venv
 	$(RUN)/ruff check .
@@ -24,6 +24,7 @@ soak: venv
 	$(RUN)/python -m pytest -m soak
 
 bench: venv
+	$(RUN)/python benchmarks/flight.py
 	$(RUN)/python benchmarks/convert.py
 
 venv: $(VENV)/.installed

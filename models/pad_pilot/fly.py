@@ -13,10 +13,12 @@ flight.mp4.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import sys
 import time
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -94,7 +96,8 @@ class Eyes:
         message = pack_frame(
             self.frame_id, time.monotonic_ns(), width, height, "rgb8", np.ascontiguousarray(picture).data
         )
-        self._push.send(message)
+        with contextlib.suppress(zmq.Again):  # nobody there yet: the next one
+            self._push.send(message, zmq.NOBLOCK)
         return self.frame_id
 
     def answer(self, picture: np.ndarray, timeout_s: float = ANSWER_S) -> Action | Refusal | None:
@@ -110,7 +113,8 @@ class Eyes:
         """Show a picture until the daemon runs and answers. Raises TimeoutError."""
         until_s = time.monotonic() + timeout_s
         while time.monotonic() < until_s:
-            if self.answer(picture, 0.3) is not None:
+            self.show(picture)
+            if self.client.next_answer(0.3) is not None:  # to any of them: the first ones may take long
                 return
         raise TimeoutError(f"{self.client.folder}: no answer to a frame in {timeout_s:g} s; is edge-agent running?")
 
@@ -218,10 +222,11 @@ def a_mission(rng: np.random.Generator, pads: list[Pad], n_orders: int) -> list[
 # -- the record --------------------------------------------------------------------------------------------------------
 
 MAP_PX, MAP_POSE = 560, Pose(height_m=11.0)
+PATH_COLOURS = {"move": (60, 255, 60), "search": (255, 170, 0), "hold": (0, 220, 255), "land": (255, 60, 255)}
 
 
 def caption(step: Step) -> str:
-    """One line of ASCII, which is all OpenCV can write."""
+    """One line."""
     a = step.answer
     if isinstance(a, Action):
         said = " ".join(
@@ -238,20 +243,20 @@ def path_map(world: World, steps: list[Step], flown: int | None = None) -> np.nd
     to_picture = homography(MAP_POSE, MAP_PX, MAP_PX)
     places = np.array([[s.pose.north_m, s.pose.east_m, 1.0] for s in steps[:flown]]) @ to_picture.T
     xy = np.round(places[:, :2] / places[:, 2:]).astype(int)
-    colours = {"move": (60, 255, 60), "search": (255, 170, 0), "hold": (0, 220, 255), "land": (255, 60, 255)}
     cv2.polylines(image, [xy], False, (0, 0, 0), 4, cv2.LINE_AA)
     for i in range(1, len(xy)):
         asked = steps[i].answer.action if isinstance(steps[i].answer, Action) else ""
-        cv2.line(image, xy[i - 1].tolist(), xy[i].tolist(), colours.get(asked, (255, 255, 255)), 2, cv2.LINE_AA)
+        cv2.line(image, xy[i - 1].tolist(), xy[i].tolist(), PATH_COLOURS.get(asked, (255, 255, 255)), 2, cv2.LINE_AA)
     cv2.circle(image, xy[0].tolist(), 5, (255, 255, 255), -1, cv2.LINE_AA)
     cv2.drawMarker(image, xy[-1].tolist(), (255, 255, 255), cv2.MARKER_TILTED_CROSS, 14, 2, cv2.LINE_AA)
     return image
 
 
 def _write(image: np.ndarray, text: str, at: tuple[int, int], size: float = 0.45) -> None:
-    text = text.encode("ascii", "replace").decode()
-    cv2.putText(image, text, at, cv2.FONT_HERSHEY_SIMPLEX, size, (0, 0, 0), 3, cv2.LINE_AA)
-    cv2.putText(image, text, at, cv2.FONT_HERSHEY_SIMPLEX, size, (255, 255, 255), 1, cv2.LINE_AA)
+    bare = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))  # accents off
+    text = bare.encode("ascii", "replace").decode()  # OpenCV before version 5 can write nothing else
+    for place, colour in (((at[0] + 1, at[1] + 1), (0, 0, 0)), (at, (255, 255, 255))):
+        cv2.putText(image, text, place, cv2.FONT_HERSHEY_SIMPLEX, size, colour, 1, cv2.LINE_AA)
 
 
 def draw(world: World, steps: list[Step], results: list[Result]) -> np.ndarray:
@@ -262,6 +267,9 @@ def draw(world: World, steps: list[Step], results: list[Result]) -> np.ndarray:
         top, left = i // 4 * 187, MAP_PX + i % 4 * 200 + 8
         page[top : top + 168, left : left + 184] = cv2.resize(steps[n].picture, (184, 168))
         _write(page, caption(steps[n]), (left, top + 181), 0.34)
+    for i, (name, colour) in enumerate(PATH_COLOURS.items()):
+        cv2.line(page, (MAP_PX + 8 + 100 * i, MAP_PX + 15), (MAP_PX + 30 + 100 * i, MAP_PX + 15), colour, 3)
+        _write(page, name, (MAP_PX + 36 + 100 * i, MAP_PX + 20))
     for i, result in enumerate(results):
         _write(page, f"{result.instruction}: {result.outcome}, {result.steps} steps", (10, MAP_PX + 20 + 30 * i))
     return page

@@ -1,0 +1,343 @@
+"""How well the demo model flies, through the real daemon: held-out frames, questions, whole flights, bad input.
+
+    python benchmarks/flight.py                          # 1000 frames for every recipe, 200 flights: about 25 minutes
+    python benchmarks/flight.py --frames 100 --flights 20 --recipes Q4_K_M
+    python benchmarks/flight.py --photographs DIR        # other photographs as ground than the ones held back
+
+Every figure comes from answers on the wire: each frame is pushed over ZeroMQ under its own instruction. Frames, worlds
+and missions are made from seeds that training never uses; half the grounds are painted, half are photographs held back
+from training, and they are reported apart. Intervals are Wilson's, 95 %. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import yaml
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from edge_agent import actions  # noqa: E402
+from edge_agent.messages import Action  # noqa: E402
+from models.pad_pilot import task  # noqa: E402
+from models.pad_pilot.fly import Eyes, a_mission, fly  # noqa: E402
+from models.pad_pilot.lessons import Grounds, Said, held_back_photographs, lesson  # noqa: E402
+from models.pad_pilot.world import World  # noqa: E402
+
+SEED = 50_000_000  # training's seeds are small
+BIN = Path(sys.executable).parent
+RECIPES = ("BF16", "Q8_0", "Q4_K_M", "Q4_K_S", "IQ4_XS", "Q4_0")
+NAMES = {key: field.name or key for key, field in actions.load("velocity_body").actions["move"].fields.items()}
+SPEEDS = ("vx", "vy", "vz")  # yaw is always 0 here, and would flatter the mean
+SIZES = ((64, 64), (96, 300), (480, 640), (720, 1280), (1080, 1920))
+WITHIN_M_S = 0.05
+
+
+class Frame(NamedTuple):
+    picture: np.ndarray
+    said: Said
+    photographed: bool
+
+
+class Answer(NamedTuple):
+    action: str  # empty: none came, or a refusal
+    values: dict[str, float]  # by the model's keys
+    words: str
+
+
+def frames(n: int, seed: int, photographs: list[np.ndarray]) -> list[Frame]:
+    """Every second one over a photograph."""
+    grounds = [Grounds([], seed), Grounds(photographs, seed, only_photographs=True)]
+    made = []
+    for i in range(n):
+        one = lesson(np.random.default_rng([seed, i]), grounds[i % 2], n_orders=1, n_questions=1)
+        made += [Frame(one.picture, said, bool(i % 2)) for said in one.said]
+    return made
+
+
+@contextlib.contextmanager
+def pilot(bundle: Path, backend: str) -> Iterator[Eyes]:
+    """A daemon on a bundle, and the vehicle's end of its sockets."""
+    with tempfile.TemporaryDirectory(prefix="edge-agent-") as runtime:
+        config = {
+            "bundle": str(bundle),
+            "camera": {"source": f"zmq:ipc://{runtime}/frames"},
+            "vision": {"backend": backend, "max_tokens": 25},
+            "task": {"deadline_ms": 10000},
+            "runtime_dir": runtime,
+        }
+        path = Path(runtime) / "config.yaml"
+        path.write_text(yaml.safe_dump(config))
+        log = (Path(runtime) / "log").open("wb")
+        daemon = subprocess.Popen([BIN / "edge-agent", "run", "--config", path], stdout=log, stderr=log)
+        try:
+            with Eyes(runtime, f"ipc://{runtime}/frames") as eyes:
+                try:
+                    eyes.wait(np.random.default_rng(0).integers(0, 255, (140, 140, 3), np.uint8))
+                except TimeoutError:
+                    sys.exit(f"the daemon does not answer:\n{(Path(runtime) / 'log').read_text()}")
+                yield eyes
+        finally:
+            daemon.send_signal(signal.SIGTERM)
+            daemon.wait(10)
+            log.close()
+
+
+def answer(eyes: Eyes, picture: np.ndarray, instruction: str, question: str = "") -> Answer:
+    eyes.client.instruct(instruction)
+    heard = eyes.answer(picture, 10.0)
+    words = eyes.client.ask(question, 10.0) if question else ""
+    if not isinstance(heard, Action):
+        return Answer("", {}, words)
+    return Answer(heard.action, {key: heard.values[name] for key, name in NAMES.items() if name in heard.values}, words)
+
+
+def interval(k: int, n: int) -> list[float]:
+    """[share, low, high]: Wilson's score interval, 95 %."""
+    if not n:
+        return [math.nan, 0.0, 1.0]
+    z, p = 1.96, k / n
+    middle, reach = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return [round(x, 4) for x in (p, (middle - reach) / (1 + z * z / n), (middle + reach) / (1 + z * z / n))]
+
+
+def against_the_rule(shown: list[Frame], answers: list[Answer]) -> dict:
+    """Answers held against what is right."""
+    pairs = list(zip(shown, answers, strict=True))
+    off = [abs(a.values[key] - f.said.action[key]) for f, a in pairs for key in SPEEDS
+           if a.action == f.said.action["action"] == "move"]  # fmt: skip
+    asked = [(f, a) for f, a in pairs if f.said.questions and a.words]
+    return {
+        "n": len(pairs),
+        "type_right": interval(sum(a.action == f.said.action["action"] for f, a in pairs), len(pairs)),
+        "velocity_mae_m_s": round(float(np.mean(off)), 4) if off else None,
+        "velocity_off_p99_m_s": round(float(np.quantile(off, 0.99)), 4) if off else None,
+        "words_right": interval(sum(a.words.strip() == f.said.questions[0][1] for f, a in asked), len(asked)),
+        "wrong_land": sum(a.action == "land" != f.said.action["action"] for f, a in pairs),
+    }
+
+
+def agreement(answers: list[Answer], reference: list[Answer]) -> dict:
+    """One bundle's answers held against another's on the same frames."""
+    pairs = list(zip(answers, reference, strict=True))
+    off = [abs(a.values[key] - b.values[key]) for a, b in pairs for key in a.values if a.action == b.action == "move"]
+    return {
+        "same_type": interval(sum(a.action == b.action for a, b in pairs), len(pairs)),
+        "fields_within_0.05": interval(sum(x <= WITHIN_M_S + 1e-9 for x in off), len(off)),
+        "same_answer": interval(sum(a[:2] == b[:2] for a, b in pairs), len(pairs)),
+    }
+
+
+def flights(eyes: Eyes, n: int, photographs: list[np.ndarray], say: str) -> dict:
+    """One order each, most of them landings; the world over painted and held-back ground in turn."""
+    grounds = [Grounds([], SEED + 7), Grounds(photographs, SEED + 7, only_photographs=True)]
+    outcomes, steps, ages_ms = Counter(), [], []
+
+    def hear(step) -> None:
+        if step.answer is not None:
+            ages_ms.append(step.answer.age_ms)
+
+    for i in track(range(n), say):
+        world = World(SEED + i, grounds[i % 2])
+        rng = np.random.default_rng([SEED, i, 1])
+        mission = a_mission(rng, world.pads, 1 if i % 4 else 2)  # every fourth one goes somewhere else first
+        results = fly(eyes, world, mission, hear)
+        done = len(results) == len(mission) and results[-1].outcome == "right"
+        outcomes["right" if done else results[-1].outcome] += 1
+        if done:
+            steps += [result.steps for result in results]
+    return {
+        "n": n,
+        "success": interval(outcomes["right"], n),
+        "outcomes": dict(outcomes),
+        "steps_p50": float(np.median(steps)) if steps else None,
+        "steps_p95": float(np.quantile(steps, 0.95)) if steps else None,
+        "age_ms_p50": round(float(np.median(ages_ms)), 1) if ages_ms else None,
+        "age_ms_p99": round(float(np.quantile(ages_ms, 0.99)), 1) if ages_ms else None,
+    }
+
+
+def bad_input(eyes: Eyes, n: int, photographs: list[np.ndarray]) -> dict[str, dict]:
+    """What it does when what it gets is wrong: answers by kind, and every landing that should not be."""
+    rng = np.random.default_rng([SEED, 99])
+    grounds = Grounds(photographs, SEED + 9)
+    found: dict[str, dict] = {}
+
+    def count(name: str, said: list[Answer], wrong_lands: int) -> None:
+        found[name] = {"answers": dict(Counter(a.action or "none" for a in said)), "wrong_land": wrong_lands}
+
+    shades = {
+        "black frame": lambda: rng.integers(0, 3, (140, 140, 3), np.uint8),
+        "white frame": lambda: rng.integers(253, 256, (140, 140, 3)).astype(np.uint8),
+        "noise frame": lambda: rng.integers(0, 256, (140, 140, 3)).astype(np.uint8),
+    }
+    for name, make in shades.items():
+        said = []
+        for _ in range(n):
+            order = task.Order("land", str(rng.choice(list(task.COLOURS))), str(rng.choice(task.SHAPES)))
+            said.append(answer(eyes, make(), task.instruction(rng, str(rng.choice(task.LANGUAGES)), order)))
+        count(name, said, sum(a.action == "land" for a in said))
+    orders = {
+        "a language it never saw": lambda: str(rng.choice(UNSEEN)),
+        "a pad that does not exist": lambda: task.instruction(
+            rng, str(rng.choice(task.LANGUAGES)), task.absent_order(rng, "land")
+        ),
+    }
+    for name, say in orders.items():
+        said = []
+        for i in range(n):
+            one = lesson(np.random.default_rng([SEED + 3, i]), grounds, n_orders=1)
+            said.append(answer(eyes, one.picture, say()))
+        count(name, said, sum(a.action == "land" for a in said))
+    for size in SIZES:
+        said, wrong, right = [], 0, 0
+        for i in range(n):
+            one = lesson(np.random.default_rng([SEED + 5, i]), grounds, n_orders=1, size_px=size)
+            for asked in one.said:
+                said.append(answer(eyes, one.picture, asked.instruction))
+                wrong += said[-1].action == "land" != asked.action["action"]
+                right += said[-1].action == asked.action["action"]
+        count(f"frame of {size[1]}x{size[0]}", said, wrong)
+        found[f"frame of {size[1]}x{size[0]}"]["type_right"] = round(right / max(1, len(said)), 3)
+    return found
+
+
+# No sentence in any of these languages is in training.
+UNSEEN = (
+    "Idi na crveni krug.", "Sleti na plavi kvadrat.", "Gå til den gule trekant.", "Land på den røde cirkel.",
+    "Farðu að rauðu skífunni.", "Mine punase ketta juurde.", "Nolaidies uz zilā kvadrāta.", "Ho'i i ka pōʻai ʻulaʻula.",
+    "Nenda kwenye duara nyekundu.", "Tua kwenye mraba wa bluu.", "Pumunta sa pulang bilog.", "Cer at y cylch coch.",
+    "Téigh go dtí an ciorcal dearg.", "לך לעיגול האדום.", "נחת על הריבוע הכחול.", "ลงจอดที่สี่เหลี่ยมสีน้ำเงิน",
+    "برو به دایره قرمز", "Vai al disco ròs.", "Joan disko gorrira.", "Lur hartu karratu urdinean.",
+)  # fmt: skip
+
+
+def built(folder: Path, recipe: str) -> Path:
+    bundle = folder / recipe
+    checkpoint = ROOT / "models" / "pad_pilot" / "checkpoint"
+    subprocess.run(
+        [BIN / "edge-quantize", "build", checkpoint, bundle, "--recipe", recipe], check=True, capture_output=True
+    )
+    return bundle
+
+
+def size_mib(bundle: Path) -> float:
+    return round(sum(file.stat().st_size for file in bundle.iterdir()) / 2**20, 2)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frames", type=int, default=1000)
+    parser.add_argument("--flights", type=int, default=200)
+    parser.add_argument("--bad", type=int, default=100, help="frames of each kind of bad input (default 100)")
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), help="the first is the reference (default: all)")
+    parser.add_argument("--fly", nargs="*", default=["BF16", "Q4_K_M"], help="recipes that fly whole flights too")
+    parser.add_argument("--photographs", type=Path, help="a folder of photographs for the ground")
+    options = parser.parse_args()
+    photographs = held_back_photographs() if options.photographs is None else folder_of(options.photographs)
+    shown = frames(options.frames, SEED + 1, photographs)
+    result: dict = {"benchmark": "flight", "frames": len(shown), "recipes": {}, "photographs": len(photographs)}
+    answers: dict[str, list[Answer]] = {}
+    began_s = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="edge-flight-") as folder:
+        runs = [(recipe, "onnxruntime") for recipe in options.recipes]
+        if "Q4_K_M" in options.recipes:
+            runs.append(("Q4_K_M", "mtmd"))
+        for recipe, backend in runs:
+            name = recipe if backend == "onnxruntime" else f"{recipe} mtmd"
+            bundle = Path(folder) / recipe
+            if not bundle.is_dir():
+                built(Path(folder), recipe)
+            main_run = name == "Q4_K_M" or len(options.recipes) == 1
+            with pilot(bundle, backend) as eyes:
+                answers[name] = [
+                    answer(
+                        eyes,
+                        f.picture,
+                        f.said.instruction,
+                        f.said.questions[0][0] if main_run and f.said.questions else "",
+                    )
+                    for f in track(shown, f"{name}: frames")
+                ]
+                row = {"bundle_mib": size_mib(bundle), "all": against_the_rule(shown, answers[name])}
+                for part, photographed in (("painted", False), ("photographs", True)):
+                    which = [i for i, f in enumerate(shown) if f.photographed == photographed]
+                    row[part] = against_the_rule([shown[i] for i in which], [answers[name][i] for i in which])
+                row["against"] = agreement(answers[name], answers[options.recipes[0]])
+                if options.flights and recipe in options.fly and backend == "onnxruntime":
+                    row["flights"] = flights(eyes, options.flights, photographs, f"{name}: flights")
+                if options.bad and main_run:
+                    row["bad_input"] = bad_input(eyes, options.bad, photographs)
+                row["model_rss_mib"] = eyes.client.status().model_worker.rss_mib
+            result["recipes"][name] = row
+            if backend == "onnxruntime" and recipe != "Q4_K_M":
+                shutil.rmtree(bundle)
+    if "Q4_K_M mtmd" in answers:
+        result["onnx_against_mtmd"] = agreement(answers["Q4_K_M"], answers["Q4_K_M mtmd"])
+    result["seconds"] = round(time.monotonic() - began_s)
+    show(result)
+    print(json.dumps(result))
+    return 0
+
+
+def folder_of(path: Path) -> list[np.ndarray]:
+    found = [cv2.imread(str(file), cv2.IMREAD_COLOR) for file in sorted(path.iterdir())]
+    photographs = [np.ascontiguousarray(image[..., ::-1]) for image in found if image is not None]
+    if not photographs:
+        sys.exit(f"{path}: expected a folder of photographs; found none that OpenCV reads")
+    return photographs
+
+
+def show(result: dict) -> None:
+    console, table = Console(), Table(title="The demo model, through the daemon", title_justify="left")
+    columns = (
+        "bundle",
+        "MiB",
+        "type right",
+        "photographs",
+        "m/s off",
+        "words",
+        "same type",
+        "within 0.05",
+        "flights",
+        "RSS MiB",
+    )
+    for name in columns:
+        table.add_column(name, justify="right" if name != "bundle" else "left")
+    percent = lambda share: "" if math.isnan(share[0]) else f"{share[0]:.1%} ({share[1]:.1%} to {share[2]:.1%})"  # noqa: E731
+    for name, row in result["recipes"].items():
+        table.add_row(
+            name, str(row["bundle_mib"]), percent(row["all"]["type_right"]),
+            percent(row["photographs"]["type_right"]), str(row["all"]["velocity_mae_m_s"]),
+            percent(row["all"]["words_right"]), percent(row["against"]["same_type"]),
+            percent(row["against"]["fields_within_0.05"]),
+            percent(row["flights"]["success"]) if "flights" in row else "",
+            f"{row['model_rss_mib'] or 0:.0f}",
+        )  # fmt: skip
+    console.print(table)
+    for row in result["recipes"].values():
+        for name, counted in row.get("bad_input", {}).items():
+            console.print(f"{name}: {counted}", highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

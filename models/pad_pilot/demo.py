@@ -1,0 +1,142 @@
+"""make demo: the trained pilot flies a mission, from checkpoint to landing, on this machine.
+
+Builds a 4-bit bundle of models/pad_pilot/checkpoint, starts the daemon on it, starts the world (fly.py) as a process of
+its own, which pushes its camera's frames and follows the actions; this terminal watches the wire. Then a score table,
+and the flight as a picture and a film in demo/flight/. Everything is kept in demo/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from edge_agent import view
+from edge_agent.client import Client, Refused
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKPOINT = Path(__file__).parent / "checkpoint"
+OUT = ROOT / "demo"
+BIN = Path(sys.executable).parent
+QUESTIONS = ("What do you see?", "Combien de plateformes vois-tu ?", "Was siehst du?", "무엇이 보이나요?")
+QUESTION_EVERY_S = 3.0
+CONFIG = """\
+bundle: {bundle}
+camera: {{source: "zmq:ipc://{runtime}/frames", name: down}}
+vision: {{backend: {backend}, max_tokens: 25}}
+task: {{instruction: "Hold position.", deadline_ms: 1000}}
+runtime_dir: {runtime}
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=7, help="of world and mission (default 7)")
+    parser.add_argument("--pace", type=float, default=0.25, help="seconds a step takes at least (default 0.25)")
+    parser.add_argument("--recipe", default="Q4_K_M")
+    options = parser.parse_args()
+    console = Console()
+    OUT.mkdir(exist_ok=True)
+    bundle = OUT / "bundle"
+    run(console, BIN / "edge-quantize", "build", CHECKPOINT, bundle, "--recipe", options.recipe, "--force")
+    with tempfile.TemporaryDirectory(prefix="edge-agent-") as runtime:  # short: a socket's path has 107 letters
+        config = OUT / "edge-agent.yaml"
+        config.write_text(CONFIG.format(bundle=bundle, runtime=runtime, backend="onnxruntime"))
+        say(console, BIN / "edge-agent", "run", "--config", config)
+        with (OUT / "daemon.log").open("wb") as log, (OUT / "world.log").open("wb") as world_log:
+            daemon = subprocess.Popen([BIN / "edge-agent", "run", "--config", config], stdout=log, stderr=log)
+            fly = [sys.executable, "-m", "models.pad_pilot.fly", "--runtime", runtime]
+            command = [*fly, "--frames", f"ipc://{runtime}/frames", "--out", OUT / "flight"]
+            command += ["--seed", options.seed, "--pace", options.pace]
+            say(console, *command)
+            world = subprocess.Popen([str(word) for word in command], cwd=ROOT, stdout=world_log, stderr=world_log)
+            try:
+                heard, asked = watch(runtime, daemon, world)
+            finally:
+                world.terminate()
+                daemon.send_signal(signal.SIGTERM)
+                status = daemon.wait(10)
+    return summary(console, heard, asked, world.returncode, status)
+
+
+def watch(runtime: str, daemon: subprocess.Popen, world: subprocess.Popen) -> tuple[view.Heard, list[tuple[str, str]]]:
+    """Watch as any controller may; now and then ask what is to be seen."""
+    asked: list[tuple[str, str]] = []
+    with Client(runtime) as client:
+        until_s = time.monotonic() + 60
+        while (status := client.status(0.5)) is None or status.state != "running":
+            if daemon.poll() is not None or world.poll() is not None or time.monotonic() > until_s:
+                sys.exit(f"it did not start:\n{(OUT / 'daemon.log').read_text()}{(OUT / 'world.log').read_text()}")
+        landed = threading.Event()
+        asking = threading.Thread(target=ask, args=(runtime, landed, asked))
+        asking.start()
+        heard = view.watch(client, None, ended=lambda: world.poll() is not None or daemon.poll() is not None)
+        landed.set()
+        asking.join()
+    return heard, asked
+
+
+def ask(runtime: str, landed: threading.Event, asked: list[tuple[str, str]]) -> None:
+    with Client(runtime) as client:
+        while not landed.wait(QUESTION_EVERY_S):
+            question = QUESTIONS[len(asked) % len(QUESTIONS)]
+            try:
+                asked.append((question, client.ask(question, 5.0)))
+            except (Refused, TimeoutError) as error:
+                asked.append((question, f"no answer: {error}"))
+
+
+def summary(console: Console, heard: view.Heard, asked: list[tuple[str, str]], world_status: int, status: int) -> int:
+    record = OUT / "flight" / "flight.json"
+    if world_status not in (0, 1) or not record.is_file():
+        console.print((OUT / "world.log").read_text(), style="red", markup=False)
+        return 1
+    results = json.loads(record.read_text())
+    orders = Table(title=f"The flight, wind {results['wind_m_s']} m/s", title_justify="left")
+    for name in ("instruction", "outcome", "steps", "m off the pad's middle"):
+        orders.add_column(name)
+    for result in results["results"]:
+        orders.add_row(result["instruction"], result["outcome"], str(result["steps"]), f"{result['off_m']:.2f}")
+    console.print(orders)
+    words = Table(title="Asked on the way", title_justify="left")
+    words.add_column("question")
+    words.add_column("answer")
+    for question, answer in asked:
+        words.add_row(question, view.printable(answer))
+    console.print(words)
+    figures = Table(title="What the controller heard", title_justify="left")
+    figures.add_column("figure")
+    figures.add_column("value", justify="right")
+    for name, value in heard.summary().items():
+        figures.add_row(name, str(value))
+    if heard.status is not None:
+        figures.add_row("model process resident, MiB", f"{heard.status.model_worker.rss_mib or 0:.0f}")
+    console.print(figures)
+    console.print(f"picture: {OUT / 'flight' / 'flight.png'}\nfilm:    {OUT / 'flight' / 'flight.mp4'}")
+    return 0 if world_status == 0 and status == 0 else 1
+
+
+def say(console: Console, *command: object) -> None:
+    words = [str(word).removeprefix(f"{BIN}/") for word in command]
+    console.print("==", shlex.join(words), style="bold", highlight=False, markup=False)
+
+
+def run(console: Console, *command: object) -> None:
+    say(console, *command)
+    done = subprocess.run([str(word) for word in command])
+    if done.returncode:
+        sys.exit(f"{command[0]}: exit status {done.returncode}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
