@@ -41,7 +41,7 @@ runtime_dir: {runtime}
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=7, help="of world and mission (default 7)")
+    parser.add_argument("--seed", type=int, default=11, help="of world and mission (default 11)")
     parser.add_argument("--pace", type=float, default=0.25, help="seconds a step takes at least (default 0.25)")
     parser.add_argument("--recipe", default="Q4_K_M")
     options = parser.parse_args()

@@ -1,6 +1,6 @@
 """Trains the pilot from nothing: a small Ministral 3 that sees pads, obeys orders and answers questions, all in tokens.
 
-    python -m models.pad_pilot.train OUT                  about 95 minutes on 2 cores with bf16; the same again resumes
+    python -m models.pad_pilot.train OUT                  under two hours on 2 cores with bf16; the same again resumes
     python -m models.pad_pilot.train OUT --until 300      the first quarter of an hour, to see the curve start
 
 Needs torch and mistral-common's vocabulary; nothing that runs the model needs either. Every picture and sentence is
@@ -23,7 +23,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads would take each other's cores
+os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")  # before torch: small products wait for each other, 20 % faster
 
 import cv2
 import numpy as np
@@ -40,7 +40,7 @@ from models.pad_pilot.scene import COLOURS, SHAPES
 
 PICTURES, ORDERS = 16, 3  # of a step; the first stage takes as many pictures as the second has rows
 GRIDS = [((140, 140), (5, 5), 0.85), ((126, 168), (4, 6), 0.15)]  # drawn at, grid, share
-VISION_STEPS, STEPS = 1200, 4500
+VISION_STEPS, STEPS = 1200, 8000
 RATE, WARM_UP, DECAY = 4e-3, 150, 0.45  # DECAY: the share of the steps in which the rate falls
 EYES_LATER = 0.1  # of the rate, for the vision tower in the second stage: or it forgets what it learnt in the first
 # Weights of the readers' losses in the second stage; they fall with the rate.
@@ -313,19 +313,19 @@ def begin(shapes: dict[str, torch.Size], seed: int) -> Tensors:
 
 
 def optimisers(w: Tensors, readers: list[torch.Tensor], eyes: float) -> list[torch.optim.Optimizer]:
-    """eyes: the part of the rate that the vision tower and the projector learn at."""
-
-    def groups(is_matrix: bool) -> list[dict]:
-        chosen = {n: t for n, t in w.items() if is_matrix == (t.ndim == 2 and "embed_tokens" not in n)}
-        seeing = [tensor for name, tensor in chosen.items() if "language_model" not in name]
-        reading = [tensor for name, tensor in chosen.items() if "language_model" in name]
-        rest = [] if is_matrix else readers
-        return [{"params": p, "part": part} for p, part in ((seeing, eyes), (reading + rest, 1.0)) if p]
-
+    """eyes: the part of the rate that the vision tower and the projector learn at; in part they need no Muon, which
+    takes a fifth of a step."""
+    is_eye = {name: "language_model" not in name for name in w}
+    is_matrix = {name: tensor.ndim == 2 and "embed_tokens" not in name for name, tensor in w.items()}
+    muon = {name for name in w if is_matrix[name] and (eyes == 1.0 or not is_eye[name])}
+    slow = [tensor for name, tensor in w.items() if name not in muon and is_eye[name]]
+    rest = [tensor for name, tensor in w.items() if name not in muon and not is_eye[name]] + readers
     return [
-        torch.optim.Muon(groups(True), lr=RATE, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(groups(False), lr=RATE, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
+        torch.optim.Muon([{"params": [w[name] for name in w if name in muon], "part": 1.0}], lr=RATE, weight_decay=0.02,
+                         adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([{"params": slow, "part": eyes}, {"params": rest, "part": 1.0}], lr=RATE, betas=(0.9, 0.98),
+                          weight_decay=0.0),
+    ]  # fmt: skip
 
 
 def rate_at(step: int, steps: int) -> float:
