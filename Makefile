@@ -1,7 +1,7 @@
 # make demo   the trained pilot flies, from checkpoint to landing, about a minute after the set-up
 # make test   ruff and all tests
 # make venv   the set-up alone: virtual environment in .venv, dependencies, this project
-# make bench  slow figures: the demo model's flying (half an hour), conversion at the 3B's true shape (12 GB of disk)
+# make bench  slow figures: the demo model's flying (minutes), conversion at the 3B's true shape (12 GB of disk)
 # make soak   the long form of the fault tests
 #
 # A GPU build of llama.cpp and onnxruntime-gpu are taken where an NVIDIA GPU and its compiler are visible.

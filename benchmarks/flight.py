@@ -1,6 +1,6 @@
 """How well the demo model flies, through the real daemon: held-out frames, questions, whole flights, bad input.
 
-    python benchmarks/flight.py                          # 1000 frames for every recipe, 200 flights: about 25 minutes
+    python benchmarks/flight.py                          # 1000 frames for every recipe, 200 flights; minutes
     python benchmarks/flight.py --frames 100 --flights 20 --recipes Q4_K_M
     python benchmarks/flight.py --photographs DIR        # other photographs as ground than the ones held back
 

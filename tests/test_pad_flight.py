@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -184,6 +185,23 @@ def test_a_move_is_followed_in_body_axes():
     north, east, height = world.place
     # Against still air 1 m/s becomes 1 / (1 + 0.15 * 0.35) = 0.95; for 2 s, less a lag of 0.33 s
     assert (north, east, height) == (pytest.approx(0, abs=0.01), pytest.approx(1.59, abs=0.03), START_HEIGHT_M)
+
+
+def test_no_answer_is_followed_longer_than_it_stands(monkeypatch: pytest.MonkeyPatch):
+    """The first answer comes at once, the second late, and then none: the first moves the vehicle for half a second."""
+
+    class Late(Told):
+        def answer(self, picture: np.ndarray, timeout_s: float = 0.0) -> Action | Refusal | None:
+            if len(self.answers) == 1:
+                time.sleep(0.8)
+            return super().answer(picture, timeout_s)
+
+    world, followed_s = calm(Pad("red", "disc", 2.5, 2.0, 0.5, 0.3)), []
+    flown = world.fly
+    monkeypatch.setattr(world, "fly", lambda *v: (followed_s.append(v[4] if v[0] == 1.0 else 0.0), flown(*v)))
+    monkeypatch.setattr(fly, "STEPS", 3)
+    fly.fly(Late(said("move", forward_m_s=1.0), None), world, LAND)
+    assert sum(followed_s) == pytest.approx(fly.STEP_S)
 
 
 def test_landing_is_finished_by_the_autopilot_whatever_is_said_then():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,7 +34,7 @@ QUESTION_EVERY_S = 3.0
 CONFIG = """\
 bundle: {bundle}
 camera: {{source: "zmq:ipc://{runtime}/frames", name: down}}
-vision: {{backend: {backend}, max_tokens: 25}}
+vision: {{max_tokens: 25}}
 task: {{instruction: "Hold position.", deadline_ms: 1000}}
 runtime_dir: {runtime}
 """
@@ -43,15 +44,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=11, help="of world and mission (default 11)")
     parser.add_argument("--pace", type=float, default=0.25, help="seconds a step takes at least (default 0.25)")
-    parser.add_argument("--recipe", default="Q4_K_M")
     options = parser.parse_args()
     console = Console()
     OUT.mkdir(exist_ok=True)
+    shutil.rmtree(OUT / "flight", ignore_errors=True)  # an old flight must not pass for this one
     bundle = OUT / "bundle"
-    run(console, BIN / "edge-quantize", "build", CHECKPOINT, bundle, "--recipe", options.recipe, "--force")
+    run(console, BIN / "edge-quantize", "build", CHECKPOINT, bundle, "--recipe", "Q4_K_M", "--force")
     with tempfile.TemporaryDirectory(prefix="edge-agent-") as runtime:  # short: a socket's path has 107 letters
         config = OUT / "edge-agent.yaml"
-        config.write_text(CONFIG.format(bundle=bundle, runtime=runtime, backend="onnxruntime"))
+        config.write_text(CONFIG.format(bundle=bundle, runtime=runtime))
         say(console, BIN / "edge-agent", "run", "--config", config)
         with (OUT / "daemon.log").open("wb") as log, (OUT / "world.log").open("wb") as world_log:
             daemon = subprocess.Popen([BIN / "edge-agent", "run", "--config", config], stdout=log, stderr=log)
@@ -64,6 +65,7 @@ def main() -> int:
                 heard, asked = watch(runtime, daemon, world)
             finally:
                 world.terminate()
+                world.wait(10)
                 daemon.send_signal(signal.SIGTERM)
                 status = daemon.wait(10)
     return summary(console, heard, asked, world.returncode, status)

@@ -172,7 +172,7 @@ def fly(
 def _one_order(
     eyes: Eyes, world: World, instruction: str, order: Order, on_step: Callable[[Step], None], pace_s: float
 ) -> Result:
-    search, held, landing = Search(), 0, False
+    search, held, landing, good_s = Search(), 0, False, 0.0
     before, anchor = (0.0, 0.0, 0.0, 0.0), None  # where it stays when it is not told to move
     target = next(pad for pad in world.pads if (pad.colour, pad.shape) == order[1:])
     for n in range(1, STEPS + 1):
@@ -182,8 +182,8 @@ def _one_order(
         if not landing:
             answer = eyes.answer(picture)
             thought_s = time.monotonic() - began_s
-            world.fly(*before, min(thought_s, STEP_S))  # the world did not wait for the model
-            world.fly(0.0, 0.0, 0.0, 0.0, max(0.0, thought_s - STEP_S))  # and an answer is good for STEP_S altogether
+            world.fly(*before, min(thought_s, good_s))  # the world did not wait for the model
+            world.fly(0.0, 0.0, 0.0, 0.0, max(0.0, thought_s - good_s))  # and the answer before has run out
         on_step(Step(time_s, pose, instruction, answer, picture))
         asked = answer.action if isinstance(answer, Action) else ""
         held = held + 1 if asked == "hold" else 0
@@ -197,7 +197,9 @@ def _one_order(
             search.corners = []  # seen: the next search begins where it was lost
         else:
             before, anchor = (*search.velocity(world), 0.0), None
-        world.fly(*before, max(0.0, STEP_S - thought_s))
+        flown_s = max(0.0, STEP_S - thought_s)
+        world.fly(*before, flown_s)
+        good_s = STEP_S - flown_s  # what is left of this answer while the next one is made
         if world.down or held >= ARRIVED:
             nearest, off_m = world.nearest(), world.offset_m(target)
             near_m = nearest.radius_m if world.down else ARRIVED_M
@@ -237,11 +239,16 @@ def caption(step: Step) -> str:
     return f"{step.time_s:5.1f} s  {said}"
 
 
-def path_map(world: World, steps: list[Step], flown: int | None = None) -> np.ndarray:
-    """The ground from above with the path so far, (MAP_PX, MAP_PX, 3) uint8 RGB."""
-    image = render(world.pads, world.ground, MAP_POSE, np.random.default_rng(0), (MAP_PX, MAP_PX), 2, world.things)
+def ground_map(world: World) -> np.ndarray:
+    """The ground and its pads from above, (MAP_PX, MAP_PX, 3) uint8 RGB."""
+    return render(world.pads, world.ground, MAP_POSE, np.random.default_rng(0), (MAP_PX, MAP_PX), 2, world.things)
+
+
+def path_map(ground: np.ndarray, steps: list[Step]) -> np.ndarray:
+    """The path so far, on a copy of ground_map()."""
+    image = ground.copy()
     to_picture = homography(MAP_POSE, MAP_PX, MAP_PX)
-    places = np.array([[s.pose.north_m, s.pose.east_m, 1.0] for s in steps[:flown]]) @ to_picture.T
+    places = np.array([[s.pose.north_m, s.pose.east_m, 1.0] for s in steps]) @ to_picture.T
     xy = np.round(places[:, :2] / places[:, 2:]).astype(int)
     cv2.polylines(image, [xy], False, (0, 0, 0), 4, cv2.LINE_AA)
     for i in range(1, len(xy)):
@@ -262,7 +269,7 @@ def _write(image: np.ndarray, text: str, at: tuple[int, int], size: float = 0.45
 def draw(world: World, steps: list[Step], results: list[Result]) -> np.ndarray:
     """The whole flight on one page: the path, and twelve frames of it with what was answered."""
     page = np.full((MAP_PX + 30 * len(results), MAP_PX + 4 * 200, 3), 32, np.uint8)
-    page[:MAP_PX, :MAP_PX] = path_map(world, steps)
+    page[:MAP_PX, :MAP_PX] = path_map(ground_map(world), steps)
     for i, n in enumerate(np.linspace(0, len(steps) - 1, 12).round().astype(int)):
         top, left = i // 4 * 187, MAP_PX + i % 4 * 200 + 8
         page[top : top + 168, left : left + 184] = cv2.resize(steps[n].picture, (184, 168))
@@ -280,11 +287,12 @@ def film(path: Path, world: World, steps: list[Step], fps: float = 5.0) -> None:
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), fps, (2 * MAP_PX, MAP_PX))
     if not writer.isOpened():
         raise OSError(f"{path}: OpenCV cannot write a video here")
+    ground = ground_map(world)
     for n, step in enumerate(steps, 1):
         seen = cv2.resize(step.picture, (MAP_PX, MAP_PX), interpolation=cv2.INTER_CUBIC)
         _write(seen, caption(step), (12, MAP_PX - 16), 0.6)
         _write(seen, step.instruction, (12, 28), 0.7)
-        writer.write(np.hstack([seen, path_map(world, steps, n)])[..., ::-1])
+        writer.write(np.hstack([seen, path_map(ground, steps[:n])])[..., ::-1])
     writer.release()
 
 

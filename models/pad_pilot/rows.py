@@ -113,11 +113,16 @@ class Rows:
         }
 
 
-def cell_of(sight: Sight, picture: np.ndarray, grid: tuple[int, int]) -> int:
-    """The cell with a pad's centre, line by line; NOWHERE when it is outside the picture."""
+def _in_cells(sight: Sight, picture: np.ndarray, grid: tuple[int, int]) -> tuple[float, float]:
+    """Columns and lines from the picture's top left corner to a pad's centre."""
     height, width = picture.shape[:2]
     half = max(height, width) / 2
-    x, y = (sight.right * half / width + 0.5) * grid[1], (sight.down * half / height + 0.5) * grid[0]
+    return (sight.right * half / width + 0.5) * grid[1], (sight.down * half / height + 0.5) * grid[0]
+
+
+def cell_of(sight: Sight, picture: np.ndarray, grid: tuple[int, int]) -> int:
+    """The cell with a pad's centre, line by line; NOWHERE when it is outside the picture."""
+    x, y = _in_cells(sight, picture, grid)
     return int(y) * grid[1] + int(x) if 0 <= x < grid[1] and 0 <= y < grid[0] else NOWHERE
 
 
@@ -128,12 +133,11 @@ def cells(lessons: list[Lesson], grid: tuple[int, int]) -> dict[str, np.ndarray]
     shape = np.zeros((len(lessons), *grid), np.int64)
     where = np.zeros((len(lessons), *grid, 3), np.float32)
     for i, one in enumerate(lessons):
-        height, width = one.picture.shape[:2]
-        half = max(height, width) / 2
+        cell_px = one.picture.shape[1] / grid[1]
         for s in one.sights:
-            x, y = (s.right * half / width + 0.5) * grid[1], (s.down * half / height + 0.5) * grid[0]
             if cell_of(s, one.picture, grid) != NOWHERE:
+                x, y = _in_cells(s, one.picture, grid)
                 at = i, int(y), int(x)
                 colour[at], shape[at] = 1 + list(COLOURS).index(s.pad.colour), SHAPES.index(s.pad.shape)
-                where[at] = x % 1 - 0.5, y % 1 - 0.5, s.radius * half / width * grid[1]
+                where[at] = x % 1 - 0.5, y % 1 - 0.5, s.radius * max(one.picture.shape[:2]) / 2 / cell_px
     return {"cell_colour": colour, "cell_shape": shape, "cell_where": where}

@@ -7,7 +7,7 @@ Needs torch and mistral-common's vocabulary; nothing that runs the model needs e
 made on the way (lessons.py) from the seed and the step's number, and laid out as the runtime will (rows.py).
 
 Two helps are dropped afterwards: a first stage that trains the vision tower alone on what each 28-pixel cell holds,
-and linear readers of the same facts (and of line and column) behind the projector and the language model's layer 2.
+and linear readers (READERS) of the same facts, of line and column, and of which cell an order or a question means.
 Without them the model learns which action long before it learns where. Weights: Muon for matrices (torch.optim.Muon;
 Jordan 2024), AdamW for the rest; a constant rate, then a straight line to zero.
 """
