@@ -234,6 +234,7 @@ PUSHED_FORMATS = {
     "gray8": (1, cv2.COLOR_GRAY2RGB),
     "jpeg": (None, cv2.COLOR_BGR2RGB),
 }
+PUSHED_AT_ONCE = 2  # wait in the socket at most
 decode_pushed = msgspec.msgpack.Decoder(PushedFrame).decode
 
 
@@ -251,7 +252,7 @@ def pushed(config: CameraConfig, slot: Slot) -> Items:
             receiver = stack.enter_context(zmq.Context()).socket(zmq.PULL)
             stack.enter_context(receiver)
             receiver.setsockopt(zmq.LINGER, 0)
-            receiver.setsockopt(zmq.CONFLATE, 1)  # the newest frame, whatever the pusher's pace
+            receiver.setsockopt(zmq.RCVHWM, PUSHED_AT_ONCE)
             receiver.setsockopt(zmq.MAXMSGSIZE, MAX_IMAGE_BYTES + 4096)
             receiver.bind(endpoint)
         except BlockingIOError:
@@ -266,6 +267,9 @@ def pushed(config: CameraConfig, slot: Slot) -> Items:
                 yield CameraFault("stalled", f"{endpoint}: no frame pushed for {STALL_S:g} s")
                 continue
             message = receiver.recv(copy=False)
+            with contextlib.suppress(zmq.Again):  # the newest, whatever the pusher's pace; CONFLATE may hold one back
+                for _ in range(PUSHED_AT_ONCE):
+                    message = receiver.recv(zmq.NOBLOCK, copy=False)
             now_ns = time.monotonic_ns()
             try:
                 frame = read_pushed(message.buffer, last_ns, now_ns)

@@ -24,6 +24,7 @@ from edge_agent import messages as m
 from edge_agent.config import endpoint, runtime_dir
 
 MAX_AHEAD_NS = 5_000_000  # a publication may not lie in our future: another machine's clock, or another boot's
+BACKLOG = 2000  # messages that a reader who comes late passes over at once, more than its socket holds
 MAX_VALID_NS = 1_000_000_000  # the autopilot's own time-out: nothing on this wire stands longer
 
 
@@ -62,7 +63,7 @@ class Client:
         socket, until_s = self._subscriber("actions"), time.monotonic() + timeout_s
         while socket.poll(max(0.0, until_s - time.monotonic()) * 1000):
             with contextlib.suppress(msgspec.DecodeError):
-                message = m.unpack("actions", socket.recv())
+                message = m.unpack("actions", self._receive("actions"))
                 if not self._is_new(message):
                     continue
                 if isinstance(message, m.Refusal) or stands(message, time.monotonic_ns()):
@@ -176,8 +177,6 @@ class Client:
             row, socket = m.STREAMS[stream], self._context.socket(zmq.SUB)
             socket.setsockopt(zmq.LINGER, 0)
             socket.setsockopt(zmq.MAXMSGSIZE, m.MAX_MESSAGE_BYTES)
-            if row.conflate:  # only the reading side can keep the newest: a publisher's queue keeps the oldest
-                socket.setsockopt(zmq.CONFLATE, 1)
             socket.setsockopt(zmq.SUBSCRIBE, row.topic)
             socket.connect(endpoint(self.folder, stream))
             self._sockets[stream] = socket
@@ -197,8 +196,19 @@ class Client:
         socket, until_s = self._subscriber(stream), time.monotonic() + timeout_s
         while socket.poll(max(0.0, until_s - time.monotonic()) * 1000):
             with contextlib.suppress(msgspec.DecodeError):
-                return m.unpack(stream, socket.recv())
+                return m.unpack(stream, self._receive(stream))
         return None
+
+    def _receive(self, stream: str) -> bytes:
+        """A message that waits: on streams of which only the newest counts, that one.
+
+        Not left to libzmq's CONFLATE: a message that arrives while the reader looks is held back until the next one.
+        """
+        payload = self._sockets[stream].recv()
+        with contextlib.suppress(zmq.Again):
+            for _ in range(BACKLOG if m.STREAMS[stream].newest else 0):
+                payload = self._sockets[stream].recv(zmq.NOBLOCK)
+        return payload
 
     def _is_new(self, message: m.Action | m.Refusal) -> bool:
         """Count what is missing; a message seen before, or older than one seen, is not handed out again."""

@@ -29,14 +29,14 @@ class Stream(msgspec.Struct, frozen=True):
     socket: str  # what the daemon binds
     reader: str  # what a controller connects
     rate: str
-    conflate: bool  # the client keeps only the newest message
+    newest: bool  # the client reads what waits and keeps the newest message
 
 
 STREAMS = {
-    "actions": Stream(b"A", "PUB", "SUB", "one per frame", conflate=True),
-    "words": Stream(b"W", "PUB", "SUB", "one per decoded piece", conflate=False),
-    "status": Stream(b"S", "XPUB", "SUB", "5 Hz, on change, and the last value on subscribing", conflate=True),
-    "control": Stream(b"", "ROUTER", "DEALER", "on request", conflate=False),
+    "actions": Stream(b"A", "PUB", "SUB", "one per frame", newest=True),
+    "words": Stream(b"W", "PUB", "SUB", "one per decoded piece", newest=False),
+    "status": Stream(b"S", "XPUB", "SUB", "5 Hz, on change, and the last value on subscribing", newest=True),
+    "control": Stream(b"", "ROUTER", "DEALER", "on request", newest=False),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------

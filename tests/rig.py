@@ -104,7 +104,8 @@ class Pusher:
         generator = np.random.default_rng(0)
         with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
             socket.setsockopt(zmq.LINGER, 0)
-            socket.setsockopt(zmq.CONFLATE, 1)
+            socket.setsockopt(zmq.SNDHWM, 2)
+            socket.setsockopt(zmq.IMMEDIATE, 1)
             socket.connect(self.endpoint)
             while not self._ended.wait(self.period_s):
                 if not self.running.is_set():

@@ -541,7 +541,7 @@ def test_the_newest_pushed_frame_wins(pushed):
     last = None
     while frame := one.frame_within(0.3):
         last = frame
-    assert last.frame_id == 29 and one.slot.latest_seq < 10
+    assert last.frame_id == 29 and one.slot.latest_seq < 20  # what waited was passed over, a few at a time
 
 
 PNG = cv2.imencode(".png", np.zeros((12, 20, 3), np.uint8))[1].tobytes()
@@ -575,13 +575,8 @@ def test_a_refused_message_is_named_and_harms_nothing(tmp_path, stamp_ms, change
         with closing(source), closing(pusher.socket):
 
             def answer(frame_id: int, stamp_ms: float = 0, **changed):
-                """A conflating socket may hold a message back until the next one: what was only late is sent again."""
-                for _ in range(3):
-                    pusher.send(frame_id, time.monotonic_ns() + round(stamp_ms * 1e6), **changed)
-                    found = next(source)
-                    if not isinstance(found, CameraFault) or found.reason != "stalled":
-                        break
-                return found
+                pusher.send(frame_id, time.monotonic_ns() + round(stamp_ms * 1e6), **changed)
+                return next(source)
 
             assert answer(1).frame_id == 1
             fault = answer(2, stamp_ms, **changed)
@@ -591,15 +586,17 @@ def test_a_refused_message_is_named_and_harms_nothing(tmp_path, stamp_ms, change
 
 def test_garbage_is_counted_and_told_once_a_second(pushed):
     one, pusher = pushed
+    pusher.socket.send(b"F\xc1 garbage")
+    assert one.event().reason == "unreadable"
     begin_s = time.monotonic()
-    while time.monotonic() - begin_s < 1.5:
+    while time.monotonic() - begin_s < 1.8:
         pusher.socket.send(b"F\xc1 garbage")
         pusher.socket.send(b"A" + pack_frame(9, time.monotonic_ns(), 2, 1, "rgb8", b"abcdef")[1:])
         pusher.socket.send_multipart([b"F", b"two parts"])
         time.sleep(0.005)
     faults = one.events_for(0.3)
-    assert 2 <= len(faults) <= 3 and {f.reason for f in faults} == {"unreadable"}
-    assert int(faults[1].detail.split(": ")[1].split()[0]) > 20 and one.slot.latest_seq == 0
+    assert 1 <= len(faults) <= 2 and {f.reason for f in faults} == {"unreadable"}
+    assert int(faults[0].detail.split(": ")[1].split()[0]) > 20 and one.slot.latest_seq == 0
     pusher.send(1)
     assert one.frame().frame_id == 1
 

@@ -211,7 +211,6 @@ def test_a_subscriber_that_knows_only_the_protocol(toy_bundle, runtime, video):
         zmq.Context() as context,
         context.socket(zmq.SUB) as socket,
     ):
-        socket.setsockopt(zmq.CONFLATE, 1)
         socket.setsockopt(zmq.SUBSCRIBE, b"A")
         socket.connect(f"ipc://{runtime}/actions")
         assert socket.poll(5000)

@@ -247,7 +247,7 @@ FORMS = {
     ("de", "orange", "diamond"): {"the": "der orangefarbene Rhombus", "on": "auf dem orangefarbenen Rhombus"},
     ("de", "grey", "hexagon"): {"a": "ein graues Sechseck", "dem": "dem grauen Sechseck"},
     ("de", "black", "boat"): {"den": "das schwarze Boot", "to": "zum schwarzen Boot"},
-    ("de", "brown", "heart"): {"a": "ein braunes Herz", "den": "das braune Herz"},
+    ("de", "brown", "heart"): {"a": "ein braunes Herz", "den": "das braune Herz", "on": "auf dem braunen Herzen"},
     ("ko", "red", "square"): {
         "a": "빨간 사각형",
         "the": "빨간 사각형이",

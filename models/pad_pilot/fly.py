@@ -74,7 +74,8 @@ class Eyes:
         self._context = zmq.Context()
         self._push = self._context.socket(zmq.PUSH)
         self._push.setsockopt(zmq.LINGER, 0)
-        self._push.setsockopt(zmq.CONFLATE, 1)
+        self._push.setsockopt(zmq.SNDHWM, 2)
+        self._push.setsockopt(zmq.IMMEDIATE, 1)
         self._push.connect(frames)
         self.frame_id = int(time.monotonic() * 1000)  # larger than those of any process that pushed before
 

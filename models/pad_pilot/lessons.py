@@ -146,7 +146,7 @@ def an_order(rng: np.random.Generator, seen: list[Sight], about_first: bool) -> 
         return (order := Order("hold")), task.instruction(rng, language, order)
     if dice < 0.14:
         return (order := Order("nothing")), task.instruction(rng, language, order)
-    if dice < 0.17:
+    if dice < 0.19:
         order = task.absent_order(rng, kind)
         return order, task.instruction(rng, language, order)
     if seen and (about_first or dice < 0.82):

@@ -152,8 +152,11 @@ def _german(stem: str, noun: str, gender: str) -> dict[str, str]:
     den = f"den {stem}en" if gender == "m" else the
     dem = ("der" if gender == "f" else "dem") + f" {stem}en"
     to = ("zur" if gender == "f" else "zum") + f" {stem}en"
-    forms = {"a": a, "a_den": a_den, "the": the, "den": den, "dem": dem, "to": to, "on": f"auf {dem}"}
-    return {key: f"{form} {noun}" for key, form in forms.items()}
+    dative = {"Herz": "Herzen"}.get(noun, noun)
+    return {
+        **{key: f"{form} {noun}" for key, form in {"a": a, "a_den": a_den, "the": the, "den": den}.items()},
+        **{key: f"{form} {dative}" for key, form in {"dem": dem, "to": to, "on": f"auf {dem}"}.items()},
+    }
 
 
 # -- instructions ------------------------------------------------------------------------------------------------------

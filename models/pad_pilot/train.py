@@ -25,7 +25,6 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")  # before torch: small products wait for each other, 20 % faster
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -33,13 +32,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 
+from edge_agent.bundle import Vision
+from edge_agent.vision import Preprocessor
 from models.pad_pilot.lessons import Grounds, lesson, training_photographs
-from models.pad_pilot.network import SIZES, norm, read, see
+from models.pad_pilot.network import MEAN, SIZES, STD, norm, read, see
 from models.pad_pilot.rows import NOWHERE, Rows, Tokenizer, cells
 from models.pad_pilot.scene import COLOURS, SHAPES
 
 PICTURES, ORDERS = 16, 3  # of a step; the first stage takes as many pictures as the second has rows
-GRIDS = [((140, 140), (5, 5), 0.85), ((126, 168), (4, 6), 0.15)]  # drawn at, grid, share
+SIZES_PX = [((140, 140), 0.85), ((126, 168), 0.15)]  # of pictures, and their shares: 5 by 5 cells, and 4 by 6
+CELL_PX, MOST_CELLS = 28, 25
 VISION_STEPS, STEPS = 1200, 8000
 RATE, WARM_UP, DECAY = 4e-3, 150, 0.45  # DECAY: the share of the steps in which the rate falls
 EYES_LATER = 0.1  # of the rate, for the vision tower in the second stage: or it forgets what it learnt in the first
@@ -66,26 +68,22 @@ class Batches:
     def __init__(self, rows: Rows, seed: int, device: torch.device) -> None:
         self.rows, self.seed, self.device = rows, seed, device
         self.grounds = Grounds(training_photographs(), seed)
+        looks = Vision(patch=14, merge=2, image_size=1540, mean=tuple(MEAN.tolist()), std=tuple(STD.tolist()))
+        self.preprocessor = Preprocessor(looks, MOST_CELLS)
 
-    def make(self, step: int, n_pictures: int, n_orders: int, grid_of: int | None = None) -> Tensors:
+    def make(self, step: int, n_pictures: int, n_orders: int, size: int | None = None) -> Tensors:
         rng = np.random.default_rng([self.seed, step])
-        which = rng.choice(len(GRIDS), p=[share for *_, share in GRIDS]) if grid_of is None else grid_of
-        size_px, grid, _ = GRIDS[which]
+        which = rng.choice(len(SIZES_PX), p=[share for _, share in SIZES_PX]) if size is None else size
+        size_px = SIZES_PX[which][0]
         lessons = [
             lesson(rng, self.grounds, n_orders, size_px=size_px, crowded=not n_orders) for _ in range(n_pictures)
         ]
-        on_grid = (grid[0] * 28, grid[1] * 28)
-        pictures = np.stack([one.picture if size_px == on_grid else resized(one.picture, on_grid) for one in lessons])
+        pictures = np.stack([self.preprocessor.image(one.picture).copy() for one in lessons])
+        grid = pictures.shape[1] // CELL_PX, pictures.shape[2] // CELL_PX
         made = {"pictures": pictures, **cells(lessons, grid)}
         if n_orders:
             made |= self.rows.lay(lessons, grid)
         return {key: torch.from_numpy(np.ascontiguousarray(value)).to(self.device) for key, value in made.items()}
-
-
-def resized(picture: np.ndarray, size_px: tuple[int, int]) -> np.ndarray:
-    """As the runtime's preprocessor does it."""
-    shrinking = picture.shape[0] > size_px[0] or picture.shape[1] > size_px[1]
-    return cv2.resize(picture, size_px[::-1], interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC)
 
 
 # -- losses ------------------------------------------------------------------------------------------------------------
