@@ -189,8 +189,9 @@ def pack_frame(frame_id: int, t_capture_ns: int, width: int, height: int, format
         push.send(pack_frame(n, time.monotonic_ns(), image.shape[1], image.shape[0], "rgb8", image.data))
 
     `push` is a PUSH socket with SNDHWM = 2, IMMEDIATE = 1 and LINGER = 0, set before it connects; send with NOBLOCK
-    and drop the frame when that raises zmq.Again: nobody is there, or takes it. `format` is rgb8, bgr8, gray8 or jpeg; `data` anything
-    that holds bytes in a row. The stamp is that of the exposure on this machine's monotonic clock, not of the sending.
+    and drop the frame when that raises zmq.Again: nobody is there, or takes it. `format` is rgb8, bgr8, gray8 or jpeg;
+    `data` anything that holds bytes in a row. The stamp is that of the exposure on this machine's monotonic clock, not
+    of the sending.
     Nothing is checked here: the camera process does.
     """
     import msgspec  # only who pushes needs it; whoever reads the slot needs numpy alone
