@@ -74,7 +74,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     created_by: str
     files: dict[str, File]
     model: Model
-    vision: Vision
+    vision: Vision | None  # None: a text-only model
     recipe: str
     bytes_by_type: dict[str, int]
     source_dtype: str
@@ -120,7 +120,7 @@ def read_manifest(folder: str | Path) -> Bundle:
         manifest = msgspec.json.decode(raw, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{path}: damaged: {error}; build or copy the bundle again") from None
-    for name in (LANGUAGE, VISION, MMPROJ, *manifest.files):
+    for name in (LANGUAGE, *([VISION, MMPROJ] if manifest.vision else []), *manifest.files):
         if name not in manifest.files:
             raise BundleError(f"{path}: files: {name} missing; build the bundle again")
         if Path(name).name != name or "\0" in name or name in (MANIFEST, ".", ".."):
@@ -136,8 +136,11 @@ class _Version(msgspec.Struct):
 
 
 def verify(folder: str | Path, report: Callable[[int, int], None] = lambda done, total: None) -> Bundle:
-    """Read the manifest, then hash every file. report(bytes done, bytes in all). Raises BundleError."""
+    """Read the manifest of a bundle that can see, then hash every file. report(bytes done, bytes in all). Raises
+    BundleError."""
     bundle = read_manifest(folder)
+    if bundle.manifest.vision is None:
+        raise BundleError(f"{folder}: a text-only model, nothing in it can see; use a bundle of a model with vision")
     done = 0
     for name, expected in sorted(bundle.manifest.files.items()):
         path = bundle.path(name)

@@ -126,6 +126,8 @@ def build(checkpoint: Checkpoint, out: Path, recipe: str, force: bool, report: R
 
 
 def _write_vision(checkpoint: Checkpoint, work: Path, kind: str, report: Report) -> None:
+    if checkpoint.vision is None:
+        return
     write_mmproj(checkpoint, work / bundle.MMPROJ, kind, _stage(report, "mmproj"))
     write_vision(checkpoint, work / bundle.VISION, kind, _stage(report, "vision"))
 
@@ -172,15 +174,16 @@ def _describe(checkpoint: Checkpoint, work: Path, recipe: str, report: Report) -
             offset=embedding.offset, ggml_type=embedding.ggml_type, row_bytes=embedding.n_bytes // t.vocab
         ),
     )
-    seen = bundle.Vision(patch=v.patch, merge=v.merge, image_size=v.image_size, mean=v.mean, std=v.std)
+    seen = None
+    if v is not None:
+        seen = bundle.Vision(patch=v.patch, merge=v.merge, image_size=v.image_size, mean=v.mean, std=v.std)
     report("try", "language and vision", 0, 1)
     tried = _try(work, model, seen, img_break(checkpoint, words.special["img_break"]))
     report("try", "language and vision", 1, 1)
     facts = {"recipe": recipe, "bytes_by_type": dict(by_type), "tried": tried}
     bundle.write_durably(work / bundle.REPORT, msgspec.json.format(msgspec.json.encode(facts), indent=2) + b"\n")
-    files = {
-        name: bundle.hash_file(work / name) for name in (bundle.LANGUAGE, bundle.VISION, bundle.MMPROJ, bundle.REPORT)
-    }
+    names = [bundle.LANGUAGE, *([bundle.VISION, bundle.MMPROJ] if seen else []), bundle.REPORT]
+    files = {name: bundle.hash_file(work / name) for name in names}
     return bundle.Manifest(
         format=bundle.FORMAT,
         created_by=f"edge-quantize {edge_agent.__version__}, llama-cpp-python {llama_cpp.__version__}",
@@ -195,7 +198,7 @@ def _describe(checkpoint: Checkpoint, work: Path, recipe: str, report: Report) -
     )
 
 
-def _try(work: Path, model: bundle.Model, seen: bundle.Vision, break_row: np.ndarray) -> dict[str, float]:
+def _try(work: Path, model: bundle.Model, seen: bundle.Vision | None, break_row: np.ndarray) -> dict[str, float]:
     """Load and use the files in a process of its own: native code may abort on what a checkpoint holds."""
     question = trial.Question(str(work), model, seen, break_row.tolist())
     done = subprocess.run(
@@ -212,7 +215,7 @@ def _try(work: Path, model: bundle.Model, seen: bundle.Vision, break_row: np.nda
 
 
 def _hash_sources(checkpoint: Checkpoint, report: Report) -> dict[str, str]:
-    paths = sorted({source.file for source in checkpoint.sources.values()} | {checkpoint.folder / "config.json"})
+    paths = sorted({source.file for source in checkpoint.sources.values()} | {checkpoint.config.path})
     total, done, hashes = sum(path.stat().st_size for path in paths), 0, {}
     for path in paths:
 

@@ -1,4 +1,5 @@
-"""Open a released checkpoint: configuration, tensors (lazily), missing and extra names. HF layout, BF16 and FP8.
+"""Open a released checkpoint: configuration, tensors (lazily), missing and extra names. HF and consolidated layouts,
+BF16 and FP8.
 
 Only headers are read here; tensor bytes are read in blocks of rows into fresh arrays (never mapped, so that resident
 memory stays what it says). Everything that can be wrong with a checkpoint is found before the first tensor byte.
@@ -13,64 +14,24 @@ import math
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import msgspec
 import numpy as np
 
 from quantize import names
+from quantize.config import CheckpointError, Config, Text, Vision, read_consolidated, read_hf, read_table
 
 BLOCK_BYTES = 64 << 20  # float32 bytes of one block of rows
-MAX_COUNT = 1 << 20  # of anything in a configuration: layers are written out one by one
 MAX_HEADER_BYTES = 100 << 20  # the safetensors format's own limit
+PARAMS = "params.json"
+LAYOUTS = {"config.json": "model", PARAMS: "consolidated"}  # what says it -> how the files of tensors begin
 DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
 }
-# hidden, layers -> the released size
-SIZES = {(3072, 26): "3B", (4096, 34): "8B", (5120, 40): "14B"}
-
-
-class CheckpointError(Exception):
-    """One line: file, key, expected, found, what to do."""
-
-
-class Text(msgspec.Struct, frozen=True):
-    hidden: int
-    layers: int
-    ffn: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    context: int
-    rms_eps: float
-    tied: bool
-    rope_theta: float
-    yarn_factor: float
-    yarn_original_context: int
-    yarn_beta_fast: float
-    yarn_beta_slow: float
-    yarn_mscale_all_dim: float
-    scaling_beta: float  # llama_4_scaling_beta
-
-
-class Vision(msgspec.Struct, frozen=True):
-    hidden: int
-    layers: int
-    ffn: int
-    heads: int
-    channels: int
-    patch: int
-    merge: int
-    image_size: int
-    rope_theta: float
-    eps: float  # of the norms inside the tower: fixed at 1e-5 by the architecture
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
 
 
 class Source(msgspec.Struct, frozen=True):
@@ -89,19 +50,35 @@ class Source(msgspec.Struct, frozen=True):
 
 class Checkpoint(msgspec.Struct, frozen=True):
     folder: Path
-    text: Text
-    vision: Vision
-    fp8: bool
+    config: Config
+    fp8: bool  # really: some tensors are
     sources: dict[str, Source]  # by canonical name
     ignored: dict[str, str]  # name in the file -> why
 
     @property
+    def text(self) -> Text:
+        return self.config.text
+
+    @property
+    def vision(self) -> Vision | None:
+        return self.config.vision
+
+    @property
     def family(self) -> str:
-        return "ministral3"
+        return self.config.family.name
+
+    @property
+    def layout(self) -> str:
+        return "consolidated" if self.interleaved else "HF"
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether the rows that rotary positions turn stand in pairs, as GGUF has them; HF's stand in halves."""
+        return self.config.path.name == PARAMS
 
     @property
     def size(self) -> str:
-        return SIZES.get((self.text.hidden, self.text.layers), f"{self.parameters / 1e6:.1f}M")
+        return self.config.family.sizes.get((self.text.hidden, self.text.layers), f"{self.parameters / 1e6:.1f}M")
 
     @property
     def parameters(self) -> int:
@@ -109,17 +86,17 @@ class Checkpoint(msgspec.Struct, frozen=True):
 
     @property
     def text_rows(self) -> list[names.Row]:
-        return names.rows(self.text.layers, self.vision.layers, self.text.tied)[0]
+        return _rows(self.config)[0]
 
     @property
     def vision_rows(self) -> list[names.Row]:
-        return names.rows(self.text.layers, self.vision.layers, self.text.tied)[1]
+        return _rows(self.config)[1]
 
     @property
     def dims(self) -> dict[str, int]:
         """The words in which the tables of `names` give shapes."""
         t, v = self.text, self.vision
-        return {
+        text = {
             "hidden": t.hidden,
             "ffn": t.ffn,
             "vocab": t.vocab,
@@ -127,6 +104,10 @@ class Checkpoint(msgspec.Struct, frozen=True):
             "kv_heads": t.kv_heads,
             "q": t.heads * t.head_dim,
             "kv": t.kv_heads * t.head_dim,
+        }
+        if v is None:
+            return text
+        return text | {
             "v_hidden": v.hidden,
             "v_ffn": v.ffn,
             "v_heads": v.heads,
@@ -139,11 +120,14 @@ class Checkpoint(msgspec.Struct, frozen=True):
         return tuple(self.dims[word] for word in row.shape)
 
     def variant(self) -> str:
-        """base, instruct or reasoning: no key says so, the chat template does."""
-        template = chat_template(self.folder)
-        if not template:
-            return "base"
-        return "reasoning" if "[THINK]" in template and "reasoning" in template.lower() else "instruct"
+        """base, instruct or reasoning: no key says so. The chat template or the system prompt does, else the folder."""
+        if template := chat_template(self.folder):
+            return "reasoning" if "[THINK]" in template and "reasoning" in template.lower() else "instruct"
+        prompt = self.folder / "SYSTEM_PROMPT.txt"
+        if prompt.is_file():
+            return "reasoning" if "[THINK]" in prompt.read_text(encoding="utf-8", errors="replace") else "instruct"
+        name = self.folder.resolve().name.lower()
+        return next((variant for variant in ("reasoning", "instruct") if variant in name), "base")
 
     def rows(self, row: names.Row, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) of a tensor as stored: (stop - start, ...) in the source dtype, not yet scaled."""
@@ -192,27 +176,17 @@ def spans(shape: tuple[int, ...], unit_rows: int = 1) -> Iterator[tuple[int, int
 def read(folder: str | Path) -> Checkpoint:
     """Open and check a whole checkpoint. Reads headers only. Raises CheckpointError."""
     folder = Path(folder)
-    config = _read_config(folder)
-    found = _headers(folder)
-    text, vision = _text(config, folder, _tied(config, found)), _vision(config, folder)
-    checkpoint = _match(folder, config, text, vision, found)
+    path, found = _open(folder)
+    head = {names.HEAD.hf, names.HEAD.consolidated}
+    has_head = any(names.canonical(source.name) in head for source in found)
+    config = read_consolidated(path, has_head) if path.name == PARAMS else read_hf(path, has_head)
+    checkpoint = _match(folder, config, found)
     for row in [*checkpoint.text_rows, *checkpoint.vision_rows]:
         checkpoint.scale(row)  # a NaN or zero scale shows in the first second too
     return checkpoint
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def read_table(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises CheckpointError."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: damaged: expected a JSON object, found a {type(value).__name__}")
-    return value
 
 
 def chat_template(folder: Path) -> str:
@@ -229,161 +203,38 @@ def chat_template(folder: Path) -> str:
     return ""
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _rows(config: Config) -> tuple[list[names.Row], list[names.Row]]:
+    return names.rows(config.text.layers, config.vision.layers if config.vision else None, config.text.tied)
+
+
+def _open(folder: Path) -> tuple[Path, list[Source]]:
+    """Which file says what the model is, and the tensors beside it. Of a folder with both layouts, HF."""
     if not folder.is_dir():
         raise CheckpointError(
             f"{folder}: no such folder; expected a checkpoint as downloaded (config.json, *.safetensors)"
         )
-    if not (folder / "config.json").is_file():
-        if (folder / "params.json").is_file():
-            raise CheckpointError(
-                f"{folder}: params.json, but no config.json: this is the consolidated layout, which this version does "
-                "not read; use the HF layout of the same model"
-            )
-        raise CheckpointError(f"{folder}: no config.json: not a checkpoint; expected config.json and *.safetensors")
-    config = read_table(folder / "config.json")
-    found = config.get("architectures") or [config.get("model_type", "none")]
-    text = config.get("text_config") or {}
-    if not isinstance(text, dict):
-        raise CheckpointError(f"{folder}/config.json: text_config: expected a table, found {text!r}")
-    inner = text.get("model_type")
-    if found[0] != "Mistral3ForConditionalGeneration" or inner != "ministral3":
+    here = [(folder / file, stem) for file, stem in LAYOUTS.items() if (folder / file).is_file()]
+    if not here:
         raise CheckpointError(
-            f"{folder}/config.json: architectures: expected Mistral3ForConditionalGeneration with a ministral3 text "
-            f"model, found {found[0]} with {inner}; this tool converts Ministral 3 checkpoints"
+            f"{folder}: no {' or '.join(LAYOUTS)}: not a checkpoint; expected one of them and *.safetensors"
         )
-    return config
+    path, stem = next((one for one in here if any(folder.glob(f"{one[1]}*.safetensors*"))), here[0])
+    return path, _headers(folder, stem)
 
 
-def _get(table: dict[str, Any], key: str, kind: type, where: str, default: Any = None) -> Any:
-    value = table.get(key, default)
-    if value is None:
-        raise CheckpointError(f"{where}: {key}: missing; expected {kind.__name__}")
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise CheckpointError(f"{where}: {key}: expected {kind.__name__}, found {value!r}")
-    if kind is int and value > MAX_COUNT:
-        raise CheckpointError(f"{where}: {key}: expected at most {MAX_COUNT}, found {value}")
-    if kind in (int, float) and not (0 < value < math.inf):
-        raise CheckpointError(f"{where}: {key}: expected a number above 0, found {value:g}")
-    return value
-
-
-def _tied(config: dict[str, Any], found: list[Source]) -> bool:
-    """Whether the output head is the embedding table. Releases wrote the key outside, inside or nowhere, and an outer
-    `true` may be a default nobody set: a head that is there while the inner key says untied is meant."""
-    outer, inner = config.get("tie_word_embeddings"), config["text_config"].get("tie_word_embeddings")
-    has_head = any(names.canonical(source.name) == names.HEAD.hf for source in found)
-    if inner is False and has_head:
-        return False
-    said = outer if outer is not None else inner
-    return not has_head if said is None else bool(said)
-
-
-def _text(config: dict[str, Any], folder: Path, tied: bool) -> Text:
-    where, t = f"{folder}/config.json: text_config", config["text_config"]
-    rope = t.get("rope_parameters") or t.get("rope_scaling")
-    if not isinstance(rope, dict):
-        raise CheckpointError(f"{where}: rope_parameters: missing; expected the YaRN values of Ministral 3")
-    kind = rope.get("rope_type", rope.get("type"))
-    if kind != "yarn":
-        raise CheckpointError(f"{where}: rope_parameters.rope_type: expected 'yarn', found {kind!r}")
-    if t.get("sliding_window"):
-        raise CheckpointError(f"{where}: sliding_window: expected null, found {t['sliding_window']}; not a Ministral 3")
-    if t.get("hidden_act", "silu") != "silu":
-        raise CheckpointError(f"{where}: hidden_act: expected 'silu', found {t['hidden_act']!r}")
-    r = f"{where}.rope_parameters"
-    mscale, mscale_all = _get(rope, "mscale", float, r, 1.0), _get(rope, "mscale_all_dim", float, r, 1.0)
-    if mscale != mscale_all:  # then attention is rescaled, which the GGUF architecture has no key for
-        raise CheckpointError(f"{r}: mscale: expected the value of mscale_all_dim ({mscale_all}), found {mscale}")
-    hidden, heads = _get(t, "hidden_size", int, where), _get(t, "num_attention_heads", int, where)
-    return Text(
-        hidden=hidden,
-        layers=_get(t, "num_hidden_layers", int, where),
-        ffn=_get(t, "intermediate_size", int, where),
-        heads=heads,
-        kv_heads=_get(t, "num_key_value_heads", int, where),
-        head_dim=_get(t, "head_dim", int, where, hidden // heads),
-        vocab=_get(t, "vocab_size", int, where),
-        context=_get(t, "max_position_embeddings", int, where),
-        rms_eps=_get(t, "rms_norm_eps", float, where),
-        tied=tied,
-        rope_theta=_get(rope, "rope_theta", float, r, t.get("rope_theta")),
-        yarn_factor=_get(rope, "factor", float, r),
-        yarn_original_context=_get(rope, "original_max_position_embeddings", int, r),
-        yarn_beta_fast=_get(rope, "beta_fast", float, r, 32.0),
-        yarn_beta_slow=_get(rope, "beta_slow", float, r, 1.0),
-        yarn_mscale_all_dim=mscale_all,
-        scaling_beta=_get(rope, "llama_4_scaling_beta", float, r),
-    )
-
-
-def _vision(config: dict[str, Any], folder: Path) -> Vision:
-    where, v = f"{folder}/config.json: vision_config", config.get("vision_config")
-    if not isinstance(v, dict):
-        raise CheckpointError(f"{where}: missing; expected the pixtral encoder's values")
-    for key, table, expected in (
-        ("hidden_act", v, "silu"),
-        ("projector_hidden_act", config, "gelu"),
-        ("vision_feature_layer", config, -1),
-        ("multimodal_projector_bias", config, False),
-    ):
-        if table.get(key, expected) != expected:
-            raise CheckpointError(f"{folder}/config.json: {key}: expected {expected!r}, found {table[key]!r}")
-    rope = v.get("rope_parameters") or {}
-    processor = _processor(folder)
-    hidden, heads = _get(v, "hidden_size", int, where), _get(v, "num_attention_heads", int, where)
-    if hidden % (4 * heads):
-        raise CheckpointError(f"{where}: hidden_size: expected a multiple of 4 x {heads} heads, found {hidden}")
-    return Vision(
-        hidden=hidden,
-        layers=_get(v, "num_hidden_layers", int, where),
-        ffn=_get(v, "intermediate_size", int, where),
-        heads=heads,
-        channels=_get(v, "num_channels", int, where, 3),
-        patch=_get(v, "patch_size", int, where),
-        merge=_get(config, "spatial_merge_size", int, f"{folder}/config.json", 2),
-        image_size=_get(v, "image_size", int, where),
-        rope_theta=_get(rope, "rope_theta", float, where, v.get("rope_theta", 10000.0)),
-        eps=1e-5,
-        mean=_pixel(processor, "image_mean", (0.48145466, 0.4578275, 0.40821073), folder),
-        std=_pixel(processor, "image_std", (0.26862954, 0.26130258, 0.27577711), folder),
-    )
-
-
-def _processor(folder: Path) -> dict[str, Any]:
-    """Pixel mean and deviation: the newer file wins; without any, the family's values stand."""
-    for name in ("processor_config.json", "preprocessor_config.json"):
-        if (folder / name).is_file():
-            values = read_table(folder / name)
-            values = values.get("image_processor", values)
-            if isinstance(values, dict) and "image_mean" in values:
-                return values
-    return {}
-
-
-def _pixel(processor: dict[str, Any], key: str, default: tuple[float, ...], folder: Path) -> tuple[float, float, float]:
-    value = processor.get(key, default)
-    if not isinstance(value, list | tuple) or [type(n) in (int, float) for n in value] != [True] * 3:
-        raise CheckpointError(f"{folder}: processor_config.json: {key}: expected three numbers, found {value!r}")
-    if key == "image_std" and min(value) <= 0:
-        raise CheckpointError(f"{folder}: processor_config.json: {key}: expected numbers above 0, found {value!r}")
-    return tuple(map(float, value))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _headers(folder: Path) -> list[Source]:
-    index = folder / "model.safetensors.index.json"
+def _headers(folder: Path, stem: str) -> list[Source]:
+    index, one = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
+    weight_map = None
     if index.is_file():
         weight_map = read_table(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{index}: weight_map: missing; expected tensor name -> file")
         files = sorted(set(weight_map.values()))
+    elif not one.is_file() and (parts := sorted(folder.glob(f"{stem}-*-of-*.safetensors"))):
+        n = parts[0].stem.rpartition("-")[2]
+        files = [f"{stem}-{i:05d}-of-{n}.safetensors" for i in range(1, int(n) + 1)] if n.isdigit() else [one.name]
     else:
-        weight_map, files = None, ["model.safetensors"]
+        files = [one.name]
     found: list[Source] = []
     for name in files:
         path = folder / name
@@ -440,15 +291,18 @@ def _header(path: Path) -> list[Source]:
     return found
 
 
-def _match(folder: Path, config: dict[str, Any], text: Text, vision: Vision, found: list[Source]) -> Checkpoint:
+def _match(folder: Path, config: Config, found: list[Source]) -> Checkpoint:
     """Every tensor is used once or named as ignored; a missing, extra or misshapen one stops here."""
     sources: dict[str, Source] = {}
     ignored: dict[str, str] = {}
+    text_rows, vision_rows = _rows(config)
+    # The consolidated layout has names of its own; of another layout's names it knows none.
+    ours = names.consolidated([*text_rows, *vision_rows, names.HEAD]) if config.path.name == PARAMS else None
     for source in found:
         why = next((why for suffix, why in names.IGNORED if source.name.endswith(suffix)), "")
-        name = names.canonical(source.name)
-        if not why and name == names.HEAD.hf and text.tied:
-            why = "output head: config.json ties it to the embeddings"
+        name = names.canonical(source.name) if ours is None else ours.get(source.name, source.name)
+        if not why and name == names.HEAD.hf and config.text.tied:
+            why = f"output head: {config.path.name} ties it to the embeddings"
         if why:
             ignored[source.name] = why
         elif name in sources:
@@ -456,17 +310,20 @@ def _match(folder: Path, config: dict[str, Any], text: Text, vision: Vision, fou
         else:
             sources[name] = source
     fp8 = any(source.dtype == "F8_E4M3" for source in sources.values())
-    _check_quantisation(folder, config, fp8)
-    checkpoint = Checkpoint(folder, text, vision, fp8, sources, ignored)
+    if fp8 and not config.fp8:
+        key = "quantization_config" if ours is None else "quantization"
+        raise CheckpointError(f"{config.path}: {key}: missing, but the checkpoint holds FP8 tensors")
+    checkpoint = Checkpoint(folder, config, fp8, sources, ignored)
     expected = {row.hf: checkpoint.shape(row) for row in [*checkpoint.text_rows, *checkpoint.vision_rows]}
     scales = {name + names.SCALE for name, s in sources.items() if s.dtype == "F8_E4M3"}
     for name, shape in expected.items():
         if name not in sources:
-            raise CheckpointError(f"{folder}: {name}: missing; config.json calls for shape {shape}")
+            spelled = name if ours is None else next(theirs for theirs, our in ours.items() if our == name)
+            raise CheckpointError(f"{folder}: {spelled}: missing; {config.path.name} calls for shape {shape}")
         if sources[name].shape != shape:
             raise CheckpointError(
-                f"{sources[name].file}: {sources[name].name}: expected shape {shape} by config.json, found "
-                f"{sources[name].shape}"
+                f"{sources[name].file}: {sources[name].name}: expected shape {shape} by {config.path.name}, "
+                f"found {sources[name].shape}"
             )
         if sources[name].dtype == "F8_E4M3" and (not name.startswith("text.layers.") or len(shape) != 2):
             raise CheckpointError(
@@ -480,24 +337,7 @@ def _match(folder: Path, config: dict[str, Any], text: Text, vision: Vision, fou
     extra = sorted(sources[name].name for name in sources.keys() - expected.keys() - scales)
     if extra:
         raise CheckpointError(
-            f"{folder}: {len(extra)} tensor(s) that config.json has no place for: {', '.join(extra[:4])}"
+            f"{folder}: {len(extra)} tensor(s) that {config.path.name} has no place for: {', '.join(extra[:4])}"
             f"{' …' if len(extra) > 4 else ''}"
         )
     return checkpoint
-
-
-def _check_quantisation(folder: Path, config: dict[str, Any], fp8: bool) -> None:
-    quantisation = config.get("quantization_config")
-    where = f"{folder}/config.json: quantization_config"
-    if quantisation is None:
-        if fp8:
-            raise CheckpointError(f"{where}: missing, but the checkpoint holds FP8 tensors")
-        return
-    if not isinstance(quantisation, dict):
-        raise CheckpointError(f"{where}: expected a table, found {quantisation!r}")
-    method, block = quantisation.get("quant_method"), quantisation.get("weight_block_size")
-    if method != "fp8" or block is not None:
-        raise CheckpointError(
-            f"{where}: expected quant_method 'fp8' with weight_block_size null (as released), found {method!r} with "
-            f"{block!r}; start from the BF16 checkpoint"
-        )

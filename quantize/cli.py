@@ -24,7 +24,8 @@ EPILOG = """examples:
   edge-quantize build    Ministral-3-3B-Instruct-2512  bundles/3b --recipe Q4_K_M
   edge-quantize convert  Ministral-3-3B-Instruct-2512  full/3b --type bf16
 
-A checkpoint is the folder as downloaded: config.json, *.safetensors, tekken.json or tokenizer.json. BF16 and FP8.
+A checkpoint is the folder as downloaded: config.json with model*.safetensors, or params.json with
+consolidated*.safetensors; and tekken.json or tokenizer.json. BF16 and FP8.
 """
 
 
@@ -77,7 +78,7 @@ def _fail(line: str, status: int = 1) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="edge-quantize",
-        description="A released Ministral 3 checkpoint becomes a 4-bit bundle for edge-agent.",
+        description="A released Ministral 3 or Mistral Small checkpoint becomes a 4-bit bundle for edge-agent.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -125,6 +126,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
         "family": checkpoint.family,
         "size": checkpoint.size,
         "variant": checkpoint.variant(),
+        "layout": checkpoint.layout,
         "dtype": "FP8" if checkpoint.fp8 else "BF16",
         "parameters": checkpoint.parameters,
         "tensors": len(checkpoint.sources),
@@ -148,8 +150,12 @@ def _inspect(arguments: argparse.Namespace) -> None:
     heads = f"{t.heads} heads x {t.head_dim}, {t.kv_heads} kv heads"
     print(f"  text        {t.layers} layers, hidden {t.hidden}, {heads}, ffn {t.ffn}")
     print(f"  embeddings  {t.vocab} rows, {'tied to' if t.tied else 'apart from'} the output head")
-    print(f"  vision      {v.layers} layers, hidden {v.hidden}, patch {v.patch}, merge {v.merge}")
-    print(f"  tensors     {facts['tensors']} used, {facts['dtype']}, {facts['source_bytes'] / 1e9:.2f} GB")
+    if v is None:
+        print("  vision      none: a text-only model, which edge-agent cannot serve")
+    else:
+        print(f"  vision      {v.layers} layers, hidden {v.hidden}, patch {v.patch}, merge {v.merge}")
+    layout = f"{facts['layout']} layout, {facts['dtype']}"
+    print(f"  tensors     {facts['tensors']} used, {layout}, {facts['source_bytes'] / 1e9:.2f} GB")
     for why, count in Counter(checkpoint.ignored.values()).items():
         print(f"  ignored     {count}: {why}")
     print(f"  tokenizer   {words.file.name}, {len(words.tokens)} tokens, {len(words.merges)} merges")

@@ -66,7 +66,7 @@ def write_outline(checkpoint: Checkpoint, out: Path) -> None:
 
 def _language_writer(checkpoint: Checkpoint, out: Path, file_type: int) -> gguf.GGUFWriter:
     t = checkpoint.text
-    writer = gguf.GGUFWriter(out, "mistral3")
+    writer = gguf.GGUFWriter(out, checkpoint.config.family.gguf)
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(f"{checkpoint.family} {checkpoint.size} {checkpoint.variant()}")
     writer.add_size_label(checkpoint.size)
@@ -84,13 +84,14 @@ def _language_writer(checkpoint: Checkpoint, out: Path, file_type: int) -> gguf.
     writer.add_layer_norm_rms_eps(t.rms_eps)
     writer.add_rope_dimension_count(t.head_dim)
     writer.add_rope_freq_base(t.rope_theta)
-    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-    writer.add_rope_scaling_factor(t.yarn_factor)
-    writer.add_rope_scaling_orig_ctx_len(t.yarn_original_context)
-    writer.add_rope_scaling_yarn_beta_fast(t.yarn_beta_fast)
-    writer.add_rope_scaling_yarn_beta_slow(t.yarn_beta_slow)
-    writer.add_rope_scaling_yarn_log_mul(t.yarn_mscale_all_dim)
-    writer.add_attn_temperature_scale(t.scaling_beta)
+    if t.yarn is not None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(t.yarn.factor)
+        writer.add_rope_scaling_orig_ctx_len(t.yarn.original_context)
+        writer.add_rope_scaling_yarn_beta_fast(t.yarn.beta_fast)
+        writer.add_rope_scaling_yarn_beta_slow(t.yarn.beta_slow)
+        writer.add_rope_scaling_yarn_log_mul(t.yarn.mscale_all_dim)
+        writer.add_attn_temperature_scale(t.yarn.scaling_beta)
     return writer
 
 
@@ -186,8 +187,11 @@ def _write(
     writer.close()
 
 
-def tensor_blocks(checkpoint: Checkpoint, row: names.Row, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """The tensor's elements in `dtype`, flat, in blocks of whole rows; rotary rows interleaved as GGUF wants them."""
+def tensor_blocks(
+    checkpoint: Checkpoint, row: names.Row, dtype: np.dtype, interleaved: bool = True
+) -> Iterator[np.ndarray]:
+    """The tensor's elements in `dtype`, flat, in blocks of whole rows; rotary rows in pairs as GGUF wants them, or
+    (interleaved=False) in halves."""
     source, shape = checkpoint.sources[row.hf], checkpoint.shape(row)
     unit = shape[0] // checkpoint.dims[row.rope] if row.rope else 1  # rows of one head, which may not be split
     if checkpoint.scale(row) is None:  # straight from the file: no detour through float32 where the type stays
@@ -195,8 +199,8 @@ def tensor_blocks(checkpoint: Checkpoint, row: names.Row, dtype: np.dtype) -> It
     else:
         blocks = checkpoint.float_blocks(row, unit)
     for block in blocks:
-        if row.rope:
-            block = interleave(block, unit)
+        if row.rope and interleaved != checkpoint.interleaved:
+            block = interleave(block, unit) if interleaved else deinterleave(block, unit)
         block = np.ascontiguousarray(block.astype(dtype, copy=False))
         if not _finite(block):
             why = "a value does not fit float16; use --type bf16" if dtype == np.float16 else "holds NaN or infinity"
@@ -214,4 +218,10 @@ def _finite(block: np.ndarray) -> bool:
 def interleave(block: np.ndarray, head_rows: int) -> np.ndarray:
     """HF's rotary order (first halves, then second halves, per head) -> llama.cpp's (half pairs side by side)."""
     heads = block.reshape(-1, 2, head_rows // 2, *block.shape[1:])
+    return heads.swapaxes(1, 2).reshape(block.shape)
+
+
+def deinterleave(block: np.ndarray, head_rows: int) -> np.ndarray:
+    """The way back."""
+    heads = block.reshape(-1, head_rows // 2, 2, *block.shape[1:])
     return heads.swapaxes(1, 2).reshape(block.shape)

@@ -1,4 +1,5 @@
-"""The Ministral 3 tables: which tensor a checkpoint must hold, its shape, and what it is called in GGUF.
+"""The tables of Ministral 3 and its relatives: the families, and which tensor a checkpoint must hold, its shape, and
+what it is called in GGUF.
 
 One row per tensor; `{n}` is the layer. Shapes are given in the words of Checkpoint.dims, so that a row reads like the
 model card. Nothing here opens a file.
@@ -10,6 +11,35 @@ Q and K rows: HF stores each head's rotary halves one after the other, llama.cpp
 from __future__ import annotations
 
 from typing import NamedTuple
+
+
+class Yarn(NamedTuple):
+    """Rotary positions beyond the context trained first (Peng et al. 2023), and queries that grow with the position."""
+
+    factor: float
+    original_context: int
+    beta_fast: float
+    beta_slow: float
+    mscale_all_dim: float
+    scaling_beta: float  # llama_4_scaling
+
+
+class Family(NamedTuple):
+    name: str  # text_config.model_type, and the manifest's word
+    gguf: str  # architecture
+    yarn: Yarn | None
+    sizes: dict[tuple[int, int], str]  # (hidden, layers) -> the released size
+
+
+FAMILIES = (
+    Family(
+        "ministral3",
+        "mistral3",
+        Yarn(16.0, 16384, 32.0, 1.0, 1.0, 0.1),
+        {(3072, 26): "3B", (4096, 34): "8B", (5120, 40): "14B"},
+    ),
+    Family("mistral", "llama", None, {(5120, 40): "24B"}),  # Mistral Small 3, Magistral Small
+)
 
 
 class Row(NamedTuple):
@@ -101,14 +131,17 @@ _PREFIXES = (
     ("vision_tower.", "vision."),
     ("model.multi_modal_projector.", "projector."),
     ("multi_modal_projector.", "projector."),
+    ("model.", "text."),  # a text-only model
 )
 
 # Tensors a checkpoint may carry that a GGUF or ONNX file has no use for, and why.
 IGNORED = (
     (".activation_scale", "static FP8 activation scale: 4-bit kernels quantise activations themselves"),
+    (".qscale_act", "static FP8 activation scale: 4-bit kernels quantise activations themselves"),
     (".rotary_emb.inv_freq", "rotary frequencies: computed from the configuration"),
 )
 SCALE = "_scale_inv"  # X.weight + X.weight_scale_inv: per-tensor FP8
+CONSOLIDATED_SCALE = "qscale_weight"  # the same in a consolidated checkpoint: X.weight + X.qscale_weight
 
 
 def canonical(name: str) -> str:
@@ -119,12 +152,23 @@ def canonical(name: str) -> str:
     return name
 
 
-def rows(layers: int, vision_layers: int, tied: bool) -> tuple[list[Row], list[Row]]:
-    """Every tensor of a model: (for language.gguf, for the vision encoder), `{n}` filled in, in file order."""
+def consolidated(names: list[Row]) -> dict[str, str]:
+    """Name in a consolidated checkpoint -> the name used in the tables above, scales of FP8 tensors included."""
+    table = {row.consolidated: row.hf for row in names}
+    scales = {name.removesuffix("weight") + CONSOLIDATED_SCALE: ours + SCALE for name, ours in table.items()}
+    return table | scales
+
+
+def rows(layers: int, vision_layers: int | None, tied: bool) -> tuple[list[Row], list[Row]]:
+    """Every tensor of a model: (for language.gguf, for the vision encoder), `{n}` filled in, in file order.
+
+    vision_layers: None for a text-only model.
+    """
 
     def layer(row: Row, n: int) -> Row:
         return row._replace(hf=row.hf.format(n=n), consolidated=row.consolidated.format(n=n), gguf=row.gguf.format(n=n))
 
     text = [*TEXT, *([] if tied else [HEAD]), *(layer(row, n) for n in range(layers) for row in TEXT_LAYER)]
-    vision = [*VISION, *(layer(row, n) for n in range(vision_layers) for row in VISION_LAYER)]
-    return text, vision
+    if vision_layers is None:
+        return text, []
+    return text, [*VISION, *(layer(row, n) for n in range(vision_layers) for row in VISION_LAYER)]

@@ -24,7 +24,7 @@ MAX_DIFFERENCE = 1e-3  # of the logits, relative to the largest: rows looked up 
 class Question(msgspec.Struct):
     work: str
     model: bundle.Model
-    vision: bundle.Vision
+    vision: bundle.Vision | None  # None: a text-only model
     break_row: list[float]  # the [IMG_BREAK] embedding
 
 
@@ -35,36 +35,43 @@ class Failed(Exception):
 def run(question: Question) -> dict[str, float]:
     """Load the parts, the larger ones one after the other: rows looked up must do what tokens do, and the two encoders
     must agree on a picture. Raises Failed, LanguageError, VisionError."""
-    work, model, unit = Path(question.work), question.model, question.vision.patch * question.vision.merge
-    preprocessor = vision.Preprocessor(question.vision, 64)
-    noise = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    image = np.ascontiguousarray(np.kron(noise, np.ones((unit, unit, 1), np.uint8)))
+    work, model, seen = Path(question.work), question.model, question.vision
     config = LanguageConfig(context=256, gpu_layers=0)
     with language.Language(work / bundle.LANGUAGE, config, model.embedding, repack=False) as llm:
         tokens = [model.special["bos"], model.special["inst"], *llm.tokens("Hold position."), model.special["inst_end"]]
         by_token = llm.decode_tokens(tokens, 0).copy()
         llm.forget(language.ACT, 0)
         by_row = llm.decode_rows(llm.embed(tokens), 0).copy()
-        break_row = np.asarray(question.break_row, np.float32)
-        encoder = vision.MtmdEncoder(work / bundle.MMPROJ, llm.model, break_row, unit, 0, gpu=False)
-        a = np.array(encoder.encode(image))
-        encoder.close()
-    encoder = vision.OnnxEncoder(work / bundle.VISION, preprocessor, 0)
-    b = encoder.encode(image)
-    encoder.close()
-
+        if seen is not None:
+            unit = seen.patch * seen.merge
+            noise = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+            image = np.ascontiguousarray(np.kron(noise, np.ones((unit, unit, 1), np.uint8)))
+            break_row = np.asarray(question.break_row, np.float32)
+            encoder = vision.MtmdEncoder(work / bundle.MMPROJ, llm.model, break_row, unit, 0, gpu=False)
+            by_mtmd = np.array(encoder.encode(image))
+            encoder.close()
     if not np.isfinite(by_token).all():
         raise Failed("the quantised model gives numbers that are not finite")
     difference = float(np.abs(by_token - by_row).max() / max(np.abs(by_token).max(), 1e-9))
     if not difference <= MAX_DIFFERENCE:
         raise Failed(f"embedding rows looked up differ from the model's own by {difference:.2g}")
+    # Rounded: the last digits depend on the machine, and a bundle is to be the same on each.
+    figures = {"embedding_rows_relative_difference": round(difference, 6)}
+    if seen is not None:
+        encoder = vision.OnnxEncoder(work / bundle.VISION, vision.Preprocessor(seen, 64), 0)
+        figures["onnx_mtmd_min_cosine"] = round(_agreement(by_mtmd, encoder.encode(image)), 4)
+        encoder.close()
+    return figures
+
+
+def _agreement(a: np.ndarray, b: np.ndarray) -> float:
+    """Least cosine of the two encoders' rows. Raises Failed when they are too far apart."""
     if a.shape != b.shape:
         raise Failed(f"mmproj.gguf gives {a.shape} rows, vision.onnx {b.shape}")
     cosine = float(((a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))).min())
     if not cosine >= MIN_COSINE:
         raise Failed(f"vision.onnx and mmproj.gguf disagree: cosine {cosine:.5f}, expected {MIN_COSINE} or more")
-    # Rounded: the last digits depend on the machine, and a bundle is to be the same on each.
-    return {"embedding_rows_relative_difference": round(difference, 6), "onnx_mtmd_min_cosine": round(cosine, 4)}
+    return cosine
 
 
 def main() -> None:

@@ -66,7 +66,7 @@ def write_vision(checkpoint: Checkpoint, out: Path, kind: str, report: Report) -
 
 
 def _blocks(checkpoint: Checkpoint, row: names.Row, dtype: np.dtype) -> Iterator[np.ndarray]:
-    return tensor_blocks(checkpoint, row._replace(rope=""), dtype)  # ONNX keeps HF's rotary order
+    return tensor_blocks(checkpoint, row, dtype, interleaved=False)
 
 
 def _initializer_head(row: names.Row, checkpoint: Checkpoint, kind: str, dtype: np.dtype) -> tuple[bytes, int]:

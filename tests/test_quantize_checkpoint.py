@@ -12,7 +12,8 @@ import pytest
 import toy
 from test_quantize_language import stored, values
 
-from quantize import checkpoint
+from quantize import checkpoint, names
+from quantize import config as config_module
 
 
 def test_every_number_of_the_configuration_is_read(tmp_path: Path):
@@ -22,19 +23,15 @@ def test_every_number_of_the_configuration_is_read(tmp_path: Path):
     )  # fmt: skip
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["rms_norm_eps"] = 2e-5
-    config["text_config"]["rope_parameters"] |= {
-        "factor": 8, "beta_fast": 24, "beta_slow": 2, "llama_4_scaling_beta": 0.25, "mscale": 0.5,
-        "mscale_all_dim": 0.5,
-    }  # fmt: skip
     config["vision_config"] |= {"image_size": 1120, "rope_parameters": {"rope_theta": 5000, "rope_type": "default"}}
     (folder / "config.json").write_text(json.dumps(config))
     found = checkpoint.read(folder)
-    assert found.text == checkpoint.Text(
+    assert found.config.family.name == "ministral3"
+    assert found.text == config_module.Text(
         hidden=512, layers=3, ffn=768, heads=6, kv_heads=2, head_dim=128, vocab=2304, context=65536, rms_eps=2e-5,
-        tied=False, rope_theta=1e9, yarn_factor=8.0, yarn_original_context=4096, yarn_beta_fast=24.0,
-        yarn_beta_slow=2.0, yarn_mscale_all_dim=0.5, scaling_beta=0.25,
+        tied=False, rope_theta=1e9, yarn=names.Yarn(16.0, 4096, 32.0, 1.0, 1.0, 0.1),
     )  # fmt: skip
-    assert found.vision == checkpoint.Vision(
+    assert found.vision == config_module.Vision(
         hidden=192, layers=4, ffn=320, heads=3, channels=3, patch=14, merge=2, image_size=1120, rope_theta=5000.0,
         eps=1e-5, mean=toy.PIXEL_MEAN, std=toy.PIXEL_STD,
     )  # fmt: skip

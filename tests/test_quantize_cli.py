@@ -192,9 +192,9 @@ TEXT, ROPE = ("text_config",), ("text_config", "rope_parameters")
 BF16: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "nothing in the folder": (lambda f: [path.unlink() for path in f.iterdir()], ("no config.json", "safetensors")),
     "no weights": (remove("model.safetensors"), ("model.safetensors", "missing", "download")),
-    "consolidated": (
+    "consolidated, without its weights": (
         together(remove("config.json"), overwrite("params.json", b"{}")),
-        ("params.json", "consolidated", "use the HF layout"),
+        ("consolidated.safetensors: missing", "download"),
     ),
     # config.json
     "another architecture": (
@@ -203,7 +203,11 @@ BF16: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     ),
     "an older text model": (
         configure(*TEXT, model_type="mistral"),
-        ("config.json: architectures", "expected", "ministral3", "found", "with mistral"),
+        ("rope_type: expected none", "found 'yarn'", "mistral has plain rotary positions"),
+    ),
+    "an unknown text model": (
+        configure(*TEXT, model_type="llama"),
+        ("text_config: model_type: expected ministral3 or mistral", "found 'llama'"),
     ),
     "no architecture": (configure(architectures=None, model_type=None), ("architectures: expected", "found none")),
     "config cut": (overwrite("config.json", lambda raw: raw[: len(raw) // 2]), ("config.json", "JSON")),
@@ -220,6 +224,16 @@ BF16: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "rotary theta gone": (configure(*ROPE, rope_theta=None), ("rope_theta: missing", "expected float")),
     "rotary theta zero": (configure(*ROPE, rope_theta=0), ("rope_theta: expected a number above 0", "found 0")),
     "epsilon not a number": (configure(*TEXT, rms_norm_eps=float("nan")), ("rms_norm_eps: expected", "found nan")),
+    "another YaRN factor": (configure(*ROPE, factor=8), ("factor: expected 16", "found 8", "take the released one")),
+    "another YaRN slope": (configure(*ROPE, beta_fast=16), ("beta_fast: expected 32", "found 16")),
+    "another query scaling": (
+        configure(*ROPE, llama_4_scaling_beta=0.2),
+        ("llama_4_scaling_beta: expected 0.1", "found 0.2"),
+    ),
+    "another YaRN context": (
+        configure(*ROPE, original_max_position_embeddings=8192),
+        ("original_max_position_embeddings: 8192 x factor 16 make 131072", "the context is 262144"),
+    ),
     "no query scaling": (configure(*ROPE, llama_4_scaling_beta=None), ("llama_4_scaling_beta: missing",)),
     "unlike mscales": (configure(*ROPE, mscale=0.5), ("mscale: expected", "mscale_all_dim (1.0)", "found 0.5")),
     "sliding window": (configure(*TEXT, sliding_window=4096), ("sliding_window: expected null", "found 4096")),

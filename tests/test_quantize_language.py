@@ -17,7 +17,7 @@ from conftest import Case
 
 from quantize import language
 
-CASES = ("bf16_tied", "bf16_untied", "fp8_tied", "fp8_untied", "short_context")
+CASES = ("bf16_tied", "bf16_untied", "fp8_tied", "fp8_untied", "short_context", "mistral_untied")
 IMAGES = ("112x112", "140x196", "224x84")
 MAX_ERROR = 0.02  # of logits, relative, as a whole (L2)
 CLEAR_LEAD = 0.02  # of the range of logits: where the reference's best leads by less, rounding may choose another
@@ -190,14 +190,6 @@ def test_metadata_is_what_llama_cpps_architecture_reads(tmp_path: Path):
     )
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["rms_norm_eps"] = 2e-5
-    config["text_config"]["rope_parameters"] |= {
-        "factor": 8.0,
-        "beta_fast": 24.0,
-        "beta_slow": 2.0,
-        "llama_4_scaling_beta": 0.25,
-        "mscale": 0.5,
-        "mscale_all_dim": 0.5,
-    }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "chat_template.jinja").write_text("{{ messages }} é", encoding="utf-8")
     build.convert(checkpoint.read(folder), tmp_path / "out", "bf16", False, lambda *_: None)
@@ -217,15 +209,15 @@ def test_metadata_is_what_llama_cpps_architecture_reads(tmp_path: Path):
         "mistral3.attention.key_length": 128,
         "mistral3.attention.value_length": 128,
         "mistral3.attention.layer_norm_rms_epsilon": 2e-5,
-        "mistral3.attention.temperature_scale": 0.25,
+        "mistral3.attention.temperature_scale": 0.1,
         "mistral3.rope.dimension_count": 128,
         "mistral3.rope.freq_base": 1e9,
         "mistral3.rope.scaling.type": "yarn",
-        "mistral3.rope.scaling.factor": 8.0,
+        "mistral3.rope.scaling.factor": 16.0,
         "mistral3.rope.scaling.original_context_length": 4096,
-        "mistral3.rope.scaling.yarn_beta_fast": 24.0,
-        "mistral3.rope.scaling.yarn_beta_slow": 2.0,
-        "mistral3.rope.scaling.yarn_log_multiplier": 0.5,
+        "mistral3.rope.scaling.yarn_beta_fast": 32.0,
+        "mistral3.rope.scaling.yarn_beta_slow": 1.0,
+        "mistral3.rope.scaling.yarn_log_multiplier": 1.0,
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "tekken",
         "tokenizer.ggml.bos_token_id": 1,

@@ -1,10 +1,11 @@
 """Toy checkpoints: the true Ministral 3 architecture, tiny sizes, seeded random weights, in the layout of the releases.
 
 They hold what a released Hugging Face folder holds (config, safetensors, tokenizer, processor files), under the same
-names and in the same number formats, so that every tool that reads a release can be tested on one in seconds.
+names and in the same number formats, so that every tool that reads a release can be tested on one in seconds. Or the
+consolidated layout of the same weights; or Mistral Small, with eyes or without.
 The weights mean nothing: the model babbles. Its scales are chosen so that the argmax is clear and that an image
-changes the answer. Only numpy and the vocabulary inside mistral-common's wheel are needed. Not here: the consolidated
-layout (params.json), chat templates, and running the model.
+changes the answer. Only numpy and the vocabulary inside mistral-common's wheel are needed. Not here: chat templates,
+and running the model.
 
     python tests/toy.py OUT_DIR --dtype fp8 --untied --seed 3
     write_checkpoint(tmp_path / "toy", dtype="fp8", tied=False, seed=3)
@@ -161,6 +162,8 @@ def _tensors(s):
     tensors += [(text + "norm.weight", (hidden,), _norm, False)]
     if not s["tied"]:
         tensors += [("language_model.lm_head.weight", (s["vocab"], hidden), _embedding, False)]
+    if not s["vision"]:
+        return tensors
 
     tensors += [
         ("vision_tower.patch_conv.weight", (vision, 3, PATCH_PX, PATCH_PX), _linear(), False),
@@ -195,14 +198,54 @@ def _name_on_disk(name, prefix):
         return name
     if name.startswith("language_model.lm_head"):
         return name.removeprefix("language_model.")
+    if prefix == "text":  # a model without eyes
+        return name.removeprefix("language_model.")
     return prefix + name.replace("language_model.model.", "language_model.", 1)
 
 
-def _stored(tensors, seed, dtype, prefix):
+CONSOLIDATED = {  # parts of names, longest first where one holds another
+    "language_model.model.embed_tokens": "tok_embeddings",
+    "language_model.model.": "",
+    "language_model.lm_head": "output",
+    "vision_tower.": "vision_encoder.",
+    "multi_modal_projector.norm": "pre_mm_projector_norm",
+    "multi_modal_projector.patch_merger": "patch_merger",
+    "multi_modal_projector.linear_1": "vision_language_adapter.w_in",
+    "multi_modal_projector.linear_2": "vision_language_adapter.w_out",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.": "attention.",
+    "mlp.": "feed_forward.",
+    **{f"{side}_proj": f"w{side}" for side in "qkvo"},
+    "gate_proj": "w1",
+    "down_proj": "w2",
+    "up_proj": "w3",
+}
+
+
+def _consolidated_name(name):
+    for theirs, ours in CONSOLIDATED.items():
+        name = name.replace(theirs, ours)
+    return name
+
+
+def _in_pairs(weight, n_heads):
+    """Rows of each head from halves (i, i + half) to pairs (2i, 2i + 1): how the consolidated layout turns them."""
+    half = weight.shape[0] // n_heads // 2
+    rows = [head * 2 * half + i + side * half for head in range(n_heads) for i in range(half) for side in (0, 1)]
+    return weight[rows]
+
+
+def _stored(tensors, s):
     """Yield (name, safetensors type, shape, make) in file order, where make() gives the bytes."""
+    seed, dtype, consolidated = s["seed"], s["dtype"], s["layout"] == "consolidated"
+    scales = ("qscale_weight", "qscale_act") if consolidated else ("weight_scale_inv", "activation_scale")
     for name, shape, make, is_linear in tensors:
-        on_disk = _name_on_disk(name, prefix)
+        on_disk = _consolidated_name(name) if consolidated else _name_on_disk(name, s["prefix"])
         weight = functools.partial(make, seed, name, shape)
+        if consolidated and name.endswith(("q_proj.weight", "k_proj.weight")):
+            tower = "vision_heads" if "vision" in name else "heads" if "q_proj" in name else "kv_heads"
+            weight = functools.partial(lambda make, n: _in_pairs(make(), n), weight, s[tower])
         if dtype == "bf16" or not is_linear:
             yield on_disk, "BF16", shape, lambda weight=weight: bf16_bits(weight()).tobytes()
             continue
@@ -211,12 +254,12 @@ def _stored(tensors, seed, dtype, prefix):
         input_scale = (4 + 2 * np.tanh(_normal(seed, name + ":input", (), 1.0))) / F8_MAX
         yield on_disk, "F8_E4M3", shape, lambda weight=weight: quantise_e4m3(weight())[0].tobytes()
         yield (
-            stem + "weight_scale_inv",
+            stem + scales[0],
             "BF16",
             (),
             lambda weight=weight: bf16_bits(quantise_e4m3(weight())[1]).tobytes(),
         )
-        yield stem + "activation_scale", "BF16", (), lambda scale=input_scale: bf16_bits(scale).tobytes()
+        yield stem + scales[1], "BF16", (), lambda scale=input_scale: bf16_bits(scale).tobytes()
 
 
 def _n_bytes(kind, shape):
@@ -238,9 +281,9 @@ def _write_safetensors(path, stored):
             file.write(make())
 
 
-def _write_weights(folder, stored, n_shards):
+def _write_weights(folder, stored, n_shards, stem):
     if n_shards == 1:
-        _write_safetensors(folder / "model.safetensors", stored)
+        _write_safetensors(folder / f"{stem}.safetensors", stored)
         return
     total = sum(_n_bytes(kind, shape) for _, kind, shape, _ in stored)
     parts, done = [[]], 0
@@ -251,11 +294,11 @@ def _write_weights(folder, stored, n_shards):
         done += _n_bytes(tensor[1], tensor[2])
     weight_map = {}
     for i, part in enumerate(parts, start=1):
-        path = folder / f"model-{i:05d}-of-{n_shards:05d}.safetensors"
+        path = folder / f"{stem}-{i:05d}-of-{n_shards:05d}.safetensors"
         _write_safetensors(path, part)
         weight_map |= {name: path.name for name, *_ in part}
     _write_json(
-        folder / "model.safetensors.index.json",
+        folder / f"{stem}.safetensors.index.json",
         {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
     )
 
@@ -326,6 +369,13 @@ def _config(s):
         },
         "vision_feature_layer": -1,
     }
+    if s["family"] == "mistral":
+        text = config["text_config"] | {"model_type": "mistral", "max_position_embeddings": 131072}
+        text["rope_parameters"] = {"rope_theta": s["rope_theta"], "rope_type": "default"}
+        config["text_config"] = text
+    if not s["vision"]:
+        name = {"ministral3": "Ministral3ForCausalLM", "mistral": "MistralForCausalLM"}[s["family"]]
+        config = config["text_config"] | {"architectures": [name], "dtype": "bfloat16"}
     if s["dtype"] == "fp8":
         config["quantization_config"] = {
             "activation_scheme": "static",
@@ -335,6 +385,52 @@ def _config(s):
             "weight_block_size": None,
         }
     return config
+
+
+def _params(s):
+    """params.json, key for key as the releases have it."""
+    params = {
+        "dim": s["hidden"],
+        "n_layers": s["layers"],
+        "head_dim": s["head_dim"],
+        "hidden_dim": s["ffn"],
+        "n_heads": s["heads"],
+        "n_kv_heads": s["kv_heads"],
+        "norm_eps": 1e-05,
+        "rope_theta": s["rope_theta"],
+        "tied_embeddings": s["tied"],
+        "vocab_size": s["vocab"],
+        "max_position_embeddings": 131072,
+    }
+    if s["family"] == "ministral3":
+        yarn = {"alpha": 1.0, "apply_scale": False, "beta": 32.0, "factor": 16.0}
+        params |= {
+            "llama_4_scaling": {"beta": 0.1, "original_max_position_embeddings": s["original_context"]},
+            "max_position_embeddings": 16 * s["original_context"],
+            "yarn": yarn | {"original_max_position_embeddings": s["original_context"]},
+        }
+    if s["vision"]:
+        params["vision_encoder"] = {
+            "adapter_bias": False,
+            "add_pre_mm_projector_layer_norm": True,
+            "hidden_size": s["vision_hidden"],
+            "image_break_token_id": IMG_BREAK,
+            "image_end_token_id": IMG_END,
+            "image_size": 1540,
+            "image_token_id": IMG,
+            "intermediate_size": s["vision_ffn"],
+            "max_image_size": 1540,
+            "mm_projector_id": "patch_merge",
+            "num_attention_heads": s["vision_heads"],
+            "num_channels": 3,
+            "num_hidden_layers": s["vision_layers"],
+            "patch_size": PATCH_PX,
+            "rope_theta": 10000.0,
+            "spatial_merge_size": MERGE,
+        }
+    if s["dtype"] == "fp8":
+        params["quantization"] = {"qformat_weight": "fp8_e4m3", "qscheme_act": "TENSOR"}
+    return params
 
 
 def _write_processor(folder, context):
@@ -523,6 +619,9 @@ def write_checkpoint(
     tied: bool = True,
     tokenizer: str = "tekken",
     shards: int = 1,
+    layout: str = "hf",
+    family: str = "ministral3",
+    vision: bool = True,
     prefix: str = "",
     hidden: int = 256,
     layers: int = 2,
@@ -541,10 +640,18 @@ def write_checkpoint(
     """Write a toy checkpoint into folder and return folder.
 
     dtype: "bf16" or "fp8". tokenizer: "tekken", "tokenizer" (the Hugging Face form) or "both".
-    prefix: "" for the names of the releases, "model." for those of transformers' module tree.
+    layout: "hf" or "consolidated". family: "ministral3" or "mistral". vision: False for a text-only model.
+    prefix: "" for the names of the releases, "model." for those of transformers' module tree, "text" for those of a
+    text-only model.
     """
     s = dict(locals())
-    choices = {"dtype": ("bf16", "fp8"), "tokenizer": ("tekken", "tokenizer", "both"), "prefix": ("", "model.")}
+    choices = {
+        "dtype": ("bf16", "fp8"),
+        "tokenizer": ("tekken", "tokenizer", "both"),
+        "layout": ("hf", "consolidated"),
+        "family": ("ministral3", "mistral"),
+        "prefix": ("", "model.", "text"),
+    }
     for key, allowed in choices.items():
         if s[key] not in allowed:
             raise ValueError(f"{key}: expected one of {allowed}, found {s[key]!r}")
@@ -559,9 +666,13 @@ def write_checkpoint(
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_weights(folder, list(_stored(_tensors(s), seed, dtype, prefix)), shards)
-    _write_json(folder / "config.json", _config(s))
-    _write_processor(folder, 16 * original_context)
+    stem = {"hf": "model", "consolidated": "consolidated"}[layout]
+    _write_weights(folder, list(_stored(_tensors(s), s)), shards, stem)
+    if layout == "consolidated":
+        _write_json(folder / "params.json", _params(s))
+    else:
+        _write_json(folder / "config.json", _config(s))
+        _write_processor(folder, 16 * original_context)
     if tokenizer in ("tekken", "both"):
         _write_tekken(folder, vocab)
     if tokenizer in ("tokenizer", "both"):
@@ -574,14 +685,15 @@ def main():
     parser = argparse.ArgumentParser(description="Write a toy Ministral 3 checkpoint with random weights.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--untied", action="store_true", help="a head of its own, as in the 8B and 14B")
+    parser.add_argument("--blind", action="store_true", help="no vision tower")
     for name, default in defaults.items():
-        if name != "tied":
+        if name not in ("tied", "vision"):
             parser.add_argument(
                 f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"(default: {default!r})"
             )
     arguments = vars(parser.parse_args())
-    folder, untied = arguments.pop("folder"), arguments.pop("untied")
-    print(write_checkpoint(folder, tied=not untied, **arguments))
+    folder, untied, blind = (arguments.pop(name) for name in ("folder", "untied", "blind"))
+    print(write_checkpoint(folder, tied=not untied, vision=not blind, **arguments))
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ CASES = {
     "fp8_untied": {"seed": 27, "vocab": 2048, "dtype": "fp8", "tied": False, "rope_theta": 1e9},
     # The text passes positions 64, 128 and 192: in no other case do the queries scale.
     "short_context": {"seed": 66, "vocab": 2048, "original_context": 64},
+    "mistral_untied": {"seed": 49, "vocab": 2048, "tied": False, "family": "mistral", "rope_theta": 1e9},
 }
 IMAGE_SIZES = [(112, 112), (140, 196), (224, 84)]  # height, width: square, wide and tall, all on the 28-pixel grid
 IMAGE_SEED = 7
