@@ -45,9 +45,23 @@ def _on_log(level: int, text: bytes, _user: object) -> None:
         os.write(2, text)
 
 
-# The callback must outlive every native thread: module level, never freed.
+# The callbacks must outlive every native thread: module level, never freed.
 ll.llama_log_set(_on_log, ctypes.c_void_p(0))
 ll.llama_backend_init()
+
+_watcher: Callable[[int, bool], bool] | None = None
+
+
+@ll.ggml_backend_sched_eval_callback
+def _on_node(node: int, ask: bool, _user: object) -> bool:
+    return _watcher(node, ask) if _watcher is not None else False
+
+
+def watch(watcher: Callable[[int, bool], bool] | None) -> None:
+    """Show contexts made from now on to watcher(node, ask): with ask, whether it wants this node of the graph; then,
+    once the node is computed, the same without ask, and whether to go on. node: address of a ggml_tensor."""
+    global _watcher
+    _watcher = watcher
 
 
 def log_to(receiver: Callable[[str], None] | None) -> None:
@@ -105,6 +119,8 @@ class Language:
         params.kv_unified = True  # both sequences may share the cells of one frame
         params.n_threads = params.n_threads_batch = threads
         params.no_perf = True
+        if _watcher is not None:
+            params.cb_eval = _on_node
         self.context = ll.llama_init_from_model(self.model, params)
         if not self.context:
             ll.llama_model_free(self.model)
@@ -187,6 +203,15 @@ class Language:
         self._token[: len(tokens)] = tokens
         batch.token = self._token.ctypes.data_as(ctypes.POINTER(ll.llama_token))
         return self._run(batch)
+
+    def decode_all(self, tokens: list[int]) -> np.ndarray:
+        """Token ids at positions 0… of ACT -> logits after each, (n, n_vocab) float32, a view as above."""
+        batch = self._batch(len(tokens), 0, ACT)
+        self._want[: len(tokens)] = 1
+        self._token[: len(tokens)] = tokens
+        batch.token = self._token.ctypes.data_as(ctypes.POINTER(ll.llama_token))
+        self._run(batch)
+        return np.ctypeslib.as_array(ll.llama_get_logits(self.context), (len(tokens), self.n_vocab))
 
     def _batch(self, n: int, start: int, sequence: int) -> ll.llama_batch:
         if not 0 < n <= len(self._pos) or start + n > self.n_ctx:

@@ -29,6 +29,7 @@ from edge_agent import bundle
 from quantize import ggml, names, tokenizer, trial
 from quantize import recipe as recipes
 from quantize.checkpoint import Checkpoint
+from quantize.importance import Importance
 from quantize.language import TYPES, img_break, uniform, write_language, write_mmproj
 from quantize.vision import write_vision
 
@@ -110,17 +111,29 @@ def convert(checkpoint: Checkpoint, out: Path, kind: str, force: bool, report: R
         _write_vision(checkpoint, work, kind, report)
 
 
-def build(checkpoint: Checkpoint, out: Path, recipe: str, force: bool, report: Report) -> bundle.Manifest:
+def build(
+    checkpoint: Checkpoint,
+    out: Path,
+    recipe: str,
+    force: bool,
+    report: Report,
+    importance: Importance | None = None,
+) -> bundle.Manifest:
     """The same with a quantised language model, tried and described: a bundle."""
-    types = recipes.plan(checkpoint, recipe)
+    types = recipes.plan(checkpoint, recipe, importance)
     vision_bytes = 2 * 2 * _elements(checkpoint.vision_rows, checkpoint)
     _need_space(out, sum(recipes.bytes_by_type(checkpoint, types).values()) + vision_bytes)
     with fresh_folder(out, force) as work:
         write_language(
-            checkpoint, work / bundle.LANGUAGE, types, recipes.RECIPES[recipe], _stage(report, f"language {recipe}")
+            checkpoint,
+            work / bundle.LANGUAGE,
+            types,
+            recipes.RECIPES[recipe],
+            _stage(report, f"language {recipe}"),
+            importance,
         )
         _write_vision(checkpoint, work, "bf16", report)
-        manifest = _describe(checkpoint, work, recipe, report)
+        manifest = _describe(checkpoint, work, recipe, importance, report)
         bundle.write_manifest(work, manifest)
         return manifest
 
@@ -150,15 +163,13 @@ def _need_space(out: Path, n_bytes: int) -> None:
         raise BuildError(f"{folder}: {needed / 1e9:.2f} GB needed while building, {free / 1e9:.2f} GB free; make room")
 
 
-def _describe(checkpoint: Checkpoint, work: Path, recipe: str, report: Report) -> bundle.Manifest:
-    """Try the files as the runtime will use them, then hash everything."""
-    table = ggml.tensor_table(work / bundle.LANGUAGE)
+def as_bundle(checkpoint: Checkpoint, work: Path) -> bundle.Bundle:
+    """A folder of files as the runtime's parts want it: facts about the model, nothing checked or hashed."""
+    t, v, table = checkpoint.text, checkpoint.vision, ggml.tensor_table(work / bundle.LANGUAGE)
     by_type: Counter[str] = Counter()
     for tensor in table:
         by_type[tensor.ggml_type] += tensor.n_bytes
     embedding = next(tensor for tensor in table if tensor.name == "token_embd.weight")
-    t, v = checkpoint.text, checkpoint.vision
-    words = tokenizer.read(checkpoint.folder, t.vocab)
     model = bundle.Model(
         family=checkpoint.family,
         size=checkpoint.size,
@@ -169,7 +180,7 @@ def _describe(checkpoint: Checkpoint, work: Path, recipe: str, report: Report) -
         vocab=t.vocab,
         context=t.context,
         kv_bytes_per_token=recipes.kv_bytes_per_token(checkpoint),
-        special=words.special,
+        special=tokenizer.read(checkpoint.folder, t.vocab).special,
         embedding=bundle.Embedding(
             offset=embedding.offset, ggml_type=embedding.ggml_type, row_bytes=embedding.n_bytes // t.vocab
         ),
@@ -177,25 +188,38 @@ def _describe(checkpoint: Checkpoint, work: Path, recipe: str, report: Report) -
     seen = None
     if v is not None:
         seen = bundle.Vision(patch=v.patch, merge=v.merge, image_size=v.image_size, mean=v.mean, std=v.std)
+    manifest = bundle.Manifest(
+        format=bundle.FORMAT,
+        created_by=f"edge-quantize {edge_agent.__version__}, llama-cpp-python {llama_cpp.__version__}",
+        files={},
+        model=model,
+        vision=seen,
+        recipe="",
+        bytes_by_type=dict(by_type),
+        source_dtype="FP8" if checkpoint.fp8 else "BF16",
+        source_sha256={},
+        licence=_licence(checkpoint.folder),
+    )
+    return bundle.Bundle(folder=work, manifest=manifest, id="")
+
+
+def _describe(
+    checkpoint: Checkpoint, work: Path, recipe: str, importance: Importance | None, report: Report
+) -> bundle.Manifest:
+    """Try the files as the runtime will use them, then hash everything."""
+    manifest = as_bundle(checkpoint, work).manifest
+    model, seen = manifest.model, manifest.vision
     report("try", "language and vision", 0, 1)
-    tried = _try(work, model, seen, img_break(checkpoint, words.special["img_break"]))
+    tried = _try(work, model, seen, img_break(checkpoint, model.special["img_break"]))
     report("try", "language and vision", 1, 1)
-    facts = {"recipe": recipe, "bytes_by_type": dict(by_type), "tried": tried}
+    facts = {"recipe": recipe, "bytes_by_type": manifest.bytes_by_type, "tried": tried}
+    if importance is not None:
+        facts["importance"] = {"chunks": importance.n_chunks, "datasets": importance.datasets}
     bundle.write_durably(work / bundle.REPORT, msgspec.json.format(msgspec.json.encode(facts), indent=2) + b"\n")
     names = [bundle.LANGUAGE, *([bundle.VISION, bundle.MMPROJ] if seen else []), bundle.REPORT]
     files = {name: bundle.hash_file(work / name) for name in names}
-    return bundle.Manifest(
-        format=bundle.FORMAT,
-        created_by=f"edge-quantize {edge_agent.__version__}, llama-cpp-python {llama_cpp.__version__}",
-        files=files,
-        model=model,
-        vision=seen,
-        recipe=recipe,
-        bytes_by_type=dict(by_type),
-        source_dtype="FP8" if checkpoint.fp8 else "BF16",
-        source_sha256=_hash_sources(checkpoint, report),
-        licence=_licence(checkpoint.folder),
-    )
+    sources = _hash_sources(checkpoint, report)
+    return msgspec.structs.replace(manifest, files=files, recipe=recipe, source_sha256=sources)
 
 
 def _try(work: Path, model: bundle.Model, seen: bundle.Vision | None, break_row: np.ndarray) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""edge-quantize: inspect, convert, build. Parses arguments, shows progress, turns known errors into one line.
+"""edge-quantize: inspect, convert, imatrix, build. Parses arguments, shows progress, turns known errors into one line.
 
 Exit status: 0 done; 1 the work failed (input, disk); 2 wrong arguments; 130 interrupted. Nothing half-written stays.
 """
@@ -22,6 +22,8 @@ from quantize.checkpoint import CheckpointError, read
 EPILOG = """examples:
   edge-quantize inspect  Ministral-3-3B-Instruct-2512
   edge-quantize build    Ministral-3-3B-Instruct-2512  bundles/3b --recipe Q4_K_M
+  edge-quantize imatrix  Ministral-3-3B-Instruct-2512  3b.imatrix.gguf --frames pictures/
+  edge-quantize build    Ministral-3-3B-Instruct-2512  bundles/3b --imatrix 3b.imatrix.gguf
   edge-quantize convert  Ministral-3-3B-Instruct-2512  full/3b --type bf16
 
 A checkpoint is the folder as downloaded: config.json with model*.safetensors, or params.json with
@@ -52,7 +54,15 @@ def main() -> None:
 
 
 # Errors whose text is already one line for the user; their modules load native code, so they are named, not imported.
-_ONE_LINE = {"BuildError", "RecipeError", "LanguageError", "VisionError", "BundleError"}
+_ONE_LINE = {
+    "BuildError",
+    "RecipeError",
+    "ImportanceError",
+    "ConfigError",
+    "LanguageError",
+    "VisionError",
+    "BundleError",
+}
 
 
 def _quiet(lost: sys.UnraisableHookArgs) -> None:
@@ -98,6 +108,17 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--force", action="store_true", help="replace OUT_DIR if this tool made it")
     convert.set_defaults(run=_convert)
 
+    imatrix = commands.add_parser("imatrix", help="how much each column of each weight counts, from text and frames")
+    imatrix.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    imatrix.add_argument("out", type=Path, metavar="OUT.gguf", help="llama.cpp's own imatrix format")
+    imatrix.add_argument("--calibration", type=Path, metavar="TEXT", help="a text file (default: a small one of ours)")
+    imatrix.add_argument("--frames", type=Path, metavar="DIR|VIDEO", help="pictures to act on, or a flight's recording")
+    imatrix.add_argument("--instructions", type=Path, metavar="FILE", help="one a line, taken in turn for the frames")
+    imatrix.add_argument("--space", default="velocity_body", help="action space for the frames (default velocity_body)")
+    imatrix.add_argument("--chunks", type=int, default=0, metavar="N", help="of 512 tokens of text (default: all)")
+    imatrix.add_argument("--max-frames", type=int, default=64, metavar="N", help="of all, evenly taken (default 64)")
+    imatrix.set_defaults(run=_imatrix)
+
     build = commands.add_parser("build", help="a whole 4-bit bundle, tried and with its manifest")
     build.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     build.add_argument("out", type=Path, metavar="BUNDLE_DIR")
@@ -107,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RECIPE",
         help="Q4_K_M (default), Q4_K_S, Q4_0, IQ4_XS, Q5_K_M, Q6_K, Q8_0; BF16 loses nothing",
     )
+    build.add_argument("--imatrix", type=Path, metavar="FILE", help="an importance matrix of this very model")
     build.add_argument("--force", action="store_true", help="replace BUNDLE_DIR if this tool made it")
     build.add_argument("--json", action="store_true", help="the manifest as one JSON line at the end")
     build.set_defaults(run=_build)
@@ -178,14 +200,43 @@ def _convert(arguments: argparse.Namespace) -> None:
     print(f"{arguments.out}: {checkpoint.family} {checkpoint.size} at {arguments.type}")
 
 
+def _imatrix(arguments: argparse.Namespace) -> None:
+    checkpoint = read(arguments.checkpoint)
+    from quantize import calibrate
+
+    for key in ("chunks", "max_frames"):
+        if getattr(arguments, key) < (key == "max_frames"):
+            _fail(f"--{key.replace('_', '-')}: expected a number above 0, found {getattr(arguments, key)}", 2)
+    lines = calibrate.INSTRUCTIONS
+    if arguments.instructions is not None:
+        lines = tuple(filter(None, map(str.strip, arguments.instructions.read_text(encoding="utf-8").splitlines())))
+        if not lines:
+            _fail(f"{arguments.instructions}: no instructions; expected one a line")
+    sources = calibrate.Sources(
+        text=arguments.calibration or calibrate.TEXT,
+        frames=arguments.frames,
+        instructions=lines,
+        space=arguments.space,
+        max_chunks=arguments.chunks,
+        max_frames=arguments.max_frames,
+    )
+    with _Shown() as report:
+        found = calibrate.collect(checkpoint, arguments.out, sources, report)
+    print(f"{arguments.out}: {len(found.sums)} weights, {found.n_chunks} chunks of text, {found.datasets}")
+
+
 def _build(arguments: argparse.Namespace) -> None:
     checkpoint = read(arguments.checkpoint)
-    from quantize import build, recipe
+    from quantize import build, importance, recipe
 
     if arguments.recipe not in recipe.RECIPES:
         _fail(f"--recipe: expected one of {', '.join(recipe.RECIPES)}, found {arguments.recipe!r}", 2)
+    weighed = None
+    if arguments.imatrix is not None:
+        weighed = importance.read(arguments.imatrix)
+        importance.check(weighed, arguments.imatrix, checkpoint)
     with _Shown() as report:
-        manifest = build.build(checkpoint, arguments.out, arguments.recipe, arguments.force, report)
+        manifest = build.build(checkpoint, arguments.out, arguments.recipe, arguments.force, report, weighed)
     n_bytes = sum(file.bytes for file in manifest.files.values())
     if arguments.json:
         import msgspec

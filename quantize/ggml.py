@@ -29,6 +29,27 @@ class _Init(ctypes.Structure):
     _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p)]
 
 
+class Tensor(ctypes.Structure):
+    """ggml_tensor, as ggml.h of the llama.cpp in LLAMA_CPP_PYTHON has it (edge_agent.language checks the version)."""
+
+    _fields_ = [
+        ("type", ctypes.c_int),
+        ("buffer", ctypes.c_void_p),
+        ("ne", ctypes.c_int64 * 4),  # elements, innermost first
+        ("nb", ctypes.c_size_t * 4),  # strides, bytes
+        ("op", ctypes.c_int),
+        ("op_params", ctypes.c_int32 * 16),
+        ("flags", ctypes.c_int32),
+        ("src", ctypes.c_void_p * 10),
+        ("view_src", ctypes.c_void_p),
+        ("view_offs", ctypes.c_size_t),
+        ("data", ctypes.c_void_p),
+        ("name", ctypes.c_char * 64),
+        ("extra", ctypes.c_void_p),
+        ("padding", ctypes.c_char * 8),
+    ]
+
+
 _handle, _index, _size = ctypes.c_void_p, ctypes.c_int64, ctypes.c_size_t
 _quantize_chunk = _function(
     "ggml_quantize_chunk",
@@ -61,16 +82,25 @@ def row_bytes(kind: gguf.GGMLQuantizationType, width: int) -> int:
     return width // block * n_bytes
 
 
-def quantise_rows(rows: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
-    """rows: (n, width) float32 -> (n, bytes of a row) uint8, on all cores."""
+def quantise_rows(
+    rows: np.ndarray, kind: gguf.GGMLQuantizationType, importance: np.ndarray | None = None
+) -> np.ndarray:
+    """rows: (n, width) float32 -> (n, bytes of a row) uint8, on all cores.
+
+    importance: (width,) float32, how much each column counts.
+    """
     n, width = rows.shape
     rows = np.ascontiguousarray(rows, np.float32)
     out = np.empty((n, row_bytes(kind, width)), np.uint8)
     step = -(-n // _threads._max_workers)
+    weights = None if importance is None else np.ascontiguousarray(importance, np.float32)
+    if weights is not None and weights.shape != (width,):
+        raise ValueError(f"importance: expected {width} numbers, found {weights.shape}")
+    counts = None if weights is None else weights.ctypes.data
 
     def part(start: int) -> None:
         count = min(step, n - start)
-        written = _quantize_chunk(kind, rows.ctypes.data, out.ctypes.data, start * width, count, width, None)
+        written = _quantize_chunk(kind, rows.ctypes.data, out.ctypes.data, start * width, count, width, counts)
         if written != count * out.shape[1]:
             raise RuntimeError(
                 f"ggml_quantize_chunk: expected {count * out.shape[1]} bytes of {kind.name}, wrote {written}"
@@ -100,6 +130,17 @@ def tensor_table(path: Path) -> list[TensorInfo]:
         _gguf_free(context)
 
 
+def floats(tensor: Tensor) -> np.ndarray:
+    """A float32 tensor's numbers, wherever they lie: (rows, ne[0]) float32, a copy."""
+    out = np.empty(_n_bytes(ctypes.byref(tensor)), np.uint8)
+    _get(ctypes.byref(tensor), out.ctypes.data, 0, out.nbytes)
+    shape, strides = tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1]
+    return np.ndarray(shape, np.float32, out, strides=strides).reshape(-1, tensor.ne[0])
+
+
+_n_bytes = _function("ggml_nbytes", _size, ctypes.c_void_p)
+_get = _function("ggml_backend_tensor_get", None, ctypes.c_void_p, ctypes.c_void_p, _size, _size)
+op_name = _function("ggml_op_name", ctypes.c_char_p, ctypes.c_int)
 _gguf_init = _function("gguf_init_from_file", _handle, ctypes.c_char_p, _Init)
 _gguf_free = _function("gguf_free", None, _handle)
 _gguf_count = _function("gguf_get_n_tensors", _index, _handle)

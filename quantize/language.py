@@ -17,6 +17,7 @@ import numpy as np
 
 from quantize import ggml, names, tokenizer
 from quantize.checkpoint import Checkpoint, CheckpointError, chat_template, spans
+from quantize.importance import Importance
 
 Report = Callable[[str, int, int], None]  # (what, bytes done, bytes in all)
 Type = gguf.GGMLQuantizationType
@@ -32,7 +33,14 @@ CONVOLUTIONS = ("v.patch_embd.weight", "mm.patch_merger.weight")
 IMG_BREAK = "v.token_embd.img_break"
 
 
-def write_language(checkpoint: Checkpoint, out: Path, types: dict[str, Type], file_type: int, report: Report) -> None:
+def write_language(
+    checkpoint: Checkpoint,
+    out: Path,
+    types: dict[str, Type],
+    file_type: int,
+    report: Report,
+    importance: Importance | None = None,
+) -> None:
     """language.gguf: the text model and its tokenizer. types: GGUF name -> type, of every text tensor."""
     words = tokenizer.read(checkpoint.folder, checkpoint.text.vocab)
     writer = _language_writer(checkpoint, out, file_type)
@@ -49,7 +57,7 @@ def write_language(checkpoint: Checkpoint, out: Path, types: dict[str, Type], fi
     writer.add_add_eos_token(False)
     if template := chat_template(checkpoint.folder):
         writer.add_chat_template(template)
-    _write(writer, checkpoint, checkpoint.text_rows, types, report)
+    _write(writer, checkpoint, checkpoint.text_rows, types, report, importance=importance)
 
 
 def write_outline(checkpoint: Checkpoint, out: Path) -> None:
@@ -165,17 +173,21 @@ def _write(
     types: dict[str, Type],
     report: Report,
     break_id: int = -1,
+    importance: Importance | None = None,
 ) -> None:
     _declare(writer, checkpoint, rows, types, break_row=break_id >= 0)
     # From here the package would want each tensor whole in memory; the format is only bytes with padding between them.
     file, total, done = writer.fout[0], sum(math.prod(checkpoint.shape(row)) for row in rows), 0
     for row in rows:
         kind, written = types[row.gguf], 0
+        columns = importance.of(row.gguf) if importance is not None else None
         for block in tensor_blocks(checkpoint, row, FLOATS.get(kind, BFLOAT16)):
             if kind in FLOATS:
                 data = block
             else:  # through bfloat16, so that a bundle of an FP8 checkpoint is that of its bf16 conversion
-                data = ggml.quantise_rows(block.astype(np.float32).reshape(-1, checkpoint.shape(row)[-1]), kind)
+                data = ggml.quantise_rows(
+                    block.astype(np.float32).reshape(-1, checkpoint.shape(row)[-1]), kind, columns
+                )
             file.write(data.view(np.uint8).data)
             written += data.nbytes
             done += block.size

@@ -20,6 +20,7 @@ import llama_cpp.llama_cpp as ll
 from edge_agent import language
 from quantize import ggml
 from quantize.checkpoint import Checkpoint
+from quantize.importance import Importance
 from quantize.language import write_outline
 
 RECIPES = {
@@ -51,14 +52,19 @@ class RecipeError(Exception):
     """libllama refused; one line."""
 
 
-def plan(checkpoint: Checkpoint, recipe: str) -> dict[str, gguf.GGMLQuantizationType]:
+def plan(
+    checkpoint: Checkpoint, recipe: str, importance: Importance | None = None
+) -> dict[str, gguf.GGMLQuantizationType]:
     """GGUF name -> type, for every text tensor. Raises RecipeError.
 
-    libllama says what it would do in its log, a line per tensor.
+    libllama says what it would do in its log, a line per tensor. With an importance matrix it chooses otherwise.
     """
     params = ll.llama_model_quantize_default_params()
     params.ftype = RECIPES[recipe]
     params.dry_run = True
+    known = _known(importance) if importance is not None else None
+    if known is not None:
+        params.imatrix = known
     said: list[str] = []
     with tempfile.TemporaryDirectory(prefix="edge-quantize-") as folder:
         outline = Path(folder) / "outline.gguf"
@@ -81,6 +87,13 @@ def plan(checkpoint: Checkpoint, recipe: str) -> dict[str, gguf.GGMLQuantization
     if missing:
         raise RecipeError(f"{checkpoint.folder}: libllama's plan for {recipe} leaves out {missing[0]}; report this")
     return types
+
+
+def _known(importance: Importance) -> ctypes.Array:
+    """What libllama wants to know of an importance matrix for a plan: that there is one, and sound numbers."""
+    one = (ctypes.c_float * 1)(1.0)
+    entries = [ll.llama_model_imatrix_data(name.encode(), one, 1) for name in importance.sums]
+    return (ll.llama_model_imatrix_data * (len(entries) + 1))(*entries)  # the last one is empty: the end
 
 
 # "[   1/ 236]  token_embd.weight - [ 3072, 131072, 1, 1], type =   bf16, size = 768.00 MiB -> 315.00 MiB (q6_K)"

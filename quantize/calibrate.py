@@ -1,0 +1,225 @@
+"""Collect an importance matrix: the real model, at source precision, reads text and answers frames, and every product's
+input is added up.
+
+Text is cut into chunks as llama-imatrix cuts it, and gives its numbers. Frames go through the runtime's own engine: the
+prompt it will really see, the answer it gives under the grammar, and a question in words.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import cv2
+import msgspec
+import numpy as np
+
+from edge_agent import actions, bundle, language
+from edge_agent.config import CameraConfig, Config, LanguageConfig, TaskConfig
+from edge_agent.model import Engine
+from quantize import build, ggml, importance
+from quantize.checkpoint import Checkpoint
+from quantize.importance import Importance, ImportanceError
+
+Report = Callable[[str, str, int, int], None]  # (stage, what, done, in all)
+CHUNK = 512  # tokens: one context, read from an empty cache
+TEXT = Path(__file__).with_name("calibration.txt")
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+VIDEOS = (".mp4", ".avi", ".mkv", ".mov", ".webm")
+INSTRUCTIONS = (
+    "Hold position.",
+    "Go to the nearest open door and wait there.",
+    "Lande, wo es sicher ist, und halte Abstand zu Menschen.",
+    "Suis le chemin et arrête-toi devant tout obstacle.",
+    "Busca a la persona y mantén cinco metros de distancia.",
+    "빨간 표시로 천천히 가서 멈추세요.",
+)
+QUESTIONS = ("What do you see?", "Ist der Weg frei?", "Combien de personnes sont visibles ?", "무엇이 보이나요?")
+EVERY_CHUNKS = 16  # so often the work so far is written down
+MATMUL = next(op for op in range(256) if ggml.op_name(op) == b"MUL_MAT")
+HEADS = ("output.weight", "token_embd.weight")  # the second where the head is the embedding table
+
+
+class Sources(msgspec.Struct, frozen=True):
+    """What the model is shown."""
+
+    text: Path = TEXT
+    frames: Path | None = None  # a folder of pictures, or a video (a flight's recording)
+    instructions: tuple[str, ...] = INSTRUCTIONS
+    space: str = "velocity_body"
+    max_chunks: int = 0  # of text; 0: all of it
+    max_frames: int = 64
+
+
+class Collector:
+    """Watches the graph: every product of a weight with activations."""
+
+    def __init__(self, into: Importance) -> None:
+        self.into = into
+        self.error: ImportanceError | None = None  # native code calls us: raising there would be lost
+
+    def __call__(self, node: int, ask: bool) -> bool:
+        tensor = ggml.Tensor.from_address(node)
+        if tensor.op != MATMUL:
+            return not ask
+        name = ggml.Tensor.from_address(tensor.src[0]).name.decode()
+        name = name.split("#")[1] if "#" in name else name  # CUDA0#blk.0.attn_k.weight#0
+        inputs = ggml.Tensor.from_address(tensor.src[1])
+        if not (name in HEADS or (name.startswith("blk.") and name.endswith(".weight"))) or inputs.type:
+            return not ask  # type 0 is float32
+        if not ask and self.error is None:
+            try:
+                self.into.add(name, ggml.floats(inputs))
+            except ImportanceError as error:
+                self.error = error
+        return True
+
+    def check(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+def collect(checkpoint: Checkpoint, out: Path, sources: Sources, report: Report) -> Importance:
+    """Convert at bf16 beside `out`, read and answer, write `out`. Killed, the same again goes on where it was.
+
+    Raises ImportanceError, BuildError, LanguageError, VisionError.
+    """
+    try:
+        text = sources.text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ImportanceError(f"{sources.text}: not readable as UTF-8 text: {error}") from None
+    frames = list(pictures(sources.frames, sources.max_frames)) if sources.frames else []
+    if frames and checkpoint.vision is None:
+        raise ImportanceError(f"{checkpoint.folder}: a text-only model; leave --frames out")
+    if not out.parent.is_dir():
+        raise ImportanceError(f"{out.parent}: no such folder; make it first")
+    state = _State(out.with_name(f".{out.name}.part.npz"), _key(checkpoint, sources, text))
+    found = state.load()
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+        work = Path(folder) / "bf16"
+        build.convert(checkpoint, work, "bf16", False, report)
+        language.watch(collector := Collector(found))
+        try:
+            _read(build.as_bundle(checkpoint, work), text, sources, collector, state, report)
+            if frames:
+                _answer(build.as_bundle(checkpoint, work), frames, sources, collector, report)
+        finally:
+            language.watch(None)
+    found.datasets = [sources.text.name, *([sources.frames.name] if sources.frames else [])]
+    importance.write(found, out)
+    state.path.unlink(missing_ok=True)
+    return found
+
+
+def _read(
+    made: bundle.Bundle, text: str, sources: Sources, collector: Collector, state: _State, report: Report
+) -> None:
+    """The text in chunks, each from an empty cache and begun by <s>; every position is asked for an answer, or the
+    last layer would be computed for the last one only."""
+    model, found = made.manifest.model, collector.into
+    config = LanguageConfig(context=CHUNK)
+    with language.Language(made.path(bundle.LANGUAGE), config, model.embedding, repack=False) as llm:
+        bos = model.special["bos"]
+        tokens = [bos, *llm.tokens(text)]
+        n = len(tokens) // CHUNK
+        if n == 0:
+            raise ImportanceError(f"{sources.text}: {len(tokens)} tokens; expected {CHUNK} or more")
+        n = min(n, sources.max_chunks or n)
+        for i in range(found.n_chunks, n):
+            report("text", f"chunk {i + 1} of {n}", i, n)
+            llm.forget(language.ACT, 0)
+            llm.decode_all([bos, *tokens[i * CHUNK + 1 : (i + 1) * CHUNK]])
+            collector.check()
+            found.n_chunks = i + 1
+            if found.n_chunks % EVERY_CHUNKS == 0:
+                state.save(found)
+        report("text", "", n, n)
+    state.save(found)
+
+
+def _answer(
+    made: bundle.Bundle, frames: list[np.ndarray], sources: Sources, collector: Collector, report: Report
+) -> None:
+    config = Config(
+        bundle="", camera=CameraConfig(source=""), task=TaskConfig(space=sources.space, deadline_ms=10**9),
+        language=LanguageConfig(words=False, max_words_tokens=32),
+    )  # fmt: skip
+    engine = Engine(config, made, actions.load(sources.space), lambda event: None)
+    try:
+        for i, frame in enumerate(frames):
+            report("frames", f"frame {i + 1} of {len(frames)}", i, len(frames))
+            engine.instruct(sources.instructions[i % len(sources.instructions)])
+            engine.act(engine.preprocessor.image(frame), i, 2**62)
+            sentence = engine.begin("answer", "", QUESTIONS[i % len(QUESTIONS)])
+            while sentence is not None:
+                sentence = engine.step(sentence)
+            collector.check()
+        report("frames", "", len(frames), len(frames))
+    finally:
+        engine.close()
+
+
+def pictures(source: Path, at_most: int) -> Iterator[np.ndarray]:
+    """(H, W, 3) uint8 RGB from a folder of pictures in the order of their names, or evenly from a video."""
+    if source.is_dir():
+        paths = sorted(path for path in source.iterdir() if path.suffix.lower() in IMAGES)
+        if not paths:
+            raise ImportanceError(f"{source}: no pictures; expected {', '.join(IMAGES)}")
+        for path in paths[:: -(-len(paths) // at_most)]:
+            image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+            if image is None:
+                raise ImportanceError(f"{path}: not a picture OpenCV can read; remove it")
+            yield cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+        return
+    video = cv2.VideoCapture(str(source)) if source.is_file() else None
+    if video is None or not video.isOpened():
+        raise ImportanceError(f"{source}: expected a folder of pictures or a video")
+    step = max(1, -(-int(video.get(cv2.CAP_PROP_FRAME_COUNT)) // at_most))
+    for i in itertools.count():
+        there, image = video.read()
+        if not there:
+            break
+        if i % step == 0:
+            yield cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    video.release()
+
+
+# -- what a killed run leaves ------------------------------------------------------------------------------------------
+
+
+class _State:
+    """The sums so far, exactly, under a key of everything they depend on."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path, self.key = path, key
+
+    def save(self, found: Importance) -> None:
+        partial = self.path.with_suffix(".new")
+        arrays = {f"sum {name}": value for name, value in found.sums.items()}
+        counts = np.array([found.counts[name] for name in found.sums])
+        with partial.open("wb") as file:
+            np.savez(file, key=np.array(self.key), n_chunks=np.array(found.n_chunks), counts=counts, **arrays)
+        partial.replace(self.path)
+
+    def load(self) -> Importance:
+        """What an earlier run of the same work left, or nothing."""
+        with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(self.path) as file:
+            if str(file["key"]) == self.key:
+                sums = {name.removeprefix("sum "): file[name] for name in file.files if name.startswith("sum ")}
+                counts = dict(zip(sums, map(int, file["counts"]), strict=True))
+                return Importance(sums=sums, counts=counts, n_chunks=int(file["n_chunks"]), chunk_size=CHUNK)
+        return Importance(chunk_size=CHUNK)
+
+
+def _key(checkpoint: Checkpoint, sources: Sources, text: str) -> str:
+    """Of the checkpoint the headers only: names, places, sizes and times of its files."""
+    digest = hashlib.sha256()
+    files = sorted({source.file for source in checkpoint.sources.values()})
+    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    digest.update(repr((language.LLAMA_CPP_PYTHON, stamps, text, sources.max_chunks)).encode())
+    return digest.hexdigest()
