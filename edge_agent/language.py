@@ -84,10 +84,12 @@ class Language:
         embedding: Embedding,
         progress: Callable[[float], None] = lambda part: None,
         repack: bool = True,
+        mapped: bool = True,
     ) -> None:
         """Load. progress(0…1) is called while weights are read. Raises LanguageError.
 
         repack: on a CPU, llama.cpp keeps a second copy of the weights, in the order its kernels like best.
+        mapped: weights stay in the file, mapped; otherwise they are copied, and may be written to.
         """
 
         @ll.llama_progress_callback
@@ -100,6 +102,8 @@ class Language:
         params = ll.llama_model_default_params()
         params.n_gpu_layers = config.gpu_layers
         params.use_extra_bufts = repack
+        if not mapped:
+            params.load_mode = ll.LLAMA_LOAD_MODE_NONE
         params.progress_callback = on_progress
         self._table = _EmbeddingTable(path, embedding)
         self.model = ll.llama_model_load_from_file(os.fsencode(path), params)
@@ -204,14 +208,16 @@ class Language:
         batch.token = self._token.ctypes.data_as(ctypes.POINTER(ll.llama_token))
         return self._run(batch)
 
-    def decode_all(self, tokens: list[int]) -> np.ndarray:
-        """Token ids at positions 0… of ACT -> logits after each, (n, n_vocab) float32, a view as above."""
-        batch = self._batch(len(tokens), 0, ACT)
-        self._want[: len(tokens)] = 1
-        self._token[: len(tokens)] = tokens
+    def decode_all(self, tokens: list[int], first: int = 0) -> np.ndarray:
+        """Token ids at positions 0… of ACT -> logits after each from `first` on, (n - first, n_vocab) float32, a view
+        as above."""
+        n = len(tokens)
+        batch = self._batch(n, 0, ACT)
+        self._want[first:n] = 1
+        self._token[:n] = tokens
         batch.token = self._token.ctypes.data_as(ctypes.POINTER(ll.llama_token))
         self._run(batch)
-        return np.ctypeslib.as_array(ll.llama_get_logits(self.context), (len(tokens), self.n_vocab))
+        return np.ctypeslib.as_array(ll.llama_get_logits(self.context), (n - first, self.n_vocab))
 
     def _batch(self, n: int, start: int, sequence: int) -> ll.llama_batch:
         if not 0 < n <= len(self._pos) or start + n > self.n_ctx:

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import gguf
 import llama_cpp
 import msgspec
 import numpy as np
@@ -41,9 +42,8 @@ class BuildError(Exception):
     """One line: what failed, what was expected, what to do."""
 
 
-@contextlib.contextmanager
-def fresh_folder(out: Path, force: bool) -> Iterator[Path]:
-    """A hidden folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not."""
+def check_target(out: Path, force: bool) -> Path:
+    """The absolute path of a folder that may be made there. Raises BuildError."""
     out = Path(os.path.abspath(out))
     if out.is_symlink() or out.exists():
         if not force:
@@ -54,6 +54,13 @@ def fresh_folder(out: Path, force: bool) -> Iterator[Path]:
             raise BuildError(f"{out}: --force replaces only folders made by edge-quantize; found {strange[0]!r} in it")
     if not out.parent.is_dir():
         raise BuildError(f"{out.parent}: no such folder; make it first")
+    return out
+
+
+@contextlib.contextmanager
+def fresh_folder(out: Path, force: bool) -> Iterator[Path]:
+    """A hidden folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not."""
+    out = check_target(out, force)
     _clear_leftovers(out)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
     lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
@@ -118,9 +125,15 @@ def build(
     force: bool,
     report: Report,
     importance: Importance | None = None,
+    types: dict[str, gguf.GGMLQuantizationType] | None = None,
+    facts: dict | None = None,
 ) -> bundle.Manifest:
-    """The same with a quantised language model, tried and described: a bundle."""
-    types = recipes.plan(checkpoint, recipe, importance)
+    """The same with a quantised language model, tried and described: a bundle.
+
+    types: a plan of one's own, by GGUF name; then `recipe` is only what it is called. facts: more for report.json.
+    """
+    if types is None:
+        types = recipes.plan(checkpoint, recipe, importance)
     vision_bytes = 2 * 2 * _elements(checkpoint.vision_rows, checkpoint)
     _need_space(out, sum(recipes.bytes_by_type(checkpoint, types).values()) + vision_bytes)
     with fresh_folder(out, force) as work:
@@ -128,12 +141,12 @@ def build(
             checkpoint,
             work / bundle.LANGUAGE,
             types,
-            recipes.RECIPES[recipe],
+            recipes.file_type(recipe, recipes.bytes_by_type(checkpoint, types)),
             _stage(report, f"language {recipe}"),
             importance,
         )
         _write_vision(checkpoint, work, "bf16", report)
-        manifest = _describe(checkpoint, work, recipe, importance, report)
+        manifest = _describe(checkpoint, work, recipe, importance, facts or {}, report)
         bundle.write_manifest(work, manifest)
         return manifest
 
@@ -204,7 +217,7 @@ def as_bundle(checkpoint: Checkpoint, work: Path) -> bundle.Bundle:
 
 
 def _describe(
-    checkpoint: Checkpoint, work: Path, recipe: str, importance: Importance | None, report: Report
+    checkpoint: Checkpoint, work: Path, recipe: str, importance: Importance | None, facts: dict, report: Report
 ) -> bundle.Manifest:
     """Try the files as the runtime will use them, then hash everything."""
     manifest = as_bundle(checkpoint, work).manifest
@@ -212,7 +225,7 @@ def _describe(
     report("try", "language and vision", 0, 1)
     tried = _try(work, model, seen, img_break(checkpoint, model.special["img_break"]))
     report("try", "language and vision", 1, 1)
-    facts = {"recipe": recipe, "bytes_by_type": manifest.bytes_by_type, "tried": tried}
+    facts = {"recipe": recipe, "bytes_by_type": manifest.bytes_by_type, "tried": tried} | facts
     if importance is not None:
         facts["importance"] = {"chunks": importance.n_chunks, "datasets": importance.datasets}
     bundle.write_durably(work / bundle.REPORT, msgspec.json.format(msgspec.json.encode(facts), indent=2) + b"\n")

@@ -41,7 +41,6 @@ INSTRUCTIONS = (
 )
 QUESTIONS = ("What do you see?", "Ist der Weg frei?", "Combien de personnes sont visibles ?", "무엇이 보이나요?")
 EVERY_CHUNKS = 16  # so often the work so far is written down
-MATMUL = next(op for op in range(256) if ggml.op_name(op) == b"MUL_MAT")
 HEADS = ("output.weight", "token_embd.weight")  # the second where the head is the embedding table
 
 
@@ -65,7 +64,7 @@ class Collector:
 
     def __call__(self, node: int, ask: bool) -> bool:
         tensor = ggml.Tensor.from_address(node)
-        if tensor.op != MATMUL:
+        if tensor.op != ggml.MUL_MAT:
             return not ask
         name = ggml.Tensor.from_address(tensor.src[0]).name.decode()
         name = name.split("#")[1] if "#" in name else name  # CUDA0#blk.0.attn_k.weight#0

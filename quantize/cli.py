@@ -8,22 +8,31 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
-from quantize.checkpoint import CheckpointError, read
+from quantize.checkpoint import Checkpoint, CheckpointError, read
+
+if TYPE_CHECKING:  # they load native code
+    from quantize.fit import Plan
+    from quantize.importance import Importance
 
 EPILOG = """examples:
   edge-quantize inspect  Ministral-3-3B-Instruct-2512
   edge-quantize build    Ministral-3-3B-Instruct-2512  bundles/3b --recipe Q4_K_M
   edge-quantize imatrix  Ministral-3-3B-Instruct-2512  3b.imatrix.gguf --frames pictures/
   edge-quantize build    Ministral-3-3B-Instruct-2512  bundles/3b --imatrix 3b.imatrix.gguf
+  edge-quantize build    Ministral-3-3B-Instruct-2512  bundles/3b --imatrix 3b.imatrix.gguf --budget 2.0GB
   edge-quantize convert  Ministral-3-3B-Instruct-2512  full/3b --type bf16
 
 A checkpoint is the folder as downloaded: config.json with model*.safetensors, or params.json with
@@ -58,6 +67,8 @@ _ONE_LINE = {
     "BuildError",
     "RecipeError",
     "ImportanceError",
+    "FitError",
+    "MeasureError",
     "ConfigError",
     "LanguageError",
     "VisionError",
@@ -129,6 +140,19 @@ def _parser() -> argparse.ArgumentParser:
         help="Q4_K_M (default), Q4_K_S, Q4_0, IQ4_XS, Q5_K_M, Q6_K, Q8_0; BF16 loses nothing",
     )
     build.add_argument("--imatrix", type=Path, metavar="FILE", help="an importance matrix of this very model")
+    fit = build.add_argument_group(
+        "a recipe of the model's own",
+        "A type for every tensor, so that the answers move least in so many bytes. Needs --imatrix. What is measured "
+        "is kept in a file: another budget for the same model takes seconds.",
+    )
+    size = fit.add_mutually_exclusive_group()
+    size.add_argument("--budget", type=_size, metavar="SIZE", help="of the language model, such as 2.0GB or 900MB")
+    size.add_argument("--fit", metavar="BOARD", help="what the board's memory leaves for it, such as orin-nano-8gb")
+    fit.add_argument("--calibration", type=Path, metavar="TEXT", help="what answers are compared on (default: ours)")
+    fit.add_argument("--chunks", type=int, default=2, metavar="N", help="of 512 tokens of it (default 2)")
+    fit.add_argument(
+        "--sensitivity", type=Path, metavar="FILE", help="where it is kept (default: BUNDLE_DIR.sensitivity.json)"
+    )
     build.add_argument("--force", action="store_true", help="replace BUNDLE_DIR if this tool made it")
     build.add_argument("--json", action="store_true", help="the manifest as one JSON line at the end")
     build.set_defaults(run=_build)
@@ -235,8 +259,15 @@ def _build(arguments: argparse.Namespace) -> None:
     if arguments.imatrix is not None:
         weighed = importance.read(arguments.imatrix)
         importance.check(weighed, arguments.imatrix, checkpoint)
+    name, types, facts = arguments.recipe, None, {}
     with _Shown() as report:
-        manifest = build.build(checkpoint, arguments.out, arguments.recipe, arguments.force, report, weighed)
+        if arguments.budget is not None or arguments.fit is not None:
+            plan = _plan(arguments, checkpoint, weighed, report)
+            name, types = f"fit {plan.n_bytes / 1e6:.1f} MB", plan.types
+            facts = {"fit": {key: getattr(plan, key) for key in plan.__struct_fields__ if key != "types"}}
+        manifest = build.build(checkpoint, arguments.out, name, arguments.force, report, weighed, types, facts)
+    if types is not None and not arguments.json:
+        _show_plan(plan)
     n_bytes = sum(file.bytes for file in manifest.files.values())
     if arguments.json:
         import msgspec
@@ -247,6 +278,47 @@ def _build(arguments: argparse.Namespace) -> None:
         print(
             f"{arguments.out}: {model.family} {model.size} {manifest.recipe}, {n_bytes / 1e6:.1f} MB, tried and hashed"
         )
+
+
+def _plan(arguments: argparse.Namespace, checkpoint: Checkpoint, weighed: Importance | None, report: Callable) -> Plan:
+    from quantize import build, calibrate, fit, recipe
+
+    if weighed is None:
+        _fail("--budget and --fit need --imatrix FILE; make one with edge-quantize imatrix", 2)
+    budget = arguments.budget
+    if arguments.fit is not None:
+        boards = {board.lower().replace(" ", "-"): board for board in recipe.BOARDS}
+        if arguments.fit not in boards:
+            _fail(f"--fit: expected one of {', '.join(boards)}, found {arguments.fit!r}", 2)
+        budget = recipe.budget_bytes(checkpoint, boards[arguments.fit])
+        if budget <= 0:
+            _fail(f"--fit {arguments.fit}: vision, cache and buffers alone need more than this board has")
+    build.check_target(arguments.out, arguments.force)
+    path = arguments.sensitivity or arguments.out.with_name(arguments.out.name + ".sensitivity.json")
+    text = (arguments.calibration or calibrate.TEXT).read_text(encoding="utf-8")
+    return fit.fitted(checkpoint, weighed, budget, text, arguments.chunks, path, report)
+
+
+def _show_plan(plan: Plan) -> None:
+    table = Table(box=None)
+    for title in ("tensor", "type", "MB", "divergence", "next", "saved by an MB of it"):
+        table.add_column(title, no_wrap=True)
+    for row in plan.choices:
+        more = (row.next_type, f"{row.next_kl_per_mb:.2g}") if row.next_type else ("", "")
+        table.add_row(row.tensor, row.type, f"{row.n_bytes / 1e6:.3f}", f"{row.kl:.2g}", *more)
+    Console(highlight=False).print(table)
+    line = f"{plan.n_bytes / 1e6:.3f} MB: mean KL divergence {plan.measured_kl:.4g} (reckoned {plan.reckoned_kl:.4g})"
+    if plan.standard:
+        line += f"; {plan.standard}, the best standard recipe of no more bytes: {plan.standard_kl:.4g}"
+    print(line)
+
+
+def _size(text: str) -> int:
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(B|[KMG]i?B)", text.strip(), re.IGNORECASE)
+    if not found:
+        raise argparse.ArgumentTypeError(f"expected a size such as 2.0GB or 900MB, found {text!r}")
+    unit = found[2].lower()
+    return round(float(found[1]) * (1024 if "i" in unit else 1000) ** " kmg".index(unit[0] if len(unit) > 1 else " "))
 
 
 class _Shown:

@@ -130,6 +130,35 @@ def tensor_table(path: Path) -> list[TensorInfo]:
         _gguf_free(context)
 
 
+def dequantise_rows(raw: np.ndarray, kind: gguf.GGMLQuantizationType, width: int) -> np.ndarray:
+    """The way back: (n, bytes of a row) uint8 -> (n, width) float32, on all cores."""
+    n = len(raw)
+    out, raw = np.empty((n, width), np.float32), np.ascontiguousarray(raw)
+    step = -(-n // _threads._max_workers)
+
+    def part(start: int) -> None:
+        count = min(step, n - start)
+        _dequantise(kind)(raw[start:].ctypes.data, out[start:].ctypes.data, count * width)
+
+    list(_threads.map(part, range(0, n, step)))
+    return out
+
+
+def _dequantise(kind: gguf.GGMLQuantizationType):
+    name = kind.name.lower().replace("_k", "_K")  # dequantize_row_q4_K, dequantize_row_iq4_xs
+    return _function(f"dequantize_row_{name}", None, ctypes.c_void_p, ctypes.c_void_p, _index)
+
+
+def overwrite(address: int, data: np.ndarray) -> None:
+    """Put bytes into the ggml_tensor at an address; it must be writable, and as large."""
+    if _n_bytes(address) != data.nbytes:
+        raise ValueError(f"expected {_n_bytes(address)} bytes, found {data.nbytes}")
+    _set(address, np.ascontiguousarray(data).ctypes.data, 0, data.nbytes)
+
+
+_set = _function("ggml_backend_tensor_set", None, ctypes.c_void_p, ctypes.c_void_p, _size, _size)
+
+
 def floats(tensor: Tensor) -> np.ndarray:
     """A float32 tensor's numbers, wherever they lie: (rows, ne[0]) float32, a copy."""
     out = np.empty(_n_bytes(ctypes.byref(tensor)), np.uint8)
@@ -140,7 +169,10 @@ def floats(tensor: Tensor) -> np.ndarray:
 
 _n_bytes = _function("ggml_nbytes", _size, ctypes.c_void_p)
 _get = _function("ggml_backend_tensor_get", None, ctypes.c_void_p, ctypes.c_void_p, _size, _size)
-op_name = _function("ggml_op_name", ctypes.c_char_p, ctypes.c_int)
+_op_name = _function("ggml_op_name", ctypes.c_char_p, ctypes.c_int)
+MUL_MAT, GET_ROWS = (
+    next(i for i in range(256) if _op_name(i) == name) for name in (b"MUL_MAT", b"GET_ROWS")
+)  # values of ggml_tensor.op
 _gguf_init = _function("gguf_init_from_file", _handle, ctypes.c_char_p, _Init)
 _gguf_free = _function("gguf_free", None, _handle)
 _gguf_count = _function("gguf_get_n_tensors", _index, _handle)

@@ -109,9 +109,33 @@ def bytes_by_type(checkpoint: Checkpoint, types: dict[str, gguf.GGMLQuantization
     return dict(counted)
 
 
+def file_type(recipe: str, by_type: dict[str, int]) -> int:
+    """What a file calls itself: a standard recipe's number, or that of the type that holds most of its bytes."""
+    if recipe in RECIPES:
+        return RECIPES[recipe]
+    most = max((kind for kind in by_type if kind in _MOSTLY), key=by_type.get, default="Q4_K")
+    return _MOSTLY[most]
+
+
+_MOSTLY = {
+    "Q2_K": ll.LLAMA_FTYPE_MOSTLY_Q2_K,
+    "Q3_K": ll.LLAMA_FTYPE_MOSTLY_Q3_K_M,
+    "IQ4_XS": ll.LLAMA_FTYPE_MOSTLY_IQ4_XS,
+    "Q4_K": ll.LLAMA_FTYPE_MOSTLY_Q4_K_M,
+    "Q5_K": ll.LLAMA_FTYPE_MOSTLY_Q5_K_M,
+    "Q6_K": ll.LLAMA_FTYPE_MOSTLY_Q6_K,
+    "Q8_0": ll.LLAMA_FTYPE_MOSTLY_Q8_0,
+}
+
+
 def weigh(checkpoint: Checkpoint, recipe: str) -> dict[str, int]:
     """Bytes by type of the language model under a recipe, without converting anything."""
     return bytes_by_type(checkpoint, plan(checkpoint, recipe))
+
+
+def budget_bytes(checkpoint: Checkpoint, board: str) -> int:
+    """What the language model may weigh on a board; may be negative."""
+    return round(BOARDS[board] * 2**30) - memory_bytes(checkpoint, 0)
 
 
 def memory_bytes(checkpoint: Checkpoint, language_bytes: int) -> int:
