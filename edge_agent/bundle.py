@@ -18,9 +18,12 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from edge_agent import precheck, trust
+
 FORMAT = 1
 MANIFEST = "bundle.json"
 MAX_MANIFEST_BYTES = 1 << 20
+LANGUAGE_ARCHITECTURES = ("mistral3", "llama")
 LANGUAGE, VISION, MMPROJ, REPORT = "language.gguf", "vision.onnx", "mmproj.gguf", "report.json"
 _BLOCK = 4 << 20
 
@@ -125,7 +128,7 @@ def read_manifest(folder: str | Path) -> Bundle:
             raise BundleError(f"{path}: files: {name} missing; build the bundle again")
         if Path(name).name != name or "\0" in name or name in (MANIFEST, ".", ".."):
             raise BundleError(f"{path}: files: expected plain names inside the bundle, found {name!r}")
-    extra = sorted(set(os.listdir(folder)) - manifest.files.keys() - {MANIFEST, "bundle.sig"})
+    extra = sorted(set(os.listdir(folder)) - manifest.files.keys() - {MANIFEST, trust.SIGNATURE})
     if extra:
         raise BundleError(f"{folder}: {extra[0]}: not listed in {MANIFEST}; remove it or copy the bundle again")
     return Bundle(folder=folder, manifest=manifest, id=hashlib.sha256(raw).hexdigest()[:16])
@@ -135,10 +138,17 @@ class _Version(msgspec.Struct):
     format: int
 
 
-def verify(folder: str | Path, report: Callable[[int, int], None] = lambda done, total: None) -> Bundle:
-    """Read the manifest of a bundle that can see, then hash every file. report(bytes done, bytes in all). Raises
-    BundleError."""
+def verify(
+    folder: str | Path, trusted: tuple[str, ...] = (), report: Callable[[int, int], None] = lambda done, total: None
+) -> Bundle:
+    """Read the manifest of a bundle that can see, hash every file, look over what native parsers will read.
+
+    trusted: paths of public keys; with any, the bundle has to be signed by one. report(bytes done, bytes in all).
+    Raises BundleError.
+    """
     bundle = read_manifest(folder)
+    if trusted:
+        _check_signature(bundle, trusted)
     if bundle.manifest.vision is None:
         raise BundleError(f"{folder}: a text-only model, nothing in it can see; use a bundle of a model with vision")
     done = 0
@@ -162,7 +172,33 @@ def verify(folder: str | Path, report: Callable[[int, int], None] = lambda done,
                 f"{path}: sha256: expected {expected.sha256[:16]}…, found {digest.hexdigest()[:16]}…: the file was "
                 "changed or damaged; copy the bundle again"
             )
+    for name, look in (
+        (LANGUAGE, lambda path: precheck.gguf(path, LANGUAGE_ARCHITECTURES)),
+        (MMPROJ, lambda path: precheck.gguf(path, ("clip",))),
+        (VISION, precheck.onnx),
+    ):
+        try:
+            look(bundle.path(name))
+        except precheck.Suspect as error:
+            raise BundleError(f"{bundle.path(name)}: {error}; build the bundle again") from None
     return bundle
+
+
+def _check_signature(bundle: Bundle, trusted: tuple[str, ...]) -> None:
+    path = bundle.path(trust.SIGNATURE)
+    try:
+        with os.fdopen(_open(path), "rb") as file:
+            signature = file.read(65)
+    except FileNotFoundError:
+        raise BundleError(f"{path}: missing, but `trust` asks for a signature; build with --sign KEY") from None
+    with os.fdopen(_open(bundle.path(MANIFEST)), "rb") as file:
+        manifest = file.read(MAX_MANIFEST_BYTES)
+    if hashlib.sha256(manifest).hexdigest()[:16] != bundle.id:
+        raise BundleError(f"{bundle.path(MANIFEST)}: changed while it was read; try again")
+    try:
+        trust.signer(manifest, signature, trusted)
+    except trust.TrustError as error:
+        raise BundleError(f"{path}: {error}") from None
 
 
 def _open(path: Path) -> int:

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import msgspec
 
@@ -72,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--bundle", metavar="DIR", help="instead of, or over, the file's bundle")
         command.add_argument("--camera", metavar="SOURCE", help="instead of, or over, the file's camera.source")
 
+    command = add("keygen", _keygen, "a key pair to sign bundles with: FILE stays where they are built")
+    command.add_argument("file", metavar="FILE", help="the private key; FILE.pub goes to the devices")
+
     for name, run, text in (
         ("listen", _listen, "show actions, words and status as a controller hears them"),
         ("status", _status, "what the daemon is doing"),
@@ -130,7 +134,7 @@ def _check(arguments: argparse.Namespace) -> int:
         status = _bad("actions", str(error))
     needed_mib = None
     try:
-        verified = bundle.verify(config.bundle)
+        verified = bundle.verify(config.bundle, config.trust)
         manifest = verified.manifest
         mtmd = config.vision.backend == "mtmd"
         # onnxruntime computes in float32 and keeps the 16-bit weights beside: three times its file.
@@ -140,7 +144,7 @@ def _check(arguments: argparse.Namespace) -> int:
         needed_mib = needed / 2**20 + 350
         print(
             f"ok    bundle   {verified.id}: {manifest.model.family} {manifest.model.size} {manifest.recipe}, "
-            f"{verified.file_bytes / 1e6:.1f} MB, every hash right"
+            f"{verified.file_bytes / 1e6:.1f} MB, every hash right{', signed' if config.trust else ''}"
         )
     except BundleError as error:
         status = _bad("bundle", str(error))
@@ -154,6 +158,19 @@ def _check(arguments: argparse.Namespace) -> int:
         else:
             status = _bad("memory", f"{line}; use a smaller bundle, or lower language.context")
     return status
+
+
+def _keygen(arguments: argparse.Namespace) -> int:
+    from edge_agent import trust
+
+    try:
+        public = trust.keygen(Path(arguments.file))
+    except trust.TrustError as error:
+        _fail(str(error), 1)
+    print(
+        f"{arguments.file}: private, for edge-quantize build --sign\n{public}: public, for `trust` in the configuration"
+    )
+    return 0
 
 
 def _bad(what: str, line: str) -> int:

@@ -69,6 +69,7 @@ class WatchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     bundle: str
+    trust: tuple[str, ...] = ()  # public keys (edge-agent keygen); with any, the bundle has to be signed by one of them
     camera: CameraConfig
     vision: VisionConfig = VisionConfig()
     language: LanguageConfig = LanguageConfig()

@@ -551,7 +551,7 @@ def run(config: Config) -> int:
     link = Link(runtime_dir(config.runtime_dir))
     try:
         notify("STATUS=verifying the bundle")
-        verified = bundle.verify(config.bundle)
+        verified = bundle.verify(config.bundle, config.trust)
         model = verified.manifest.model
         log(f"bundle {verified.id}: {model.family} {model.size} {verified.manifest.recipe}")
         return Supervisor(config, verified, space, link).run()

@@ -26,7 +26,7 @@ import msgspec
 import numpy as np
 
 import edge_agent
-from edge_agent import bundle
+from edge_agent import bundle, trust
 from quantize import ggml, names, tokenizer, trial
 from quantize import recipe as recipes
 from quantize.checkpoint import Checkpoint
@@ -35,7 +35,7 @@ from quantize.language import TYPES, img_break, uniform, write_language, write_m
 from quantize.vision import write_vision
 
 Report = Callable[[str, str, int, int], None]  # (stage, what, done, in all)
-OURS = {bundle.LANGUAGE, bundle.VISION, bundle.MMPROJ, bundle.REPORT, bundle.MANIFEST, "bundle.sig"}
+OURS = {bundle.LANGUAGE, bundle.VISION, bundle.MMPROJ, bundle.REPORT, bundle.MANIFEST, trust.SIGNATURE}
 
 
 class BuildError(Exception):
@@ -124,14 +124,19 @@ def build(
     recipe: str,
     force: bool,
     report: Report,
+    *,
     importance: Importance | None = None,
     types: dict[str, gguf.GGMLQuantizationType] | None = None,
     facts: dict | None = None,
+    key: Path | None = None,
 ) -> bundle.Manifest:
     """The same with a quantised language model, tried and described: a bundle.
 
     types: a plan of one's own, by GGUF name; then `recipe` is only what it is called. facts: more for report.json.
+    key: a private key to sign with. Raises BuildError, RecipeError, CheckpointError, TrustError.
     """
+    if key is not None:
+        trust.sign(b"", key)  # a key that is none shows now
     if types is None:
         types = recipes.plan(checkpoint, recipe, importance)
     vision_bytes = 2 * 2 * _elements(checkpoint.vision_rows, checkpoint)
@@ -148,6 +153,9 @@ def build(
         _write_vision(checkpoint, work, "bf16", report)
         manifest = _describe(checkpoint, work, recipe, importance, facts or {}, report)
         bundle.write_manifest(work, manifest)
+        if key is not None:
+            signature = trust.sign((work / bundle.MANIFEST).read_bytes(), key)
+            bundle.write_durably(work / trust.SIGNATURE, signature)
         return manifest
 
 

@@ -73,6 +73,7 @@ _ONE_LINE = {
     "LanguageError",
     "VisionError",
     "BundleError",
+    "TrustError",
 }
 
 
@@ -154,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
         "--sensitivity", type=Path, metavar="FILE", help="where it is kept (default: BUNDLE_DIR.sensitivity.json)"
     )
     build.add_argument("--force", action="store_true", help="replace BUNDLE_DIR if this tool made it")
+    build.add_argument("--sign", type=Path, metavar="KEY", help="a private key, made by edge-agent keygen")
     build.add_argument("--json", action="store_true", help="the manifest as one JSON line at the end")
     build.set_defaults(run=_build)
     return parser
@@ -265,7 +267,10 @@ def _build(arguments: argparse.Namespace) -> None:
             plan = _plan(arguments, checkpoint, weighed, report)
             name, types = f"fit {plan.n_bytes / 1e6:.1f} MB", plan.types
             facts = {"fit": {key: getattr(plan, key) for key in plan.__struct_fields__ if key != "types"}}
-        manifest = build.build(checkpoint, arguments.out, name, arguments.force, report, weighed, types, facts)
+        manifest = build.build(
+            checkpoint, arguments.out, name, arguments.force, report, importance=weighed, types=types, facts=facts,
+            key=arguments.sign,
+        )  # fmt: skip
     if types is not None and not arguments.json:
         _show_plan(plan)
     n_bytes = sum(file.bytes for file in manifest.files.values())

@@ -14,13 +14,15 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from test_precheck import CLIP, GOOD
+from test_precheck import model as onnx_model
 
 from edge_agent import bundle
 from edge_agent.bundle import BundleError
 
 ROOT = Path(__file__).parent.parent
 NAMES = (bundle.LANGUAGE, bundle.VISION, bundle.MMPROJ, bundle.REPORT)
-CONTENT = {name: f"content of {name} ".encode() * 50 for name in NAMES}
+CONTENT = dict(zip(NAMES, (GOOD, onnx_model().SerializeToString(), CLIP, b"content " * 50), strict=True))
 
 
 def sha256(data: bytes) -> str:
@@ -57,7 +59,7 @@ def manifest_fields() -> dict:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A small bundle: the files are no models, which nothing here may notice."""
+    """A small bundle: the files have headers and no weights, which nothing here may notice."""
     made = tmp_path / "bundle"
     made.mkdir()
     for name, data in CONTENT.items():
@@ -86,7 +88,7 @@ def refused(folder: Path, read=bundle.verify) -> str:
 
 def test_a_good_bundle_is_read_as_it_was_written(folder):
     seen = []
-    verified = bundle.verify(folder, lambda done, total: seen.append((done, total)))
+    verified = bundle.verify(folder, (), lambda done, total: seen.append((done, total)))
     total = sum(len(data) for data in CONTENT.values())
     assert verified.id == sha256((folder / bundle.MANIFEST).read_bytes())[:16]
     assert verified.file_bytes == total and seen[-1] == (total, total)

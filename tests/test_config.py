@@ -26,6 +26,7 @@ def error_of(text: str) -> str:
 def test_what_is_written_is_what_is_loaded():
     loaded = load_text(
         "bundle: /bundles/3b\n"
+        "trust: [/etc/ours.pub, theirs.pub]\n"
         "camera: {source: /dev/video2, name: nose, width: 1280, height: 720, fps: 29.97, realtime: false, loop: no}\n"
         "vision: {backend: mtmd, max_tokens: 64, threads: 3}\n"
         "language: {context: 4096, threads: 2, gpu_layers: 0, describe: 'What?', max_words_tokens: 5, words: false}\n"
@@ -36,6 +37,7 @@ def test_what_is_written_is_what_is_loaded():
     )
     assert msgspec.to_builtins(loaded) == {
         "bundle": "/bundles/3b",
+        "trust": ("/etc/ours.pub", "theirs.pub"),
         "camera": {
             "source": "/dev/video2",
             "name": "nose",
@@ -63,6 +65,7 @@ def test_what_is_written_is_what_is_loaded():
 def test_defaults():
     assert msgspec.to_builtins(load_text(GOOD, "agent.yaml")) == {
         "bundle": "/b",
+        "trust": (),
         "camera": {
             "source": "clip.mp4",
             "name": "front",

@@ -14,6 +14,8 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     "messages",
     "config",
+    "precheck",
+    "trust",
     "bundle",
     "actions",
     "frames",

@@ -50,7 +50,7 @@ class Fixture:
     def kl(self, name: str, **arguments: object) -> float:
         """Of a bundle's file, through the runtime's own loading."""
         out = self.folder / name
-        build.build(self.checkpoint, out, name, False, silent, self.weighed, **arguments)
+        build.build(self.checkpoint, out, name, False, silent, importance=self.weighed, **arguments)
         llm, bos = opened(out)
         with llm:
             return measure.compare(llm, bos, self.reference, quiet).kl_mean

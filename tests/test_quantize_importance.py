@@ -232,7 +232,7 @@ def test_the_bytes_are_those_of_libllama(name: str, collected, toy_bf16: Path, c
     full = convert(toy_bf16) / bundle.LANGUAGE
     assert ll.llama_model_quantize(bytes(full), bytes(theirs), ctypes.byref(params)) == 0
 
-    manifest = builder.build(checkpoint.read(toy_bf16), tmp_path / "ours", name, False, silent, weighed)
+    manifest = builder.build(checkpoint.read(toy_bf16), tmp_path / "ours", name, False, silent, importance=weighed)
     assert manifest.recipe == name
     ours = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "ours" / bundle.LANGUAGE).tensors}
     expected = {tensor.name: tensor for tensor in gguf.GGUFReader(theirs).tensors}
@@ -252,7 +252,7 @@ def test_columns_that_count_more_are_kept_better(toy_bf16: Path, convert, tmp_pa
             width = opened.shape(row)[1]
             counts = np.where(np.arange(width) % 32 < 4, 1000.0, 1.0)
             weighed.sums[row.gguf], weighed.counts[row.gguf] = counts, 1
-    builder.build(opened, tmp_path / "out", "Q4_K_M", False, silent, weighed)
+    builder.build(opened, tmp_path / "out", "Q4_K_M", False, silent, importance=weighed)
     before, after = (tensors_of(folder / bundle.LANGUAGE) for folder in (convert(toy_bf16), tmp_path / "out"))
     error = np.square(before["blk.0.ffn_up.weight"] - after["blk.0.ffn_up.weight"]).mean(0)
     heavy = np.arange(256) % 32 < 4
