@@ -68,6 +68,7 @@ class Vision(msgspec.Struct, frozen=True, kw_only=True):
     image_size: Positive  # longest edge, pixels
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    fixed: tuple[Positive, Positive] | None = None  # height and width, pixels: the only size that vision.onnx takes
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):

@@ -40,6 +40,8 @@ def grid(height: int, width: int, max_tokens: int, vision: bundle.Vision) -> tup
     that is nearest to the frame's shape.
     """
     unit = vision.patch * vision.merge
+    if vision.fixed is not None:
+        return vision.fixed[0] // unit, vision.fixed[1] // unit
     longest = vision.image_size // unit
     scale = min(1.0, vision.image_size / max(height, width))
     lines, columns = height * scale / unit, width * scale / unit

@@ -19,6 +19,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import gguf
 import llama_cpp
@@ -32,7 +33,7 @@ from quantize import recipe as recipes
 from quantize.checkpoint import Checkpoint
 from quantize.importance import Importance
 from quantize.language import TYPES, img_break, uniform, write_language, write_mmproj
-from quantize.vision import write_vision
+from quantize.vision import INT8, write_vision
 
 Report = Callable[[str, str, int, int], None]  # (stage, what, done, in all)
 OURS = {bundle.LANGUAGE, bundle.VISION, bundle.MMPROJ, bundle.REPORT, bundle.MANIFEST, trust.SIGNATURE}
@@ -115,7 +116,15 @@ def convert(checkpoint: Checkpoint, out: Path, kind: str, force: bool, report: R
     types = uniform(checkpoint, checkpoint.text_rows, kind)
     with fresh_folder(out, force) as work:
         write_language(checkpoint, work / bundle.LANGUAGE, types, TYPES[kind][1], _stage(report, "language"))
-        _write_vision(checkpoint, work, kind, report)
+        _write_vision(checkpoint, work, Eyes(kind, kind), report)
+
+
+class Eyes(NamedTuple):
+    """How the vision encoder is stored, twice: for onnxruntime and for llama.cpp."""
+
+    vision: str = "bf16"  # bf16, f16, f32 or int8
+    mmproj: str = "bf16"  # bf16, f16, f32 or q8_0
+    fixed: tuple[int, int] | None = None  # height and width in pixels: the only size vision.onnx takes
 
 
 def build(
@@ -129,17 +138,21 @@ def build(
     types: dict[str, gguf.GGMLQuantizationType] | None = None,
     facts: dict | None = None,
     key: Path | None = None,
+    eyes: Eyes | None = None,
 ) -> bundle.Manifest:
     """The same with a quantised language model, tried and described: a bundle.
 
     types: a plan of one's own, by GGUF name; then `recipe` is only what it is called. facts: more for report.json.
     key: a private key to sign with. Raises BuildError, RecipeError, CheckpointError, TrustError.
     """
+    eyes = eyes or Eyes()
     if key is not None:
         trust.sign(b"", key)  # a key that is none shows now
+    if eyes.fixed is not None:
+        _check_fixed(checkpoint, eyes.fixed)
     if types is None:
         types = recipes.plan(checkpoint, recipe, importance)
-    vision_bytes = 2 * 2 * _elements(checkpoint.vision_rows, checkpoint)
+    vision_bytes = 2 * 4 * _elements(checkpoint.vision_rows, checkpoint)  # at most
     _need_space(out, sum(recipes.bytes_by_type(checkpoint, types).values()) + vision_bytes)
     with fresh_folder(out, force) as work:
         write_language(
@@ -150,8 +163,8 @@ def build(
             _stage(report, f"language {recipe}"),
             importance,
         )
-        _write_vision(checkpoint, work, "bf16", report)
-        manifest = _describe(checkpoint, work, recipe, importance, facts or {}, report)
+        _write_vision(checkpoint, work, eyes, report)
+        manifest = _describe(checkpoint, work, recipe, importance, eyes, facts or {}, report)
         bundle.write_manifest(work, manifest)
         if key is not None:
             signature = trust.sign((work / bundle.MANIFEST).read_bytes(), key)
@@ -159,11 +172,22 @@ def build(
         return manifest
 
 
-def _write_vision(checkpoint: Checkpoint, work: Path, kind: str, report: Report) -> None:
+def _write_vision(checkpoint: Checkpoint, work: Path, eyes: Eyes, report: Report) -> None:
     if checkpoint.vision is None:
         return
-    write_mmproj(checkpoint, work / bundle.MMPROJ, kind, _stage(report, "mmproj"))
-    write_vision(checkpoint, work / bundle.VISION, kind, _stage(report, "vision"))
+    write_mmproj(checkpoint, work / bundle.MMPROJ, eyes.mmproj, _stage(report, "mmproj"))
+    write_vision(checkpoint, work / bundle.VISION, eyes.vision, _stage(report, "vision"), eyes.fixed)
+
+
+def _check_fixed(checkpoint: Checkpoint, fixed: tuple[int, int]) -> None:
+    v = checkpoint.vision
+    if v is None:
+        raise BuildError(f"--fixed: {checkpoint.folder} is a text-only model; leave it out")
+    unit = v.patch * v.merge
+    if any(side % unit or not unit <= side <= v.image_size for side in fixed):
+        raise BuildError(
+            f"--fixed: expected sides that are multiples of {unit}, up to {v.image_size}, found {fixed[0]}x{fixed[1]}"
+        )
 
 
 def _stage(report: Report, stage: str) -> Callable[[str, int, int], None]:
@@ -225,27 +249,42 @@ def as_bundle(checkpoint: Checkpoint, work: Path) -> bundle.Bundle:
 
 
 def _describe(
-    checkpoint: Checkpoint, work: Path, recipe: str, importance: Importance | None, facts: dict, report: Report
+    checkpoint: Checkpoint,
+    work: Path,
+    recipe: str,
+    importance: Importance | None,
+    eyes: Eyes,
+    facts: dict,
+    report: Report,
 ) -> bundle.Manifest:
     """Try the files as the runtime will use them, then hash everything."""
     manifest = as_bundle(checkpoint, work).manifest
     model, seen = manifest.model, manifest.vision
+    if seen is not None:
+        seen = msgspec.structs.replace(seen, fixed=eyes.fixed)
+        if eyes.vision in ("f16", INT8):  # not lossless: both are held against one that is
+            write_vision(checkpoint, work / trial.REFERENCE, "bf16", _stage(report, "reference"), eyes.fixed)
     report("try", "language and vision", 0, 1)
-    tried = _try(work, model, seen, img_break(checkpoint, model.special["img_break"]))
+    tried = _try(work, model, seen, eyes, img_break(checkpoint, model.special["img_break"]))
+    (work / trial.REFERENCE).unlink(missing_ok=True)
     report("try", "language and vision", 1, 1)
     facts = {"recipe": recipe, "bytes_by_type": manifest.bytes_by_type, "tried": tried} | facts
+    if seen is not None:
+        facts["vision"] = {"vision.onnx": eyes.vision, "mmproj.gguf": eyes.mmproj}
     if importance is not None:
         facts["importance"] = {"chunks": importance.n_chunks, "datasets": importance.datasets}
     bundle.write_durably(work / bundle.REPORT, msgspec.json.format(msgspec.json.encode(facts), indent=2) + b"\n")
     names = [bundle.LANGUAGE, *([bundle.VISION, bundle.MMPROJ] if seen else []), bundle.REPORT]
     files = {name: bundle.hash_file(work / name) for name in names}
     sources = _hash_sources(checkpoint, report)
-    return msgspec.structs.replace(manifest, files=files, recipe=recipe, source_sha256=sources)
+    return msgspec.structs.replace(manifest, vision=seen, files=files, recipe=recipe, source_sha256=sources)
 
 
-def _try(work: Path, model: bundle.Model, seen: bundle.Vision | None, break_row: np.ndarray) -> dict[str, float]:
+def _try(
+    work: Path, model: bundle.Model, seen: bundle.Vision | None, eyes: Eyes, break_row: np.ndarray
+) -> dict[str, float]:
     """Load and use the files in a process of its own: native code may abort on what a checkpoint holds."""
-    question = trial.Question(str(work), model, seen, break_row.tolist())
+    question = trial.Question(str(work), model, seen, eyes.vision, eyes.mmproj, break_row.tolist())
     done = subprocess.run(
         [sys.executable, "-m", "quantize.trial"],
         input=msgspec.json.encode(question),

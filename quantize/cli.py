@@ -155,6 +155,15 @@ def _parser() -> argparse.ArgumentParser:
         "--sensitivity", type=Path, metavar="FILE", help="where it is kept (default: BUNDLE_DIR.sensitivity.json)"
     )
     build.add_argument("--force", action="store_true", help="replace BUNDLE_DIR if this tool made it")
+    build.add_argument(
+        "--vision", choices=("bf16", "f16", "f32", "int8"), default="bf16", help="how vision.onnx is stored (bf16)"
+    )
+    build.add_argument(
+        "--mmproj", choices=("bf16", "f16", "f32", "q8_0"), default="bf16", help="how mmproj.gguf is stored (bf16)"
+    )
+    build.add_argument(
+        "--fixed", type=_sides, metavar="HxW", help="the only frame size vision.onnx takes, for TensorRT: 448x448"
+    )
     build.add_argument("--sign", type=Path, metavar="KEY", help="a private key, made by edge-agent keygen")
     build.add_argument("--json", action="store_true", help="the manifest as one JSON line at the end")
     build.set_defaults(run=_build)
@@ -269,7 +278,7 @@ def _build(arguments: argparse.Namespace) -> None:
             facts = {"fit": {key: getattr(plan, key) for key in plan.__struct_fields__ if key != "types"}}
         manifest = build.build(
             checkpoint, arguments.out, name, arguments.force, report, importance=weighed, types=types, facts=facts,
-            key=arguments.sign,
+            key=arguments.sign, eyes=build.Eyes(arguments.vision, arguments.mmproj, arguments.fixed),
         )  # fmt: skip
     if types is not None and not arguments.json:
         _show_plan(plan)
@@ -316,6 +325,13 @@ def _show_plan(plan: Plan) -> None:
     if plan.standard:
         line += f"; {plan.standard}, the best standard recipe of no more bytes: {plan.standard_kl:.4g}"
     print(line)
+
+
+def _sides(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"expected height x width in pixels such as 448x448, found {text!r}")
+    return int(found[1]), int(found[2])
 
 
 def _size(text: str) -> int:

@@ -26,6 +26,7 @@ TYPES = {  # --type -> (GGUF tensor type, llama.cpp's file type)
     "bf16": (Type.BF16, gguf.LlamaFileType.MOSTLY_BF16),
     "f16": (Type.F16, gguf.LlamaFileType.MOSTLY_F16),
     "f32": (Type.F32, gguf.LlamaFileType.ALL_F32),
+    "q8_0": (Type.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),  # of mmproj.gguf only
 }
 FLOATS = {Type.BF16: BFLOAT16, Type.F16: np.dtype(np.float16), Type.F32: np.dtype(np.float32)}
 # llama.cpp's convolution takes no bfloat16, and its own files keep these two at float32 unless they are float16.
@@ -134,11 +135,15 @@ def img_break(checkpoint: Checkpoint, break_id: int) -> np.ndarray:
 
 
 def uniform(checkpoint: Checkpoint, rows: list[names.Row], kind: str) -> dict[str, Type]:
-    """Every matrix in one type: bf16, f16 or f32. GGUF name -> type."""
+    """Every matrix in one type: bf16, f16, f32 or q8_0. GGUF name -> type."""
 
     def of(row: names.Row) -> Type:
-        exact = len(checkpoint.shape(row)) == 1 or (row.gguf in CONVOLUTIONS and kind != "f16")
-        return Type.F32 if exact else TYPES[kind][0]
+        shape = checkpoint.shape(row)
+        if len(shape) == 1:
+            return Type.F32
+        if kind == "q8_0" and (row.gguf in CONVOLUTIONS or shape[-1] % 32):
+            return Type.F16
+        return Type.F32 if row.gguf in CONVOLUTIONS and kind == "bf16" else TYPES[kind][0]
 
     return {row.gguf: of(row) for row in rows}
 

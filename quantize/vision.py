@@ -6,7 +6,8 @@ Rows go line by line over the merged patches; between two lines stands the [IMG_
 [IMG_END] is a text token and is not here.
 
 The graph is plain ONNX (opset 17, for onnxruntime >= 1.20). Weights are stored in the asked type and cast to float32 in
-the graph, once, when a session folds its constants. The graph is built by the `onnx` package; the weights are streamed
+the graph, once, when a session folds its constants. int8: matrices only, symmetric, a scale for each output channel.
+The graph is built by the `onnx` package; the weights are streamed
 behind it, because a protobuf message of this size would have to be held in memory twice: in protobuf's wire format a
 message is the concatenation of its fields, so the weights can simply be appended to the graph field.
 https://protobuf.dev/programming-guides/encoding/
@@ -15,8 +16,9 @@ https://protobuf.dev/programming-guides/encoding/
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -28,14 +30,26 @@ from quantize.language import FLOATS, TYPES, Report, img_break, tensor_blocks
 
 OPSET, IR_VERSION = 17, 8
 MAX_FILE_BYTES = 2**31 - 1  # protobuf's limit; external data files are refused on the device
-ONNX_TYPES = {"bf16": TensorProto.BFLOAT16, "f16": TensorProto.FLOAT16, "f32": TensorProto.FLOAT}
+INT8 = "int8"
+STORED = {  # how matrices are stored
+    "bf16": (TensorProto.BFLOAT16, FLOATS[TYPES["bf16"][0]]),
+    "f16": (TensorProto.FLOAT16, FLOATS[TYPES["f16"][0]]),
+    "f32": (TensorProto.FLOAT, FLOATS[TYPES["f32"][0]]),
+    INT8: (TensorProto.INT8, np.dtype(np.int8)),
+}
+SCALES = ".scale"
 
 
-def write_vision(checkpoint: Checkpoint, out: Path, kind: str, report: Report) -> None:
-    """Stream vision.onnx to `out`. Raises CheckpointError when the file would pass protobuf's 2 GB."""
-    rows, dtype = checkpoint.vision_rows, FLOATS[TYPES[kind][0]]
+def write_vision(
+    checkpoint: Checkpoint, out: Path, kind: str, report: Report, fixed: tuple[int, int] | None = None
+) -> None:
+    """Stream vision.onnx to `out`. Raises CheckpointError when the file would pass protobuf's 2 GB.
+
+    fixed: height and width in pixels, the only size that the graph then takes (as TensorRT likes best).
+    """
+    rows = checkpoint.vision_rows
     break_id = tokenizer.read(checkpoint.folder, checkpoint.text.vocab).special["img_break"]
-    graph = _Graph(checkpoint, kind)
+    graph = _Graph(checkpoint, kind, fixed)
     graph.build(img_break(checkpoint, break_id))
     total = sum(math.prod(checkpoint.shape(row)) for row in rows)
 
@@ -48,7 +62,8 @@ def write_vision(checkpoint: Checkpoint, out: Path, kind: str, report: Report) -
         model.metadata_props.add(key=key, value=str(value))
     head, small = model.SerializeToString(), graph.proto().SerializeToString()
 
-    heads = [_initializer_head(row, checkpoint, kind, dtype) for row in rows]
+    parts = [part for row in rows for part in _parts(checkpoint, row, kind)]
+    heads = [_initializer_head(part) for part in parts]
     graph_bytes = len(small) + sum(len(prefix) + n_bytes for prefix, n_bytes in heads)
     if len(head) + graph_bytes + 16 > MAX_FILE_BYTES:
         raise CheckpointError(
@@ -57,23 +72,54 @@ def write_vision(checkpoint: Checkpoint, out: Path, kind: str, report: Report) -
     done = 0
     with out.open("wb") as file:
         file.write(head + _tag(onnx.ModelProto, "graph") + _varint(graph_bytes) + small)
-        for row, (prefix, _) in zip(rows, heads, strict=True):
+        for part, (prefix, _) in zip(parts, heads, strict=True):
             file.write(prefix)
-            for block in _blocks(checkpoint, row, dtype):
+            for block in part.blocks():
                 file.write(block.view(np.uint8).data)
-                done += block.size
-                report(row.hf, done, total)
+                done += block.size if not part.name.endswith(SCALES) else 0
+                report(part.name, done, total)
 
 
-def _blocks(checkpoint: Checkpoint, row: names.Row, dtype: np.dtype) -> Iterator[np.ndarray]:
-    return tensor_blocks(checkpoint, row, dtype, interleaved=False)
+class _Part(NamedTuple):
+    """One initializer: what is written of a tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str  # a key of STORED
+    blocks: Callable[[], Iterator[np.ndarray]]
 
 
-def _initializer_head(row: names.Row, checkpoint: Checkpoint, kind: str, dtype: np.dtype) -> tuple[bytes, int]:
-    """Everything of a GraphProto.initializer up to its raw bytes, and how many raw bytes follow."""
+def _parts(checkpoint: Checkpoint, row: names.Row, kind: str) -> list[_Part]:
+    """ONNX keeps HF's rotary order."""
     shape = checkpoint.shape(row)
-    tensor = TensorProto(name=row.hf, dims=shape, data_type=ONNX_TYPES[kind]).SerializeToString()
-    n_bytes = math.prod(shape) * dtype.itemsize
+    width = math.prod(shape[1:])
+
+    def values(dtype: np.dtype) -> Iterator[np.ndarray]:
+        return tensor_blocks(checkpoint, row, dtype, interleaved=False)
+
+    if kind != INT8 or len(shape) == 1:
+        stored = "f32" if kind == INT8 else kind
+        return [_Part(row.hf, shape, stored, lambda: values(STORED[stored][1]))]
+
+    def rows() -> Iterator[np.ndarray]:
+        return (block.reshape(-1, width) for block in values(np.dtype(np.float32)))
+
+    return [
+        _Part(row.hf, shape, INT8, lambda: (np.rint(b / _scales(b)[:, None]).astype(np.int8) for b in rows())),
+        _Part(row.hf + SCALES, shape[:1], "f32", lambda: (_scales(b) for b in rows())),
+    ]
+
+
+def _scales(rows: np.ndarray) -> np.ndarray:
+    """(n, width) float32 -> (n,): the largest of a row becomes 127."""
+    return np.maximum(np.abs(rows).max(1), np.float32(1e-20)) / np.float32(127)
+
+
+def _initializer_head(part: _Part) -> tuple[bytes, int]:
+    """Everything of a GraphProto.initializer up to its raw bytes, and how many raw bytes follow."""
+    data_type, dtype = STORED[part.kind]
+    tensor = TensorProto(name=part.name, dims=part.shape, data_type=data_type).SerializeToString()
+    n_bytes = math.prod(part.shape) * dtype.itemsize
     raw = _tag(TensorProto, "raw_data") + _varint(n_bytes)
     return _tag(onnx.GraphProto, "initializer") + _varint(len(tensor) + len(raw) + n_bytes) + tensor + raw, n_bytes
 
@@ -93,8 +139,9 @@ def _varint(value: int) -> bytes:
 class _Graph:
     """Collects nodes and small constants; every method returns the name of the value it made."""
 
-    def __init__(self, checkpoint: Checkpoint, kind: str) -> None:
-        self.v, self.hidden, self.kind = checkpoint.vision, checkpoint.text.hidden, kind
+    def __init__(self, checkpoint: Checkpoint, kind: str, fixed: tuple[int, int] | None) -> None:
+        self.v, self.hidden, self.kind, self.fixed = checkpoint.vision, checkpoint.text.hidden, kind, fixed
+        self.matrices = {row.hf for row in checkpoint.vision_rows if len(row.shape) > 1}
         self.text_eps = checkpoint.text.rms_eps
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
@@ -116,7 +163,9 @@ class _Graph:
         return self.const(value, np.float32)
 
     def weight(self, name: str) -> str:
-        return name if self.kind == "f32" else self.node("Cast", name, to=TensorProto.FLOAT)
+        if self.kind == INT8 and name in self.matrices:
+            return self.node("DequantizeLinear", name, name + SCALES, axis=0)
+        return name if self.kind in ("f32", INT8) else self.node("Cast", name, to=TensorProto.FLOAT)
 
     def linear(self, x: str, name: str) -> str:
         """x (n, in) times the stored (out, in) weight: (n, out)."""
@@ -232,6 +281,12 @@ class _Graph:
 
     def proto(self) -> onnx.GraphProto:
         """The graph without its weights, which follow in the file."""
-        pixels = helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, [1, self.v.channels, "H", "W"])
-        rows = helper.make_tensor_value_info("rows", TensorProto.FLOAT, ["n", self.hidden])
+        pixels = helper.make_tensor_value_info(
+            "pixel_values", TensorProto.FLOAT, [1, self.v.channels, *(self.fixed or "HW")]
+        )
+        n: str | int = "n"
+        if self.fixed is not None:
+            lines, columns = (side // (self.v.patch * self.v.merge) for side in self.fixed)
+            n = lines * (columns + 1) - 1
+        rows = helper.make_tensor_value_info("rows", TensorProto.FLOAT, [n, self.hidden])
         return helper.make_graph(self.nodes, "vision", [pixels], [rows], initializer=list(self.constants.values()))

@@ -25,7 +25,7 @@ def question(toy_bundle, tmp_path):
     manifest = bundle.read_manifest(work).manifest
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(work / "mmproj.gguf").tensors}
     row = np.array(tensors["v.token_embd.img_break"].data, np.float32)
-    return trial.Question(str(work), manifest.model, manifest.vision, row.tolist())
+    return trial.Question(str(work), manifest.model, manifest.vision, "bf16", "bf16", row.tolist())
 
 
 def asked(question: trial.Question) -> subprocess.CompletedProcess:
@@ -41,14 +41,14 @@ def test_a_sound_bundle_passes_with_figures(question):
     done = asked(question)
     assert done.returncode == 0, done.stderr
     figures = msgspec.json.decode(done.stdout)
-    assert figures["onnx_mtmd_min_cosine"] >= 0.999
+    assert figures["mmproj_min_cosine"] >= 0.999 and figures["vision_min_cosine"] == 1.0
     assert figures["embedding_rows_relative_difference"] <= 1e-3
 
 
 def test_encoders_that_disagree_do_not_pass(question):
     question.break_row = [-x for x in question.break_row]
     done = asked(question)
-    assert done.returncode == 1 and b"disagree" in done.stderr and done.stderr.count(b"\n") == 1
+    assert done.returncode == 1 and b"mmproj at bf16: cosine" in done.stderr and done.stderr.count(b"\n") == 1
 
 
 def test_rows_looked_up_in_the_wrong_place_do_not_pass(question):
