@@ -1,4 +1,4 @@
-"""edge-quantize: inspect, convert, imatrix, build. Parses arguments, shows progress, turns known errors into one line.
+"""edge-quantize: inspect, convert, imatrix, build, evaluate. Parses arguments, shows progress, says errors in a line.
 
 Exit status: 0 done; 1 the work failed (input, disk); 2 wrong arguments; 130 interrupted. Nothing half-written stays.
 """
@@ -33,6 +33,7 @@ EPILOG = """examples:
   edge-quantize imatrix  Ministral-3-3B-Instruct-2512  3b.imatrix.gguf --frames pictures/
   edge-quantize build    Ministral-3-3B-Instruct-2512  bundles/3b --imatrix 3b.imatrix.gguf
   edge-quantize build    Ministral-3-3B-Instruct-2512  bundles/3b --imatrix 3b.imatrix.gguf --budget 2.0GB
+  edge-quantize evaluate bundles/3b --reference Ministral-3-3B-Instruct-2512 --frames pictures/ --html 3b.html
   edge-quantize convert  Ministral-3-3B-Instruct-2512  full/3b --type bf16
 
 A checkpoint is the folder as downloaded: config.json with model*.safetensors, or params.json with
@@ -68,6 +69,7 @@ _ONE_LINE = {
     "RecipeError",
     "ImportanceError",
     "FitError",
+    "EvaluateError",
     "MeasureError",
     "ConfigError",
     "LanguageError",
@@ -167,6 +169,22 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--sign", type=Path, metavar="KEY", help="a private key, made by edge-agent keygen")
     build.add_argument("--json", action="store_true", help="the manifest as one JSON line at the end")
     build.set_defaults(run=_build)
+    evaluate = commands.add_parser("evaluate", help="what quantising cost: on text, in actions, in what is seen")
+    evaluate.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE", help="of one and the same model")
+    evaluate.add_argument(
+        "--reference", type=Path, required=True, metavar="DIR", help="the checkpoint, or a bundle of it at BF16"
+    )
+    evaluate.add_argument("--calibration", type=Path, metavar="TEXT", help="a text file (default: a small one of ours)")
+    evaluate.add_argument("--chunks", type=int, default=0, metavar="N", help="of 512 tokens of it (default: all)")
+    evaluate.add_argument(
+        "--frames", type=Path, metavar="DIR|VIDEO", help="pictures to act on, or a flight's recording"
+    )
+    evaluate.add_argument("--instructions", type=Path, metavar="FILE", help="one a line, taken in turn for the frames")
+    evaluate.add_argument("--space", default="velocity_body", help="action space for the frames")
+    evaluate.add_argument("--max-frames", type=int, default=64, metavar="N", help="of all, evenly taken (default 64)")
+    evaluate.add_argument("--html", type=Path, metavar="FILE", help="a page with plots and the worst frames")
+    evaluate.add_argument("--json", action="store_true", help="everything as one JSON line")
+    evaluate.set_defaults(run=_evaluate)
     return parser
 
 
@@ -242,15 +260,10 @@ def _imatrix(arguments: argparse.Namespace) -> None:
     for key in ("chunks", "max_frames"):
         if getattr(arguments, key) < (key == "max_frames"):
             _fail(f"--{key.replace('_', '-')}: expected a number above 0, found {getattr(arguments, key)}", 2)
-    lines = calibrate.INSTRUCTIONS
-    if arguments.instructions is not None:
-        lines = tuple(filter(None, map(str.strip, arguments.instructions.read_text(encoding="utf-8").splitlines())))
-        if not lines:
-            _fail(f"{arguments.instructions}: no instructions; expected one a line")
     sources = calibrate.Sources(
         text=arguments.calibration or calibrate.TEXT,
         frames=arguments.frames,
-        instructions=lines,
+        instructions=_instructions(arguments) or calibrate.INSTRUCTIONS,
         space=arguments.space,
         max_chunks=arguments.chunks,
         max_frames=arguments.max_frames,
@@ -258,6 +271,51 @@ def _imatrix(arguments: argparse.Namespace) -> None:
     with _Shown() as report:
         found = calibrate.collect(checkpoint, arguments.out, sources, report)
     print(f"{arguments.out}: {len(found.sums)} weights, {found.n_chunks} chunks of text, {found.datasets}")
+
+
+def _instructions(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """Of --instructions; empty without."""
+    if arguments.instructions is None:
+        return ()
+    lines = tuple(filter(None, map(str.strip, arguments.instructions.read_text(encoding="utf-8").splitlines())))
+    if not lines:
+        _fail(f"{arguments.instructions}: no instructions; expected one a line")
+    return lines
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from quantize import calibrate, evaluate, page
+
+    material = evaluate.Material(
+        text=arguments.calibration or calibrate.TEXT,
+        chunks=arguments.chunks,
+        frames=arguments.frames,
+        instructions=_instructions(arguments) or calibrate.INSTRUCTIONS,
+        space=arguments.space,
+        max_frames=arguments.max_frames,
+    )
+    with _Shown() as report:
+        found = evaluate.evaluate(arguments.bundles, arguments.reference, material, report)
+    if arguments.html is not None:
+        frames = list(calibrate.pictures(material.frames, material.max_frames)) if material.frames else []
+        arguments.html.write_text(page.page(found, frames), encoding="utf-8")
+    if arguments.json:
+        import msgspec
+
+        print(msgspec.json.encode(found).decode())
+        return
+    for one in found:
+        t = one.text
+        print(f"{one.bundle}: {one.recipe}, {one.language_bytes / 1e6:.1f} MB")
+        print(f"  perplexity      {t.perplexity:.6g} ± {t.perplexity_sd:.4g}, reference {t.reference_perplexity:.6g}")
+        print(f"  KL divergence   mean {t.kl_mean:.5f} ± {t.kl_sd:.5f}, median {t.kl_median:.5f}, "
+              f"99 % {t.kl_p99:.5f}, most {t.kl_max:.5f}")  # fmt: skip
+        print(f"  same top token  {t.same_top:.2%} of {t.n}")
+        if (a := one.actions) is not None:
+            differ = ", ".join(f"{key} {value:.4f}" for key, value in a.mean_difference.items())
+            print(f"  same action     {a.same_action:.1%} of {a.n} frames; numbers within 0.05: {a.fields_within:.1%}")
+            print(f"  mean difference {differ or 'no numbers to compare'}")
+            print(f"  vision cosine   least {a.vision_cosine_min:.5f}")
 
 
 def _build(arguments: argparse.Namespace) -> None:
