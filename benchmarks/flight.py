@@ -111,10 +111,10 @@ def answer(eyes: Eyes, picture: np.ndarray, instruction: str, question: str = ""
     return Answer(heard.action, {key: heard.values[name] for key, name in NAMES.items() if name in heard.values}, words)
 
 
-def interval(k: int, n: int) -> list[float]:
-    """[share, low, high]: Wilson's score interval, 95 %."""
+def interval(k: int, n: int) -> list[float | None]:
+    """[share, low, high]: Wilson's score interval, 95 %. Of nothing the share is None."""
     if not n:
-        return [math.nan, 0.0, 1.0]
+        return [None, 0.0, 1.0]
     z, p = 1.96, k / n
     middle, reach = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return [round(x, 4) for x in (p, (middle - reach) / (1 + z * z / n), (middle + reach) / (1 + z * z / n))]
@@ -323,7 +323,7 @@ def show(result: dict) -> None:
     )
     for name in columns:
         table.add_column(name, justify="right" if name != "bundle" else "left")
-    percent = lambda share: "" if math.isnan(share[0]) else f"{share[0]:.1%} ({share[1]:.1%} to {share[2]:.1%})"  # noqa: E731
+    percent = lambda share: "" if share[0] is None else f"{share[0]:.1%} ({share[1]:.1%} to {share[2]:.1%})"  # noqa: E731
     for name, row in result["recipes"].items():
         table.add_row(
             name, str(row["bundle_mib"]), percent(row["all"]["type_right"]),

@@ -71,9 +71,9 @@ def test_it_answers_held_out_frames(bundle: Path, backend: str):
             for f, question in zip(shown, asked, strict=True)
         ]
     found = benchmark.against_the_rule(shown, answers)
-    assert found["type_right"][0] >= 0.95
-    assert found["velocity_mae_m_s"] <= 0.05
-    assert found["words_right"][0] >= 0.8
+    assert found["type_right"][0] >= 0.97
+    assert found["velocity_mae_m_s"] <= 0.04
+    assert found["words_right"][0] >= 0.88
     assert found["wrong_land"] == 0
 
 
@@ -112,7 +112,7 @@ def test_it_never_lands_on_nothing(eyes: fly.Eyes):
         assert found[name]["answers"].keys() <= {"search", "hold"}, found
 
 
-def test_a_dead_daemon_means_hold(bundle: Path):
+def test_a_dead_daemon_means_hold(bundle: Path, monkeypatch: pytest.MonkeyPatch):
     """kill -9 in mid-flight: the vehicle stops where it is, and does not land."""
     world = calm(Pad("red", "disc", 2.5, 2.0, 0.5, 0.3))
     heights, speeds = [], []
@@ -125,11 +125,10 @@ def test_a_dead_daemon_means_hold(bundle: Path):
             if len(heights) == 3:
                 os.kill(status.model_worker.pid, signal.SIGSTOP)
 
+        monkeypatch.setattr(fly, "STEPS", 8)
         try:
-            fly.STEPS, steps = 8, fly.STEPS
             (result,) = fly.fly(eyes, world, LAND, hear)
         finally:
-            fly.STEPS = steps
             with contextlib.suppress(ProcessLookupError):  # the supervisor may have done it
                 os.kill(status.model_worker.pid, signal.SIGKILL)
     assert result.outcome == "lost" and not world.down
@@ -174,14 +173,11 @@ def test_silence_and_hold_keep_the_place(answer: Action | None):
     )
 
 
-def test_a_move_is_followed_in_body_axes():
+def test_a_move_is_followed_in_body_axes(monkeypatch: pytest.MonkeyPatch):
     world = calm(Pad("red", "disc", 2.5, 2.0, 0.5, 0.3))
     world.yaw_rad = np.pi / 2  # facing east
-    fly.STEPS, steps = 4, fly.STEPS
-    try:
-        fly.fly(Told(said("move", forward_m_s=1.0)), world, LAND)
-    finally:
-        fly.STEPS = steps
+    monkeypatch.setattr(fly, "STEPS", 4)
+    fly.fly(Told(said("move", forward_m_s=1.0)), world, LAND)
     north, east, height = world.place
     # Against still air 1 m/s becomes 1 / (1 + 0.15 * 0.35) = 0.95; for 2 s, less a lag of 0.33 s
     assert (north, east, height) == (pytest.approx(0, abs=0.01), pytest.approx(1.59, abs=0.03), START_HEIGHT_M)
@@ -242,6 +238,17 @@ def test_search_covers_the_place_where_pads_lie():
     assert covered.all()
 
 
+def test_search_goes_on_to_where_the_vehicle_was_led(monkeypatch: pytest.MonkeyPatch):
+    """Setting off, it leans, and a pad at the picture's edge may leave it: turning away then would never end."""
+    monkeypatch.setattr(fly, "STEPS", 4)
+    for yaw_rad, expected in ((0.0, (0, 1)), (np.pi / 2, (-1, 0))):
+        world = calm(Pad("red", "disc", 2.5, 2.0, 0.5, 0.3))
+        world.yaw_rad = yaw_rad
+        fly.fly(Told(said("move", right_m_s=1.2), said("search")), world, LAND)
+        away = world.place[:2] / np.hypot(*world.place[:2])
+        assert away == pytest.approx(expected, abs=0.05) and np.hypot(*world.place[:2]) > 1.5
+
+
 # -- the benchmark's arithmetic ----------------------------------------------------------------------------------------
 
 
@@ -249,7 +256,7 @@ def test_interval_is_wilsons():
     # Newcombe 1998, table I: 81 of 263, and 0 of 20
     assert benchmark.interval(81, 263) == [0.308, 0.2553, 0.3662]
     assert benchmark.interval(0, 20) == [0.0, 0.0, 0.1611]
-    assert benchmark.interval(0, 0)[1:] == [0.0, 1.0]
+    assert benchmark.interval(0, 0) == [None, 0.0, 1.0]
 
 
 def test_scores_by_hand():

@@ -41,6 +41,7 @@ STEPS = 60  # per order; then it is lost
 ANSWER_S = 2.0  # waited for an answer; then the vehicle holds
 SEARCH_M_S = 2.0
 SEARCH_LEG_M = 3.0  # the square spiral's first two legs; every two legs one more
+AREA_M = 3.5  # it searches a square of this half side around home; from its edge it sees as far again
 LANDING_M_S = 0.7  # straight down, by the autopilot itself, whatever is said then
 HOLD_M_S = 0.5  # back to where it was told to stay
 ARRIVED = 2  # answers "hold" in a row
@@ -121,18 +122,23 @@ class Eyes:
 
 
 class Search:
-    """The vehicle's own search pattern: up to where it sees much, then a square spiral around where it began."""
+    """The vehicle's own search pattern, inside its area: on to where it was being led, if it was; then a square spiral
+    around that place, at a height from which it sees much."""
 
     def __init__(self) -> None:
         self.corners: list[np.ndarray] = []
+        self.led: np.ndarray | None = None  # velocity, north and east, of the last move: a lean may hide what it led to
 
     def begin(self, world: World) -> None:
         corner, heading = world.place[:2].copy(), np.array([1.0, 0.0])
         self.corners = []
+        if self.led is not None and np.hypot(*self.led) > 0.05:
+            corner = np.clip(corner + self.led / np.hypot(*self.led) * SEARCH_LEG_M, -AREA_M, AREA_M)
+            self.corners.append(corner)
         for leg in range(12):
             corner = corner + heading * SEARCH_LEG_M * (leg // 2 + 1)
             heading = np.array([-heading[1], heading[0]])
-            self.corners.append(np.clip(corner, -6.0, 6.0))
+            self.corners.append(np.clip(corner, -AREA_M, AREA_M))
 
     def velocity(self, world: World) -> tuple[float, float, float]:
         """Body-frame forward, right, down."""
@@ -151,6 +157,12 @@ def toward(world: World, place: np.ndarray, most_m_s: float) -> tuple[float, flo
     north, east = away / max(1.0, np.hypot(*away)) * most_m_s
     cos, sin = math.cos(world.yaw_rad), math.sin(world.yaw_rad)
     return north * cos + east * sin, -north * sin + east * cos
+
+
+def over_ground(world: World, forward: float, right: float) -> np.ndarray:
+    """Body-frame forward and right -> north and east."""
+    cos, sin = math.cos(world.yaw_rad), math.sin(world.yaw_rad)
+    return np.array([forward * cos - right * sin, forward * sin + right * cos])
 
 
 def fly(
@@ -195,7 +207,7 @@ def _one_order(
         elif asked == "move":
             v, anchor = answer.values, None
             before = (v["forward_m_s"], v["right_m_s"], v["down_m_s"], v["yaw_rate_rad_s"])
-            search.corners = []  # seen: the next search begins where it was lost
+            search.corners, search.led = [], over_ground(world, *before[:2])  # seen: a next search begins here
         else:
             before, anchor = (*search.velocity(world), 0.0), None
         flown_s = max(0.0, STEP_S - thought_s)
