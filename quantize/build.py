@@ -126,6 +126,17 @@ class Eyes(NamedTuple):
     mmproj: str = "bf16"  # bf16, f16, f32 or q8_0
     fixed: tuple[int, int] | None = None  # height and width in pixels: the only size vision.onnx takes
 
+    @property
+    def lossy(self) -> bool:
+        """Whether vision.onnx needs another one to be held against."""
+        return self.vision in ("f16", INT8)
+
+    @property
+    def bytes_per_weight(self) -> int:
+        """Of all that is written while building."""
+        size = {"bf16": 2, "f16": 2, "f32": 4, INT8: 1, "q8_0": 2}  # of q8_0 a little over one
+        return size[self.vision] + size[self.mmproj] + (2 if self.lossy else 0)
+
 
 def build(
     checkpoint: Checkpoint,
@@ -152,7 +163,7 @@ def build(
         _check_fixed(checkpoint, eyes.fixed)
     if types is None:
         types = recipes.plan(checkpoint, recipe, importance)
-    vision_bytes = 2 * 4 * _elements(checkpoint.vision_rows, checkpoint)  # at most
+    vision_bytes = _elements(checkpoint.vision_rows, checkpoint) * eyes.bytes_per_weight
     _need_space(out, sum(recipes.bytes_by_type(checkpoint, types).values()) + vision_bytes)
     with fresh_folder(out, force) as work:
         write_language(
@@ -262,7 +273,7 @@ def _describe(
     model, seen = manifest.model, manifest.vision
     if seen is not None:
         seen = msgspec.structs.replace(seen, fixed=eyes.fixed)
-        if eyes.vision in ("f16", INT8):  # not lossless: both are held against one that is
+        if eyes.lossy:
             write_vision(checkpoint, work / trial.REFERENCE, "bf16", _stage(report, "reference"), eyes.fixed)
     report("try", "language and vision", 0, 1)
     tried = _try(work, model, seen, eyes, img_break(checkpoint, model.special["img_break"]))
