@@ -312,7 +312,7 @@ def test_encoders_that_disagree_never_become_a_bundle(toy_small: Path, tmp_path:
         onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])  # it still loads
 
     monkeypatch.setattr(quantize.build, "write_vision", spoil)
-    with pytest.raises(BuildError, match="(vision|mmproj) at bf16: cosine"):
+    with pytest.raises(BuildError, match=r"(vision|mmproj) at bf16: cosine"):
         built(toy_small, tmp_path / "bundle")
     assert not any(tmp_path.iterdir())
 
