@@ -57,6 +57,12 @@ def toy_bundle(build: Callable[..., Path], toy_bf16: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def full(build: Callable[..., Path], toy_bf16: Path) -> Path:
+    """A lossless bundle of toy_bf16: what others are measured against."""
+    return build(toy_bf16, "BF16")
+
+
+@pytest.fixture(scope="session")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """build(checkpoint folder, recipe) -> a bundle; the same arguments, the same bundle."""
     made: dict[tuple[Path, str], Path] = {}

@@ -31,13 +31,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def full(toy_bf16: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("full") / "bundle"
-    build.build(checkpoint.read(toy_bf16), out, "BF16", False, silent)
-    return out
-
-
-@pytest.fixture(scope="module")
 def found(full: Path, toy_bundle: Path, toy_bf16: Path, pictures: Path) -> list[evaluate.Evaluation]:
     """The reference against itself, and Q4_K_M."""
     material = Material(chunks=1, frames=pictures, instructions=ORDERS)

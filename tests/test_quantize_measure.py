@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import silent
 
 from edge_agent import bundle, language
 from edge_agent.config import LanguageConfig
-from quantize import build, calibrate, checkpoint, measure
+from quantize import calibrate, measure
 from quantize.measure import MeasureError
 
 
@@ -23,13 +22,6 @@ def opened(folder: Path) -> tuple[language.Language, int]:
     config = LanguageConfig(context=measure.CHUNK, threads=1, gpu_layers=0)
     model = made.manifest.model
     return language.Language(made.path(bundle.LANGUAGE), config, model.embedding, repack=False), model.special["bos"]
-
-
-@pytest.fixture(scope="module")
-def full(toy_bf16: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("full") / "bundle"
-    build.build(checkpoint.read(toy_bf16), out, "BF16", False, silent)
-    return out
 
 
 @pytest.fixture(scope="module")
