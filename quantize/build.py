@@ -59,29 +59,37 @@ def check_target(out: Path, force: bool) -> Path:
 
 
 @contextlib.contextmanager
-def fresh_folder(out: Path, force: bool) -> Iterator[Path]:
-    """A hidden folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not."""
-    out = check_target(out, force)
+def work_folder(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out`, locked while in use, gone afterwards; what a killed run left is cleared first."""
     _clear_leftovers(out)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
     lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield work
-        for file in work.iterdir():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-        work.chmod(0o755)
-        bundle.sync_folder(work)
-        _replace(work, out)
-        bundle.sync_folder(out.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        os.close(lock)
+
+
+@contextlib.contextmanager
+def fresh_folder(out: Path, force: bool) -> Iterator[Path]:
+    """A hidden folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not."""
+    out = check_target(out, force)
+    try:
+        with work_folder(out) as work:
+            yield work
+            for file in work.iterdir():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+            work.chmod(0o755)
+            bundle.sync_folder(work)
+            _replace(work, out)
+            bundle.sync_folder(out.parent)
     except OSError as error:
         if error.filename is not None:
             raise
         raise BuildError(f"{out}: {error.strerror} while writing it; make room and start again") from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        os.close(lock)
 
 
 def _replace(work: Path, out: Path) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -99,8 +98,8 @@ def collect(checkpoint: Checkpoint, out: Path, sources: Sources, report: Report)
         raise ImportanceError(f"{out.parent}: no such folder; make it first")
     state = _State(out.with_name(f".{out.name}.part.npz"), _key(checkpoint, sources, text))
     found = state.load()
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-        work = Path(folder) / "bf16"
+    with build.work_folder(out) as folder:
+        work = folder / "bf16"
         build.convert(checkpoint, work, "bf16", False, report)
         language.watch(collector := Collector(found))
         try:

@@ -16,7 +16,6 @@ import contextlib
 import hashlib
 import math
 import re
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -362,8 +361,8 @@ def fitted(
         candidates(checkpoint.shape(row)[1])
     if not path.parent.is_dir():
         raise FitError(f"{path.parent}: no such folder; make it first")
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        work = Path(folder) / "bf16"
+    with build.work_folder(path) as folder:
+        work = folder / "bf16"
         build.convert(checkpoint, work, "bf16", False, report)
         prober = Prober(checkpoint, build.as_bundle(checkpoint, work), weighed, text, chunks)
         try:

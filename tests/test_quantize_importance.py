@@ -137,6 +137,15 @@ def test_a_killed_run_goes_on_where_it_was(toy_bf16: Path, text: Path, tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
 
 
+def test_what_a_kill_9_left_is_cleared_away(toy_bf16: Path, text: Path, tmp_path: Path, collected):
+    left = tmp_path / ".out.gguf.abc.part"
+    (left / "bf16").mkdir(parents=True)
+    (left / "bf16" / "language.gguf").write_bytes(bytes(1000))
+    sources = calibrate.Sources(text=text, max_chunks=2)
+    calibrate.collect(checkpoint.read(toy_bf16), tmp_path / "out.gguf", sources, silent)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
+
+
 def test_what_another_run_left_is_not_taken_up(toy_bf16: Path, text: Path, tmp_path: Path, collected):
     out = tmp_path / "out.gguf"
     state = calibrate._State(tmp_path / ".out.gguf.part.npz", "of something else")
