@@ -21,7 +21,7 @@ def opened(folder: Path) -> tuple[language.Language, int]:
     made = bundle.read_manifest(folder)
     config = LanguageConfig(context=measure.CHUNK, threads=1, gpu_layers=0)
     model = made.manifest.model
-    return language.Language(made.path(bundle.LANGUAGE), config, model.embedding, repack=False), model.special["bos"]
+    return language.Language(made.path(bundle.LANGUAGE), config, model.embedding), model.special["bos"]
 
 
 @pytest.fixture(scope="module")
