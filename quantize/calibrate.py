@@ -87,10 +87,7 @@ def collect(checkpoint: Checkpoint, out: Path, sources: Sources, report: Report)
 
     Raises ImportanceError, BuildError, LanguageError, VisionError.
     """
-    try:
-        text = sources.text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ImportanceError(f"{sources.text}: not readable as UTF-8 text: {error}") from None
+    text = read_text(sources.text)
     frames = list(pictures(sources.frames, sources.max_frames)) if sources.frames else []
     if frames and checkpoint.vision is None:
         raise ImportanceError(f"{checkpoint.folder}: a text-only model; leave --frames out")
@@ -160,6 +157,14 @@ def _answer(
         report("frames", "", len(frames), len(frames))
     finally:
         engine.close()
+
+
+def read_text(path: Path) -> str:
+    """Raises ImportanceError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ImportanceError(f"{path}: not readable as UTF-8 text: {error}") from None
 
 
 def pictures(source: Path, at_most: int) -> Iterator[np.ndarray]:

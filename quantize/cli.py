@@ -24,6 +24,7 @@ from rich.table import Table
 from quantize.checkpoint import Checkpoint, CheckpointError, read
 
 if TYPE_CHECKING:  # they load native code
+    from quantize.calibrate import Sources
     from quantize.fit import Plan
     from quantize.importance import Importance
 
@@ -257,43 +258,38 @@ def _imatrix(arguments: argparse.Namespace) -> None:
     checkpoint = read(arguments.checkpoint)
     from quantize import calibrate
 
-    for key in ("chunks", "max_frames"):
-        if getattr(arguments, key) < (key == "max_frames"):
-            _fail(f"--{key.replace('_', '-')}: expected a number above 0, found {getattr(arguments, key)}", 2)
-    sources = calibrate.Sources(
-        text=arguments.calibration or calibrate.TEXT,
-        frames=arguments.frames,
-        instructions=_instructions(arguments) or calibrate.INSTRUCTIONS,
-        space=arguments.space,
-        max_chunks=arguments.chunks,
-        max_frames=arguments.max_frames,
-    )
+    sources = _sources(arguments)
     with _Shown() as report:
         found = calibrate.collect(checkpoint, arguments.out, sources, report)
     print(f"{arguments.out}: {len(found.sums)} weights, {found.n_chunks} chunks of text, {found.datasets}")
 
 
-def _instructions(arguments: argparse.Namespace) -> tuple[str, ...]:
-    """Of --instructions; empty without."""
-    if arguments.instructions is None:
-        return ()
-    lines = tuple(filter(None, map(str.strip, arguments.instructions.read_text(encoding="utf-8").splitlines())))
-    if not lines:
-        _fail(f"{arguments.instructions}: no instructions; expected one a line")
-    return lines
+def _sources(arguments: argparse.Namespace) -> Sources:
+    """What imatrix and evaluate show a model."""
+    from quantize import calibrate
+
+    for key, least in (("chunks", 0), ("max_frames", 1)):
+        if getattr(arguments, key) < least:
+            _fail(f"--{key.replace('_', '-')}: expected {least} or more, found {getattr(arguments, key)}", 2)
+    lines = calibrate.INSTRUCTIONS
+    if arguments.instructions is not None:
+        lines = tuple(filter(None, map(str.strip, calibrate.read_text(arguments.instructions).splitlines())))
+        if not lines:
+            _fail(f"{arguments.instructions}: no instructions; expected one a line")
+    return calibrate.Sources(
+        text=arguments.calibration or calibrate.TEXT,
+        frames=arguments.frames,
+        instructions=lines,
+        space=arguments.space,
+        max_chunks=arguments.chunks,
+        max_frames=arguments.max_frames,
+    )
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from quantize import calibrate, evaluate, page
 
-    material = evaluate.Material(
-        text=arguments.calibration or calibrate.TEXT,
-        chunks=arguments.chunks,
-        frames=arguments.frames,
-        instructions=_instructions(arguments) or calibrate.INSTRUCTIONS,
-        space=arguments.space,
-        max_frames=arguments.max_frames,
-    )
+    material = _sources(arguments)
     with _Shown() as report:
         found = evaluate.evaluate(arguments.bundles, arguments.reference, material, report)
     if arguments.html is not None:
@@ -367,7 +363,7 @@ def _plan(arguments: argparse.Namespace, checkpoint: Checkpoint, weighed: Import
             _fail(f"--fit {arguments.fit}: vision, cache and buffers alone need more than this board has")
     build.check_target(arguments.out, arguments.force)
     path = arguments.sensitivity or arguments.out.with_name(arguments.out.name + ".sensitivity.json")
-    text = (arguments.calibration or calibrate.TEXT).read_text(encoding="utf-8")
+    text = calibrate.read_text(arguments.calibration or calibrate.TEXT)
     return fit.fitted(checkpoint, weighed, budget, text, arguments.chunks, path, report)
 
 

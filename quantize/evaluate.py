@@ -19,6 +19,7 @@ from edge_agent import actions, bundle, language
 from edge_agent.config import CameraConfig, Config, LanguageConfig, TaskConfig, VisionConfig
 from edge_agent.model import Engine
 from quantize import build, calibrate, ggml, measure
+from quantize.calibrate import Sources
 from quantize.checkpoint import Checkpoint, read
 
 Report = Callable[[str, str, int, int], None]  # (stage, what, done, in all)
@@ -29,17 +30,6 @@ WITHIN = 0.05  # what counts as the same value of a field
 
 class EvaluateError(Exception):
     """One line."""
-
-
-class Material(msgspec.Struct, frozen=True):
-    """What both models are shown."""
-
-    text: Path = calibrate.TEXT
-    chunks: int = 0  # 0: all
-    frames: Path | None = None
-    instructions: tuple[str, ...] = calibrate.INSTRUCTIONS
-    space: str = "velocity_body"
-    max_frames: int = 64
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -84,10 +74,10 @@ class Evaluation(msgspec.Struct, frozen=True):
     tensors: list[Tensor]
 
 
-def evaluate(folders: list[Path], reference: Path, material: Material, report: Report) -> list[Evaluation]:
+def evaluate(folders: list[Path], reference: Path, material: Sources, report: Report) -> list[Evaluation]:
     """reference: a checkpoint, or a bundle made with --recipe BF16. Raises EvaluateError and what the parts raise."""
     opened = [bundle.read_manifest(folder) for folder in folders]
-    text = material.text.read_text(encoding="utf-8")
+    text = calibrate.read_text(material.text)
     frames = list(calibrate.pictures(material.frames, material.max_frames)) if material.frames else []
     with tempfile.TemporaryDirectory(prefix="edge-quantize-") as folder:
         full = _reference(reference, Path(folder), report)
@@ -96,7 +86,7 @@ def evaluate(folders: list[Path], reference: Path, material: Material, report: R
         path = Path(folder) / "reference.kld"
         with _language(full) as llm:
             bos = full.manifest.model.special["bos"]
-            cut = measure.chunks(llm, bos, text, material.chunks)
+            cut = measure.chunks(llm, bos, text, material.max_chunks)
             measure.write_reference(llm, bos, cut, path, lambda *step: report("reference text", *step))
         seen = _answers(full, frames, material, lambda *step: report("reference frames", *step)) if frames else []
         return [_against(one, full, path, frames, seen, material, report) for one in opened]
@@ -108,7 +98,7 @@ def _against(
     path: Path,
     frames: list[np.ndarray],
     seen: list[tuple[Answer, np.ndarray]],
-    material: Material,
+    material: Sources,
     report: Report,
 ) -> Evaluation:
     name = one.folder.name
@@ -166,7 +156,7 @@ def _language(one: bundle.Bundle) -> language.Language:
 
 
 def _answers(
-    one: bundle.Bundle, frames: list[np.ndarray], material: Material, report: measure.Report
+    one: bundle.Bundle, frames: list[np.ndarray], material: Sources, report: measure.Report
 ) -> list[tuple[Answer, np.ndarray]]:
     """What the runtime's engine says to each frame, and the rows it saw."""
     if one.manifest.vision is None:
@@ -193,7 +183,7 @@ def _answers(
 
 
 def agree(
-    seen: list[tuple[Answer, np.ndarray]], found: list[tuple[Answer, np.ndarray]], material: Material
+    seen: list[tuple[Answer, np.ndarray]], found: list[tuple[Answer, np.ndarray]], material: Sources
 ) -> Agreement:
     """Answers and rows of two models on the same frames."""
     frames, off = [], {}

@@ -12,6 +12,7 @@ set of quantizers, IEEE Trans. ASSP 36, 1988); what is left of the budget is fil
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import hashlib
 import math
@@ -283,7 +284,7 @@ def choose(checkpoint: Checkpoint, found: Sensitivity, budget_bytes: int) -> tup
     at = dict.fromkeys(hulls, 0)
     waiting = sorted(
         (_step(name, points, 0) for name, points in hulls.items() if len(points) > 1),
-        key=lambda step: (-step.gain, step.name),
+        key=_steepest,
     )
     while waiting:
         step = waiting.pop(0)
@@ -292,16 +293,13 @@ def choose(checkpoint: Checkpoint, found: Sensitivity, budget_bytes: int) -> tup
         total += step.n_bytes
         at[step.name] += 1
         if at[step.name] + 1 < len(hulls[step.name]):
-            bisect_in(waiting, _step(step.name, hulls[step.name], at[step.name]))
+            bisect.insort(waiting, _step(step.name, hulls[step.name], at[step.name]), key=_steepest)
     types = exact | {name: hulls[name][at[name]][2] for name in hulls}
     return types, [_choice(name, hulls[name], at[name]) for name in hulls]
 
 
-def bisect_in(waiting: list[Step], step: Step) -> None:
-    i = next(
-        (i for i, other in enumerate(waiting) if (-other.gain, other.name) > (-step.gain, step.name)), len(waiting)
-    )
-    waiting.insert(i, step)
+def _steepest(step: Step) -> tuple[float, str]:
+    return -step.gain, step.name
 
 
 def _step(name: str, points: list[tuple[int, float, Type]], i: int) -> Step:

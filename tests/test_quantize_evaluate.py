@@ -17,7 +17,8 @@ from test_quantize_measure import opened, quiet
 
 from edge_agent import bundle
 from quantize import build, checkpoint, evaluate, measure, page
-from quantize.evaluate import Answer, EvaluateError, Material
+from quantize.calibrate import Sources
+from quantize.evaluate import Answer, EvaluateError
 
 ORDERS = ("Go to the red disc.", "Hold position.")
 
@@ -33,7 +34,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(full: Path, toy_bundle: Path, toy_bf16: Path, pictures: Path) -> list[evaluate.Evaluation]:
     """The reference against itself, and Q4_K_M."""
-    material = Material(chunks=1, frames=pictures, instructions=ORDERS)
+    material = Sources(max_chunks=1, frames=pictures, instructions=ORDERS)
     return evaluate.evaluate([full, toy_bundle], toy_bf16, material, silent)
 
 
@@ -52,7 +53,7 @@ def test_a_4_bit_bundle_is_measured_as_it_is(
     assert one.recipe == "Q4_K_M" and one.language_bytes == (toy_bundle / bundle.LANGUAGE).stat().st_size
     llm, bos = opened(full)
     with llm:
-        text = Material().text.read_text(encoding="utf-8")
+        text = Sources().text.read_text(encoding="utf-8")
         measure.write_reference(llm, bos, measure.chunks(llm, bos, text, 1), tmp_path / "kld", quiet)
     llm, bos = opened(toy_bundle)
     with llm:
@@ -83,7 +84,7 @@ def test_agreement_is_counted_by_hand():
         (Answer("hold", {}), rows(1, 1)),
         (Answer("", {}), rows(1, 1)),
     ]
-    one = evaluate.agree(seen, other, Material(instructions=("a", "b")))
+    one = evaluate.agree(seen, other, Sources(instructions=("a", "b")))
     assert (one.n, one.same_action) == (4, 0.75)
     assert one.fields_within == 0.75  # 0.05 and 0 and 0 are within, 0.3 is not
     assert one.mean_difference == pytest.approx({"forward_m_s": 0.175, "right_m_s": 0.0})
@@ -95,18 +96,18 @@ def test_agreement_is_counted_by_hand():
 
 def test_what_is_no_pair_is_refused(toy_bundle: Path, toy_small: Path, tmp_path: Path):
     with pytest.raises(EvaluateError, match=r"parameters: \d+, but the reference .* has \d+; they are not a pair"):
-        evaluate.evaluate([toy_bundle], toy_small, Material(chunks=1), silent)
+        evaluate.evaluate([toy_bundle], toy_small, Sources(max_chunks=1), silent)
     with pytest.raises(EvaluateError, match="recipe: expected BF16, found Q4_K_M"):
-        evaluate.evaluate([toy_bundle], toy_bundle, Material(chunks=1), silent)
+        evaluate.evaluate([toy_bundle], toy_bundle, Sources(max_chunks=1), silent)
 
 
 def test_a_text_only_model_is_measured_on_text(tmp_path: Path, pictures: Path):
     folder = toy.write_checkpoint(tmp_path / "toy", vision=False, prefix="text", vocab=2048, layers=1)
     build.build(checkpoint.read(folder), tmp_path / "out", "Q4_K_M", False, silent)
-    (one,) = evaluate.evaluate([tmp_path / "out"], folder, Material(chunks=1), silent)
+    (one,) = evaluate.evaluate([tmp_path / "out"], folder, Sources(max_chunks=1), silent)
     assert one.actions is None and one.text.kl_mean > 0
     with pytest.raises(EvaluateError, match="text-only model; leave --frames out"):
-        evaluate.evaluate([tmp_path / "out"], folder, Material(chunks=1, frames=pictures), silent)
+        evaluate.evaluate([tmp_path / "out"], folder, Sources(max_chunks=1, frames=pictures), silent)
 
 
 class Checked(html.parser.HTMLParser):
@@ -161,3 +162,11 @@ def test_the_command(run, toy_bundle: Path, toy_bf16: Path, full: Path, pictures
     assert status == 0 and one["text"]["kl_mean"] > 0 and one["actions"] is None
     refused(run("evaluate", tmp_path, "--reference", full), ("bundle.json: missing",))
     refused(run("evaluate", toy_bundle, "--reference", toy_bundle), ("recipe: expected BF16",))
+
+
+def test_what_cannot_be_shown_is_one_line(run, toy_bundle: Path, full: Path, tmp_path: Path):  # noqa: F811
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 900)
+    against = ("evaluate", toy_bundle, "--reference", full)
+    refused(run(*against, "--calibration", tmp_path / "latin.txt"), ("latin.txt: not readable as UTF-8 text",))
+    refused(run(*against, "--instructions", tmp_path / "latin.txt"), ("latin.txt: not readable as UTF-8 text",))
+    refused(run(*against, "--max-frames", 0), ("--max-frames: expected 1 or more, found 0",), 2)

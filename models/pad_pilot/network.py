@@ -1,8 +1,8 @@
 """Ministral 3's arithmetic in torch, for training: pictures to rows, rows to hidden states, under released names.
 
 Weights are one dictionary by the names of a released checkpoint, so saving is writing it down. Written for rows that
-share a prefix: it is evaluated once and attended to without being copied. Checked against transformers: the same rows
-and logits to within 1e-5 (tests/reference/make_reference.py). Not here: generation, caches, loss.
+share a prefix: it is evaluated once and attended to without being copied. transformers loads what was trained with it
+and gives the right answers (tests/reference/make_pad_pilot.py). Not here: generation, caches, loss.
 """
 
 from __future__ import annotations
