@@ -43,7 +43,7 @@ SEARCH_M_S = 2.0
 SEARCH_LEG_M = 3.0  # the square spiral's first two legs; every two legs one more
 AREA_M = 3.5  # it searches a square of this half side around home; from its edge it sees as far again
 LANDING_M_S = 0.7  # straight down, by the autopilot itself, whatever is said then
-HOLD_M_S = 0.5  # back to where it was told to stay
+HOLD_M_S = 1.0  # back to where it was told to stay
 ARRIVED = 2  # answers "hold" in a row
 ARRIVED_M = 1.0  # from the pad's centre, at most
 
@@ -213,12 +213,12 @@ def _one_order(
         flown_s = max(0.0, STEP_S - thought_s)
         world.fly(*before, flown_s)
         good_s = STEP_S - flown_s  # what is left of this answer while the next one is made
-        if world.down or held >= ARRIVED:
+        if world.down or (held >= ARRIVED and order.kind != "land"):  # told to land, "hold" is a pause, not an end
             nearest, off_m = world.nearest(), world.offset_m(target)
             near_m = nearest.radius_m if world.down else ARRIVED_M
             outcome = "beside" if world.offset_m(nearest) > near_m else "right" if nearest is target else "wrong pad"
-            if outcome == "right" and world.down != (order.kind == "land"):
-                outcome = "beside"  # landed when told to go there, or stopped when told to land
+            if outcome == "right" and world.down and order.kind != "land":
+                outcome = "beside"  # landed when told to go there
             return Result(instruction, outcome, n, off_m)
         time.sleep(max(0.0, began_s + pace_s - time.monotonic()))
     return Result(instruction, "lost", STEPS, world.offset_m(target))

@@ -105,12 +105,15 @@ def lesson(
     n_questions: int = 4,
     size_px: tuple[int, int] = (SIDE_PX, SIDE_PX),
     crowded: bool = False,
+    edges: bool = False,
 ) -> Lesson:
-    """crowded: many more pads than a world has, for who only learns to tell them apart."""
+    """crowded: many more pads than a world has, for who only learns to tell them apart. edges: what the others have
+    little of: a pad in the middle, where it matters what one was told to do there, and answers inside a rule's band.
+    """
     if rng.random() < BLANK_SHARE:
         picture, seen = blank(rng, size_px), []
     else:
-        pads, pose = arrangement(rng, size_px, crowded)
+        pads, pose = arrangement(rng, size_px, crowded, edges)
         light = Light.random(rng)
         finer = int(rng.choice([1, 2, 2, 3]))
         things = clutter(rng, pose.height_m * HALF_VIEW * 1.2, pose)
@@ -122,7 +125,7 @@ def lesson(
         if len(said) == n_orders:
             break
         order, text = an_order(rng, seen, about_first=n == 0)
-        answer = task.action(order, seen)
+        answer = task.action(order, seen, settled=edges)
         if answer is None:
             continue
         questions = []
@@ -161,8 +164,11 @@ def an_order(rng: np.random.Generator, seen: list[Sight], about_first: bool) -> 
     return order, task.instruction(rng, language, order)
 
 
-def arrangement(rng: np.random.Generator, size_px: tuple[int, int], crowded: bool = False) -> tuple[list[Pad], Pose]:
-    """Zero to three pads (crowded: up to nine) under a pose; place and size of the first in the picture are drawn."""
+def arrangement(
+    rng: np.random.Generator, size_px: tuple[int, int], crowded: bool = False, edges: bool = False
+) -> tuple[list[Pad], Pose]:
+    """Zero to three pads (crowded: up to nine) under a pose; place and size of the first in the picture are drawn
+    (edges: mostly in its middle)."""
     radius_m = rng.uniform(*PAD_RADIUS_M)
     apparent = math.exp(rng.uniform(*np.log(APPARENT_RADIUS)))
     dice = rng.random()
@@ -189,6 +195,8 @@ def arrangement(rng: np.random.Generator, size_px: tuple[int, int], crowded: boo
         down, right = rng.uniform(-reach, reach, 2) * edge
         if not pads and (near or rng.random() < 0.4):
             down, right = np.clip(rng.normal(0, 0.16 if near else 0.25, 2), -0.9, 0.9) * edge
+        if not pads and edges and rng.random() < 0.6:
+            down, right = rng.normal(0, 0.12, 2) * edge
         radius = radius_m if not pads else rng.uniform(*PAD_RADIUS_M)
         turn = rng.uniform(0, 2 * math.pi)
         colour, shape = kinds[rng.integers(len(kinds))]

@@ -54,8 +54,10 @@ def seen(sight: Sight) -> bool | None:
     return False if beyond > OUTSIDE * sight.radius else None
 
 
-def action(order: Order, sights: list[Sight]) -> dict | None:
-    """The right action, or None where two are."""
+def action(order: Order, sights: list[Sight], settled: bool = False) -> dict | None:
+    """The right action, or None where two are. settled: there too one, if the pad is in the picture: the band's middle
+    decides. Who only knows what lies on both sides of a band may say in between what lies on neither.
+    """
     if order.kind in ("hold", "nothing"):
         return {"action": "hold"}
     target = next((s for s in sights if (s.pad.colour, s.pad.shape) == order[1:]), None)
@@ -64,16 +66,23 @@ def action(order: Order, sights: list[Sight]) -> dict | None:
     if seen(target) is None:
         return None
     distance = math.hypot(target.right, target.down)
+    above, low = (_middle(ABOVE), _middle(LOW)) if settled else (ABOVE, LOW)
     if order.kind == "goto":
-        if distance < ABOVE[0]:
+        if distance < above[0]:
             return {"action": "hold"}
-        return None if distance < ABOVE[1] else move(target, 0.0)
-    touch = [max(pair) for pair in zip(TOUCH, (share * target.radius for share in TOUCH_OF_RADIUS), strict=True)]
-    if target.radius > LOW[0] and distance < touch[0]:
+        return None if distance < above[1] else move(target, 0.0)
+    touch = tuple(max(pair) for pair in zip(TOUCH, (share * target.radius for share in TOUCH_OF_RADIUS), strict=True))
+    touch = _middle(touch) if settled else touch
+    if target.radius > low[0] and distance < touch[0]:
         return {"action": "land"}
-    if target.radius > LOW[1] and distance < touch[1]:
+    if target.radius > low[1] and distance < touch[1]:
         return None
     return move(target, DESCENT_M_S * max(0.0, 1 - distance / CENTRED))
+
+
+def _middle(band: tuple[float, float]) -> tuple[float, float]:
+    """A band of no width."""
+    return (sum(band) / 2,) * 2
 
 
 def move(target: Sight, down_m_s: float) -> dict:

@@ -6,6 +6,9 @@
 Needs torch and mistral-common's vocabulary; nothing that runs the model needs either. Every picture and sentence is
 made on the way (lessons.py) from the seed and the step's number, and laid out as the runtime will (rows.py).
 
+A last, short stage adds what the others have little of: pads in the middle of the picture, where only the order says
+whether to stay, to descend or to land, and the bands of the rules (task.py).
+
 Two helps are dropped afterwards: a first stage that trains the vision tower alone on what each 28-pixel cell holds,
 and linear readers (READERS) of the same facts, of line and column, and of which cell an order or a question means.
 Without them the model learns which action long before it learns where. Weights: Muon for matrices (torch.optim.Muon;
@@ -42,8 +45,10 @@ from models.pad_pilot.scene import COLOURS, SHAPES
 PICTURES, ORDERS = 16, 3  # of a step; the first stage takes as many pictures as the second has rows
 SIZES_PX = [((140, 140), 0.85), ((126, 168), 0.15)]  # of pictures, and their shares: 5 by 5 cells, and 4 by 6
 CELL_PX, MOST_CELLS = 28, 25
-VISION_STEPS, STEPS = 1200, 8000
+STAGES = ("eyes", "whole", "edges")
+VISION_STEPS, STEPS, EDGE_STEPS = 1200, 8000, 1000
 RATE, WARM_UP, DECAY = 4e-3, 150, 0.45  # DECAY: the share of the steps in which the rate falls
+PARTS = (1.0, 1.0, 0.2)  # of the rate, by stage
 EYES_LATER = 0.1  # of the rate, for the vision tower in the second stage: or it forgets what it learnt in the first
 # Weights of the readers' losses in the second stage; they fall with the rate.
 HELP = {"cell": 0.5, "early": 0.25, "match": 0.5, "aim": 0.5}
@@ -71,12 +76,13 @@ class Batches:
         looks = Vision(patch=14, merge=2, image_size=1540, mean=tuple(MEAN.tolist()), std=tuple(STD.tolist()))
         self.preprocessor = Preprocessor(looks, MOST_CELLS)
 
-    def make(self, step: int, n_pictures: int, n_orders: int, size: int | None = None) -> Tensors:
+    def make(self, step: int, n_pictures: int, n_orders: int, size: int | None = None, edges: bool = False) -> Tensors:
         rng = np.random.default_rng([self.seed, step])
         which = rng.choice(len(SIZES_PX), p=[share for _, share in SIZES_PX]) if size is None else size
         size_px = SIZES_PX[which][0]
         lessons = [
-            lesson(rng, self.grounds, n_orders, size_px=size_px, crowded=not n_orders) for _ in range(n_pictures)
+            lesson(rng, self.grounds, n_orders, size_px=size_px, crowded=not n_orders, edges=edges)
+            for _ in range(n_pictures)
         ]
         pictures = np.stack([self.preprocessor.image(one.picture).copy() for one in lessons])
         grid = pictures.shape[1] // CELL_PX, pictures.shape[2] // CELL_PX
@@ -195,7 +201,7 @@ class Run:
     """Weights, readers and optimisers, and the folder they live in."""
 
     def __init__(self, out: Path, seed: int, steps: int) -> None:
-        self.out, self.seed, self.steps = out, seed, (VISION_STEPS, steps)
+        self.out, self.seed, self.steps = out, seed, (VISION_STEPS, steps, EDGE_STEPS)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         write_layout(out)
         self.config = json.loads((out / "config.json").read_text())["text_config"]
@@ -215,7 +221,7 @@ class Run:
         self.eyes = {name: tensor for name, tensor in self.w.items() if "language_model" not in name}
         self.optimisers = [
             optimisers(self.eyes, [self.readers["cell"]], 1.0),
-            optimisers(self.w, list(self.readers.values()), EYES_LATER),
+            *(optimisers(self.w, list(self.readers.values()), EYES_LATER) for _ in STAGES[1:]),
         ]
         self.vision_loss, self.lesson_loss = torch.compile(vision_loss), torch.compile(lesson_loss)
         self._maker = ThreadPoolExecutor(1)
@@ -241,11 +247,13 @@ class Run:
     def _make(self, stage: int, step: int) -> Tensors:
         if stage == 0:
             return self.batches.make(10**8 + step, PICTURES * ORDERS, 0)
-        return self.batches.make(step, PICTURES, ORDERS)
+        if stage == 1:
+            return self.batches.make(step, PICTURES, ORDERS)
+        return self.batches.make(2 * 10**8 + step, PICTURES, ORDERS, edges=True)
 
     def learn(self, stage: int, step: int) -> float:
         """One step; returns its loss."""
-        share = rate_at(step, self.steps[stage])
+        share = PARTS[stage] * rate_at(step, self.steps[stage])
         loss = self.loss(stage, step, share)
         loss.backward()
         weights = [*self.w.values(), *self.readers.values()]
@@ -352,8 +360,8 @@ def main() -> int:
         console.print(f"resuming stage {run.stage + 1} at step {run.step}", highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
-        for stage in range(run.stage, 2):
-            bar = progress.add_task(("eyes", "whole")[stage], total=run.steps[stage], completed=run.step)
+        for stage in range(run.stage, len(STAGES)):
+            bar = progress.add_task(STAGES[stage], total=run.steps[stage], completed=run.step)
             for step in range(run.step, run.steps[stage]):
                 if stage == 1 and step == options.until:
                     run.save(stage, step)
@@ -362,12 +370,12 @@ def main() -> int:
                 progress.update(bar, completed=step + 1)
                 if (step + 1) % REPORT_EVERY == 0:
                     line = f"stage {stage + 1} step {step + 1} {time.monotonic() - run.began_s:.0f} s loss {loss:.4f}"
-                    if stage == 1 and (step + 1) % EXAM_EVERY == 0:
+                    if stage and (step + 1) % EXAM_EVERY == 0:
                         line += "".join(f"  {key} {value:.4f}" for key, value in run.examine().items())
                         run.save(stage, step + 1)
                     console.print(line, highlight=False)
-            run.step = 0
-            run.save(1, 0 if stage == 0 else run.steps[1])
+            run.step, last = 0, stage == len(STAGES) - 1
+            run.save(*((stage, run.steps[stage]) if last else (stage + 1, 0)))
     return 0
 
 
