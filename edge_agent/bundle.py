@@ -108,7 +108,7 @@ def read_manifest(folder: str | Path) -> Bundle:
     if not folder.is_dir():
         raise BundleError(f"{folder}: no such folder; expected a bundle made by edge-quantize build")
     try:
-        descriptor = _open(path)
+        descriptor = open_plain(path)
     except FileNotFoundError:
         raise BundleError(
             f"{path}: missing; an unfinished or foreign folder; make one with edge-quantize build"
@@ -156,7 +156,7 @@ def verify(
     for name, expected in sorted(bundle.manifest.files.items()):
         path = bundle.path(name)
         try:
-            descriptor = _open(path)
+            descriptor = open_plain(path)
         except FileNotFoundError:
             raise BundleError(f"{path}: missing; copy the bundle again") from None
         with os.fdopen(descriptor, "rb") as file:
@@ -188,11 +188,11 @@ def verify(
 def _check_signature(bundle: Bundle, trusted: tuple[str, ...]) -> None:
     path = bundle.path(trust.SIGNATURE)
     try:
-        with os.fdopen(_open(path), "rb") as file:
+        with os.fdopen(open_plain(path), "rb") as file:
             signature = file.read(65)
     except FileNotFoundError:
         raise BundleError(f"{path}: missing, but `trust` asks for a signature; build with --sign KEY") from None
-    with os.fdopen(_open(bundle.path(MANIFEST)), "rb") as file:
+    with os.fdopen(open_plain(bundle.path(MANIFEST)), "rb") as file:
         manifest = file.read(MAX_MANIFEST_BYTES)
     if hashlib.sha256(manifest).hexdigest()[:16] != bundle.id:
         raise BundleError(f"{bundle.path(MANIFEST)}: changed while it was read; try again")
@@ -202,7 +202,7 @@ def _check_signature(bundle: Bundle, trusted: tuple[str, ...]) -> None:
         raise BundleError(f"{path}: {error}") from None
 
 
-def _open(path: Path) -> int:
+def open_plain(path: Path) -> int:
     """A regular file, not through a link and with no second name, so that what is hashed is what is loaded."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)

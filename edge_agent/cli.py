@@ -81,12 +81,15 @@ def _parser() -> argparse.ArgumentParser:
         ("status", _status, "what the daemon is doing"),
         ("ask", _ask, "a question about what the camera sees, answered in words"),
         ("instruct", _instruct, "give the daemon a new instruction"),
+        ("adapter", _adapter, "switch to one of the configured adapters, or without NAME to none"),
         ("pause", _pause, "no more actions, from now on"),
         ("resume", _resume, "actions again"),
     ):
         command = add(name, run, text)
         if name in ("ask", "instruct"):
             command.add_argument("text", metavar="TEXT")
+        if name == "adapter":
+            command.add_argument("text", metavar="NAME", nargs="?", default="")
         command.add_argument("--runtime-dir", default="", metavar="DIR", help="the daemon's runtime folder")
         if name in ("listen", "status"):
             command.add_argument("--json", action="store_true", help="one JSON line per message")
@@ -124,7 +127,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     """One line per thing checked; goes on after a failure, so that one run shows all of them."""
-    from edge_agent import actions, bundle, health
+    from edge_agent import actions, adapters, bundle, health
 
     config, status = _config(arguments), 0
     try:
@@ -135,6 +138,7 @@ def _check(arguments: argparse.Namespace) -> int:
     needed_mib = None
     try:
         verified = bundle.verify(config.bundle, config.trust)
+        adapters.verify(config.language.adapters, verified, config.trust)
         manifest = verified.manifest
         mtmd = config.vision.backend == "mtmd"
         # onnxruntime computes in float32 and keeps the 16-bit weights beside: three times its file.
@@ -146,7 +150,7 @@ def _check(arguments: argparse.Namespace) -> int:
             f"ok    bundle   {verified.id}: {manifest.model.family} {manifest.model.size} {manifest.recipe}, "
             f"{verified.file_bytes / 1e6:.1f} MB, every hash right{', signed' if config.trust else ''}"
         )
-    except BundleError as error:
+    except (BundleError, ConfigError) as error:
         status = _bad("bundle", str(error))
     seen, line = _probe(config.camera)
     status = (print(f"ok    camera   {line}") or status) if seen else _bad("camera", f"camera.source: {line}")
@@ -268,7 +272,7 @@ def _simple(operation: str):
     return run
 
 
-_instruct, _pause, _resume = _simple("instruct"), _simple("pause"), _simple("resume")
+_instruct, _adapter, _pause, _resume = map(_simple, ("instruct", "adapter", "pause", "resume"))
 
 
 if __name__ == "__main__":

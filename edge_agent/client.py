@@ -103,6 +103,10 @@ class Client:
         """Give a new instruction; returns once frames are answered under it. Raises Refused, TimeoutError."""
         self.request("instruct", text, timeout_s)
 
+    def adapter(self, name: str, timeout_s: float = 30.0) -> None:
+        """Switch to one of the configured adapters; "": to none. Raises Refused, TimeoutError."""
+        self.request("adapter", name, timeout_s)
+
     def ask(self, question: str, timeout_s: float = 90.0) -> str:
         """A question about what the camera sees, answered in words. Raises Refused, TimeoutError."""
         return str(self.request("ask", question, timeout_s)["text"])

@@ -20,6 +20,7 @@ import yaml
 from msgspec import Meta
 
 Positive = Annotated[int, Meta(ge=1)]
+AdapterName = Annotated[str, Meta(pattern="^[A-Za-z0-9_-]{1,32}$")]
 
 
 class ConfigError(Exception):
@@ -49,6 +50,13 @@ class LanguageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     describe: str = ""  # what the language lane is asked of every frame it gets to; empty: it only answers questions
     max_words_tokens: Positive = 96  # the longest description or answer
     words: bool = True  # also stream the action's own text on the words stream
+    adapters: dict[AdapterName, str] = {}  # name -> path of a GGUF adapter (edge-quantize lora); all are loaded
+    adapter: str = ""  # which of them to begin with; empty: none
+
+    def __post_init__(self) -> None:
+        if self.adapter and self.adapter not in self.adapters:
+            names = ", ".join(self.adapters) or "none there"
+            raise ValueError(f"adapter: expected one of the adapters ({names}) or empty, found {self.adapter!r}")
 
 
 class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -22,7 +22,7 @@ import llama_cpp.llama_cpp as ll
 import numpy as np
 
 from edge_agent.bundle import Embedding
-from edge_agent.config import LanguageConfig
+from edge_agent.config import ConfigError, LanguageConfig
 
 LLAMA_CPP_PYTHON = "0.3.36"
 ACT, WORDS = 0, 1  # sequences
@@ -85,9 +85,11 @@ class Language:
         progress: Callable[[float], None] = lambda part: None,
         repack: bool = True,
         mapped: bool = True,
+        adapters: dict[str, str] | None = None,
     ) -> None:
-        """Load. progress(0…1) is called while weights are read. Raises LanguageError.
+        """Load. progress(0…1) is called while weights are read. Raises LanguageError, ConfigError (an adapter).
 
+        adapters: name -> path; none is on until `adapt`.
         repack: on a CPU, llama.cpp keeps a second copy of the weights, in the order its kernels like best.
         mapped: weights stay in the file, mapped; otherwise they are copied, and may be written to.
         """
@@ -110,6 +112,7 @@ class Language:
         log_to(None)
         if not self.model:
             raise LanguageError(f"{path}: llama.cpp cannot load it: {_last_error(log_lines)}")
+        self._adapters = {name: self._load_adapter(name, path) for name, path in (adapters or {}).items()}
         self.vocab = ll.llama_model_get_vocab(self.model)
         self.n_embd = ll.llama_model_n_embd(self.model)
         self.n_vocab = ll.llama_vocab_n_tokens(self.vocab)
@@ -156,6 +159,26 @@ class Language:
 
     def __exit__(self, *_error: object) -> None:
         self.close()
+
+    # -- adapters -----------------------------------------------------------------------------------------------------
+
+    def _load_adapter(self, name: str, path: str) -> int:
+        """Before the context is made, which reserves its graph for them. They are freed with the model."""
+        lines: list[str] = []
+        log_to(lambda text: lines.append(text.strip()))
+        adapter = ll.llama_adapter_lora_init(self.model, os.fsencode(path))
+        log_to(None)
+        if not adapter:
+            ll.llama_model_free(self.model)
+            raise ConfigError(f"language.adapters: {name}: {path}: llama.cpp cannot load it: {_last_error(lines)}")
+        return adapter
+
+    def adapt(self, name: str) -> None:
+        """Switch an adapter on, and any other off; "": none. What is in the cache was computed under the one before."""
+        one = [self._adapters[name]] if name else []
+        pointers = (ll.llama_adapter_lora_p_ctypes * 1)(*one)
+        if ll.llama_set_adapters_lora(self.context, pointers, len(one), (ctypes.c_float * 1)(1.0)):
+            raise LanguageError(f"llama.cpp refuses the adapter {name!r}")
 
     # -- text ---------------------------------------------------------------------------------------------------------
 

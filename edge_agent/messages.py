@@ -81,6 +81,7 @@ class Action(Header, frozen=True, kw_only=True, tag_field="kind", tag="action"):
     clamped: dict[str, float]  # field -> what the model had asked for, where the envelope changed it
     task: str  # the instruction this answers
     dropped_frames: int  # frames the camera delivered since the previous answer and nobody looked at
+    adapter: str = ""  # under which the model answered; empty: none
 
 
 RefusalReason = Literal[
@@ -153,19 +154,20 @@ class Status(Header, frozen=True, kw_only=True, tag_field="kind", tag="status"):
     vision: str  # which backend and provider really run, e.g. "onnxruntime CPUExecutionProvider"
     mem_available_mib: float | None
     temperature_c: float | None
+    adapter: str = ""  # that is on; empty: none
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Control: a request is one map, the answer one map with the same id. Repeating an id returns the first answer.
 
-Operation = Literal["instruct", "ask", "pause", "resume", "stats"]
+Operation = Literal["instruct", "adapter", "ask", "pause", "resume", "stats"]
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     v: int
     id: str  # chosen by the controller; at most 64 characters
     op: Operation
-    text: str = ""  # the instruction, or the question
+    text: str = ""  # the instruction, the question, or the adapter's name
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
@@ -227,9 +229,11 @@ Cut = Literal["", "late", "length", "grammar", "not-finite"]  # why an answer is
 
 
 class Instructed(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="instructed"):
-    """From here on frames are answered under this instruction; with an error, under the one before."""
+    """From here on frames are answered under this instruction and adapter; with an error, as before."""
 
     task_id: int
+    text: str
+    adapter: str
     error: str = ""
 
 
@@ -261,9 +265,12 @@ ModelEvent = Ready | CannotStart | Progress | Instructed | Proposal | Piece
 # Supervisor -> model.
 
 
-class Instruct(msgspec.Struct, frozen=True, tag_field="kind", tag="instruct"):
+class Instruct(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="instruct"):
+    """None: as it is."""
+
     task_id: int
-    text: str
+    text: str | None = None
+    adapter: str | None = None
 
 
 class Ask(msgspec.Struct, frozen=True, tag_field="kind", tag="ask"):

@@ -92,6 +92,7 @@ class Engine:
             model_bundle.path(bundle.LANGUAGE),
             config.language,
             manifest.model.embedding,
+            adapters=config.language.adapters,
             progress=lambda part: emit(Progress(f"weights {part:.0%}")),
         )
         emit(Progress("grammar"))
@@ -116,6 +117,7 @@ class Engine:
         most_lines = manifest.vision.image_size // (manifest.vision.patch * manifest.vision.merge)
         most_rows = config.vision.max_tokens + most_lines + len(closing)
         self.rows = np.empty((most_rows, self.language.n_embd), np.float32)
+        self.task, self.adapter = "", ""
         self.prefix: list[int] = []
         self.room = 0  # tokens that a question may have
         self.frame_stop = 0  # position after the frame's [IMG_END]; 0: the cache holds no frame
@@ -125,8 +127,8 @@ class Engine:
         self.encoder.close()
         self.language.close()
 
-    def instruct(self, instruction: str) -> None:
-        """Pin a new prefix. Raises Refused when it does not leave room for frames."""
+    def instruct(self, instruction: str, adapter: str = "") -> None:
+        """Pin a new prefix, under an adapter or none. Raises Refused when it does not leave room for frames."""
         text = ROLE.format(space=actions.describe(self.space), instruction=instruction)
         s = self.special
         prefix = [s["bos"], s["system"], *self.language.tokens(text), s["system_end"], s["inst"]]
@@ -145,8 +147,10 @@ class Engine:
             )
         self.language.forget(WORDS, 0)
         self.language.forget(ACT, 0)
+        self.language.adapt(adapter)
         self.language.decode_tokens(prefix, 0)
         self.prefix, self.frame_stop = prefix, 0
+        self.task, self.adapter = instruction, adapter
         self.room = self.language.n_ctx - needed + QUESTION_TOKENS
 
     def act(self, image: np.ndarray, frame_id: int, deadline_ns: int) -> tuple[str, Cut, dict[str, float]]:
@@ -324,13 +328,16 @@ class Loop:
     def _instruct(self, command: Instruct) -> None:
         if self.sentence is not None:
             self._cut("instruct")
+        engine, error = self.engine, ""
         try:
-            self.engine.instruct(command.text)
-        except Refused as error:
-            self.emit(Instructed(task_id=command.task_id, error=str(error)))
-            return
-        self.task_id = command.task_id
-        self.emit(Instructed(task_id=command.task_id))
+            engine.instruct(
+                engine.task if command.text is None else command.text,
+                engine.adapter if command.adapter is None else command.adapter,
+            )
+            self.task_id = command.task_id
+        except Refused as refused:
+            error = str(refused)
+        self.emit(Instructed(task_id=command.task_id, text=engine.task, adapter=engine.adapter, error=error))
 
     def _answer(self, frame: Frame) -> None:
         engine, taken_ns = self.engine, time.monotonic_ns()

@@ -54,8 +54,11 @@ class Suspect(Exception):
 # -- GGUF --------------------------------------------------------------------------------------------------------------
 
 
-def gguf(path: Path, architectures: tuple[str, ...]) -> None:
-    """Raises Suspect. architectures: general.architecture has to be one of them."""
+def gguf(path: Path, architectures: tuple[str, ...]) -> tuple[dict[str, object], dict[str, list[int]]]:
+    """-> keys (values of strings and whole numbers only), and tensors' shapes as GGUF has them, innermost first.
+
+    Raises Suspect. architectures: general.architecture has to be one of them.
+    """
     with path.open("rb") as file, _mapped(file) as data:
         reader = _Reader(data)
         if reader.take(4) != b"GGUF" or reader.number("<I") != 3:
@@ -69,7 +72,7 @@ def gguf(path: Path, architectures: tuple[str, ...]) -> None:
         alignment = keys.get("general.alignment", 32)
         if alignment != 32:
             raise Suspect(f"general.alignment: expected 32, found {alignment!r}")
-        _tensors(reader, n_tensors)
+        return keys, _tensors(reader, n_tensors)
 
 
 def _keys(reader: _Reader, n: int) -> dict[str, object]:
@@ -85,17 +88,16 @@ def _keys(reader: _Reader, n: int) -> dict[str, object]:
     return found
 
 
-def _tensors(reader: _Reader, n: int) -> None:
-    names, spans = set(), []
+def _tensors(reader: _Reader, n: int) -> dict[str, list[int]]:
+    shapes, spans = {}, []
     for _ in range(n):
         name = reader.string(MAX_NAME_BYTES)
-        if name in names:
+        if name in shapes:
             raise Suspect(f"{name}: there twice")
-        names.add(name)
         n_dims = reader.number("<I")
         if not 1 <= n_dims <= 4:
             raise Suspect(f"{name}: {n_dims} dimensions; expected 1 to 4")
-        shape = [reader.number("<Q") for _ in range(n_dims)]
+        shape = shapes[name] = [reader.number("<Q") for _ in range(n_dims)]
         kind, offset = reader.number("<I"), reader.number("<Q")
         if kind not in BLOCKS:
             raise Suspect(f"{name}: type {kind}: not one that edge-quantize writes")
@@ -114,6 +116,7 @@ def _tensors(reader: _Reader, n: int) -> None:
             raise Suspect(f"{name} and {other} overlap")
     if start + spans[-1][1] > reader.size:
         raise Suspect(f"{spans[-1][2]}: ends behind the file's end")
+    return shapes
 
 
 class _Reader:

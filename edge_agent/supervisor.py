@@ -20,7 +20,7 @@ from collections.abc import Callable
 import msgspec
 import zmq
 
-from edge_agent import actions, bundle, health
+from edge_agent import actions, adapters, bundle, health
 from edge_agent import messages as m
 from edge_agent.config import Config, runtime_dir
 from edge_agent.frames import Slot
@@ -102,7 +102,8 @@ class Supervisor:
         self.slot = Slot.create()
         self.epoch = random.SystemRandom().getrandbits(48)
         self.started_ns = time.monotonic_ns()
-        self.task, self.task_id, self.next_task_id = config.task.instruction, 0, 1
+        self.task, self.adapter = config.task.instruction, config.language.adapter
+        self.task_id, self.next_task_id = 0, 1  # of an instruction and an adapter together
         self.camera = Child(CAMERA, self.slot, lambda: m.encode(config.camera))
         self.model = Child(MODEL, self.slot, lambda: m.encode(config))
         self.watchdog = Watchdog()
@@ -117,7 +118,7 @@ class Supervisor:
         self.latest_seq, self.frame_ns = 0, 0  # newest frame in the slot, and when we saw it there
         self.action_ns = 0
         self.replies: OrderedDict[tuple[bytes, str], bytes | None] = OrderedDict()  # None: still being worked on
-        self.instructing: dict[int, tuple[list[bytes], str, str]] = {}  # task_id -> sender, id, text
+        self.instructing: dict[int, tuple[list[bytes], str]] = {}  # task_id -> sender, id
         self.asking: dict[str, tuple[list[bytes], str, list[str], int]] = {}  # -> sender, id, pieces, asked at ns
         self.said: tuple[str, str] = ("", "")
         self.status_ns = 0
@@ -217,18 +218,18 @@ class Supervisor:
             )
         self.vision, self.frame_s = event.vision, event.warmup_ms / 1000
         self.model.worker.send(m.encode(m.SetPaused(self.paused)))
-        self.model.worker.send(m.encode(m.Instruct(self.task_id, self.task)))
+        self.model.worker.send(m.encode(m.Instruct(task_id=self.task_id, text=self.task, adapter=self.adapter)))
 
     def _instructed(self, event: m.Instructed) -> None:
-        sender, request, text = self.instructing.pop(event.task_id, (None, "", self.task))
+        sender, request = self.instructing.pop(event.task_id, (None, ""))
         if event.error:
             if sender is None:
                 raise Stop(EX_CONFIG, event.error)
             self._reply(sender, request, error=event.error)
             return
-        self.task_id, self.task = event.task_id, text
+        self.task_id, self.task, self.adapter = event.task_id, event.text, event.adapter
         if sender is not None:
-            self._reply(sender, request, result={"task": text})
+            self._reply(sender, request, result={"task": self.task, "adapter": self.adapter})
         if not self.model_ready:
             self.model_ready, self.model.reason, self.model.in_a_row = True, "", 0
             slow = PATIENCE * self.frame_s * 1e6 > self.watchdog.interval_us
@@ -264,6 +265,7 @@ class Supervisor:
             action=result.action,
             values=result.values,
             clamped=result.clamped,
+            adapter=self.adapter,
             **common,
         )
         self.link.publish("actions", message)
@@ -308,8 +310,8 @@ class Supervisor:
         for key, (sender, request, _, _) in list(self.asking.items()):
             self._words("answer", 0, "", key, True, "restart")
             self._reply(sender, request, error=f"the model process was lost ({reason}); ask again")
-        for sender, request, _ in self.instructing.values():
-            self._reply(sender, request, error=f"the model process was lost ({reason}); the instruction before stands")
+        for sender, request in self.instructing.values():
+            self._reply(sender, request, error=f"the model process was lost ({reason}); all stays as it was before")
         self.asking.clear()
         self.instructing.clear()
         if self.model.in_a_row > MAX_RESTARTS_IN_A_ROW:
@@ -446,6 +448,7 @@ class Supervisor:
             "faults": dict(self.faults),
             "progress": self.progress,
             "task": self.task,
+            "adapter": self.adapter,
         }
 
     def _header(self, stream: str, now_ns: int) -> dict:
@@ -496,16 +499,21 @@ class Supervisor:
 
     def _operate(self, sender: list[bytes], request: m.Request) -> None:
         text, worker = request.text.strip(), self.model.worker
-        if request.op in ("instruct", "ask"):
-            if not 0 < len(text) <= 2000:
+        if request.op in ("instruct", "adapter", "ask"):
+            known = ("", *self.config.language.adapters)
+            if request.op == "adapter" and text not in known:
+                expected = ", ".join(map(repr, known))
+                self._reply(sender, request.id, error=f"adapter: expected one of {expected}, found {text[:64]!r}")
+            elif request.op != "adapter" and not 0 < len(text) <= 2000:
                 self._reply(sender, request.id, error=f"text: expected 1 to 2000 characters, found {len(text)}")
             elif not self.model_ready or worker is None:
                 self._reply(sender, request.id, error=f"the model is not ready ({self._state()[1]}); try again")
             elif len(self.asking) + len(self.instructing) >= MAX_WAITING:
                 self._reply(sender, request.id, error=f"{MAX_WAITING} requests are waiting already; try again")
-            elif request.op == "instruct":
-                self.instructing[self.next_task_id] = (sender, request.id, text)
-                self._command(sender, request.id, m.Instruct(self.next_task_id, text))
+            elif request.op != "ask":
+                self.instructing[self.next_task_id] = (sender, request.id)
+                change = {"text" if request.op == "instruct" else "adapter": text}
+                self._command(sender, request.id, m.Instruct(task_id=self.next_task_id, **change))
                 self.next_task_id += 1
             elif request.id in self.asking:
                 self._reply(sender, request.id, error="id: another controller is asking under it; choose a random one")
@@ -552,6 +560,7 @@ def run(config: Config) -> int:
     try:
         notify("STATUS=verifying the bundle")
         verified = bundle.verify(config.bundle, config.trust)
+        adapters.verify(config.language.adapters, verified, config.trust)
         model = verified.manifest.model
         log(f"bundle {verified.id}: {model.family} {model.size} {verified.manifest.recipe}")
         return Supervisor(config, verified, space, link).run()

@@ -1,4 +1,4 @@
-"""Ed25519 signatures over bundle.json: who made a bundle, and that nothing in it was changed since.
+"""Ed25519 signatures over bundle.json and over adapters: who made them, and that nothing was changed since.
 
 The manifest holds every file's hash, so its 64 bytes of signature (bundle.sig) stand for the whole folder. Keys are PEM
 files: the private one where bundles are built, the public one on the device (configuration: `trust`).
@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 SIGNATURE = "bundle.sig"
+ADAPTER_SUFFIX = ".sig"  # of the file beside an adapter
 PUBLIC = ".pub"
 
 
@@ -39,6 +40,11 @@ def keygen(path: Path) -> Path:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
     return public
+
+
+def adapter_statement(sha256: str) -> bytes:
+    """What is signed for an adapter's file: never mistaken for a manifest."""
+    return f"edge-agent adapter sha256 {sha256}\n".encode()
 
 
 def sign(manifest: bytes, key: Path) -> bytes:

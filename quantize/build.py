@@ -1,23 +1,19 @@
 """Checkpoint -> a folder: the three files at source precision, or a whole bundle, checked and with its manifest last.
 
-Atomic: everything is made in a hidden folder beside the target and renamed at the end. Interrupted or failed, nothing
-of it stays. The bundle is tried before it gets its manifest: it is loaded by the runtime's own code.
+Made in a hidden folder that a second run goes on from (work.py). The bundle is tried before it gets its manifest: it is
+loaded by the runtime's own code.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import fcntl
-import glob
+import hashlib
 import math
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,87 +30,9 @@ from quantize.checkpoint import Checkpoint
 from quantize.importance import Importance
 from quantize.language import TYPES, img_break, uniform, write_language, write_mmproj
 from quantize.vision import INT8, write_vision
+from quantize.work import BuildError, Work, fresh_folder, left_bytes
 
-Report = Callable[[str, str, int, int], None]  # (stage, what, done, in all)
-OURS = {bundle.LANGUAGE, bundle.VISION, bundle.MMPROJ, bundle.REPORT, bundle.MANIFEST, trust.SIGNATURE}
-
-
-class BuildError(Exception):
-    """One line: what failed, what was expected, what to do."""
-
-
-def check_target(out: Path, force: bool) -> Path:
-    """The absolute path of a folder that may be made there. Raises BuildError."""
-    out = Path(os.path.abspath(out))
-    if out.is_symlink() or out.exists():
-        if not force:
-            raise BuildError(f"{out}: exists; give another folder, or --force to replace it")
-        strange = [] if out.is_dir() and not out.is_symlink() else [out.name]
-        strange = strange or sorted(set(os.listdir(out)) - OURS)
-        if strange:
-            raise BuildError(f"{out}: --force replaces only folders made by edge-quantize; found {strange[0]!r} in it")
-    if not out.parent.is_dir():
-        raise BuildError(f"{out.parent}: no such folder; make it first")
-    return out
-
-
-@contextlib.contextmanager
-def work_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out`, locked while in use, gone afterwards; what a killed run left is cleared first."""
-    _clear_leftovers(out)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
-    lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        os.close(lock)
-
-
-@contextlib.contextmanager
-def fresh_folder(out: Path, force: bool) -> Iterator[Path]:
-    """A hidden folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not."""
-    out = check_target(out, force)
-    try:
-        with work_folder(out) as work:
-            yield work
-            for file in work.iterdir():
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
-            work.chmod(0o755)
-            bundle.sync_folder(work)
-            _replace(work, out)
-            bundle.sync_folder(out.parent)
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        raise BuildError(f"{out}: {error.strerror} while writing it; make room and start again") from None
-
-
-def _replace(work: Path, out: Path) -> None:
-    """`work` becomes `out`. An `out` that was there is exchanged for it in one step and goes with `work`'s name."""
-    if not out.exists():
-        os.rename(work, out)
-    elif _libc.renameat2(_AT_FDCWD, os.fsencode(work), _AT_FDCWD, os.fsencode(out), _RENAME_EXCHANGE):
-        old = work.with_suffix(".old")  # a file system that cannot exchange: killed in between, the old one is here
-        os.rename(out, old)
-        os.rename(work, out)
-        shutil.rmtree(old)
-
-
-_libc = ctypes.CDLL(None)
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-
-
-def _clear_leftovers(out: Path) -> None:
-    """What a killed run left beside `out`; a folder that is locked is being worked in."""
-    for left in out.parent.glob(f".{glob.escape(out.name)}.*.part"):
-        lock = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left, ignore_errors=True)
-        os.close(lock)
+Report = Callable[[str, str, int, int], None]  # (stage, what, done, in all); of 0 in all: a remark
 
 
 def convert(checkpoint: Checkpoint, out: Path, kind: str, force: bool, report: Report) -> None:
@@ -122,9 +40,8 @@ def convert(checkpoint: Checkpoint, out: Path, kind: str, force: bool, report: R
     rows = [*checkpoint.text_rows, *checkpoint.vision_rows, *checkpoint.vision_rows]  # vision is written twice
     _need_space(out, _elements(rows, checkpoint) * {"bf16": 2, "f16": 2, "f32": 4}[kind])
     types = uniform(checkpoint, checkpoint.text_rows, kind)
-    with fresh_folder(out, force) as work:
-        write_language(checkpoint, work / bundle.LANGUAGE, types, TYPES[kind][1], _stage(report, "language"))
-        _write_vision(checkpoint, work, Eyes(kind, kind), report)
+    with fresh_folder(out, force, _key(checkpoint, types, None, Eyes(kind, kind))) as work:
+        _write_files(checkpoint, work, types, TYPES[kind][1], None, Eyes(kind, kind), report, "language")
 
 
 class Eyes(NamedTuple):
@@ -173,29 +90,57 @@ def build(
         types = recipes.plan(checkpoint, recipe, importance)
     vision_bytes = _elements(checkpoint.vision_rows, checkpoint) * eyes.bytes_per_weight
     _need_space(out, sum(recipes.bytes_by_type(checkpoint, types).values()) + vision_bytes)
-    with fresh_folder(out, force) as work:
-        write_language(
-            checkpoint,
-            work / bundle.LANGUAGE,
-            types,
-            recipes.file_type(recipe, recipes.bytes_by_type(checkpoint, types)),
-            _stage(report, f"language {recipe}"),
-            importance,
-        )
-        _write_vision(checkpoint, work, eyes, report)
-        manifest = _describe(checkpoint, work, recipe, importance, eyes, facts or {}, report)
-        bundle.write_manifest(work, manifest)
+    file_type = recipes.file_type(recipe, recipes.bytes_by_type(checkpoint, types))
+    with fresh_folder(out, force, _key(checkpoint, types, importance, eyes)) as work:
+        _write_files(checkpoint, work, types, file_type, importance, eyes, report, f"language {recipe}")
+        manifest = _describe(checkpoint, work.folder, recipe, importance, eyes, facts or {}, report)
+        bundle.write_manifest(work.folder, manifest)
         if key is not None:
             signature = trust.sign((work / bundle.MANIFEST).read_bytes(), key)
             bundle.write_durably(work / trust.SIGNATURE, signature)
         return manifest
 
 
-def _write_vision(checkpoint: Checkpoint, work: Path, eyes: Eyes, report: Report) -> None:
+def _write_files(
+    checkpoint: Checkpoint,
+    work: Work,
+    types: dict[str, gguf.GGMLQuantizationType],
+    file_type: int,
+    importance: Importance | None,
+    eyes: Eyes,
+    report: Report,
+    stage: str,
+) -> None:
+    """What an earlier run has not written yet."""
+    if work.found:
+        report(f"going on: an earlier run left {work.found}", "", 0, 0)
+    if not work.is_whole(bundle.LANGUAGE):
+        write_language(checkpoint, work / bundle.LANGUAGE, types, file_type, _stage(report, stage), importance, work)
+        work.finish(bundle.LANGUAGE)
     if checkpoint.vision is None:
         return
-    write_mmproj(checkpoint, work / bundle.MMPROJ, eyes.mmproj, _stage(report, "mmproj"))
-    write_vision(checkpoint, work / bundle.VISION, eyes.vision, _stage(report, "vision"), eyes.fixed)
+    if not work.is_whole(bundle.MMPROJ):
+        write_mmproj(checkpoint, work / bundle.MMPROJ, eyes.mmproj, _stage(report, "mmproj"))
+        work.finish(bundle.MMPROJ)
+    if not work.is_whole(bundle.VISION):
+        write_vision(checkpoint, work / bundle.VISION, eyes.vision, _stage(report, "vision"), eyes.fixed)
+        work.finish(bundle.VISION)
+
+
+def _key(
+    checkpoint: Checkpoint,
+    types: dict[str, gguf.GGMLQuantizationType],
+    importance: Importance | None,
+    eyes: Eyes,
+) -> str:
+    """Of everything that the files depend on; of the checkpoint's files names, sizes and times."""
+    files = {path for path in checkpoint.folder.iterdir() if path.suffix in (".json", ".jinja")} | {*checkpoint.files}
+    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(files)]
+    named = {name: kind.name for name, kind in types.items()}
+    digest = hashlib.sha256(repr((edge_agent.__version__, llama_cpp.__version__, stamps, named, eyes)).encode())
+    for name in sorted(importance.sums) if importance is not None else ():
+        digest.update(name.encode() + importance.of(name).tobytes())
+    return digest.hexdigest()
 
 
 def _check_fixed(checkpoint: Checkpoint, fixed: tuple[int, int]) -> None:
@@ -222,7 +167,7 @@ def _need_space(out: Path, n_bytes: int) -> None:
     if not folder.is_dir():
         raise BuildError(f"{folder}: no such folder; make it first")
     free = shutil.disk_usage(folder).free
-    needed = n_bytes + (32 << 20)
+    needed = n_bytes + (32 << 20) - left_bytes(out)
     if free < needed:
         raise BuildError(f"{folder}: {needed / 1e9:.2f} GB needed while building, {free / 1e9:.2f} GB free; make room")
 
@@ -318,7 +263,7 @@ def _try(
 
 
 def _hash_sources(checkpoint: Checkpoint, report: Report) -> dict[str, str]:
-    paths = sorted({source.file for source in checkpoint.sources.values()} | {checkpoint.config.path})
+    paths = sorted({*checkpoint.files, checkpoint.config.path})
     total, done, hashes = sum(path.stat().st_size for path in paths), 0, {}
     for path in paths:
 

@@ -24,6 +24,7 @@ from edge_agent.model import Engine
 from quantize import build, ggml, importance
 from quantize.checkpoint import Checkpoint
 from quantize.importance import Importance, ImportanceError
+from quantize.work import scratch
 
 Report = Callable[[str, str, int, int], None]  # (stage, what, done, in all)
 CHUNK = 512  # tokens: one context, read from an empty cache
@@ -95,7 +96,7 @@ def collect(checkpoint: Checkpoint, out: Path, sources: Sources, report: Report)
         raise ImportanceError(f"{out.parent}: no such folder; make it first")
     state = _State(out.with_name(f".{out.name}.part.npz"), _key(checkpoint, sources, text))
     found = state.load()
-    with build.work_folder(out) as folder:
+    with scratch(out) as folder:
         work = folder / "bf16"
         build.convert(checkpoint, work, "bf16", False, report)
         language.watch(collector := Collector(found))
@@ -222,7 +223,6 @@ class _State:
 def _key(checkpoint: Checkpoint, sources: Sources, text: str) -> str:
     """Of the checkpoint the headers only: names, places, sizes and times of its files."""
     digest = hashlib.sha256()
-    files = sorted({source.file for source in checkpoint.sources.values()})
-    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.files]
     digest.update(repr((language.LLAMA_CPP_PYTHON, stamps, text, sources.max_chunks)).encode())
     return digest.hexdigest()

@@ -25,6 +25,7 @@ from quantize.config import CheckpointError, Config, Text, Vision, read_consolid
 BLOCK_BYTES = 64 << 20  # float32 bytes of one block of rows
 MAX_HEADER_BYTES = 100 << 20  # the safetensors format's own limit
 PARAMS = "params.json"
+ADAPTER = "adapter_config.json"  # beside an adapter's adapter_model.safetensors
 LAYOUTS = {"config.json": "model", PARAMS: "consolidated"}  # what says it -> how the files of tensors begin
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -48,12 +49,34 @@ class Source(msgspec.Struct, frozen=True):
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
+class LowRank(msgspec.Struct, frozen=True):
+    """What an adapter adds to a matrix: scale * up (rows, rank) @ down (rank, columns). Rotary rows in HF's order."""
+
+    down: Source
+    up: Source
+    scale: float
+    flipped: bool = False  # the files hold (up.T, down.T) under each other's names: of embeddings
+
+    def factors(self) -> tuple[np.ndarray, np.ndarray]:
+        """(up, down), float32; without the scale."""
+        down, up = read_tensor(self.down), read_tensor(self.up)
+        return (down.T, up.T) if self.flipped else (up, down)
+
+
 class Checkpoint(msgspec.Struct, frozen=True):
     folder: Path
     config: Config
     fp8: bool  # really: some tensors are
     sources: dict[str, Source]  # by canonical name
     ignored: dict[str, str]  # name in the file -> why
+    added: dict[str, LowRank] = {}  # by canonical name: an adapter that is merged on the way
+
+    @property
+    def files(self) -> list[Path]:
+        """All that weights come from."""
+        adapter = {one.down.file for one in self.added.values()}
+        adapter |= {file.with_name(ADAPTER) for file in adapter}  # its scales
+        return sorted({source.file for source in self.sources.values()} | adapter)
 
     @property
     def text(self) -> Text:
@@ -142,27 +165,49 @@ class Checkpoint(msgspec.Struct, frozen=True):
                 raise CheckpointError(f"{source.file}: {source.name}: file ends early; copy the checkpoint again")
         return out
 
+    def is_plain(self, row: names.Row) -> bool:
+        """Whether the stored numbers are those the model computes with."""
+        return self.sources[row.hf].dtype != "F8_E4M3" and row.hf not in self.added
+
     def float_blocks(self, row: names.Row, unit_rows: int = 1) -> Iterator[np.ndarray]:
-        """A tensor in blocks of whole units of rows, float32, FP8 scale applied: the values the model computes with."""
-        source = self.sources[row.hf]
-        scale = self.scale(row)
-        for start, stop in spans(source.shape, unit_rows):
+        """A tensor in blocks of whole units of rows, float32, FP8 scale and adapter applied: the values the model
+        computes with."""
+        scale, added = self.scale(row), self.added.get(row.hf)
+        if added is not None:
+            up, down = added.factors()
+            if row.rope and self.interleaved:
+                up = interleave(up, len(up) // self.dims[row.rope])
+        for start, stop in spans(self.sources[row.hf].shape, unit_rows):
             block = self.rows(row, start, stop).astype(np.float32)
-            yield block if scale is None else np.multiply(block, scale, out=block)
+            if scale is not None:
+                np.multiply(block, scale, out=block)
+            if added is not None:
+                block += np.float32(added.scale) * (up[start:stop] @ down)
+            yield block
 
     def scale(self, row: names.Row) -> np.float32 | None:
         """The per-tensor FP8 scale, or None for a tensor that is not FP8."""
         if self.sources[row.hf].dtype != "F8_E4M3":
             return None
         source = self.sources[row.hf + names.SCALE]
-        with source.file.open("rb") as file:
-            file.seek(source.offset)
-            value = np.frombuffer(file.read(source.n_bytes), DTYPES[source.dtype]).astype(np.float32)[0]
+        value = read_tensor(source).reshape(-1)[0]
         if not (np.isfinite(value) and value > 0):
             raise CheckpointError(
                 f"{source.file}: {source.name}: expected a finite scale above 0, found {value}; the file is damaged"
             )
         return value
+
+
+def interleave(block: np.ndarray, head_rows: int) -> np.ndarray:
+    """HF's rotary order (first halves, then second halves, per head) -> llama.cpp's (half pairs side by side)."""
+    heads = block.reshape(-1, 2, head_rows // 2, *block.shape[1:])
+    return heads.swapaxes(1, 2).reshape(block.shape)
+
+
+def deinterleave(block: np.ndarray, head_rows: int) -> np.ndarray:
+    """The way back."""
+    heads = block.reshape(-1, head_rows // 2, 2, *block.shape[1:])
+    return heads.swapaxes(1, 2).reshape(block.shape)
 
 
 def spans(shape: tuple[int, ...], unit_rows: int = 1) -> Iterator[tuple[int, int]]:
@@ -171,6 +216,14 @@ def spans(shape: tuple[int, ...], unit_rows: int = 1) -> Iterator[tuple[int, int
     step = max(1, BLOCK_BYTES // (row_bytes * unit_rows)) * unit_rows
     for start in range(0, shape[0], step):
         yield start, min(start + step, shape[0])
+
+
+def read_tensor(source: Source) -> np.ndarray:
+    """A whole small tensor, float32; FP8 without its scale."""
+    with source.file.open("rb") as file:
+        file.seek(source.offset)
+        raw = np.frombuffer(file.read(source.n_bytes), DTYPES[source.dtype])
+    return raw.astype(np.float32).reshape(source.shape)
 
 
 def read(folder: str | Path) -> Checkpoint:
@@ -240,7 +293,7 @@ def _headers(folder: Path, stem: str) -> list[Source]:
         path = folder / name
         if Path(name).name != name or not path.is_file():
             raise CheckpointError(f"{path}: missing; the checkpoint is incomplete, download this file")
-        found += _header(path)
+        found += header(path)
     if weight_map is not None:
         here = {source.name: source.file.name for source in found}
         for name, file in weight_map.items():
@@ -249,7 +302,7 @@ def _headers(folder: Path, stem: str) -> list[Source]:
     return found
 
 
-def _header(path: Path) -> list[Source]:
+def header(path: Path) -> list[Source]:
     """The tensors of one safetensors file. https://github.com/huggingface/safetensors#format"""
     size = path.stat().st_size
     with path.open("rb") as file:

@@ -1,4 +1,5 @@
-"""edge-quantize: inspect, convert, imatrix, build, evaluate. Parses arguments, shows progress, says errors in a line.
+"""edge-quantize: inspect, convert, imatrix, build, evaluate, lora. Parses arguments, shows progress, says errors in a
+line.
 
 Exit status: 0 done; 1 the work failed (input, disk); 2 wrong arguments; 130 interrupted. Nothing half-written stays.
 """
@@ -21,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from quantize.checkpoint import Checkpoint, CheckpointError, read
+from quantize.checkpoint import ADAPTER, Checkpoint, CheckpointError, read, read_table
 
 if TYPE_CHECKING:  # they load native code
     from quantize.calibrate import Sources
@@ -35,6 +36,7 @@ EPILOG = """examples:
   edge-quantize build    Ministral-3-3B-Instruct-2512  bundles/3b --imatrix 3b.imatrix.gguf
   edge-quantize build    Ministral-3-3B-Instruct-2512  bundles/3b --imatrix 3b.imatrix.gguf --budget 2.0GB
   edge-quantize evaluate bundles/3b --reference Ministral-3-3B-Instruct-2512 --frames pictures/ --html 3b.html
+  edge-quantize lora     my-adapter/  my-adapter.gguf --base Ministral-3-3B-Instruct-2512
   edge-quantize convert  Ministral-3-3B-Instruct-2512  full/3b --type bf16
 
 A checkpoint is the folder as downloaded: config.json with model*.safetensors, or params.json with
@@ -51,7 +53,7 @@ def main() -> None:
     try:
         arguments.run(arguments)
     except KeyboardInterrupt:
-        _fail("interrupted; nothing was left behind", 130)
+        _fail(f"interrupted; {_left(getattr(arguments, 'out', None))}", 130)
     except CheckpointError as error:
         _fail(str(error))
     except BrokenPipeError:
@@ -93,6 +95,14 @@ def _interrupt(_signal: int, _frame: object) -> None:
     global _interrupted
     _interrupted = True
     raise KeyboardInterrupt
+
+
+def _left(out: Path | None) -> str:
+    from quantize.work import left_bytes
+
+    if out is not None and (left_bytes(out) or out.with_name(f".{out.name}.part.npz").exists()):
+        return "the same command again goes on from here"
+    return "nothing was left behind"
 
 
 def _fail(line: str, status: int = 1) -> None:
@@ -167,6 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--fixed", type=_sides, metavar="HxW", help="the only frame size vision.onnx takes, for TensorRT: 448x448"
     )
+    build.add_argument("--merge", type=Path, metavar="ADAPTER_DIR", help="a PEFT LoRA adapter, merged on the way")
     build.add_argument("--sign", type=Path, metavar="KEY", help="a private key, made by edge-agent keygen")
     build.add_argument("--json", action="store_true", help="the manifest as one JSON line at the end")
     build.set_defaults(run=_build)
@@ -186,6 +197,19 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--html", type=Path, metavar="FILE", help="a page with plots and the worst frames")
     evaluate.add_argument("--json", action="store_true", help="everything as one JSON line")
     evaluate.set_defaults(run=_evaluate)
+    lora = commands.add_parser(
+        "lora", help="a PEFT LoRA adapter becomes a GGUF adapter, to be switched on and off at run time"
+    )
+    lora.add_argument(
+        "adapter", type=Path, metavar="ADAPTER_DIR", help="adapter_config.json, adapter_model.safetensors"
+    )
+    lora.add_argument("out", type=Path, metavar="OUT.gguf")
+    lora.add_argument(
+        "--base", type=Path, metavar="CHECKPOINT", help="the model it was trained on (default: as the adapter says)"
+    )
+    lora.add_argument("--sign", type=Path, metavar="KEY", help="a private key, made by edge-agent keygen")
+    lora.add_argument("--force", action="store_true", help="replace OUT.gguf")
+    lora.set_defaults(run=_lora)
     return parser
 
 
@@ -314,9 +338,32 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             print(f"  vision cosine   least {a.vision_cosine_min:.5f}")
 
 
+def _lora(arguments: argparse.Namespace) -> None:
+    from quantize import lora
+
+    base = arguments.base
+    if base is None:
+        base = Path(str(read_table(arguments.adapter / ADAPTER).get("base_model_name_or_path")))
+        if not base.is_dir():
+            _fail(f"--base: {arguments.adapter} says {str(base)!r}, which is no folder here; give the checkpoint's", 2)
+    checkpoint = read(base)
+    if arguments.out.is_dir() or (arguments.out.exists() and not arguments.force):
+        _fail(f"{arguments.out}: exists; give another name, or --force to replace a file")
+    if not arguments.out.absolute().parent.is_dir():
+        _fail(f"{arguments.out.absolute().parent}: no such folder; make it first")
+    adapter = lora.read(arguments.adapter, checkpoint)
+    with _Shown() as report:
+        lora.write(adapter, checkpoint, arguments.out, lambda *done: report("adapter", *done), arguments.sign)
+    ranks = ", ".join(map(str, adapter.ranks))
+    print(
+        f"{arguments.out}: {len(adapter.added)} matrices of rank {ranks} for {checkpoint.family} {checkpoint.size}, "
+        f"{arguments.out.stat().st_size / 1e6:.1f} MB"
+    )
+
+
 def _build(arguments: argparse.Namespace) -> None:
     checkpoint = read(arguments.checkpoint)
-    from quantize import build, importance, recipe
+    from quantize import build, importance, lora, recipe
 
     if arguments.recipe not in recipe.RECIPES:
         _fail(f"--recipe: expected one of {', '.join(recipe.RECIPES)}, found {arguments.recipe!r}", 2)
@@ -325,11 +372,15 @@ def _build(arguments: argparse.Namespace) -> None:
         weighed = importance.read(arguments.imatrix)
         importance.check(weighed, arguments.imatrix, checkpoint)
     name, types, facts = arguments.recipe, None, {}
+    if arguments.merge is not None:
+        adapter = lora.read(arguments.merge, checkpoint)
+        checkpoint = lora.merged(checkpoint, adapter)
+        facts["merged"] = {"adapter": arguments.merge.name, "matrices": len(adapter.added), "ranks": adapter.ranks}
     with _Shown() as report:
         if arguments.budget is not None or arguments.fit is not None:
             plan = _plan(arguments, checkpoint, weighed, report)
             name, types = f"fit {plan.n_bytes / 1e6:.1f} MB", plan.types
-            facts = {"fit": {key: getattr(plan, key) for key in plan.__struct_fields__ if key != "types"}}
+            facts["fit"] = {key: getattr(plan, key) for key in plan.__struct_fields__ if key != "types"}
         manifest = build.build(
             checkpoint, arguments.out, name, arguments.force, report, importance=weighed, types=types, facts=facts,
             key=arguments.sign, eyes=build.Eyes(arguments.vision, arguments.mmproj, arguments.fixed),
@@ -349,7 +400,8 @@ def _build(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace, checkpoint: Checkpoint, weighed: Importance | None, report: Callable) -> Plan:
-    from quantize import build, calibrate, fit, recipe
+    from quantize import calibrate, fit, recipe
+    from quantize.work import check_target
 
     if weighed is None:
         _fail("--budget and --fit need --imatrix FILE; make one with edge-quantize imatrix", 2)
@@ -361,7 +413,7 @@ def _plan(arguments: argparse.Namespace, checkpoint: Checkpoint, weighed: Import
         budget = recipe.budget_bytes(checkpoint, boards[arguments.fit])
         if budget <= 0:
             _fail(f"--fit {arguments.fit}: vision, cache and buffers alone need more than this board has")
-    build.check_target(arguments.out, arguments.force)
+    check_target(arguments.out, arguments.force)
     path = arguments.sensitivity or arguments.out.with_name(arguments.out.name + ".sensitivity.json")
     text = calibrate.read_text(arguments.calibration or calibrate.TEXT)
     return fit.fitted(checkpoint, weighed, budget, text, arguments.chunks, path, report)
@@ -422,6 +474,9 @@ class _Shown:
     def _report(self, stage: str, what: str, done: int, total: int) -> None:
         if _interrupted:
             raise KeyboardInterrupt
+        if not total:  # a remark
+            (self._bar.console.print if self._bar else lambda line: print(line, file=sys.stderr, flush=True))(stage)
+            return
         new, ended = stage != self._stage, done >= total
         self._stage = stage
         if self._bar:

@@ -31,6 +31,7 @@ from quantize import recipe as recipes
 from quantize.checkpoint import Checkpoint
 from quantize.importance import Importance
 from quantize.language import BFLOAT16, tensor_blocks
+from quantize.work import scratch
 
 Type = gguf.GGMLQuantizationType
 Report = Callable[[str, str, int, int], None]  # (stage, what, done, in all)
@@ -229,7 +230,7 @@ def sensitivity(prober: Prober, path: Path, key: str, report: Report) -> Sensiti
 def key(checkpoint: Checkpoint, weighed: Importance, text: str, chunks: int) -> str:
     """Of everything a sensitivity depends on; of the checkpoint its files' names, sizes and times."""
     digest = hashlib.sha256(repr((language.LLAMA_CPP_PYTHON, text, chunks, PROBE, CANDIDATES, SAMPLE_ROWS)).encode())
-    for path in sorted({source.file for source in checkpoint.sources.values()}):
+    for path in checkpoint.files:
         status = path.stat()
         digest.update(repr((path.name, status.st_size, status.st_mtime_ns)).encode())
     for name in sorted(weighed.sums):
@@ -359,7 +360,7 @@ def fitted(
         candidates(checkpoint.shape(row)[1])
     if not path.parent.is_dir():
         raise FitError(f"{path.parent}: no such folder; make it first")
-    with build.work_folder(path) as folder:
+    with scratch(path) as folder:
         work = folder / "bf16"
         build.convert(checkpoint, work, "bf16", False, report)
         prober = Prober(checkpoint, build.as_bundle(checkpoint, work), weighed, text, chunks)

@@ -16,8 +16,9 @@ import ml_dtypes
 import numpy as np
 
 from quantize import ggml, names, tokenizer
-from quantize.checkpoint import Checkpoint, CheckpointError, chat_template, spans
+from quantize.checkpoint import Checkpoint, CheckpointError, chat_template, deinterleave, interleave, spans
 from quantize.importance import Importance
+from quantize.work import Work
 
 Report = Callable[[str, int, int], None]  # (what, bytes done, bytes in all)
 Type = gguf.GGMLQuantizationType
@@ -32,6 +33,8 @@ FLOATS = {Type.BF16: BFLOAT16, Type.F16: np.dtype(np.float16), Type.F32: np.dtyp
 # llama.cpp's convolution takes no bfloat16, and its own files keep these two at float32 unless they are float16.
 CONVOLUTIONS = ("v.patch_embd.weight", "mm.patch_merger.weight")
 IMG_BREAK = "v.token_embd.img_break"
+ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
+HEAD = ".head"  # of the file that a header is made in
 
 
 def write_language(
@@ -41,10 +44,14 @@ def write_language(
     file_type: int,
     report: Report,
     importance: Importance | None = None,
+    work: Work | None = None,
 ) -> None:
-    """language.gguf: the text model and its tokenizer. types: GGUF name -> type, of every text tensor."""
+    """language.gguf: the text model and its tokenizer. types: GGUF name -> type, of every text tensor.
+
+    work: notes how far it is, and how far an earlier run was.
+    """
     words = tokenizer.read(checkpoint.folder, checkpoint.text.vocab)
-    writer = _language_writer(checkpoint, out, file_type)
+    writer = _language_writer(checkpoint, out.with_name(out.name + HEAD), file_type)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("tekken")
     writer.add_token_list(words.tokens)
@@ -58,7 +65,7 @@ def write_language(
     writer.add_add_eos_token(False)
     if template := chat_template(checkpoint.folder):
         writer.add_chat_template(template)
-    _write(writer, checkpoint, checkpoint.text_rows, types, report, importance=importance)
+    _write(writer, out, checkpoint, checkpoint.text_rows, types, report, importance=importance, work=work)
 
 
 def write_outline(checkpoint: Checkpoint, out: Path) -> None:
@@ -67,7 +74,7 @@ def write_outline(checkpoint: Checkpoint, out: Path) -> None:
     types = uniform(checkpoint, checkpoint.text_rows, "bf16")
     _declare(writer, checkpoint, checkpoint.text_rows, types)
     sizes = [_n_bytes(checkpoint.shape(row), types[row.gguf]) for row in checkpoint.text_rows]
-    n_bytes = sum(gguf.GGUFWriter.ggml_pad(size, gguf.GGUF_DEFAULT_ALIGNMENT) for size in sizes)
+    n_bytes = sum(gguf.GGUFWriter.ggml_pad(size, ALIGNMENT) for size in sizes)
     file = writer.fout[0]
     file.truncate(file.tell() + n_bytes)
     writer.close()
@@ -107,7 +114,7 @@ def _language_writer(checkpoint: Checkpoint, out: Path, file_type: int) -> gguf.
 def write_mmproj(checkpoint: Checkpoint, out: Path, kind: str, report: Report) -> None:
     """mmproj.gguf: vision tower, patch merger and projector for llama.cpp's mtmd, [IMG_BREAK] row included."""
     v, words = checkpoint.vision, tokenizer.read(checkpoint.folder, checkpoint.text.vocab)
-    writer = gguf.GGUFWriter(out, "clip")
+    writer = gguf.GGUFWriter(out.with_name(out.name + HEAD), "clip")
     writer.add_type(gguf.GGUFType.MMPROJ)
     writer.add_name(f"{checkpoint.family} {checkpoint.size} vision")
     writer.add_file_type(TYPES[kind][1])
@@ -126,12 +133,16 @@ def write_mmproj(checkpoint: Checkpoint, out: Path, kind: str, report: Report) -
     writer.add_vision_image_mean(v.mean)
     writer.add_vision_image_std(v.std)
     rows = checkpoint.vision_rows
-    _write(writer, checkpoint, rows, uniform(checkpoint, rows, kind), report, break_id=words.special["img_break"])
+    _write(writer, out, checkpoint, rows, uniform(checkpoint, rows, kind), report, words.special["img_break"])
 
 
 def img_break(checkpoint: Checkpoint, break_id: int) -> np.ndarray:
     """The [IMG_BREAK] embedding, (hidden,) float32: it stands between the rows of an image."""
-    return checkpoint.rows(names.TEXT[0], break_id, break_id + 1)[0].astype(np.float32)
+    row = checkpoint.rows(names.TEXT[0], break_id, break_id + 1)[0].astype(np.float32)
+    if (added := checkpoint.added.get(names.TEXT[0].hf)) is not None:
+        up, down = added.factors()
+        row += np.float32(added.scale) * (up[break_id] @ down)
+    return row
 
 
 def uniform(checkpoint: Checkpoint, rows: list[names.Row], kind: str) -> dict[str, Type]:
@@ -173,35 +184,57 @@ def _declare(
 
 def _write(
     writer: gguf.GGUFWriter,
+    out: Path,
     checkpoint: Checkpoint,
     rows: list[names.Row],
     types: dict[str, Type],
     report: Report,
     break_id: int = -1,
     importance: Importance | None = None,
+    work: Work | None = None,
 ) -> None:
+    """The header, and behind it tensor after tensor: those that an earlier run left whole are not made again."""
+    # The package would want each tensor whole in memory; the format is only bytes with padding between them.
     _declare(writer, checkpoint, rows, types, break_row=break_id >= 0)
-    # From here the package would want each tensor whole in memory; the format is only bytes with padding between them.
-    file, total, done = writer.fout[0], sum(math.prod(checkpoint.shape(row)) for row in rows), 0
-    for row in rows:
-        kind, written = types[row.gguf], 0
-        columns = importance.of(row.gguf) if importance is not None else None
-        for block in tensor_blocks(checkpoint, row, FLOATS.get(kind, BFLOAT16)):
-            if kind in FLOATS:
-                data = block
-            else:  # through bfloat16, so that a bundle of an FP8 checkpoint is that of its bf16 conversion
-                data = ggml.quantise_rows(
-                    block.astype(np.float32).reshape(-1, checkpoint.shape(row)[-1]), kind, columns
-                )
-            file.write(data.view(np.uint8).data)
-            written += data.nbytes
-            done += block.size
-            report(row.gguf, done, total)
-        writer.write_padding(file, written)
-    if break_id >= 0:
-        file.write(img_break(checkpoint, break_id).tobytes())
-        writer.write_padding(file, checkpoint.text.hidden * 4)
     writer.close()
+    head = writer.path.read_bytes()
+    writer.path.unlink()
+    total, done = sum(math.prod(checkpoint.shape(row)) for row in rows), 0
+    there, at = work.n_bytes(out.name) if work is not None else 0, len(head)
+    with out.open("r+b" if there else "wb") as file:
+        file.write(head)
+        for row in rows:
+            end = at + gguf.GGUFWriter.ggml_pad(_n_bytes(checkpoint.shape(row), types[row.gguf]), ALIGNMENT)
+            if end <= there:
+                done += math.prod(checkpoint.shape(row))
+                file.seek(end)
+            else:
+                for data, n in _stored(checkpoint, row, types[row.gguf], importance):
+                    file.write(data.view(np.uint8).data)
+                    done += n
+                    report(row.gguf, done, total)
+                file.write(bytes(end - file.tell()))
+                if work is not None:
+                    file.flush()
+                    work.note(out.name, file.fileno(), end)
+            at = end
+        if break_id >= 0:
+            data = img_break(checkpoint, break_id).tobytes()
+            file.write(data + bytes(-len(data) % ALIGNMENT))
+        file.truncate()
+
+
+def _stored(
+    checkpoint: Checkpoint, row: names.Row, kind: Type, importance: Importance | None
+) -> Iterator[tuple[np.ndarray, int]]:
+    """A tensor's blocks as the file has them, and how many elements each holds."""
+    columns = importance.of(row.gguf) if importance is not None else None
+    for block in tensor_blocks(checkpoint, row, FLOATS.get(kind, BFLOAT16)):
+        if kind in FLOATS:
+            yield block, block.size
+        else:  # through bfloat16, so that a bundle of an FP8 checkpoint is that of its bf16 conversion
+            wide = block.astype(np.float32).reshape(-1, checkpoint.shape(row)[-1])
+            yield ggml.quantise_rows(wide, kind, columns), block.size
 
 
 def tensor_blocks(
@@ -211,7 +244,7 @@ def tensor_blocks(
     (interleaved=False) in halves."""
     source, shape = checkpoint.sources[row.hf], checkpoint.shape(row)
     unit = shape[0] // checkpoint.dims[row.rope] if row.rope else 1  # rows of one head, which may not be split
-    if checkpoint.scale(row) is None:  # straight from the file: no detour through float32 where the type stays
+    if checkpoint.is_plain(row):  # straight from the file: no detour through float32 where the type stays
         blocks = (checkpoint.rows(row, start, stop) for start, stop in spans(shape, unit))
     else:
         blocks = checkpoint.float_blocks(row, unit)
@@ -230,15 +263,3 @@ def _finite(block: np.ndarray) -> bool:
     if block.dtype == BFLOAT16:
         return not ((block.view(np.uint16) & 0x7F80) == 0x7F80).any()
     return bool(np.isfinite(block).all())
-
-
-def interleave(block: np.ndarray, head_rows: int) -> np.ndarray:
-    """HF's rotary order (first halves, then second halves, per head) -> llama.cpp's (half pairs side by side)."""
-    heads = block.reshape(-1, 2, head_rows // 2, *block.shape[1:])
-    return heads.swapaxes(1, 2).reshape(block.shape)
-
-
-def deinterleave(block: np.ndarray, head_rows: int) -> np.ndarray:
-    """The way back."""
-    heads = block.reshape(-1, head_rows // 2, 2, *block.shape[1:])
-    return heads.swapaxes(1, 2).reshape(block.shape)

@@ -63,6 +63,23 @@ def full(build: Callable[..., Path], toy_bf16: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """A PEFT adapter of toy_bf16, and its matrices."""
+    folder = tmp_path_factory.mktemp("adapter") / "plain"
+    return folder, toy.write_adapter(folder)
+
+
+@pytest.fixture(scope="session")
+def switchable(plain: tuple[Path, dict], toy_bf16: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as a GGUF adapter."""
+    from quantize import checkpoint, lora
+
+    found, out = checkpoint.read(toy_bf16), tmp_path_factory.mktemp("switch") / "plain.gguf"
+    lora.write(lora.read(plain[0], found), found, out, lambda *_: None)
+    return out
+
+
+@pytest.fixture(scope="session")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """build(checkpoint folder, recipe) -> a bundle; the same arguments, the same bundle."""
     made: dict[tuple[Path, str], Path] = {}

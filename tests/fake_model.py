@@ -25,6 +25,7 @@ def main() -> None:
 
     emit(m.Ready(vision="fake", load_s=0.0, warmup_ms=0.0))
     seen, answered, task_id, paused = 0, 0, -1, False
+    text, adapter = "", ""
     events.setblocking(False)
     while True:
         try:
@@ -32,12 +33,15 @@ def main() -> None:
             if isinstance(command, m.Instruct):
                 task_id = command.task_id
                 error = "too long" if command.text == "refuse this" else ""
-                emit(m.Instructed(task_id=task_id, error=error))
+                if not error:
+                    text = text if command.text is None else command.text
+                    adapter = adapter if command.adapter is None else command.adapter
+                emit(m.Instructed(task_id=task_id, text=text, adapter=adapter, error=error))
             elif isinstance(command, m.SetPaused):
                 paused = command.paused
             else:
-                for text in ("a ", "pad"):
-                    emit(m.Piece(lane="answer", frame_id=seen, text=text, request=command.request))
+                for piece in ("a ", "pad"):
+                    emit(m.Piece(lane="answer", frame_id=seen, text=piece, request=command.request))
                 emit(m.Piece(lane="answer", frame_id=seen, text="", request=command.request, last=True))
         except BlockingIOError:
             pass

@@ -29,7 +29,8 @@ def test_what_is_written_is_what_is_loaded():
         "trust: [/etc/ours.pub, theirs.pub]\n"
         "camera: {source: /dev/video2, name: nose, width: 1280, height: 720, fps: 29.97, realtime: false, loop: no}\n"
         "vision: {backend: mtmd, max_tokens: 64, threads: 3}\n"
-        "language: {context: 4096, threads: 2, gpu_layers: 0, describe: 'What?', max_words_tokens: 5, words: false}\n"
+        "language: {context: 4096, threads: 2, gpu_layers: 0, describe: 'What?', max_words_tokens: 5, words: false,\n"
+        "           adapters: {night: /n.gguf, rain-2: r.gguf}, adapter: night}\n"
         "task: {space: waypoint, instruction: 'Land.', deadline_ms: 700}\n"
         "watch: {model_stall_s: 1, model_load_s: 2.5, camera_stall_s: 0.5}\n"
         "runtime_dir: /run/x\n",
@@ -55,6 +56,8 @@ def test_what_is_written_is_what_is_loaded():
             "describe": "What?",
             "max_words_tokens": 5,
             "words": False,
+            "adapters": {"night": "/n.gguf", "rain-2": "r.gguf"},
+            "adapter": "night",
         },
         "task": {"space": "waypoint", "instruction": "Land.", "deadline_ms": 700},
         "watch": {"model_stall_s": 1.0, "model_load_s": 2.5, "camera_stall_s": 0.5},
@@ -83,6 +86,8 @@ def test_defaults():
             "describe": "",
             "max_words_tokens": 96,
             "words": True,
+            "adapters": {},
+            "adapter": "",
         },
         "task": {"space": "velocity_body", "instruction": "Hold position.", "deadline_ms": 2000},
         "watch": {"model_stall_s": 10.0, "model_load_s": 120.0, "camera_stall_s": 3.0},

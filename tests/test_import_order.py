@@ -17,6 +17,7 @@ ORDER = [
     "precheck",
     "trust",
     "bundle",
+    "adapters",
     "actions",
     "frames",
     "worker",

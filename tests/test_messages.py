@@ -149,7 +149,7 @@ def test_control_and_worker_messages_ignore_unknown_keys_too():
 
 @EACH
 def test_a_missing_key_is_an_error(stream, message):
-    optional = {"request", "last", "cut"}
+    optional = {"request", "last", "cut", "adapter"}
     for name in {"kind", *message.__struct_fields__} - optional:
         fields = msgspec.to_builtins(message)
         if name == "kind" and stream != "actions":

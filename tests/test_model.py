@@ -525,7 +525,7 @@ def shared(toy_bundle):
 @pytest.fixture
 def process(shared):
     shared.send(m.SetPaused(False))
-    shared.send(m.Instruct(0, TASK))
+    shared.send(m.Instruct(task_id=0, text=TASK))
     assert shared.wait(m.Instructed, task_id=0).error == ""
     shared.listen(0.1)
     shared.events.clear()
@@ -543,7 +543,7 @@ def start(toy_bundle, monkeypatch):
         made.append(Rig(toy_bundle, **changes))
         if instruct:
             made[0].wait(m.Ready)
-            made[0].send(m.Instruct(0, TASK))
+            made[0].send(m.Instruct(task_id=0, text=TASK))
             assert made[0].wait(m.Instructed, task_id=0).error == ""
         return made[0]
 
@@ -559,8 +559,8 @@ def test_it_says_that_it_loads_then_that_it_is_ready_and_answers_nothing_before_
     assert ready.vision == "onnxruntime CPUExecutionProvider" and ready.load_s > 0 and ready.warmup_ms > 0
     process.publish(1)
     assert not any(isinstance(event, m.Proposal) for event in process.listen(0.5))
-    process.send(m.Instruct(7, TASK))
-    assert process.wait(m.Instructed) == m.Instructed(task_id=7)
+    process.send(m.Instruct(task_id=7, text=TASK))
+    assert process.wait(m.Instructed) == m.Instructed(task_id=7, text=TASK, adapter="")
     assert process.wait(m.Proposal).task_id == 7
 
 
@@ -601,15 +601,29 @@ def test_a_frame_that_is_too_old_is_not_looked_at(start):
 
 
 def test_a_new_task_counts_from_the_next_frame_and_one_too_long_leaves_the_old(process):
-    process.send(m.Instruct(1, "Land on the blue square."))
-    assert process.wait(m.Instructed) == m.Instructed(task_id=1)
+    process.send(m.Instruct(task_id=1, text="Land on the blue square."))
+    assert process.wait(m.Instructed) == m.Instructed(task_id=1, text="Land on the blue square.", adapter="")
     process.publish(1)
     assert process.wait(m.Proposal).task_id == 1
-    process.send(m.Instruct(2, "Look. " * 1000))
+    process.send(m.Instruct(task_id=2, text="Look. " * 1000))
     refused = process.wait(m.Instructed)
     assert refused.task_id == 2 and "language.context" in refused.error
     process.publish(2)
     assert process.wait(m.Proposal).task_id == 1
+
+
+def test_an_adapter_changes_the_answer_and_back(start, switchable):
+    """The same frame before, under and after it; the instruction stays."""
+    process = start(language=LanguageConfig(adapters={"night": str(switchable)}))
+    answers = []
+    for n, name in enumerate(("", "night", "")):
+        process.send(m.Instruct(task_id=n + 1, adapter=name))
+        assert process.wait(m.Instructed) == m.Instructed(task_id=n + 1, text=TASK, adapter=name)
+        process.publish(n + 1, seed=4)
+        proposal = process.wait(m.Proposal)
+        assert (proposal.task_id, proposal.cut) == (n + 1, "")
+        answers.append(proposal.text)
+    assert answers[0] == answers[2] != answers[1]
 
 
 def test_while_paused_there_is_no_proposal_and_after_it_there_is(process):
@@ -689,7 +703,7 @@ def test_a_description_gives_way_to_a_question(start):
     process.send(m.Ask("q", "What is it?"))
     assert process.wait(m.Piece, lane="describe", last=True).cut == "asked"
     process.wait(m.Piece, request="q")
-    process.send(m.Instruct(1, "Land."))
+    process.send(m.Instruct(task_id=1, text="Land."))
     assert process.wait(m.Piece, request="q", last=True).cut == "instruct"
     process.wait(m.Instructed, task_id=1)
 

@@ -24,6 +24,7 @@ from conftest import silent
 from test_quantize_language import reader, tensors_of
 
 import quantize.build
+import quantize.work
 from edge_agent import bundle, language
 from edge_agent.config import LanguageConfig
 from quantize import checkpoint, ggml, recipe
@@ -126,11 +127,11 @@ def test_the_manifest_comes_last_and_the_bundle_appears_at_once(toy_small: Path,
         if stage not in stages:
             stages.append(stage)
         (work,) = tmp_path.iterdir()  # hidden, and the only thing there
-        assert work.name.startswith(".bundle.") and work.name.endswith(".part")
+        assert work.name == ".bundle.part"
         assert not (work / bundle.MANIFEST).exists()
 
     def look_and_write(work: Path, manifest: bundle.Manifest) -> None:
-        seen.update({name: (work / name).read_bytes() for name in os.listdir(work)})
+        seen.update({name: (work / name).read_bytes() for name in os.listdir(work) if name != "journal.json"})
         write_manifest(work, manifest)
 
     monkeypatch.setattr(bundle, "write_manifest", look_and_write)
@@ -150,7 +151,7 @@ def test_the_manifest_comes_last_and_the_bundle_appears_at_once(toy_small: Path,
         ("hash source", KeyboardInterrupt),
     ],
 )
-def test_a_build_that_stops_leaves_nothing_and_keeps_what_was_there(
+def test_a_build_that_stops_keeps_what_was_there_and_leaves_only_what_can_be_gone_on_from(
     toy_small: Path, build: Callable[..., Path], tmp_path: Path, stage: str, error: BaseException
 ):
     out = tmp_path / "bundle"
@@ -163,7 +164,8 @@ def test_a_build_that_stops_leaves_nothing_and_keeps_what_was_there(
 
     with pytest.raises((KeyboardInterrupt, OSError, BuildError)):
         built(toy_small, out, force=True, report=stop)
-    assert os.listdir(tmp_path) == ["bundle"]
+    interrupted = error is KeyboardInterrupt and not stage.startswith("language")
+    assert sorted(os.listdir(tmp_path)) == [*([".bundle.part"] if interrupted else []), "bundle"]
     assert {name: (out / name).read_bytes() for name in os.listdir(out)} == before
 
 
@@ -209,7 +211,7 @@ def test_a_file_system_that_cannot_exchange_two_folders(toy_small: Path, tmp_pat
         def renameat2(self, *_: object) -> int:
             return -1
 
-    monkeypatch.setattr(quantize.build, "_libc", Plain())
+    monkeypatch.setattr(quantize.work, "_libc", Plain())
     converted(toy_small, out, "f16", force=True)
     assert matrix_type(out) == "F16" and os.listdir(tmp_path) == ["full"]
 
@@ -228,16 +230,97 @@ def test_a_file_system_that_cannot_exchange_two_folders(toy_small: Path, tmp_pat
     assert matrix_type(old) == "F16" and len(os.listdir(old)) == 3
 
 
-def test_leftovers_of_a_killed_run_go_and_a_running_one_is_left_alone(toy_small: Path, tmp_path: Path):
-    for name in (f".full.{os.getpid()}.part", ".full.1.part", ".full.running.part", ".full2.1.part"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / bundle.LANGUAGE).write_bytes(b"half")
-    lock = os.open(tmp_path / ".full.running.part", os.O_RDONLY)  # as another edge-quantize holds it
+class Stopped:
+    """A report that interrupts the work when a stage has come so far, and remembers what was made and said."""
+
+    def __init__(self, stage: str = "", share: float = 0.0) -> None:
+        self.stage, self.share, self.made, self.remarks = stage, share, [], []
+
+    def __call__(self, stage: str, what: str, done: int, total: int) -> None:
+        if not total:
+            self.remarks.append(stage)
+        elif what and (stage, what) not in self.made:
+            self.made.append((stage, what))
+        if total and self.stage and stage.startswith(self.stage) and done >= self.share * total:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("stage", "share", "left", "again"),
+    [
+        ("language", 0.9, {bundle.LANGUAGE}, {"language Q4_K_M", "mmproj", "vision"}),
+        ("mmproj", 0.5, {bundle.LANGUAGE, bundle.MMPROJ}, {"mmproj", "vision"}),
+        ("vision", 0.5, {bundle.LANGUAGE, bundle.MMPROJ, bundle.VISION}, {"vision"}),
+        ("try", 1.0, {bundle.LANGUAGE, bundle.MMPROJ, bundle.VISION}, set()),
+    ],
+)
+def test_an_interrupted_build_goes_on_where_it_was(
+    toy_small: Path, tmp_path: Path, monkeypatch, stage: str, share: float, left: set[str], again: set[str]
+):
+    monkeypatch.setattr(quantize.work, "NOTE_S", 0.0)
+    built(toy_small, tmp_path / "whole")
+    first = Stopped(stage, share)
+    with pytest.raises(KeyboardInterrupt):
+        built(toy_small, tmp_path / "out", report=first)
+    assert not (tmp_path / "out").exists()
+    assert {path.name for path in (tmp_path / ".out.part").iterdir()} == left | {"journal.json"}
+    assert quantize.work.left_bytes(tmp_path / "out") > 1000
+    second = Stopped()
+    built(toy_small, tmp_path / "out", report=second)
+    assert len(second.remarks) == 1 and second.remarks[0].startswith("going on: an earlier run left language.gguf")
+    assert {made for made, _ in second.made} - {"try", "hash source"} == again
+    tensors = [{what for made, what in report.made if made.startswith("language")} for report in (first, second)]
+    if stage == "language":  # the tensor that was interrupted is made again, those before it are not
+        assert len(tensors[0]) > 3 and len(tensors[0] & tensors[1]) <= 1 and tensors[1]
+    assert sorted(os.listdir(tmp_path)) == ["out", "whole"] and quantize.work.left_bytes(tmp_path / "out") == 0
+    for name in FILES:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("how", ["recipe", "checkpoint", "journal", "cut"])
+def test_what_is_left_of_other_work_is_not_used(toy_small: Path, tmp_path: Path, how: str):
+    folder = shutil.copytree(toy_small, tmp_path / "toy")
+    with pytest.raises(KeyboardInterrupt):
+        built(folder, tmp_path / "out", report=Stopped("mmproj"))
+    left, recipe = tmp_path / ".out.part", "Q4_K_M"
+    (left / "strange").write_bytes(b"left by nobody")
+    if how == "recipe":
+        recipe = "Q5_K_M"
+    elif how == "checkpoint":
+        os.utime(folder / "model.safetensors", ns=(1, 1))
+    elif how == "journal":
+        (left / "journal.json").write_bytes(b'{"key": 3')
+    else:
+        os.truncate(left / bundle.LANGUAGE, 1000)
+    again = Stopped()
+    built(folder, tmp_path / "out", recipe, report=again)
+    assert again.remarks == [] and ("mmproj", "v.patch_embd.weight") in again.made
+    built(folder, tmp_path / "whole", recipe)
+    for name in FILES:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_a_failed_build_leaves_nothing_to_go_on_from(toy_small: Path, tmp_path: Path, monkeypatch):
+    def broken(*_: object) -> None:
+        raise BuildError("as if the files could not be used")
+
+    monkeypatch.setattr(quantize.build, "_try", broken)
+    with pytest.raises(BuildError, match="as if"):
+        built(toy_small, tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+def test_two_builds_of_one_target_do_not_meet(toy_small: Path, tmp_path: Path):
+    (tmp_path / ".full.part").mkdir()
+    (tmp_path / ".full.part" / bundle.LANGUAGE).write_bytes(b"half")
+    lock = os.open(tmp_path / ".full.part", os.O_RDONLY)  # as another edge-quantize holds it
     fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(BuildError, match="full: another edge-quantize is making it"):
+        converted(toy_small, tmp_path / "full", "bf16")
+    assert (tmp_path / ".full.part" / bundle.LANGUAGE).read_bytes() == b"half"
+    os.close(lock)  # killed
     converted(toy_small, tmp_path / "full", "bf16")
-    os.close(lock)
-    assert sorted(os.listdir(tmp_path)) == [".full.running.part", ".full2.1.part", "full"]
-    assert (tmp_path / ".full.running.part" / bundle.LANGUAGE).read_bytes() == b"half"
+    assert os.listdir(tmp_path) == ["full"]
 
 
 def test_no_room_is_found_before_anything_is_written(toy_small: Path, tmp_path: Path, monkeypatch):

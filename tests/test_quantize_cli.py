@@ -532,18 +532,30 @@ def stop_at(stage: str, how: int, folder: Path, out: Path) -> subprocess.Popen:
     ("stage", "how"),
     [("language", signal.SIGINT), ("language", signal.SIGTERM), ("try", signal.SIGTERM)],
 )
-def test_an_interrupted_build_leaves_nothing(toy_bf16: Path, tmp_path: Path, stage: str, how: signal.Signals):
+def test_an_interrupted_build_leaves_nothing_or_what_it_can_go_on_from(
+    toy_bf16: Path, tmp_path: Path, edge_quantize, stage: str, how: signal.Signals
+):
     process = stop_at(stage, how, toy_bf16, tmp_path / "out")
     assert process.returncode == 130
-    assert process.said[-1] == "edge-quantize: interrupted; nothing was left behind"
+    left = [path.name for path in tmp_path.iterdir()]
+    goes_on = "the same command again goes on from here"
+    assert left == ([".out.part"] if goes_on in process.said[-1] else []), process.said
+    assert goes_on in process.said[-1] or stage == "language"  # before the first file is whole
+    assert process.said[-1] in (
+        f"edge-quantize: interrupted; {goes_on}", "edge-quantize: interrupted; nothing was left behind"
+    )  # fmt: skip
     assert not any("Traceback" in line for line in process.said)
-    assert not any(tmp_path.iterdir())
+    again = edge_quantize("build", toy_bf16, tmp_path / "out", "--recipe", "IQ4_XS")
+    assert again.returncode == 0
+    assert ("going on: an earlier run left language.gguf" in again.stderr) == bool(left)
+    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_a_closed_terminal_ends_a_build_like_an_interrupt(toy_bf16: Path, tmp_path: Path):
-    """SSH that goes away sends SIGHUP, which by itself would end the process on the spot and leave gigabytes."""
-    assert stop_at("language", signal.SIGHUP, toy_bf16, tmp_path / "out").returncode == 130
-    assert not any(tmp_path.iterdir())
+    """SSH that goes away sends SIGHUP, which by itself would end the process on the spot."""
+    process = stop_at("language", signal.SIGHUP, toy_bf16, tmp_path / "out")
+    assert process.returncode == 130 and "interrupted" in process.said[-1]
+    assert not (tmp_path / "out").exists()
 
 
 def test_under_nohup_the_work_goes_on(toy_small: Path, tmp_path: Path):
@@ -583,7 +595,7 @@ def test_an_interrupt_that_arrives_inside_llama_cpp_is_not_lost(toy_small: Path,
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, env=env, capture_output=True, preexec_fn=in_the_foreground)
     assert result.returncode == 130
-    assert not any(tmp_path.iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_killed_build_leaves_only_hidden_things_and_the_next_one_works(toy_bf16: Path, tmp_path: Path, edge_quantize):
@@ -591,10 +603,10 @@ def test_a_killed_build_leaves_only_hidden_things_and_the_next_one_works(toy_bf1
     process = stop_at("language", signal.SIGKILL, toy_bf16, out)
     assert process.returncode == -signal.SIGKILL
     (left,) = tmp_path.iterdir()
-    assert left.name.startswith(".out.") and left.name.endswith(".part")
-    assert not (left / bundle.MANIFEST).exists()
-    assert edge_quantize("convert", toy_bf16, out).returncode == 0
+    assert left.name == ".out.part" and not (left / bundle.MANIFEST).exists()
+    assert edge_quantize("convert", toy_bf16, out).returncode == 0  # other work: nothing of it is used
     assert set(os.listdir(out)) == {bundle.LANGUAGE, bundle.MMPROJ, bundle.VISION}
+    assert os.listdir(tmp_path) == ["out"]
 
 
 # -- when all is well -------------------------------------------------------------------------------------------------

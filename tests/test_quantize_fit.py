@@ -70,8 +70,8 @@ def test_in_the_bytes_of_q4_k_m_less_is_lost_than_by_q4_k_m(pad: Fixture):
     ours, theirs = pad.kl("fitted", types=pad.plan.types), pad.kl("Q4_K_M")
     assert ours < 0.9 * theirs
     # In memory it was measured right, but for what 4-bit kernels lose besides: they round activations to 8 bits.
-    assert pad.plan.measured_kl < ours < 1.4 * pad.plan.measured_kl
-    assert pad.plan.standard_kl < theirs < 1.4 * pad.plan.standard_kl and pad.plan.standard == "Q4_K_M"
+    assert 0.95 * pad.plan.measured_kl < ours < 1.4 * pad.plan.measured_kl
+    assert 0.95 * pad.plan.standard_kl < theirs < 1.4 * pad.plan.standard_kl and pad.plan.standard == "Q4_K_M"
     assert 1 / 3 < pad.plan.reckoned_kl / pad.plan.measured_kl < 3  # errors of different tensors partly undo each other
 
 

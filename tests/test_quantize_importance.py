@@ -138,7 +138,7 @@ def test_a_killed_run_goes_on_where_it_was(toy_bf16: Path, text: Path, tmp_path:
 
 
 def test_what_a_kill_9_left_is_cleared_away(toy_bf16: Path, text: Path, tmp_path: Path, collected):
-    left = tmp_path / ".out.gguf.abc.part"
+    left = tmp_path / ".out.gguf.abc.scratch"
     (left / "bf16").mkdir(parents=True)
     (left / "bf16" / "language.gguf").write_bytes(bytes(1000))
     sources = calibrate.Sources(text=text, max_chunks=2)

@@ -158,6 +158,29 @@ def test_pause_means_no_action_from_the_reply_on(toy_bundle, runtime):
         assert next(client.actions()).t_pub_ns > paused_ns
 
 
+def test_adapters_are_switched_by_name(toy_bundle, runtime, switchable):
+    """Under the fake model, which has none: names, replies and what is published."""
+    changed = config(toy_bundle, runtime, language={"adapters": {"night": str(switchable)}})
+    with (
+        rig.Pusher(f"ipc://{runtime}/frames"),
+        rig.daemon(runtime, changed, fake={}) as running,
+        running.client() as client,
+    ):
+        assert next(client.actions()).adapter == ""
+        client.adapter("night")
+        assert client.stats()["adapter"] == "night" and next(client.actions()).adapter == "night"
+        for name in ("day", "night\n; x", "x" * 3000):
+            with pytest.raises(Refused, match="adapter: expected one of '', 'night', found '"):
+                client.adapter(name)
+        client.instruct("Land on the red disc.")  # keeps the adapter
+        answer = next(client.actions())
+        assert (answer.adapter, answer.task) == ("night", "Land on the red disc.")
+        client.adapter("")  # keeps the instruction
+        answer = next(client.actions())
+        assert (answer.adapter, answer.task) == ("", "Land on the red disc.")
+        assert running.wait("running").adapter == ""
+
+
 def test_instruct_and_ask(toy_bundle, runtime):
     with (
         rig.Pusher(f"ipc://{runtime}/frames"),

@@ -680,6 +680,38 @@ def write_checkpoint(
     return folder
 
 
+def write_adapter(folder, modules=None, rank=4, names=("lora_A.weight", "lora_B.weight"), extra=(), seed=0, **config):
+    """A LoRA adapter of the default toy, as PEFT saves it. Returns {module: (A, B)}, float32.
+
+    modules: module -> its matrix's shape; by default all linear layers of the text. rank: of all, or {module: rank}.
+    extra: names of tensors that do not belong there. config: more for adapter_config.json, or other values.
+    """
+    q, kv, hidden, ffn = 512, 256, 256, 512
+    shapes = {"self_attn.q_proj": (q, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
+              "self_attn.o_proj": (hidden, q), "mlp.gate_proj": (ffn, hidden), "mlp.up_proj": (ffn, hidden),
+              "mlp.down_proj": (hidden, ffn)}  # fmt: skip
+    if modules is None:
+        at = "model.language_model.layers"
+        modules = {f"{at}.{n}.{module}": shape for n in (0, 1) for module, shape in shapes.items()}
+    made, stored = {}, []
+    for module, (rows, columns) in modules.items():
+        r = rank if isinstance(rank, int) else rank.get(module, 4)
+        a, b = (_normal(seed, f"{module}.{i}", shape, 0.1) for i, shape in enumerate(((r, columns), (rows, r))))
+        bits = [bf16_bits(matrix) for matrix in (a, b)]
+        made[module] = tuple(
+            from_bf16_bits(raw).reshape(matrix.shape) for raw, matrix in zip(bits, (a, b), strict=True)
+        )
+        for name, matrix, raw in zip(names, (a, b), bits, strict=True):
+            stored.append((f"base_model.model.{module}.{name}", "BF16", matrix.shape, raw.tobytes))
+    stored += [(name, "BF16", (2,), lambda: bytes(4)) for name in extra]
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_safetensors(folder / "adapter_model.safetensors", stored)
+    table = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "use_dora": False, "modules_to_save": None}
+    _write_json(folder / "adapter_config.json", table | config)
+    return made
+
+
 def main():
     defaults = write_checkpoint.__kwdefaults__
     parser = argparse.ArgumentParser(description="Write a toy Ministral 3 checkpoint with random weights.")
