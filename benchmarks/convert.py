@@ -1,9 +1,13 @@
 """Conversion at a true shape: peak memory by the operating system's account, speed against a plain copy of the file.
 
 Makes a checkpoint with the shape of a released model and random weights (once, in --work), converts it, builds a bundle
-of it, and ends with one JSON line. Needs about 25 GB of disk for the 3B.
+of it, and ends with one JSON line. Needs about 25 GB of disk for the 3B, 45 GB for the 8B in FP8.
 
-    .venv/bin/python benchmarks/convert.py [--shape 3b] [--dtype bf16]
+    .venv/bin/python benchmarks/convert.py [--shape 3b] [--dtype bf16] [--only-convert]
+    … --peer llama.cpp/convert_hf_to_gguf.py --peer-python PYTHON     beside it in turn, in the same run
+
+The peer (a Python with torch) makes language.gguf and mmproj.gguf in two runs; its figures are of both together. Ours
+makes vision.onnx besides.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -25,6 +30,7 @@ SHAPES = {
     "8b": {"hidden": 4096, "layers": 34, "ffn": 14336, "tied": False, "rope_theta": 1e6},
     "14b": {"hidden": 5120, "layers": 40, "ffn": 16384, "tied": False, "rope_theta": 1e9},
 }
+BIN = Path(sys.executable).parent
 MIB = 1 << 20
 
 
@@ -33,21 +39,39 @@ def main() -> int:
     parser.add_argument("--shape", choices=SHAPES, default="3b")
     parser.add_argument("--dtype", choices=("bf16", "fp8"), default="bf16")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench", help="where the files go")
+    parser.add_argument("--only-convert", action="store_true", help="no build")
+    parser.add_argument("--repeat", type=int, default=1, help="of the conversions; figures are medians (default 1)")
+    parser.add_argument("--peer", type=Path, help="llama.cpp's convert_hf_to_gguf.py")
+    parser.add_argument("--peer-python", default=sys.executable, help="a Python that has what it needs")
     arguments = parser.parse_args()
     checkpoint = make(arguments.work, arguments.shape, arguments.dtype)
     source_bytes = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
-    copy_s = copy(checkpoint, arguments.work)
     figures: dict[str, object] = {"shape": arguments.shape, "dtype": arguments.dtype, "source_gb": source_bytes / 1e9}
-    figures["copy_mb_per_s"] = round(source_bytes / 1e6 / copy_s, 1)
     out = arguments.work / "out"
-    for name, command in (("convert", ["convert"]), ("build", ["build", "--recipe", "Q4_K_M"])):
+    runs: dict[str, list[tuple[float, float]]] = {"copy": [], "convert": [], "peer": [], "build": []}
+    for _ in range(arguments.repeat):
+        runs["copy"].append((copy(checkpoint, arguments.work), 0.0))
         shutil.rmtree(out, ignore_errors=True)
-        wall_s, peak_mib = measure(["edge-quantize", command[0], str(checkpoint), str(out), *command[1:]])
-        written = sum(path.stat().st_size for path in out.iterdir())
-        figures |= {f"{name}_s": round(wall_s, 1), f"{name}_peak_mib": round(peak_mib), f"{name}_bytes": written}
-    figures["convert_mb_per_s"] = round(figures["convert_bytes"] / 1e6 / figures["convert_s"], 1)
-    figures["language_q4_k_m_bytes"] = (out / "language.gguf").stat().st_size
+        runs["convert"].append(measure([BIN / "edge-quantize", "convert", checkpoint, out]))
+        figures["convert_bytes"] = written(out)
+        if arguments.peer is not None:
+            shutil.rmtree(out)
+            runs["peer"].append(peer(arguments.peer_python, arguments.peer, checkpoint, out))
+            figures["peer_bytes"] = written(out)
+    if not arguments.only_convert:
+        shutil.rmtree(out)
+        runs["build"].append(measure([BIN / "edge-quantize", "build", checkpoint, out, "--recipe", "Q4_K_M"]))
+        figures |= {"build_bytes": written(out), "language_q4_k_m_bytes": (out / "language.gguf").stat().st_size}
     shutil.rmtree(out)
+    for name, of in runs.items():
+        if of:
+            figures[f"{name}_s"] = round(statistics.median(wall_s for wall_s, _ in of), 1)
+            figures[f"{name}_peak_mib"] = round(max(peak_mib for _, peak_mib in of))
+    del figures["copy_peak_mib"]
+    figures["copy_mb_per_s"] = round(source_bytes / 1e6 / figures["copy_s"], 1)
+    for name in ("convert", "peer"):
+        if runs[name]:
+            figures[f"{name}_written_mb_per_s"] = round(figures[f"{name}_bytes"] / 1e6 / figures[f"{name}_s"], 1)
     print(json.dumps(figures))
     return 0
 
@@ -79,13 +103,28 @@ def copy(checkpoint: Path, work: Path) -> float:
     return time.monotonic() - start
 
 
-def measure(command: list[str]) -> tuple[float, float]:
+def written(out: Path) -> int:
+    return sum(path.stat().st_size for path in out.iterdir())
+
+
+def peer(python: str, script: Path, checkpoint: Path, out: Path) -> tuple[float, float]:
+    """The same by llama.cpp's converter, made durable as ours is."""
+    out.mkdir()
+    command = [python, script, checkpoint, "--outtype", "bf16", "--outfile"]
+    language = measure([*command, out / "language.gguf"])
+    vision = measure([*command, out / "mmproj.gguf", "--mmproj"])
+    start = time.monotonic()
+    os.sync()
+    return language[0] + vision[0] + time.monotonic() - start, max(language[1], vision[1])
+
+
+def measure(command: list[str | Path]) -> tuple[float, float]:
     """(wall seconds, peak resident MiB of the largest process) of a command."""
     start = time.monotonic()
-    process = subprocess.Popen([str(Path(sys.executable).parent / command[0]), *command[1:]])
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        sys.exit(f"{' '.join(command)}: exit status {os.waitstatus_to_exitcode(status)}")
+        sys.exit(f"{' '.join(map(str, command))}: exit status {os.waitstatus_to_exitcode(status)}")
     return time.monotonic() - start, usage.ru_maxrss / 1024
 
 
