@@ -79,14 +79,22 @@ def main() -> int:
 def make(work: Path, shape: str, dtype: str) -> Path:
     """A checkpoint of this shape; kept for the next run. The last file written marks it complete."""
     folder = work / f"{shape}-{dtype}"
-    if not (folder / "tekken.json").is_file():
+    if not (folder / "complete").is_file():
         print(f"making {folder}: random weights, a few minutes", file=sys.stderr)
         sys.path.insert(0, str(ROOT / "tests"))
         import toy
 
         shutil.rmtree(folder, ignore_errors=True)
-        toy.write_checkpoint(folder, dtype=dtype, shards=4, **TEXT, **VISION, **SHAPES[shape])
+        toy.write_checkpoint(folder, dtype=dtype, shards=4, tokenizer="both", **TEXT, **VISION, **SHAPES[shape])
+        (folder / "tokenizer.json").rename(beside(folder))
+        (folder / "complete").touch()
     return folder
+
+
+def beside(checkpoint: Path) -> Path:
+    """tokenizer.json, which llama.cpp's converter wants for the vision encoder (to find [IMG_BREAK]) and stumbles over
+    for the language model (transformers takes it for mistral-common's)."""
+    return checkpoint.with_name(checkpoint.name + "-tokenizer.json")
 
 
 def copy(checkpoint: Path, work: Path) -> float:
@@ -112,7 +120,9 @@ def peer(python: str, script: Path, checkpoint: Path, out: Path) -> tuple[float,
     out.mkdir()
     command = [python, script, checkpoint, "--outtype", "bf16", "--outfile"]
     language = measure([*command, out / "language.gguf"])
+    os.link(beside(checkpoint), checkpoint / "tokenizer.json")
     vision = measure([*command, out / "mmproj.gguf", "--mmproj"])
+    (checkpoint / "tokenizer.json").unlink()
     start = time.monotonic()
     os.sync()
     return language[0] + vision[0] + time.monotonic() - start, max(language[1], vision[1])

@@ -144,7 +144,7 @@ def _check(arguments: argparse.Namespace) -> int:
         # onnxruntime computes in float32 and keeps the 16-bit weights beside: three times its file.
         needed = manifest.files[bundle.MMPROJ].bytes if mtmd else 3 * manifest.files[bundle.VISION].bytes
         needed += manifest.files[bundle.LANGUAGE].bytes
-        needed += config.language.context * manifest.model.kv_bytes_per_token
+        needed += 2 * config.language.context * manifest.model.kv_bytes_per_token
         needed_mib = needed / 2**20 + 350
         print(
             f"ok    bundle   {verified.id}: {manifest.model.family} {manifest.model.size} {manifest.recipe}, "

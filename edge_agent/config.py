@@ -44,9 +44,12 @@ class VisionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
 
 class LanguageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    context: Annotated[int, Meta(ge=256, le=262144)] = 2048
+    context: Annotated[int, Meta(ge=256, le=262144)] = 1024  # tokens, twice: of the frame's answer, and of words
     threads: Annotated[int, Meta(ge=0)] = 0
     gpu_layers: Annotated[int, Meta(ge=-1)] = -1  # -1: all that a GPU build can take; without a GPU this means nothing
+    flash_attention: bool | None = None  # null: on a GPU if it can, on a CPU not: there answers would depend on drafts
+    exact: bool = True  # on a CPU: the same frame gives the same answer, whatever the draft was; see language.py
+    draft: bool = True  # the answer before is evaluated with the frame and taken as far as it is right: only faster
     describe: str = ""  # what the language lane is asked of every frame it gets to; empty: it only answers questions
     max_words_tokens: Positive = 96  # the longest description or answer
     words: bool = True  # also stream the action's own text on the words stream

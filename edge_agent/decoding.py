@@ -1,7 +1,11 @@
-"""What may come next and what must: grammar-bound greedy decoding. Pure given logits.
+"""What may come next, what must, and what probably will: grammar-bound greedy decoding. Pure given logits.
 
 The grammar is llguidance's, bound to llama.cpp's own vocabulary. Where it allows one continuation only, the tokens are
 taken without asking the model. An answer ends at its first complete object and is never asked for another token.
+
+An answer is kept as steps: a token that was chosen, and those that could only follow. The answer before is the draft of
+the next one: evaluated with the frame, and taken as far as the model's own choices agree (speculative decoding with a
+greedy check, Leviathan et al. 2023; the draft costs no model of its own).
 """
 
 from __future__ import annotations
@@ -13,7 +17,13 @@ import llguidance.llamacpp
 import llguidance.numpy
 import numpy as np
 
+Steps = list[list[int]]
+REACH = 6  # so many steps of the draft are looked at for a place to go on from
 COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
+
+
+def flat(steps: Steps) -> list[int]:
+    return [token for step in steps for token in step]
 
 
 class NotFinite(Exception):
@@ -63,6 +73,28 @@ class Grammar:
             raise NotFinite
         self._matcher.consume_token(token)
         return token
+
+    def step(self, logits: np.ndarray) -> list[int]:
+        """The likeliest allowed token and those that can only follow it, taken as said."""
+        token = self.choose(logits)
+        return [token] if self.complete else [token, *self.forced()]
+
+    def take(self, logits: np.ndarray, draft: Steps, answer: Steps) -> None:
+        """Append steps to the answer, logits[i] (n, n_vocab) before step i, as long as each is the draft's: the first
+        that is not, or that completes the answer, is the last."""
+        for i, before in enumerate(logits):
+            answer.append(self.step(before))
+            if self.complete or i >= len(draft) or answer[-1] != draft[i]:
+                break
+
+    def rest_of(self, draft: Steps) -> Steps:
+        """What of a draft may still follow when its first step turned out another: the steps after it if they fit, else
+        those from a place near by that do, else nothing."""
+        for start in (1, 0, *range(2, min(REACH, len(draft)))):
+            tokens = flat(draft[start:])
+            if tokens and self._matcher.validate_tokens(tokens) == len(tokens):
+                return draft[start:]
+        return []
 
     @property
     def complete(self) -> bool:

@@ -1,8 +1,13 @@
 """One llama.cpp model and its context: rows in, logits out. Knows sequences and positions, knows no prompts.
 
-Two sequences share one cache: ACT answers every frame, WORDS talks about a frame it shares with ACT while ACT has gone
-on to the next one. A llama.cpp batch holds tokens or embeddings; text that must travel with image rows is therefore
-looked up in the token-embedding table (`embed`) and everything goes as one embedding batch.
+Two sequences, each with cells of its own: ACT answers every frame, WORDS talks about a frame it has copied from ACT
+while ACT goes on. (In common cells, where those of WORDS lie would change the order in which ACT's are summed.) A
+llama.cpp batch holds tokens or embeddings; text that must travel with image rows is therefore looked up in the
+token-embedding table (`embed`) and everything goes as one embedding batch.
+
+On a CPU, llama.cpp takes other kernels for one row than for many, and others for the last few of a batch: an answer
+would depend on how its prompt was cut into batches. So ACT's rows come in sixteens, and as many outputs: with rows that
+mean nothing behind the others, dropped afterwards. Then the same rows give the same bits, however they are cut.
 
 The ctypes structs follow llama.cpp's head and move with every release of llama-cpp-python: this file checks the exact
 version, and with vision.py it is the only one that touches them.
@@ -26,6 +31,7 @@ from edge_agent.config import ConfigError, LanguageConfig
 
 LLAMA_CPP_PYTHON = "0.3.36"
 ACT, WORDS = 0, 1  # sequences
+UNIT = 16  # rows: what the widest kernels (AVX-512) take at once; the others take 4 or 8
 ROWS_PER_STEP = 512  # llama.cpp's physical batch; larger ones only cost memory on the boards we run on
 
 if llama_cpp.__version__ != LLAMA_CPP_PYTHON:
@@ -86,10 +92,12 @@ class Language:
         repack: bool = True,
         mapped: bool = True,
         adapters: dict[str, str] | None = None,
+        exact: bool = False,
     ) -> None:
         """Load. progress(0…1) is called while weights are read. Raises LanguageError, ConfigError (an adapter).
 
         adapters: name -> path; none is on until `adapt`.
+        exact: on a CPU, ACT's rows come in sixteens.
         repack: on a CPU, llama.cpp keeps a second copy of the weights, in the order its kernels like best.
         mapped: weights stay in the file, mapped; otherwise they are copied, and may be written to.
         """
@@ -117,15 +125,19 @@ class Language:
         self.n_embd = ll.llama_model_n_embd(self.model)
         self.n_vocab = ll.llama_vocab_n_tokens(self.vocab)
         self.n_ctx = config.context
+        self.n_calls = self.n_rows = 0  # of llama_decode, and what it was given
 
         threads = config.threads or len(os.sched_getaffinity(0))
         params = ll.llama_context_default_params()
-        params.n_ctx = params.n_batch = config.context
+        self._unit = UNIT if exact and not _on_gpu(config) else 1
+        cells = -(-config.context // UNIT) * UNIT + UNIT  # of a sequence
+        params.n_ctx, params.n_batch = 2 * cells, cells
         params.n_ubatch = min(ROWS_PER_STEP, config.context)
         params.n_seq_max = 2
-        params.kv_unified = True  # both sequences may share the cells of one frame
+        params.kv_unified = False
         params.n_threads = params.n_threads_batch = threads
         params.no_perf = True
+        params.flash_attn_type = _flash(config)
         if _watcher is not None:
             params.cb_eval = _on_node
         self.context = ll.llama_init_from_model(self.model, params)
@@ -137,7 +149,7 @@ class Language:
         self.memory = ll.llama_get_memory(self.context)
 
         # One batch for all calls: positions, sequences and output marks are rewritten in place.
-        n = config.context
+        n = cells
         self._token = np.zeros(n, np.int32)
         self._pos = np.zeros(n, np.int32)
         self._n_seq = np.ones(n, np.int32)
@@ -205,62 +217,73 @@ class Language:
     # -- cache --------------------------------------------------------------------------------------------------------
 
     def forget(self, sequence: int, start: int) -> None:
-        """Drop a sequence's cells from position `start` on; cells another sequence shares stay for that one."""
+        """Drop a sequence's cells from position `start` on."""
         ll.llama_memory_seq_rm(self.memory, sequence, start, -1)
 
     def share(self, stop: int) -> None:
-        """WORDS becomes what ACT holds before position `stop`."""
-        ll.llama_memory_seq_rm(self.memory, WORDS, -1, -1)
-        ll.llama_memory_seq_cp(self.memory, ACT, WORDS, -1, stop)
+        """WORDS becomes a copy of what ACT holds before position `stop`."""
+        ll.llama_memory_seq_cp(self.memory, ACT, WORDS, -1, -1)
+        ll.llama_memory_seq_rm(self.memory, WORDS, stop, -1)
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
-    def decode_rows(self, rows: np.ndarray, start: int, sequence: int = ACT) -> np.ndarray:
-        """Embedding rows (n, n_embd) float32 at positions start… -> logits after the last, (n_vocab,) float32.
+    def decode_rows(
+        self, rows: np.ndarray, start: int, sequence: int = ACT, want: list[int] | None = None
+    ) -> np.ndarray | list[np.ndarray]:
+        """Embedding rows (n, n_embd) float32 at positions start… -> logits, float32, views into llama.cpp's memory that
+        are good until the next call: after the last row (n_vocab,), or (n_vocab,) for each row asked for.
 
-        The logits are a view into llama.cpp's memory, good until the next call.
+        Where rows come in sixteens, `rows` is the beginning of a larger array, of which up to 15 rows more are used.
         """
-        batch = self._batch(len(rows), start, sequence)
+        n, batch = len(rows), self._batch(len(rows), start, sequence, want)
+        if batch.n_tokens > n and rows.base is not None and len(rows.base) >= batch.n_tokens:
+            rows.base[n : batch.n_tokens] = rows[-1]
+        elif batch.n_tokens > n:
+            rows = np.concatenate([rows, np.repeat(rows[-1:], batch.n_tokens - n, 0)])
         batch.embd = rows.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-        return self._run(batch)
+        return self._run(batch, n, start, sequence, want)
 
-    def decode_tokens(self, tokens: list[int], start: int, sequence: int = ACT) -> np.ndarray:
+    def decode_tokens(
+        self, tokens: list[int], start: int, sequence: int = ACT, want: list[int] | None = None
+    ) -> np.ndarray | list[np.ndarray]:
         """The same for token ids."""
-        batch = self._batch(len(tokens), start, sequence)
+        batch = self._batch(len(tokens), start, sequence, want)
         self._token[: len(tokens)] = tokens
+        self._token[len(tokens) : batch.n_tokens] = tokens[-1]
         batch.token = self._token.ctypes.data_as(ctypes.POINTER(ll.llama_token))
-        return self._run(batch)
+        return self._run(batch, len(tokens), start, sequence, want)
 
-    def decode_all(self, tokens: list[int], first: int = 0) -> np.ndarray:
-        """Token ids at positions 0… of ACT -> logits after each from `first` on, (n - first, n_vocab) float32, a view
-        as above."""
-        n = len(tokens)
-        batch = self._batch(n, 0, ACT)
-        self._want[first:n] = 1
-        self._token[:n] = tokens
-        batch.token = self._token.ctypes.data_as(ctypes.POINTER(ll.llama_token))
-        self._run(batch)
-        return np.ctypeslib.as_array(ll.llama_get_logits(self.context), (n - first, self.n_vocab))
-
-    def _batch(self, n: int, start: int, sequence: int) -> ll.llama_batch:
-        if not 0 < n <= len(self._pos) or start + n > self.n_ctx:
+    def _batch(self, n: int, start: int, sequence: int, want: list[int] | None) -> ll.llama_batch:
+        if not 0 < n <= self.n_ctx or start + n > self.n_ctx:
             raise LanguageError(f"positions {start} to {start + n} do not fit a context of {self.n_ctx} tokens")
-        self._pos[:n] = np.arange(start, start + n)
-        self._want[:n] = 0
-        self._want[n - 1] = 1
+        unit = self._unit if sequence == ACT else 1
+        more = -n % unit
+        self._pos[: n + more] = np.arange(start, start + n + more)
+        self._want[: n + more] = 0
+        self._want[[n - 1] if want is None else want] = 1
+        others = -int(self._want[: n + more].sum()) % unit
+        if others:
+            self._want[np.flatnonzero(self._want[: n + more] == 0)[-others:]] = 1
         return ll.llama_batch(
-            n_tokens=n,
+            n_tokens=n + more,
             pos=self._pos.ctypes.data_as(ctypes.POINTER(ll.llama_pos)),
             n_seq_id=self._n_seq.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
             seq_id=self._seq_pointers[sequence].ctypes.data_as(ctypes.POINTER(ctypes.POINTER(ll.llama_seq_id))),
             logits=self._want.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
         )
 
-    def _run(self, batch: ll.llama_batch) -> np.ndarray:
+    def _run(
+        self, batch: ll.llama_batch, n: int, start: int, sequence: int, want: list[int] | None
+    ) -> np.ndarray | list[np.ndarray]:
         status = ll.llama_decode(self.context, batch)
         if status:
             raise LanguageError(f"llama_decode returned {status} for {batch.n_tokens} rows (1: the cache is full)")
-        return np.ctypeslib.as_array(ll.llama_get_logits_ith(self.context, -1), (self.n_vocab,))
+        self.n_calls, self.n_rows = self.n_calls + 1, self.n_rows + n
+        if batch.n_tokens > n:
+            self.forget(sequence, start + n)
+        place = np.cumsum(self._want[: batch.n_tokens]) - 1  # of a row's logits
+        logits = np.ctypeslib.as_array(ll.llama_get_logits(self.context), (int(place[-1]) + 1, self.n_vocab))
+        return logits[place[n - 1]] if want is None else [logits[place[i]] for i in want]
 
 
 class _EmbeddingTable:
@@ -291,6 +314,18 @@ class _EmbeddingTable:
     def close(self) -> None:
         self._map.close()
         self._file.close()
+
+
+def _flash(config: LanguageConfig) -> int:
+    """On a CPU, flash attention sums in another order for another number of rows: the same prompt, cut into other
+    batches, gives other logits, and an answer would depend on its draft."""
+    if config.flash_attention is not None:
+        return ll.LLAMA_FLASH_ATTN_TYPE_ENABLED if config.flash_attention else ll.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    return ll.LLAMA_FLASH_ATTN_TYPE_AUTO if _on_gpu(config) else ll.LLAMA_FLASH_ATTN_TYPE_DISABLED
+
+
+def _on_gpu(config: LanguageConfig) -> bool:
+    return ll.llama_supports_gpu_offload() and config.gpu_layers != 0
 
 
 def _last_error(lines: list[str]) -> str:

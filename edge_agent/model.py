@@ -7,7 +7,8 @@ supervisor starts another one. What is evaluated, in this order, so that little 
 
     <s>[SYSTEM_PROMPT] role, actions, instruction [/SYSTEM_PROMPT][INST]   pinned: once per instruction
     the frame's rows [IMG_END]                                             once per frame
-    Action?[/INST]{"action":…}                                             ACT: every frame, bound by the grammar
+    Action?[/INST]{"action":…}                                             ACT: every frame, bound by the grammar; the
+                                                                           answer before goes along as a draft
     question[/INST]words words words                                       WORDS: over the same frame, a step at a time
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import itertools
 import os
 import select
 import socket
@@ -28,9 +30,9 @@ import numpy as np
 
 from edge_agent import actions, bundle, vision, worker
 from edge_agent.config import Config, ConfigError
-from edge_agent.decoding import Grammar, NotFinite, Stuck, greedy
+from edge_agent.decoding import Grammar, NotFinite, Steps, Stuck, flat, greedy
 from edge_agent.frames import Frame, Slot
-from edge_agent.language import ACT, WORDS, Language, LanguageError
+from edge_agent.language import ACT, UNIT, WORDS, Language, LanguageError
 from edge_agent.messages import (
     Ask,
     CannotStart,
@@ -93,6 +95,7 @@ class Engine:
             config.language,
             manifest.model.embedding,
             adapters=config.language.adapters,
+            exact=config.language.exact,
             progress=lambda part: emit(Progress(f"weights {part:.0%}")),
         )
         emit(Progress("grammar"))
@@ -113,10 +116,11 @@ class Engine:
         closing = [self.special["img_end"], *self.language.tokens(ACT_CLOSING), self.special["inst_end"], *opening]
         self.opening = opening
         self.closing_rows = self.language.embed(closing)  # (n, hidden) float32
-        # One buffer for a frame's rows, a break after each line but the last, and what follows them.
+        # One buffer for a frame's rows, a break after each line but the last, what follows them, and a draft.
         most_lines = manifest.vision.image_size // (manifest.vision.patch * manifest.vision.merge)
-        most_rows = config.vision.max_tokens + most_lines + len(closing)
-        self.rows = np.empty((most_rows, self.language.n_embd), np.float32)
+        self.most_rows = config.vision.max_tokens + most_lines + len(closing)
+        self.rows = np.empty((self.most_rows + MAX_ANSWER_TOKENS + UNIT, self.language.n_embd), np.float32)
+        self.answer: Steps = []  # to the frame before
         self.task, self.adapter = "", ""
         self.prefix: list[int] = []
         self.room = 0  # tokens that a question may have
@@ -132,17 +136,11 @@ class Engine:
         text = ROLE.format(space=actions.describe(self.space), instruction=instruction)
         s = self.special
         prefix = [s["bos"], s["system"], *self.language.tokens(text), s["system_end"], s["inst"]]
-        # Cells in the worst case: a frame in ACT, and another that WORDS still talks about.
-        needed = (
-            len(prefix)
-            + 2 * len(self.rows)
-            + MAX_ANSWER_TOKENS
-            + self.config.language.max_words_tokens
-            + QUESTION_TOKENS
-        )
+        words = self.config.language.max_words_tokens + QUESTION_TOKENS
+        needed = len(prefix) + self.most_rows + max(MAX_ANSWER_TOKENS, words)
         if needed > self.language.n_ctx:
             raise Refused(
-                f"language.context: {len(prefix)} tokens of prompt, two frames and the answers make {needed}, found "
+                f"language.context: {len(prefix)} tokens of prompt, a frame and an answer make {needed}, found "
                 f"{self.language.n_ctx}; raise it, lower vision.max_tokens, or shorten the instruction"
             )
         self.language.forget(WORDS, 0)
@@ -151,58 +149,69 @@ class Engine:
         self.language.decode_tokens(prefix, 0)
         self.prefix, self.frame_stop = prefix, 0
         self.task, self.adapter = instruction, adapter
-        self.room = self.language.n_ctx - needed + QUESTION_TOKENS
+        self.room = self.language.n_ctx - len(prefix) - self.most_rows - words + QUESTION_TOKENS
 
     def act(self, image: np.ndarray, frame_id: int, deadline_ns: int) -> tuple[str, Cut, dict[str, float]]:
         """image: on the grid, as the preprocessor made it -> (answer, why it is cut, stage times in ms)."""
         t0 = time.monotonic_ns()
-        self.grammar.start()
-        self.grammar.forced()  # self.opening, which is in closing_rows
         try:
             rows = self._see(image)
         except NotFinite:
             return "", "not-finite", dict.fromkeys(("encode", "prefill", "decode"), 0.0)
-        n = len(rows) + len(self.closing_rows)
         t1 = time.monotonic_ns()
-        logits = self._evaluate(rows, self.closing_rows)
+        self.grammar.start()
+        self.grammar.forced()  # self.opening, which is in closing_rows
+        draft = self.answer if self.config.language.draft else []
+        logits = self._evaluate(rows, self.closing_rows, draft[:-1])
         self.frame_stop, self.frame_id = len(self.prefix) + len(rows) + 1, frame_id
         t2 = time.monotonic_ns()
-
-        letters = codecs.getincrementaldecoder("utf-8")("replace")
-        text = self._speak(letters, frame_id, self.opening)
-        position, n_tokens, cut = len(self.prefix) + n, len(self.opening), ""
-        while not self.grammar.complete:
-            if time.monotonic_ns() > deadline_ns:
-                cut = "late"
-                break
-            if n_tokens > MAX_ANSWER_TOKENS:
-                cut = "length"
-                break
-            try:
-                tokens = [self.grammar.choose(logits)]
-            except NotFinite:
-                cut = "not-finite"
-                break
-            except Stuck:
-                cut = "grammar"
-                break
-            if not self.grammar.complete:
-                tokens += self.grammar.forced()
-            text += self._speak(letters, frame_id, tokens)
-            n_tokens += len(tokens)
-            if not self.grammar.complete:  # a complete answer is never evaluated: nothing will follow it
-                logits = self.language.decode_tokens(tokens, position)
-                position += len(tokens)
-        if self.config.language.words:
-            self.emit(Piece(lane="action", frame_id=frame_id, text="", last=True, cut=cut))
+        text, cut = self._answer(logits, draft, len(self.prefix) + len(rows) + len(self.closing_rows), deadline_ns)
         t3 = time.monotonic_ns()
         stages = {"encode": (t1 - t0) / NS_PER_MS, "prefill": (t2 - t1) / NS_PER_MS, "decode": (t3 - t2) / NS_PER_MS}
         return text, cut, stages
 
+    def _answer(self, logits: np.ndarray, draft: Steps, position: int, deadline_ns: int) -> tuple[str, Cut]:
+        """The answer to the frame in the cache. logits: (len(draft) or 1, n_vocab), before each step of the draft;
+        position: of the first step's first token."""
+        letters = codecs.getincrementaldecoder("utf-8")("replace")
+        text, cut, known = self._speak(letters, self.frame_id, self.opening), "", draft
+        answer: Steps = []
+        while not (self.grammar.complete or cut):
+            n = len(answer)
+            if time.monotonic_ns() > deadline_ns:
+                cut = "late"
+                break
+            if len(self.opening) + len(flat(answer)) > MAX_ANSWER_TOKENS:
+                cut = "length"
+                break
+            try:
+                self.grammar.take(logits, draft, answer)
+            except NotFinite:
+                cut = "not-finite"
+            except Stuck:
+                cut = "grammar"
+            new = answer[n:]
+            text += self._speak(letters, self.frame_id, flat(new))
+            if self.grammar.complete or cut:  # a complete answer is never evaluated: nothing will follow it
+                break
+            position += len(flat(new[:-1]))  # these were in the draft
+            known = known[len(new) - 1 :]
+            if draft := self.grammar.rest_of(known):
+                known = draft
+            self.language.forget(ACT, position)
+            tokens = [*new[-1], *flat(draft[:-1])]
+            logits = self.language.decode_tokens(tokens, position, want=_ends(len(new[-1]), draft[:-1]))
+            position += len(new[-1])
+        if self.config.language.words:
+            self.emit(Piece(lane="action", frame_id=self.frame_id, text="", last=True, cut=cut))
+        if self.config.language.draft and not cut:
+            self.answer = answer
+        return text, cut
+
     def look(self, image: np.ndarray, frame_id: int) -> None:
         """Evaluate a frame without asking for an action: for a question while paused. Raises NotFinite."""
         rows = self._see(image)
-        self._evaluate(rows, self.closing_rows[:1])
+        self._evaluate(rows, self.closing_rows[:1], [])
         self.frame_stop, self.frame_id = len(self.prefix) + len(rows) + 1, frame_id
 
     def begin(self, lane: Lane, request: str, question: str) -> Sentence | None:
@@ -249,11 +258,15 @@ class Engine:
         self.rows[: len(rows)] = rows
         return self.rows[: len(rows)]
 
-    def _evaluate(self, rows: np.ndarray, closing: np.ndarray) -> np.ndarray:
+    def _evaluate(self, rows: np.ndarray, closing: np.ndarray, draft: Steps) -> np.ndarray:
+        """-> logits behind the closing text and behind each step of the draft, (1 + len(draft), n_vocab)."""
         n = len(rows) + len(closing)
         self.rows[len(rows) : n] = closing
+        drafted = flat(draft)
+        if drafted:
+            self.rows[n : n + len(drafted)] = self.language.embed(drafted)
         self.language.forget(ACT, len(self.prefix))
-        return self.language.decode_rows(self.rows[:n], len(self.prefix))
+        return self.language.decode_rows(self.rows[: n + len(drafted)], len(self.prefix), want=_ends(n, draft))
 
     def _speak(self, letters: codecs.IncrementalDecoder, frame_id: int, tokens: list[int]) -> str:
         text = letters.decode(b"".join(self.language.piece(token) for token in tokens))
@@ -277,6 +290,11 @@ class Engine:
             self.end(sentence, "length")
             return None
         return sentence
+
+
+def _ends(n: int, steps: Steps) -> list[int]:
+    """Where logits are wanted: behind the first n rows, and behind each step that follows them."""
+    return list(itertools.accumulate([n - 1, *map(len, steps)]))
 
 
 class Loop:
@@ -317,7 +335,10 @@ class Loop:
 
     def _commands(self) -> None:
         while select.select([self.events], [], [], 0)[0]:
-            command = decode_model_command(self.events.recv(worker.MAX_EVENT_BYTES))
+            payload = self.events.recv(worker.MAX_EVENT_BYTES)
+            if not payload:
+                raise BrokenPipeError  # the supervisor is gone
+            command = decode_model_command(payload)
             if isinstance(command, Ask):
                 self.questions.append(command)
             elif isinstance(command, SetPaused):

@@ -118,7 +118,7 @@ def _read(
     """The text in chunks, each from an empty cache and begun by <s>; every position is asked for an answer, or the
     last layer would be computed for the last one only."""
     model, found = made.manifest.model, collector.into
-    config = LanguageConfig(context=CHUNK)
+    config = LanguageConfig(context=CHUNK, flash_attention=True)  # as llama-imatrix
     with language.Language(made.path(bundle.LANGUAGE), config, model.embedding, repack=False) as llm:
         bos = model.special["bos"]
         tokens = [bos, *llm.tokens(text)]
@@ -129,7 +129,7 @@ def _read(
         for i in range(found.n_chunks, n):
             report("text", f"chunk {i + 1} of {n}", i, n)
             llm.forget(language.ACT, 0)
-            llm.decode_all([bos, *tokens[i * CHUNK + 1 : (i + 1) * CHUNK]])
+            llm.decode_tokens([bos, *tokens[i * CHUNK + 1 : (i + 1) * CHUNK]], 0, want=list(range(CHUNK)))
             collector.check()
             found.n_chunks = i + 1
             if found.n_chunks % EVERY_CHUNKS == 0:
@@ -143,7 +143,7 @@ def _answer(
 ) -> None:
     config = Config(
         bundle="", camera=CameraConfig(source=""), task=TaskConfig(space=sources.space, deadline_ms=10**9),
-        language=LanguageConfig(words=False, max_words_tokens=32),
+        language=LanguageConfig(words=False, max_words_tokens=32, exact=False, draft=False),  # or their rows count too
     )  # fmt: skip
     engine = Engine(config, made, actions.load(sources.space), lambda event: None)
     try:

@@ -7,7 +7,6 @@ the relative error of every tensor. One model is in memory at a time. The page m
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from edge_agent.model import Engine
 from quantize import build, calibrate, ggml, measure
 from quantize.calibrate import Sources
 from quantize.checkpoint import Checkpoint, read
+from quantize.work import scratch
 
 Report = Callable[[str, str, int, int], None]  # (stage, what, done, in all)
 MAX_TOKENS = 256  # of an image
@@ -79,11 +79,11 @@ def evaluate(folders: list[Path], reference: Path, material: Sources, report: Re
     opened = [bundle.read_manifest(folder) for folder in folders]
     text = calibrate.read_text(material.text)
     frames = list(calibrate.pictures(material.frames, material.max_frames)) if material.frames else []
-    with tempfile.TemporaryDirectory(prefix="edge-quantize-") as folder:
-        full = _reference(reference, Path(folder), report)
+    with scratch(folders[0].absolute()) as folder:  # gigabytes: beside the bundle, not in a /tmp that may be memory
+        full = _reference(reference, folder, report)
         for one in opened:
             _check_pair(one, full)
-        path = Path(folder) / "reference.kld"
+        path = folder / "reference.kld"
         with _language(full) as llm:
             bos = full.manifest.model.special["bos"]
             cut = measure.chunks(llm, bos, text, material.max_chunks)
@@ -148,7 +148,7 @@ def _check_pair(one: bundle.Bundle, full: bundle.Bundle) -> None:
 def _language(one: bundle.Bundle) -> language.Language:
     """As the runtime loads it, repacked weights included: their kernels round otherwise, and llama-perplexity's figures
     are theirs too."""
-    config = LanguageConfig(context=measure.CHUNK)
+    config = LanguageConfig(context=measure.CHUNK, flash_attention=True)  # as llama-perplexity
     return language.Language(one.path(bundle.LANGUAGE), config, one.manifest.model.embedding)
 
 

@@ -142,7 +142,7 @@ class Prober:
         try:
             self.llm = language.Language(
                 made.path(bundle.LANGUAGE),
-                LanguageConfig(context=measure.CHUNK, gpu_layers=0),
+                LanguageConfig(context=measure.CHUNK, gpu_layers=0, flash_attention=True),
                 model.embedding,
                 repack=False,
                 mapped=False,

@@ -68,7 +68,7 @@ def chunks(llm: language.Language, bos: int, text: str, at_most: int = 0) -> np.
 def logits(llm: language.Language, bos: int, chunk: np.ndarray) -> np.ndarray:
     """(JUDGED + 1, n_vocab) float32, a view into llama.cpp's memory."""
     llm.forget(language.ACT, 0)
-    return llm.decode_all([bos, *map(int, chunk[1:])], FIRST)
+    return np.stack(llm.decode_tokens([bos, *map(int, chunk[1:])], 0, want=list(range(FIRST, len(chunk)))))
 
 
 def write_reference(llm: language.Language, bos: int, cut: np.ndarray, path: Path, report: Report) -> None:

