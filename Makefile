@@ -1,7 +1,7 @@
 # make demo   the trained pilot flies, from checkpoint to landing, about a minute after the set-up
 # make test   ruff and all tests
 # make venv   the set-up alone: virtual environment in .venv, dependencies, this project
-# make bench  slow figures: the demo model's flying (minutes), conversion at the 3B's true shape (12 GB of disk)
+# make bench  slow figures: the demo model's flying and speed (minutes), conversion at the 3B's true shape (25 GB of disk)
 # make soak   the long form of the fault tests
 #
 # A GPU build of llama.cpp and onnxruntime-gpu are taken where an NVIDIA GPU and its compiler are visible.
@@ -25,6 +25,9 @@ soak: venv
 
 bench: venv
 	$(RUN)/python benchmarks/flight.py
+	mkdir -p build
+	$(RUN)/edge-quantize build models/pad_pilot/checkpoint build/pilot --force
+	$(RUN)/python benchmarks/bench.py --bundle build/pilot --max-tokens 25 --instruction "Land on the red disc." --compare
 	$(RUN)/python benchmarks/convert.py
 
 venv: $(VENV)/.installed

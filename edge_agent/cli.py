@@ -7,6 +7,7 @@ source is wrong (systemd does not retry that one).
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import subprocess
@@ -16,12 +17,13 @@ from pathlib import Path
 import msgspec
 
 from edge_agent.bundle import BundleError
-from edge_agent.config import CameraConfig, Config, ConfigError, load, runtime_dir
+from edge_agent.config import CameraConfig, Config, ConfigError, checked, load, runtime_dir
 
 EPILOG = """examples:
   edge-agent check  --config /etc/edge-agent.yaml
   edge-agent run    --bundle bundles/3b --camera /dev/video0
   edge-agent listen
+  edge-agent bench  --bundle bundles/3b --frames clip.mp4
   edge-agent ask "What is in front of us?"
   edge-agent instruct "Land on the blue square."
 """
@@ -73,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--bundle", metavar="DIR", help="instead of, or over, the file's bundle")
         command.add_argument("--camera", metavar="SOURCE", help="instead of, or over, the file's camera.source")
 
+    bench_arguments(add("bench", run_bench, "how fast a bundle answers on this machine: no camera, no sockets"))
+
     command = add("keygen", _keygen, "a key pair to sign bundles with: FILE stays where they are built")
     command.add_argument("file", metavar="FILE", help="the private key; FILE.pub goes to the devices")
 
@@ -96,6 +100,18 @@ def _parser() -> argparse.ArgumentParser:
         if name == "listen":
             command.add_argument("--seconds", type=float, metavar="S", help="stop after so long")
     return parser
+
+
+def bench_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--config", metavar="FILE", help="as for run; its camera is not opened")
+    command.add_argument("--bundle", metavar="DIR", help="instead of, or over, the file's bundle")
+    command.add_argument("--frames", type=Path, metavar="DIR|VIDEO", help="pictures to answer (default: made up)")
+    command.add_argument("-n", type=int, default=60, metavar="N", help="frames to answer (default 60)")
+    command.add_argument("--max-tokens", type=int, metavar="N", help="over the file's vision.max_tokens")
+    command.add_argument("--backend", choices=("onnxruntime", "mtmd"), help="over the file's vision.backend")
+    command.add_argument("--space", help="over the file's task.space")
+    command.add_argument("--instruction", metavar="TEXT", help="over the file's task.instruction")
+    command.add_argument("--plot", type=Path, metavar="FILE.png", help="where the time goes, as a picture")
 
 
 def _config(arguments: argparse.Namespace) -> Config:
@@ -162,6 +178,41 @@ def _check(arguments: argparse.Namespace) -> int:
         else:
             status = _bad("memory", f"{line}; use a smaller bundle, or lower language.context")
     return status
+
+
+def bench_config(arguments: argparse.Namespace) -> Config:
+    """The configuration that bench's own arguments ask for. Raises ConfigError."""
+    arguments.camera = "none"
+    config = msgspec.to_builtins(_config(arguments))
+    for table, key in (("vision", "max_tokens"), ("vision", "backend"), ("task", "space"), ("task", "instruction")):
+        if (value := getattr(arguments, key)) is not None:
+            config[table][key] = value
+    return checked(config, Config, "bench")
+
+
+def run_bench(arguments: argparse.Namespace) -> int:
+    """A table on stderr, one JSON line last on stdout."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from edge_agent import bench, bundle
+
+    if arguments.n < 1:
+        _fail(f"-n: expected 1 or more, found {arguments.n}", 2)
+    config = bench_config(arguments)
+    bundle.verify(config.bundle, config.trust)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    steps = iter(track(range(arguments.n), "frames", console=console, transient=True))
+    try:
+        figures = bench.run(config, arguments.frames, arguments.n, lambda done, total: next(steps, None))
+    except bench.TROUBLE as error:
+        _fail(str(error), 1)
+    for what, how_much in bench.table(figures):
+        console.print(f"{what:20} {how_much}", markup=False)
+    if arguments.plot is not None:
+        bench.plot([figures], arguments.plot)
+    print(json.dumps(figures))
+    return 0
 
 
 def _keygen(arguments: argparse.Namespace) -> int:

@@ -15,6 +15,11 @@ def rss_mib(pid: int, text: str | None = None) -> float | None:
     return _mib("VmRSS:", _read(f"/proc/{pid}/status") if text is None else text)
 
 
+def peak_rss_mib(pid: int, text: str | None = None) -> float | None:
+    """The most it has been since the process began (of this program: exec begins a new account)."""
+    return _mib("VmHWM:", _read(f"/proc/{pid}/status") if text is None else text)
+
+
 def _mib(key: str, text: str) -> float | None:
     """The number behind `key`, which the kernel gives in KiB."""
     for line in text.splitlines():

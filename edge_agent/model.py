@@ -121,6 +121,7 @@ class Engine:
         self.most_rows = config.vision.max_tokens + most_lines + len(closing)
         self.rows = np.empty((self.most_rows + MAX_ANSWER_TOKENS + UNIT, self.language.n_embd), np.float32)
         self.answer: Steps = []  # to the frame before
+        self.n_drafted = self.n_taken = 0  # tokens
         self.task, self.adapter = "", ""
         self.prefix: list[int] = []
         self.room = 0  # tokens that a question may have
@@ -162,6 +163,7 @@ class Engine:
         self.grammar.start()
         self.grammar.forced()  # self.opening, which is in closing_rows
         draft = self.answer if self.config.language.draft else []
+        self.n_drafted += len(flat(draft[:-1]))
         logits = self._evaluate(rows, self.closing_rows, draft[:-1])
         self.frame_stop, self.frame_id = len(self.prefix) + len(rows) + 1, frame_id
         t2 = time.monotonic_ns()
@@ -191,6 +193,7 @@ class Engine:
             except Stuck:
                 cut = "grammar"
             new = answer[n:]
+            self.n_taken += len(flat(new[:-1]))
             text += self._speak(letters, self.frame_id, flat(new))
             if self.grammar.complete or cut:  # a complete answer is never evaluated: nothing will follow it
                 break
@@ -200,6 +203,7 @@ class Engine:
                 known = draft
             self.language.forget(ACT, position)
             tokens = [*new[-1], *flat(draft[:-1])]
+            self.n_drafted += len(tokens) - len(new[-1])
             logits = self.language.decode_tokens(tokens, position, want=_ends(len(new[-1]), draft[:-1]))
             position += len(new[-1])
         if self.config.language.words:

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import cv2
 import msgspec
 import numpy as np
 
 from edge_agent import actions, bundle, language
 from edge_agent.config import CameraConfig, Config, LanguageConfig, TaskConfig
 from edge_agent.model import Engine
+from edge_agent.pictures import pictures
 from quantize import build, ggml, importance
 from quantize.checkpoint import Checkpoint
 from quantize.importance import Importance, ImportanceError
@@ -29,7 +28,6 @@ from quantize.work import scratch
 Report = Callable[[str, str, int, int], None]  # (stage, what, done, in all)
 CHUNK = 512  # tokens: one context, read from an empty cache
 TEXT = Path(__file__).with_name("calibration.txt")
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 VIDEOS = (".mp4", ".avi", ".mkv", ".mov", ".webm")
 INSTRUCTIONS = (
     "Hold position.",
@@ -166,31 +164,6 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ImportanceError(f"{path}: not readable as UTF-8 text: {error}") from None
-
-
-def pictures(source: Path, at_most: int) -> Iterator[np.ndarray]:
-    """(H, W, 3) uint8 RGB from a folder of pictures in the order of their names, or evenly from a video."""
-    if source.is_dir():
-        paths = sorted(path for path in source.iterdir() if path.suffix.lower() in IMAGES)
-        if not paths:
-            raise ImportanceError(f"{source}: no pictures; expected {', '.join(IMAGES)}")
-        for path in paths[:: -(-len(paths) // at_most)]:
-            image = cv2.imread(str(path), cv2.IMREAD_COLOR)
-            if image is None:
-                raise ImportanceError(f"{path}: not a picture OpenCV can read; remove it")
-            yield cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-        return
-    video = cv2.VideoCapture(str(source)) if source.is_file() else None
-    if video is None or not video.isOpened():
-        raise ImportanceError(f"{source}: expected a folder of pictures or a video")
-    step = max(1, -(-int(video.get(cv2.CAP_PROP_FRAME_COUNT)) // at_most))
-    for i in itertools.count():
-        there, image = video.read()
-        if not there:
-            break
-        if i % step == 0:
-            yield cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-    video.release()
 
 
 # -- what a killed run leaves ------------------------------------------------------------------------------------------

@@ -79,6 +79,7 @@ _ONE_LINE = {
     "VisionError",
     "BundleError",
     "TrustError",
+    "PictureError",
 }
 
 
@@ -311,13 +312,14 @@ def _sources(arguments: argparse.Namespace) -> Sources:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from quantize import calibrate, evaluate, page
+    from edge_agent.pictures import pictures
+    from quantize import evaluate, page
 
     material = _sources(arguments)
     with _Shown() as report:
         found = evaluate.evaluate(arguments.bundles, arguments.reference, material, report)
     if arguments.html is not None:
-        frames = list(calibrate.pictures(material.frames, material.max_frames)) if material.frames else []
+        frames = list(pictures(material.frames, material.max_frames)) if material.frames else []
         arguments.html.write_text(page.page(found, frames), encoding="utf-8")
     if arguments.json:
         import msgspec

@@ -17,6 +17,7 @@ import numpy as np
 from edge_agent import actions, bundle, language
 from edge_agent.config import CameraConfig, Config, LanguageConfig, TaskConfig, VisionConfig
 from edge_agent.model import Engine
+from edge_agent.pictures import pictures
 from quantize import build, calibrate, ggml, measure
 from quantize.calibrate import Sources
 from quantize.checkpoint import Checkpoint, read
@@ -78,7 +79,7 @@ def evaluate(folders: list[Path], reference: Path, material: Sources, report: Re
     """reference: a checkpoint, or a bundle made with --recipe BF16. Raises EvaluateError and what the parts raise."""
     opened = [bundle.read_manifest(folder) for folder in folders]
     text = calibrate.read_text(material.text)
-    frames = list(calibrate.pictures(material.frames, material.max_frames)) if material.frames else []
+    frames = list(pictures(material.frames, material.max_frames)) if material.frames else []
     with scratch(folders[0].absolute()) as folder:  # gigabytes: beside the bundle, not in a /tmp that may be memory
         full = _reference(reference, folder, report)
         for one in opened:

@@ -1,0 +1,230 @@
+"""The offline benchmark: how fast a bundle answers on this machine. `edge-agent bench` runs the same.
+
+    .venv/bin/python benchmarks/bench.py --bundle BUNDLE [--frames DIR|VIDEO] [-n 60] [--plot where.png]
+    … --compare                                       beside llama-cpp-python's own vision chat, in turn, frame by frame
+    … --compare --llama-server PATH [--llama-bench PATH]      and beside llama.cpp's server
+
+A table, and one JSON line last. With --compare every contender is a process of its own, with the same GGUF files, the
+same frames and prompt, the same JSON schema, greedy; only one of them works at a time. Figures are medians; the share
+is a contender's time by ours. No network but the server's on 127.0.0.1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from edge_agent import actions, bench, bundle, health
+from edge_agent.cli import bench_arguments, bench_config
+from edge_agent.cli import run_bench as run_alone
+from edge_agent.config import Config
+from edge_agent.model import ACT_CLOSING, ROLE
+from edge_agent.pictures import pictures
+from edge_agent.vision import Preprocessor
+
+# What the releases' own template makes of one system text and one picture with a text.
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}[SYSTEM_PROMPT]{{ m.content }}[/SYSTEM_PROMPT]"
+    "{% else %}[INST]{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% else %}{{ part.image_url.url if part.image_url is mapping else "
+    "part.image_url }}{% endif %}{% endfor %}{% endif %}[/INST]{% endif %}{% endfor %}"
+)
+
+
+class Ours:
+    """The engine as the daemon runs it."""
+
+    def __init__(self, config: Config) -> None:
+        self.bench = bench.Bench(config, config.task.instruction)
+
+    def answer(self, frame: np.ndarray) -> dict:
+        shot = self.bench.shoot(frame)
+        return {"ms": shot.ms, "encode": shot.encode, "prefill": shot.prefill, "decode": shot.decode,
+                "calls": shot.calls, "text": shot.text}  # fmt: skip
+
+
+def messages(config: Config, frame: np.ndarray) -> tuple[list[dict], dict]:
+    """(chat messages, JSON schema): the same prompt and the same picture, as a PNG, for those who take a chat."""
+    space = actions.load(config.task.space)
+    role = ROLE.format(space=actions.describe(space), instruction=config.task.instruction)
+    image = Preprocessor(bundle.read_manifest(config.bundle).manifest.vision, config.vision.max_tokens).image(frame)
+    png = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_PNG_COMPRESSION, 0])[1]
+    url = "data:image/png;base64," + base64.b64encode(png.tobytes()).decode()
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": ACT_CLOSING}]
+    return [{"role": "system", "content": role}, {"role": "user", "content": content}], actions.schema(space)
+
+
+class Chat:
+    """llama-cpp-python's high-level vision chat."""
+
+    def __init__(self, config: Config) -> None:
+        import llama_cpp
+        from llama_cpp.llama_chat_format import MTMDChatHandler
+
+        class Handler(MTMDChatHandler):
+            def _get_chat_template(self, llama: llama_cpp.Llama) -> str:
+                return TEMPLATE
+
+        self.config, folder = config, Path(config.bundle)
+        self.llama = llama_cpp.Llama(
+            str(folder / bundle.LANGUAGE), chat_handler=Handler(str(folder / bundle.MMPROJ), verbose=False),
+            n_ctx=2 * config.language.context, n_gpu_layers=config.language.gpu_layers, verbose=False,
+        )  # fmt: skip
+
+    def answer(self, frame: np.ndarray) -> dict:
+        chat, schema = messages(self.config, frame)
+        start = time.monotonic()
+        made = self.llama.create_chat_completion(
+            chat, response_format={"type": "json_object", "schema": schema}, temperature=0.0, max_tokens=160,
+            repeat_penalty=1.0,
+        )  # fmt: skip
+        ms = (time.monotonic() - start) * 1000
+        return {
+            "ms": ms,
+            "text": made["choices"][0]["message"]["content"],
+            "tokens": made["usage"]["completion_tokens"],
+        }
+
+
+class Server:
+    """llama-server with its prompt cache and its grammar."""
+
+    def __init__(self, config: Config, program: str) -> None:
+        self.config, folder = config, Path(config.bundle)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        command = [program, "-m", folder / bundle.LANGUAGE, "--mmproj", folder / bundle.MMPROJ, "--port", self.port,
+                   "-c", 2 * config.language.context, "-np", 1, "-ngl", max(config.language.gpu_layers, 0) or 99,
+                   "--chat-template", "mistral-v7-tekken", "--no-webui", "--cache-reuse", 0]  # fmt: skip
+        self.process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        until = time.monotonic() + 300
+        while time.monotonic() < until:
+            if self.process.poll() is not None:
+                sys.exit(f"{program}: ended with status {self.process.returncode}")
+            try:
+                if self._get("GET", "/health", None).get("status") == "ok":
+                    return
+            except OSError:
+                pass
+            time.sleep(0.2)
+        sys.exit(f"{program}: not ready in 300 s")
+
+    def _get(self, method: str, path: str, body: dict | None) -> dict:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
+        connection.request(method, path, json.dumps(body) if body else None, {"Content-Type": "application/json"})
+        return json.loads(connection.getresponse().read())
+
+    def answer(self, frame: np.ndarray) -> dict:
+        chat, schema = messages(self.config, frame)
+        start = time.monotonic()
+        made = self._get("POST", "/v1/chat/completions", {
+            "messages": chat, "temperature": 0, "max_tokens": 160, "cache_prompt": True,
+            "response_format": {"type": "json_object", "schema": schema},
+        })  # fmt: skip
+        ms = (time.monotonic() - start) * 1000
+        if "choices" not in made:
+            sys.exit(f"llama-server: {made}")
+        timings = made.get("timings", {})
+        return {"ms": ms, "text": made["choices"][0]["message"]["content"], "decode": timings.get("predicted_ms"),
+                "tokens": timings.get("predicted_n"), "pid": self.process.pid}  # fmt: skip
+
+
+def serve(name: str, config: Config, program: str, frames: list[np.ndarray]) -> None:
+    """A contender: a frame's number a line on stdin, what it took as a JSON line on stdout."""
+    contender = {"ours": Ours, "chat": Chat}[name](config) if name != "server" else Server(config, program)
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what native code prints must not get among the lines
+    for line in sys.stdin:
+        took = contender.answer(frames[int(line)])
+        pids = [os.getpid() if name != "server" else contender.process.pid]
+        took["peak_rss_mib"] = sum(health.peak_rss_mib(pid) or 0.0 for pid in pids)
+        print(json.dumps(took), file=out)
+    if name == "server":
+        contender.process.send_signal(signal.SIGTERM)
+        contender.process.wait()
+
+
+def compare(options: argparse.Namespace) -> dict:
+    names = ["ours", "chat", *(["server"] if options.llama_server else [])]
+    command = [sys.executable, __file__, *(word for word in sys.argv[1:] if word != "--compare")]
+    children = {
+        name: subprocess.Popen([*command, "--serve", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for name in names
+    }
+    took: dict[str, list[dict]] = {name: [] for name in names}
+    for i in range(-1, options.n):  # the first round is not counted: it allocates and fills caches
+        for name, child in children.items():
+            child.stdin.write(f"{max(i, 0)}\n")
+            child.stdin.flush()
+            line = child.stdout.readline()
+            if not line:
+                sys.exit(f"{name}: ended with status {child.wait()}")
+            if i >= 0:
+                took[name].append(json.loads(line))
+        print(f"frame {i + 1} of {options.n}", file=sys.stderr)
+    for child in children.values():
+        child.stdin.close()
+        child.wait()
+    figures: dict = {"benchmark": "compare", "bundle": Path(options.bundle or "").name, "frames": options.n}
+    for name, shots in took.items():
+        figures[name] = {
+            key: round(float(np.median([shot[key] for shot in shots])), 2)
+            for key in ("ms", "encode", "prefill", "decode", "calls", "tokens", "peak_rss_mib")
+            if all(shot.get(key) is not None for shot in shots)
+        } | {"example": shots[-1]["text"]}
+        ratios = [shot["ms"] / ours["ms"] for shot, ours in zip(shots, took["ours"], strict=True)]
+        figures[name]["times_ours"] = round(float(np.median(ratios)), 2)
+        figures[name]["same_text"] = round(
+            float(np.mean([shot["text"] == ours["text"] for shot, ours in zip(shots, took["ours"], strict=True)])), 3
+        )
+    if options.llama_bench:
+        figures["llama_bench_tg_tok_per_s"] = llama_bench(options)
+    return figures
+
+
+def llama_bench(options: argparse.Namespace) -> float:
+    path = Path(bench_config(options).bundle) / bundle.LANGUAGE
+    done = subprocess.run(
+        [options.llama_bench, "-m", path, "-p", "0", "-n", "48", "-o", "json"], capture_output=True, check=True
+    )
+    return round(json.loads(done.stdout)[0]["avg_ts"], 2)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    bench_arguments(parser)
+    parser.add_argument("--compare", action="store_true", help="beside llama-cpp-python's own vision chat")
+    parser.add_argument("--llama-server", metavar="PATH", help="with --compare: beside it too")
+    parser.add_argument("--llama-bench", metavar="PATH", help="with --compare: its plain decoding speed too")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        frames = list(pictures(options.frames, options.n)) if options.frames else bench.made_up(16)
+        frames = [frames[i % len(frames)] for i in range(options.n)]
+        serve(options.serve, bench_config(options), options.llama_server or "", frames)
+        return 0
+    if not options.compare:
+        return run_alone(options)
+    figures = compare(options)
+    for name in ("ours", "chat", "server"):
+        if name in figures:
+            print(f"{name:8} {json.dumps(figures[name])}", file=sys.stderr)
+    print(json.dumps(figures))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
