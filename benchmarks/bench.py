@@ -34,13 +34,15 @@ from edge_agent.model import ACT_CLOSING, ROLE
 from edge_agent.pictures import pictures
 from edge_agent.vision import Preprocessor
 
-# What the releases' own template makes of one system text and one picture with a text.
+# What the releases' own template makes of one system text and one picture with a text. IMAGE: how a host spells a
+# picture's place.
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}[SYSTEM_PROMPT]{{ m.content }}[/SYSTEM_PROMPT]"
     "{% else %}[INST]{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
-    "{% if part.type == 'text' %}{{ part.text }}{% else %}{{ part.image_url.url if part.image_url is mapping else "
-    "part.image_url }}{% endif %}{% endfor %}{% endif %}[/INST]{% endif %}{% endfor %}"
+    "{% if part.type == 'image_url' %}{{ IMAGE }}{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}[/INST]"
+    "{% endif %}{% endfor %}"
 )
+CHAT_IMAGE = "part.image_url.url if part.image_url is mapping else part.image_url"
 
 
 class Ours:
@@ -75,7 +77,7 @@ class Chat:
 
         class Handler(MTMDChatHandler):
             def _get_chat_template(self, llama: llama_cpp.Llama) -> str:
-                return TEMPLATE
+                return TEMPLATE.replace("IMAGE", CHAT_IMAGE)
 
         self.config, folder = config, Path(config.bundle)
         self.llama = llama_cpp.Llama(
@@ -108,7 +110,7 @@ class Server:
             self.port = free.getsockname()[1]
         command = [program, "-m", folder / bundle.LANGUAGE, "--mmproj", folder / bundle.MMPROJ, "--port", self.port,
                    "-c", 2 * config.language.context, "-np", 1, "-ngl", max(config.language.gpu_layers, 0) or 99,
-                   "--chat-template", "mistral-v7-tekken", "--no-webui", "--cache-reuse", 0]  # fmt: skip
+                   "--chat-template", TEMPLATE.replace("IMAGE", "part.text"), "--no-webui"]  # fmt: skip
         self.process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         until = time.monotonic() + 300
         while time.monotonic() < until:
@@ -167,7 +169,7 @@ def compare(options: argparse.Namespace) -> dict:
     took: dict[str, list[dict]] = {name: [] for name in names}
     for i in range(-1, options.n):  # the first round is not counted: it allocates and fills caches
         for name, child in children.items():
-            child.stdin.write(f"{max(i, 0)}\n")
+            child.stdin.write(f"{i % options.n}\n")  # the last one first: no frame comes twice in a row
             child.stdin.flush()
             line = child.stdout.readline()
             if not line:
@@ -186,6 +188,9 @@ def compare(options: argparse.Namespace) -> dict:
             if all(shot.get(key) is not None for shot in shots)
         } | {"example": shots[-1]["text"]}
         ratios = [shot["ms"] / ours["ms"] for shot, ours in zip(shots, took["ours"], strict=True)]
+        if all(shot.get("decode") and shot.get("tokens") for shot in shots):
+            per_token = [shot["decode"] / shot["tokens"] for shot in shots]
+            figures[name]["decode_ms_per_token"] = round(float(np.median(per_token)), 2)
         figures[name]["times_ours"] = round(float(np.median(ratios)), 2)
         figures[name]["same_text"] = round(
             float(np.mean([shot["text"] == ours["text"] for shot, ours in zip(shots, took["ours"], strict=True)])), 3

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from edge_agent.bundle import BundleError
+from edge_agent.bundle import BundleError, Manifest
 from edge_agent.config import CameraConfig, Config, ConfigError, checked, load, runtime_dir
 
 EPILOG = """examples:
@@ -143,25 +143,18 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     """One line per thing checked; goes on after a failure, so that one run shows all of them."""
-    from edge_agent import actions, adapters, bundle, health
+    from edge_agent import actions, adapters, bundle
 
-    config, status = _config(arguments), 0
+    config, status, manifest = _config(arguments), 0, None
     try:
         space = actions.load(config.task.space)
         print(f"ok    actions  {space.name}: {', '.join(space.actions)}")
     except ConfigError as error:
         status = _bad("actions", str(error))
-    needed_mib = None
     try:
         verified = bundle.verify(config.bundle, config.trust)
         adapters.verify(config.language.adapters, verified, config.trust)
         manifest = verified.manifest
-        mtmd = config.vision.backend == "mtmd"
-        # onnxruntime computes in float32 and keeps the 16-bit weights beside: three times its file.
-        needed = manifest.files[bundle.MMPROJ].bytes if mtmd else 3 * manifest.files[bundle.VISION].bytes
-        needed += manifest.files[bundle.LANGUAGE].bytes
-        needed += 2 * config.language.context * manifest.model.kv_bytes_per_token
-        needed_mib = needed / 2**20 + 350
         print(
             f"ok    bundle   {verified.id}: {manifest.model.family} {manifest.model.size} {manifest.recipe}, "
             f"{verified.file_bytes / 1e6:.1f} MB, every hash right{', signed' if config.trust else ''}"
@@ -170,14 +163,25 @@ def _check(arguments: argparse.Namespace) -> int:
         status = _bad("bundle", str(error))
     seen, line = _probe(config.camera)
     status = (print(f"ok    camera   {line}") or status) if seen else _bad("camera", f"camera.source: {line}")
-    free_mib = health.mem_available_mib()
-    if needed_mib is not None and free_mib is not None:
-        line = f"about {needed_mib:.0f} MiB needed, {free_mib:.0f} MiB available"
-        if needed_mib < free_mib:
-            print(f"ok    memory   {line}")
-        else:
-            status = _bad("memory", f"{line}; use a smaller bundle, or lower language.context")
+    if manifest is not None:
+        status = _check_memory(config, manifest) or status
     return status
+
+
+def _check_memory(config: Config, manifest: Manifest) -> int:
+    from edge_agent import health, memory
+
+    free_mib = health.mem_available_mib()
+    try:
+        planned = memory.plan(config, manifest, free_mib, memory.adapters_mib(config))
+    except ConfigError as error:
+        return _bad("memory", str(error).removeprefix("memory: "))
+    parts = ", ".join(f"{name} {mib:.0f}" for name, mib in planned.parts_mib.items() if mib >= 1)
+    free = "unknown" if free_mib is None else f"{free_mib:.0f}"
+    print(f"ok    memory   about {planned.mib:.0f} MiB needed ({parts}), {free} MiB available")
+    for what in planned.given_up:
+        print(f"      memory   is short: it would be served with {what}")
+    return 0
 
 
 def bench_config(arguments: argparse.Namespace) -> Config:

@@ -47,6 +47,7 @@ class LanguageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     context: Annotated[int, Meta(ge=256, le=262144)] = 1024  # tokens, twice: of the frame's answer, and of words
     threads: Annotated[int, Meta(ge=0)] = 0
     gpu_layers: Annotated[int, Meta(ge=-1)] = -1  # -1: all that a GPU build can take; without a GPU this means nothing
+    repack: bool = True  # on a CPU: a second copy of the weights, in the order its kernels like best
     flash_attention: bool | None = None  # null: on a GPU if it can, on a CPU not: there answers would depend on drafts
     exact: bool = True  # on a CPU: the same frame gives the same answer, whatever the draft was; see language.py
     draft: bool = True  # the answer before is evaluated with the frame and taken as far as it is right: only faster

@@ -111,7 +111,7 @@ class Language:
         log_to(lambda text: log_lines.append(text.strip()))
         params = ll.llama_model_default_params()
         params.n_gpu_layers = config.gpu_layers
-        params.use_extra_bufts = repack
+        params.use_extra_bufts = repack and config.repack
         if not mapped:
             params.load_mode = ll.LLAMA_LOAD_MODE_NONE
         params.progress_callback = on_progress

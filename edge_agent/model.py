@@ -28,7 +28,7 @@ from collections.abc import Callable
 import msgspec
 import numpy as np
 
-from edge_agent import actions, bundle, vision, worker
+from edge_agent import actions, bundle, health, memory, vision, worker
 from edge_agent.config import Config, ConfigError
 from edge_agent.decoding import Grammar, NotFinite, Steps, Stuck, flat, greedy
 from edge_agent.frames import Frame, Slot
@@ -442,6 +442,10 @@ def main() -> int:
     start = time.monotonic()
     try:
         model_bundle = bundle.read_manifest(config.bundle)  # the supervisor has verified the files
+        planned = memory.plan(config, model_bundle.manifest, health.mem_available_mib(), memory.adapters_mib(config))
+        for what in planned.given_up:
+            emit(Progress(f"memory is short: {what}"))
+        config = planned.config
         engine = Engine(config, model_bundle, actions.load(config.task.space), emit)
         emit(Progress("warm-up"))
         warmup_ms = warm_up(engine)

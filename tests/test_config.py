@@ -30,7 +30,7 @@ def test_what_is_written_is_what_is_loaded():
         "camera: {source: /dev/video2, name: nose, width: 1280, height: 720, fps: 29.97, realtime: false, loop: no}\n"
         "vision: {backend: mtmd, max_tokens: 64, threads: 3}\n"
         "language: {context: 4096, threads: 2, gpu_layers: 0, describe: 'What?', max_words_tokens: 5, words: false,\n"
-        "           flash_attention: true, exact: false, draft: false,\n"
+        "           repack: false, flash_attention: true, exact: false, draft: false,\n"
         "           adapters: {night: /n.gguf, rain-2: r.gguf}, adapter: night}\n"
         "task: {space: waypoint, instruction: 'Land.', deadline_ms: 700}\n"
         "watch: {model_stall_s: 1, model_load_s: 2.5, camera_stall_s: 0.5}\n"
@@ -54,6 +54,7 @@ def test_what_is_written_is_what_is_loaded():
             "context": 4096,
             "threads": 2,
             "gpu_layers": 0,
+            "repack": False,
             "flash_attention": True,
             "exact": False,
             "draft": False,
@@ -87,6 +88,7 @@ def test_defaults():
             "context": 1024,
             "threads": 0,
             "gpu_layers": -1,
+            "repack": True,
             "flash_attention": None,
             "exact": True,
             "draft": True,

@@ -1,0 +1,113 @@
+"""What serving a bundle will need, added up before anything is loaded, and what to give up where the board has less.
+
+Estimates from the manifest: they err on the large side. Given up in this order, each only if it is needed: the second
+copy of the weights that llama.cpp keeps for its CPU kernels (a third slower in prefill), then image tokens, by steps
+of a quarter down to LEAST_TOKENS (sees less fine), then context that the prompt may not need. Then the start is refused
+with the sum.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import msgspec
+
+from edge_agent import bundle
+from edge_agent.config import Config, ConfigError
+from edge_agent.precheck import BLOCKS
+
+MIB = 1 << 20
+PROCESS_MIB = 150  # Python, libraries, buffers of frames
+LEAST_TOKENS, LEAST_CONTEXT = 64, 640
+ROWS = 512  # llama.cpp's physical batch
+REPACKED = {"Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "Q2_K"}  # by one architecture's kernels or another's
+TYPES = {"F32": 0, "F16": 1, "BF16": 30, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11,
+         "Q4_K": 12, "Q5_K": 13, "Q6_K": 14, "IQ4_NL": 20, "IQ4_XS": 23}  # fmt: skip
+FLOAT32 = 4
+
+
+class Plan(msgspec.Struct, frozen=True):
+    config: Config  # as it can be served
+    parts_mib: dict[str, float]
+    given_up: list[str]
+
+    @property
+    def mib(self) -> float:
+        return sum(self.parts_mib.values())
+
+
+def needed(config: Config, manifest: bundle.Manifest, adapters_mib: float = 0.0) -> dict[str, float]:
+    """Part -> MiB."""
+    model, size = manifest.model, {name: file.bytes / MIB for name, file in manifest.files.items()}
+    language = config.language
+    repacked = sum(n for name, n in manifest.bytes_by_type.items() if name in REPACKED) / MIB
+    on_cpu = 0.0 if language.gpu_layers > 0 else 1.0
+    heads_mib = model.hidden / 64 * language.context * ROWS * FLOAT32 / MIB  # scores of one layer; 64: a narrow head
+    return {
+        "language model": size[bundle.LANGUAGE],
+        "its copy for the CPU": repacked * on_cpu if language.repack else 0.0,
+        "cache": 2 * language.context * model.kv_bytes_per_token / MIB,
+        "scores and logits": heads_mib + 16 * model.vocab * FLOAT32 / MIB,
+        "vision encoder": _vision_mib(config, manifest),
+        "adapters": adapters_mib,
+        "the process": PROCESS_MIB,
+    }
+
+
+def adapters_mib(config: Config) -> float:
+    """Of the configured adapters' files, those that are there."""
+    return sum(Path(path).stat().st_size for path in config.language.adapters.values() if Path(path).is_file()) / MIB
+
+
+def _vision_mib(config: Config, manifest: bundle.Manifest) -> float:
+    if manifest.vision is None:
+        return 0.0
+    rows = 4 * config.vision.max_tokens  # patches
+    scores = 16 * rows * rows * FLOAT32 / MIB  # of one layer's heads
+    if config.vision.backend == "mtmd":
+        return manifest.files[bundle.MMPROJ].bytes / MIB + scores
+    stored = manifest.files[bundle.VISION].bytes / MIB
+    in_float32 = (manifest.model.parameters - _elements(manifest.bytes_by_type)) * FLOAT32 / MIB
+    # onnxruntime computes in float32 and keeps what it read beside; from float32 it has nothing to make.
+    return max(stored, in_float32) + (stored if stored < 0.9 * in_float32 else 0.0) + scores
+
+
+def _elements(bytes_by_type: dict[str, int]) -> int:
+    """Weights of the language model."""
+    return sum(n // BLOCKS[TYPES[name]][1] * BLOCKS[TYPES[name]][0] for name, n in bytes_by_type.items())
+
+
+def plan(config: Config, manifest: bundle.Manifest, free_mib: float | None, adapters_mib: float = 0.0) -> Plan:
+    """The configuration as it fits into free_mib (None: unknown, everything fits). Raises ConfigError with the sum."""
+    given_up: list[str] = []
+    while True:
+        parts = needed(config, manifest, adapters_mib)
+        if free_mib is None or sum(parts.values()) <= free_mib:
+            return Plan(config, parts, given_up)
+        smaller = _smaller(config)
+        if smaller is None:
+            summed = " + ".join(f"{name} {n:.0f}" for name, n in parts.items() if n >= 1)
+            raise ConfigError(
+                f"memory: {sum(parts.values()):.0f} MiB needed ({summed}), {free_mib:.0f} MiB free; use a smaller "
+                "bundle, or vision.backend mtmd"
+            )
+        config, what = smaller
+        given_up = [old for old in given_up if old.split()[0] != what.split()[0]] + [what]
+
+
+def _smaller(config: Config) -> tuple[Config, str] | None:
+    """The next thing to give up, and its name; None: nothing is left."""
+    language, vision = config.language, config.vision
+    if language.repack:
+        smaller = msgspec.structs.replace(language, repack=False)
+        return msgspec.structs.replace(config, language=smaller), "language.repack: false"
+    if vision.max_tokens > LEAST_TOKENS:
+        n = max(LEAST_TOKENS, math.floor(vision.max_tokens * 0.75))
+        smaller = msgspec.structs.replace(vision, max_tokens=n)
+        return msgspec.structs.replace(config, vision=smaller), f"vision.max_tokens: {n}"
+    if language.context > LEAST_CONTEXT:
+        n = max(LEAST_CONTEXT, math.floor(language.context * 0.75))
+        smaller = msgspec.structs.replace(language, context=n)
+        return msgspec.structs.replace(config, language=smaller), f"language.context: {n}"
+    return None

@@ -1,0 +1,83 @@
+"""The memory plan: what is added up, and what is given up in which order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from edge_agent import bundle, memory
+from edge_agent.config import CameraConfig, Config, ConfigError, LanguageConfig, VisionConfig
+
+CONFIG = Config(bundle="b", camera=CameraConfig(source="none"))
+
+
+@pytest.fixture(scope="module")
+def toy(toy_bundle: Path) -> bundle.Manifest:
+    return bundle.read_manifest(toy_bundle).manifest
+
+
+def shape_3b(toy: bundle.Manifest, vision_gb: float = 0.839) -> bundle.Manifest:
+    """The numbers of a 3B bundle at Q4_K_M, as `edge-quantize build` writes them."""
+    model = msgspec.structs.replace(
+        toy.model, parameters=3_849_090_048, layers=26, hidden=3072, vocab=131072, kv_bytes_per_token=106496
+    )
+    sizes = {bundle.LANGUAGE: 2_146_489_632, bundle.VISION: round(vision_gb * 1e9), bundle.MMPROJ: 849_000_000}
+    files = {name: bundle.File(bytes=n, sha256="0" * 64) for name, n in sizes.items()}
+    by_type = {"Q4_K": 1_469_988_864, "Q6_K": 661_708_800, "F32": 651_264}
+    return msgspec.structs.replace(toy, model=model, files=files, bytes_by_type=by_type)
+
+
+def test_the_parts_are_those_of_arithmetic(toy):
+    parts = memory.needed(CONFIG, shape_3b(toy), adapters_mib=12.0)
+    assert parts["language model"] == pytest.approx(2047, abs=1)
+    assert parts["its copy for the CPU"] == pytest.approx((1_469_988_864 + 661_708_800) / 2**20)
+    assert parts["cache"] == 2 * 1024 * 106496 / 2**20 == 208
+    language = 1_469_988_864 // 144 * 256 + 661_708_800 // 210 * 256 + 651_264 // 4
+    float32 = (3_849_090_048 - language) * 4 / 2**20
+    assert parts["vision encoder"] == pytest.approx(float32 + 839e6 / 2**20 + 16 * 1024**2 * 4 / 2**20, abs=1)
+    assert parts["adapters"] == 12.0
+    mtmd = msgspec.structs.replace(CONFIG, vision=VisionConfig(backend="mtmd"))
+    assert memory.needed(mtmd, shape_3b(toy))["vision encoder"] == pytest.approx(849e6 / 2**20 + 64, abs=1)
+    # In float32 there is nothing to convert: the file is what is kept. Of int8 a quarter is kept beside.
+    whole = memory.needed(CONFIG, shape_3b(toy, float32 * 2**20 / 1e9))["vision encoder"]
+    int8 = memory.needed(CONFIG, shape_3b(toy, float32 / 4 * 2**20 / 1e9))["vision encoder"]
+    assert int8 - whole == pytest.approx(float32 / 4, rel=0.01)
+
+
+def test_what_fits_stays_as_it_is(toy):
+    for free_mib in (None, 64_000.0):
+        planned = memory.plan(CONFIG, shape_3b(toy), free_mib)
+        assert planned.config == CONFIG and planned.given_up == []
+
+
+def test_things_are_given_up_in_order_and_no_more_than_needed(toy):
+    manifest, seen = shape_3b(toy), []
+    full_mib = memory.plan(CONFIG, manifest, None).mib
+    for free_mib in range(round(full_mib) + 100, 500, -10):
+        try:
+            planned = memory.plan(CONFIG, manifest, float(free_mib))
+        except ConfigError as error:
+            assert f"{free_mib} MiB free" in str(error) and "language model 2047" in str(error)
+            break
+        assert planned.mib <= free_mib
+        if planned.given_up not in seen:
+            seen.append(planned.given_up)
+    names = [[what.split(":")[0] for what in given_up] for given_up in seen]
+    assert names[0] == [] and names[1] == ["language.repack"]
+    assert names[2] == ["language.repack", "vision.max_tokens"] and seen[2][1] == "vision.max_tokens: 192"
+    assert names[-1] == ["language.repack", "vision.max_tokens", "language.context"]
+    assert seen[-1][1:] == ["vision.max_tokens: 64", "language.context: 640"]
+    assert names == sorted(names, key=len)
+
+
+def test_on_a_gpu_there_is_no_copy(toy):
+    config = msgspec.structs.replace(CONFIG, language=LanguageConfig(gpu_layers=26))
+    assert memory.needed(config, shape_3b(toy))["its copy for the CPU"] == 0
+
+
+def test_adapters_count(tmp_path):
+    (tmp_path / "a.gguf").write_bytes(bytes(3 << 20))
+    language = LanguageConfig(adapters={"a": str(tmp_path / "a.gguf"), "b": str(tmp_path / "none")})
+    assert memory.adapters_mib(msgspec.structs.replace(CONFIG, language=language)) == 3.0
