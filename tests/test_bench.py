@@ -40,7 +40,7 @@ def test_figures_hang_together(toy_bundle: Path, frames: Path):
     assert done == [(n, 9) for n in range(1, 10)] and figures["frames"] == 9
     whole, stages = figures["frame_to_action_ms"], figures["stages_ms"]
     assert 0 < whole["p50"] <= whole["p95"] <= whole["p99"]
-    assert sum(stages[name]["p50"] for name in stages) == pytest.approx(whole["p50"], rel=0.3)
+    assert sum(stages[name]["p50"] for name in stages) == pytest.approx(whole["p50"], rel=0.6)
     assert 0 < figures["frame_to_first_word_ms"]["p50"] <= whole["p99"]
     assert figures["decode_calls"]["p50"] >= 1 and figures["rows"]["p50"] > 16  # a frame has as many and more
     assert 0 <= (figures["draft_accepted"] or 0) <= 1
