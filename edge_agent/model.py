@@ -313,6 +313,7 @@ class Loop:
         self.questions: deque[Ask] = deque()
         self.sentence: Sentence | None = None
         self.described_id = 0  # the frame last described: once is enough
+        self.budget = vision.Budget(engine.config.vision.max_tokens)
         self.idle_since = time.monotonic()
         self._poll = select.poll()
         self._poll.register(slot, select.POLLIN)
@@ -367,6 +368,7 @@ class Loop:
     def _answer(self, frame: Frame) -> None:
         engine, taken_ns = self.engine, time.monotonic_ns()
         deadline_ns = frame.t_capture_ns + round(engine.config.task.deadline_ms * NS_PER_MS)
+        engine.preprocessor.max_tokens = self.budget.choose((deadline_ns - taken_ns) / NS_PER_MS)
         image = engine.preprocessor.image(frame.image)
         if not self.slot.still_valid(frame):
             return  # the camera came round while we read: there is a newer one
@@ -379,6 +381,9 @@ class Loop:
         started_ns = time.monotonic_ns()
         if started_ns < deadline_ns:
             text, cut, stages = engine.act(image, frame.frame_id, deadline_ns)
+            if stages["prefill"]:
+                n_tokens = image.shape[0] * image.shape[1] // engine.preprocessor.unit**2
+                self.budget.note(n_tokens, stages["encode"] + stages["prefill"], stages["decode"])
         stages["encode"] += (started_ns - taken_ns) / NS_PER_MS  # resizing belongs to it
         queue_ms = (taken_ns - frame.t_capture_ns) / NS_PER_MS
         self.emit(

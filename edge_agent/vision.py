@@ -67,11 +67,44 @@ def n_rows(lines: int, columns: int) -> int:
     return lines * columns + lines - 1
 
 
+class Budget:
+    """How many image tokens a frame may have so that its answer comes in time: as many as configured, or the next
+    lower step if the frames before say that it would be late. Pure."""
+
+    STEPS = (1.0, 0.75, 0.5, 0.375, 0.25)  # of the tokens configured; a size of its own for each, so not finer
+    LEAST = 64  # below that little is seen: then an answer is late, and refused
+    NEWEST = 0.3  # weight of the newest frame in the running estimates
+    MARGIN = 0.9  # of the time that is left, to be used
+    AGAIN = 0.75  # of it, when a larger step is tried again
+
+    def __init__(self, max_tokens: int) -> None:
+        floor = min(self.LEAST, max_tokens)
+        self.sizes = sorted({max(floor, int(max_tokens * step)) for step in self.STEPS}, reverse=True)
+        self.tokens = max_tokens
+        self._per_token_ms = self._rest_ms = 0.0
+
+    def note(self, n_tokens: int, frame_ms: float, rest_ms: float) -> None:
+        """What a frame took: encode and prefill, which grow with its tokens, and the rest, which does not."""
+        for name, found in (("_per_token_ms", frame_ms / n_tokens), ("_rest_ms", rest_ms)):
+            before = getattr(self, name)
+            setattr(self, name, before + self.NEWEST * (found - before) if before else found)
+
+    def choose(self, left_ms: float) -> int:
+        """For a frame whose answer has to be there in left_ms."""
+        for size in self.sizes:
+            share = self.AGAIN if size > self.tokens else self.MARGIN
+            if size * self._per_token_ms + self._rest_ms <= share * left_ms:
+                self.tokens = size
+                return size
+        self.tokens = self.sizes[-1]
+        return self.tokens
+
+
 class Preprocessor:
     """Frames -> the encoder's input, into buffers that are reused while the size stays."""
 
     def __init__(self, vision: bundle.Vision, max_tokens: int) -> None:
-        self.vision, self.max_tokens = vision, max_tokens
+        self.vision, self.max_tokens, self.unit = vision, max_tokens, vision.patch * vision.merge  # unit: pixels
         mean, std = np.asarray(vision.mean, np.float32), np.asarray(vision.std, np.float32)
         self._scale = (1 / (255 * std)).reshape(3, 1, 1)
         self._shift = (-mean / std).reshape(3, 1, 1)
@@ -80,9 +113,8 @@ class Preprocessor:
 
     def image(self, frame: np.ndarray) -> np.ndarray:
         """frame: (H, W, 3) uint8 RGB -> (28 * lines, 28 * columns, 3) uint8 RGB, a buffer good until the next call."""
-        unit = self.vision.patch * self.vision.merge
         lines, columns = grid(*frame.shape[:2], self.max_tokens, self.vision)
-        size = (lines * unit, columns * unit)
+        size = (lines * self.unit, columns * self.unit)
         if self._image.shape[:2] != size:
             self._image = np.empty((*size, 3), np.uint8)
         shrinking = frame.shape[0] > size[0] or frame.shape[1] > size[1]
@@ -200,6 +232,6 @@ def open_encoder(
 ) -> OnnxEncoder | MtmdEncoder:
     """The encoder the configuration asks for. Raises VisionError."""
     if config.backend == "mtmd":
-        unit = preprocessor.vision.patch * preprocessor.vision.merge
-        return MtmdEncoder(model_bundle.path(bundle.MMPROJ), model, break_row, unit, config.threads, gpu)
+        path = model_bundle.path(bundle.MMPROJ)
+        return MtmdEncoder(path, model, break_row, preprocessor.unit, config.threads, gpu)
     return OnnxEncoder(model_bundle.path(bundle.VISION), preprocessor, config.threads)

@@ -601,6 +601,24 @@ def test_a_frame_that_is_too_old_is_not_looked_at(start):
     assert process.wait(m.Proposal).cut == ""
 
 
+def test_frames_get_fewer_tokens_when_answers_would_be_late(start):
+    """Frames that were captured so long ago that six tenths of what a whole one takes are left to them."""
+    process = start(vision=VisionConfig(max_tokens=256, threads=1))
+
+    def shown(frame_id: int, age_ms: float) -> m.Stages:
+        process.slot.write(480, 640)[:] = toy.toy_image(480, 640, seed=1)
+        process.slot.publish(frame_id, time.monotonic_ns() - round(age_ms * 1e6), "driver")
+        return process.wait(m.Proposal, frame_id=frame_id).stages_ms
+
+    whole = [shown(n, 0.0) for n in range(1, 8)]
+    took_ms = float(np.median([one.encode + one.prefill + one.decode for one in whole[1:]]))
+    hurried = [shown(n, 60_000 - 0.6 * took_ms) for n in range(8, 20)]
+    looked_at = [one.prefill for one in hurried if one.prefill]  # the others came too late to be looked at
+    assert looked_at and min(looked_at) < 0.75 * float(np.median([one.prefill for one in whole[1:]]))
+    again = [shown(n, 0.0).prefill for n in range(20, 24)]
+    assert max(again) > 1.3 * min(looked_at)  # with time again, all tokens again
+
+
 def test_a_new_task_counts_from_the_next_frame_and_one_too_long_leaves_the_old(process):
     process.send(m.Instruct(task_id=1, text="Land on the blue square."))
     assert process.wait(m.Instructed) == m.Instructed(task_id=1, text="Land on the blue square.", adapter="")

@@ -269,3 +269,32 @@ def test_a_projector_of_another_width_is_refused(tmp_path, language, break_row):
     build.convert(wide, tmp_path / "out", "bf16", False, lambda stage, what, done, total: None)
     with pytest.raises(VisionError, match="for this language model"):
         MtmdEncoder(tmp_path / "out" / bundle.MMPROJ, language.model, break_row, UNIT, 1, gpu=False)
+
+
+# -- in time -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_is_the_largest_that_is_in_time():
+    budget = vision.Budget(256)
+    assert budget.sizes == [256, 192, 128, 96, 64]
+    assert budget.choose(1000) == 256  # nothing is known yet
+    budget.note(256, 256 * 10.0, 100.0)  # 10 ms a token
+    assert [budget.choose(left_ms) for left_ms in (3000, 2300, 1700, 1300, 900, 100)] == [256, 192, 128, 96, 64, 64]
+
+
+def test_a_larger_budget_comes_back_with_room_and_not_at_once():
+    budget = vision.Budget(256)
+    budget.note(256, 2560.0, 0.0)
+    assert budget.choose(2400) == 192
+    assert budget.choose(2850) == 192  # 256 would just be in time: not enough to go back and forth
+    assert budget.choose(3500) == 256
+    for _ in range(30):  # the board cooled down: estimates follow
+        budget.note(256, 256.0, 10.0)
+    assert budget.choose(400) == 256
+
+
+def test_few_tokens_stay_as_they_are():
+    for n in (8, 25, 64):
+        budget = vision.Budget(n)
+        budget.note(n, 1e6, 1e6)
+        assert budget.sizes == [n] and budget.choose(1.0) == n
