@@ -58,7 +58,7 @@ class Bench:
     def __init__(self, config: Config, instruction: str) -> None:
         """Load and warm up. Raises what Engine raises."""
         self.opened = bundle.read_manifest(config.bundle)
-        self._first_ns = 0
+        self._pieces = self._first_ns = 0
         self.engine = Engine(config, self.opened, actions.load(config.task.space), self._hear)
         warm_up(self.engine)
         self.engine.emit = self._hear
@@ -69,8 +69,6 @@ class Bench:
             self._pieces += 1
             if self._pieces == 2:  # the first is what every answer begins with
                 self._first_ns = time.monotonic_ns()
-
-    _pieces = 0
 
     def shoot(self, frame: np.ndarray) -> Shot:
         """frame: (H, W, 3) uint8 RGB."""

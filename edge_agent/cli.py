@@ -174,13 +174,13 @@ def _check_memory(config: Config, manifest: Manifest) -> int:
     free_mib = health.mem_available_mib()
     try:
         planned = memory.plan(config, manifest, free_mib, memory.adapters_mib(config))
-    except ConfigError as error:
+    except memory.TooLittle as error:
         return _bad("memory", str(error).removeprefix("memory: "))
     parts = ", ".join(f"{name} {mib:.0f}" for name, mib in planned.parts_mib.items() if mib >= 1)
     free = "unknown" if free_mib is None else f"{free_mib:.0f}"
     print(f"ok    memory   about {planned.mib:.0f} MiB needed ({parts}), {free} MiB available")
-    for what in planned.given_up:
-        print(f"      memory   is short: it would be served with {what}")
+    for key, value in planned.given_up.items():
+        print(f"      memory   is short: it would be served with {key}: {value}")
     return 0
 
 

@@ -236,7 +236,7 @@ class Language:
         Where rows come in sixteens, `rows` is the beginning of a larger array, of which up to 15 rows more are used.
         """
         n, batch = len(rows), self._batch(len(rows), start, sequence, want)
-        if batch.n_tokens > n and rows.base is not None and len(rows.base) >= batch.n_tokens:
+        if batch.n_tokens > n and _begins(rows, batch.n_tokens):
             rows.base[n : batch.n_tokens] = rows[-1]
         elif batch.n_tokens > n:
             rows = np.concatenate([rows, np.repeat(rows[-1:], batch.n_tokens - n, 0)])
@@ -314,6 +314,12 @@ class _EmbeddingTable:
     def close(self) -> None:
         self._map.close()
         self._file.close()
+
+
+def _begins(rows: np.ndarray, n: int) -> bool:
+    """Whether rows are the first of a larger array that has n."""
+    larger = rows.base
+    return isinstance(larger, np.ndarray) and larger.ctypes.data == rows.ctypes.data and len(larger) >= n
 
 
 def _flash(config: LanguageConfig) -> int:

@@ -11,26 +11,28 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import gguf
 import msgspec
 
 from edge_agent import bundle
-from edge_agent.config import Config, ConfigError
-from edge_agent.precheck import BLOCKS
+from edge_agent.config import Config
 
 MIB = 1 << 20
 PROCESS_MIB = 150  # Python, libraries, buffers of frames
 LEAST_TOKENS, LEAST_CONTEXT = 64, 640
 ROWS = 512  # llama.cpp's physical batch
 REPACKED = {"Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "Q2_K"}  # by one architecture's kernels or another's
-TYPES = {"F32": 0, "F16": 1, "BF16": 30, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11,
-         "Q4_K": 12, "Q5_K": 13, "Q6_K": 14, "IQ4_NL": 20, "IQ4_XS": 23}  # fmt: skip
 FLOAT32 = 4
+
+
+class TooLittle(Exception):
+    """One line, with the sum. It may pass: something else may be using the memory now."""
 
 
 class Plan(msgspec.Struct, frozen=True):
     config: Config  # as it can be served
     parts_mib: dict[str, float]
-    given_up: list[str]
+    given_up: dict[str, object]  # key of the configuration -> what it became
 
     @property
     def mib(self) -> float:
@@ -75,12 +77,13 @@ def _vision_mib(config: Config, manifest: bundle.Manifest) -> float:
 
 def _elements(bytes_by_type: dict[str, int]) -> int:
     """Weights of the language model."""
-    return sum(n // BLOCKS[TYPES[name]][1] * BLOCKS[TYPES[name]][0] for name, n in bytes_by_type.items())
+    sizes = {name: gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]] for name in bytes_by_type}
+    return sum(n // sizes[name][1] * sizes[name][0] for name, n in bytes_by_type.items())
 
 
 def plan(config: Config, manifest: bundle.Manifest, free_mib: float | None, adapters_mib: float = 0.0) -> Plan:
-    """The configuration as it fits into free_mib (None: unknown, everything fits). Raises ConfigError with the sum."""
-    given_up: list[str] = []
+    """The configuration as it fits into free_mib (None: unknown, everything fits). Raises TooLittle."""
+    given_up: dict[str, object] = {}
     while True:
         parts = needed(config, manifest, adapters_mib)
         if free_mib is None or sum(parts.values()) <= free_mib:
@@ -88,26 +91,26 @@ def plan(config: Config, manifest: bundle.Manifest, free_mib: float | None, adap
         smaller = _smaller(config)
         if smaller is None:
             summed = " + ".join(f"{name} {n:.0f}" for name, n in parts.items() if n >= 1)
-            raise ConfigError(
+            raise TooLittle(
                 f"memory: {sum(parts.values()):.0f} MiB needed ({summed}), {free_mib:.0f} MiB free; use a smaller "
                 "bundle, or vision.backend mtmd"
             )
-        config, what = smaller
-        given_up = [old for old in given_up if old.split()[0] != what.split()[0]] + [what]
+        config, key, value = smaller
+        given_up[key] = value
 
 
-def _smaller(config: Config) -> tuple[Config, str] | None:
-    """The next thing to give up, and its name; None: nothing is left."""
+def _smaller(config: Config) -> tuple[Config, str, object] | None:
+    """With the next thing given up, its key and what it became; None: nothing is left."""
     language, vision = config.language, config.vision
     if language.repack:
         smaller = msgspec.structs.replace(language, repack=False)
-        return msgspec.structs.replace(config, language=smaller), "language.repack: false"
+        return msgspec.structs.replace(config, language=smaller), "language.repack", False
     if vision.max_tokens > LEAST_TOKENS:
         n = max(LEAST_TOKENS, math.floor(vision.max_tokens * 0.75))
         smaller = msgspec.structs.replace(vision, max_tokens=n)
-        return msgspec.structs.replace(config, vision=smaller), f"vision.max_tokens: {n}"
+        return msgspec.structs.replace(config, vision=smaller), "vision.max_tokens", n
     if language.context > LEAST_CONTEXT:
         n = max(LEAST_CONTEXT, math.floor(language.context * 0.75))
         smaller = msgspec.structs.replace(language, context=n)
-        return msgspec.structs.replace(config, language=smaller), f"language.context: {n}"
+        return msgspec.structs.replace(config, language=smaller), "language.context", n
     return None

@@ -225,6 +225,12 @@ class Progress(msgspec.Struct, frozen=True, tag_field="kind", tag="progress"):
     what: str
 
 
+class Note(msgspec.Struct, frozen=True, tag_field="kind", tag="note"):
+    """One line for the log."""
+
+    line: str
+
+
 Cut = Literal["", "late", "length", "grammar", "not-finite"]  # why an answer is not complete; empty: it is
 
 
@@ -259,7 +265,7 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="pi
     cut: str = ""
 
 
-ModelEvent = Ready | CannotStart | Progress | Instructed | Proposal | Piece
+ModelEvent = Ready | CannotStart | Progress | Note | Instructed | Proposal | Piece
 
 
 # Supervisor -> model.

@@ -40,6 +40,7 @@ from edge_agent.messages import (
     Instruct,
     Instructed,
     Lane,
+    Note,
     Piece,
     Progress,
     Proposal,
@@ -448,13 +449,13 @@ def main() -> int:
     try:
         model_bundle = bundle.read_manifest(config.bundle)  # the supervisor has verified the files
         planned = memory.plan(config, model_bundle.manifest, health.mem_available_mib(), memory.adapters_mib(config))
-        for what in planned.given_up:
-            emit(Progress(f"memory is short: {what}"))
+        for key, value in planned.given_up.items():
+            emit(Note(f"memory is short: {key} is {value} instead of what was configured"))
         config = planned.config
         engine = Engine(config, model_bundle, actions.load(config.task.space), emit)
         emit(Progress("warm-up"))
         warmup_ms = warm_up(engine)
-    except (LanguageError, vision.VisionError, bundle.BundleError, ValueError) as error:
+    except (LanguageError, vision.VisionError, bundle.BundleError, memory.TooLittle, ValueError) as error:
         emit(CannotStart(reason=str(error), configured=False))
         return 1
     except (Refused, ConfigError) as error:

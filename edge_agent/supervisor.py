@@ -201,8 +201,8 @@ class Supervisor:
                 self._instructed(event)
             elif isinstance(event, m.Ready):
                 self._model_is_ready(event)
-            elif isinstance(event, m.Progress) and "memory" in event.what:
-                log(event.what)
+            elif isinstance(event, m.Note):
+                log(event.line)
             elif isinstance(event, m.CannotStart):
                 if not self.ready:
                     raise Stop(EX_CONFIG if event.configured else 1, event.reason)

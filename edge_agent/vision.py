@@ -85,9 +85,9 @@ class Budget:
 
     def note(self, n_tokens: int, frame_ms: float, rest_ms: float) -> None:
         """What a frame took: encode and prefill, which grow with its tokens, and the rest, which does not."""
-        for name, found in (("_per_token_ms", frame_ms / n_tokens), ("_rest_ms", rest_ms)):
-            before = getattr(self, name)
-            setattr(self, name, before + self.NEWEST * (found - before) if before else found)
+        newest = self.NEWEST if self._per_token_ms else 1.0  # nothing was known before the first
+        self._per_token_ms += newest * (frame_ms / n_tokens - self._per_token_ms)
+        self._rest_ms += newest * (rest_ms - self._rest_ms)
 
     def choose(self, left_ms: float) -> int:
         """For a frame whose answer has to be there in left_ms."""

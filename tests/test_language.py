@@ -300,6 +300,10 @@ def test_rows_that_fill_up_are_forgotten(toy_bundle):
         assert (rows[:20] == before).all() and (rows[32:] == 0).all()  # at most to the next sixteen
         language.forget(ACT, 0)
         assert (language.decode_rows(before, 0) == in_place).all()
+        many = np.concatenate([np.full((8, language.n_embd), 7, np.float32), rows])
+        language.forget(ACT, 0)
+        assert (language.decode_rows(many[8:28], 0) == in_place).all()  # not the first of the larger array:
+        assert (many[:8] == 7).all() and (many[8:] == rows).all()  # nothing is written there
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------

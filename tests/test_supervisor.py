@@ -32,7 +32,7 @@ def config(bundle: Path, runtime: Path, **more: object) -> dict:
 
 
 def listen(client, seconds: float) -> list[m.Action | m.Refusal]:
-    """Everything a conflating subscriber gets in so long."""
+    """Everything a subscriber who keeps the newest gets in so long."""
     found, until_s = [], time.monotonic() + seconds
     while (left_s := until_s - time.monotonic()) > 0:
         if (answer := client.next_answer(left_s)) is not None:

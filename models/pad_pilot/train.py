@@ -1,6 +1,6 @@
 """Trains the pilot from nothing: a small Ministral 3 that sees pads, obeys orders and answers questions, all in tokens.
 
-    python -m models.pad_pilot.train OUT                  under two hours on 2 cores with bf16; the same again resumes
+    python -m models.pad_pilot.train OUT                  about two hours on 2 cores with bf16; the same again resumes
     python -m models.pad_pilot.train OUT --until 300      the first quarter of an hour, to see the curve start
 
 Needs torch and mistral-common's vocabulary; nothing that runs the model needs either. Every picture and sentence is
