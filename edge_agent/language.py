@@ -89,16 +89,10 @@ class Language:
         config: LanguageConfig,
         embedding: Embedding,
         progress: Callable[[float], None] = lambda part: None,
-        repack: bool = True,
         mapped: bool = True,
-        adapters: dict[str, str] | None = None,
-        exact: bool = False,
     ) -> None:
         """Load. progress(0…1) is called while weights are read. Raises LanguageError, ConfigError (an adapter).
 
-        adapters: name -> path; none is on until `adapt`.
-        exact: on a CPU, ACT's rows come in sixteens.
-        repack: on a CPU, llama.cpp keeps a second copy of the weights, in the order its kernels like best.
         mapped: weights stay in the file, mapped; otherwise they are copied, and may be written to.
         """
 
@@ -111,7 +105,7 @@ class Language:
         log_to(lambda text: log_lines.append(text.strip()))
         params = ll.llama_model_default_params()
         params.n_gpu_layers = config.gpu_layers
-        params.use_extra_bufts = repack and config.repack
+        params.use_extra_bufts = config.repack
         if not mapped:
             params.load_mode = ll.LLAMA_LOAD_MODE_NONE
         params.progress_callback = on_progress
@@ -120,7 +114,7 @@ class Language:
         log_to(None)
         if not self.model:
             raise LanguageError(f"{path}: llama.cpp cannot load it: {_last_error(log_lines)}")
-        self._adapters = {name: self._load_adapter(name, path) for name, path in (adapters or {}).items()}
+        self._adapters = {name: self._load_adapter(name, path) for name, path in config.adapters.items()}
         self.vocab = ll.llama_model_get_vocab(self.model)
         self.n_embd = ll.llama_model_n_embd(self.model)
         self.n_vocab = ll.llama_vocab_n_tokens(self.vocab)
@@ -129,7 +123,7 @@ class Language:
 
         threads = config.threads or len(os.sched_getaffinity(0))
         params = ll.llama_context_default_params()
-        self._unit = UNIT if exact and not _on_gpu(config) else 1
+        self._unit = UNIT if config.exact and not _on_gpu(config) else 1
         cells = -(-config.context // UNIT) * UNIT + UNIT  # of a sequence
         params.n_ctx, params.n_batch = 2 * cells, cells
         params.n_ubatch = min(ROWS_PER_STEP, config.context)

@@ -95,8 +95,6 @@ class Engine:
             model_bundle.path(bundle.LANGUAGE),
             config.language,
             manifest.model.embedding,
-            adapters=config.language.adapters,
-            exact=config.language.exact,
             progress=lambda part: emit(Progress(f"weights {part:.0%}")),
         )
         emit(Progress("grammar"))

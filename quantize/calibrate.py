@@ -116,8 +116,8 @@ def _read(
     """The text in chunks, each from an empty cache and begun by <s>; every position is asked for an answer, or the
     last layer would be computed for the last one only."""
     model, found = made.manifest.model, collector.into
-    config = LanguageConfig(context=CHUNK, flash_attention=True)  # as llama-imatrix
-    with language.Language(made.path(bundle.LANGUAGE), config, model.embedding, repack=False) as llm:
+    config = LanguageConfig(context=CHUNK, flash_attention=True, exact=False, repack=False)  # as llama-imatrix
+    with language.Language(made.path(bundle.LANGUAGE), config, model.embedding) as llm:
         bos = model.special["bos"]
         tokens = [bos, *llm.tokens(text)]
         n = len(tokens) // CHUNK

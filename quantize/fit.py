@@ -142,9 +142,8 @@ class Prober:
         try:
             self.llm = language.Language(
                 made.path(bundle.LANGUAGE),
-                LanguageConfig(context=measure.CHUNK, gpu_layers=0, flash_attention=True),
+                LanguageConfig(context=measure.CHUNK, gpu_layers=0, flash_attention=True, exact=False, repack=False),
                 model.embedding,
-                repack=False,
                 mapped=False,
             )
             cut = measure.chunks(self.llm, self.bos, text, chunks)

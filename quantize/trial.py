@@ -40,8 +40,8 @@ def run(question: Question) -> dict[str, float]:
     """Load the parts, the larger ones one after the other: rows looked up must do what tokens do, and the two encoders
     must agree on a picture. Raises Failed, LanguageError, VisionError."""
     work, model, seen = Path(question.work), question.model, question.vision
-    config = LanguageConfig(context=256, gpu_layers=0)
-    with language.Language(work / bundle.LANGUAGE, config, model.embedding, repack=False) as llm:
+    config = LanguageConfig(context=256, gpu_layers=0, repack=False)
+    with language.Language(work / bundle.LANGUAGE, config, model.embedding) as llm:
         tokens = [model.special["bos"], model.special["inst"], *llm.tokens("Hold position."), model.special["inst_end"]]
         by_token = llm.decode_tokens(tokens, 0).copy()
         llm.forget(language.ACT, 0)

@@ -32,7 +32,7 @@ def embedding_of(path: Path) -> bundle.Embedding:
 
 def load(folder: Path, exact: bool = False, **config) -> Language:
     path = folder / bundle.LANGUAGE
-    return Language(path, LanguageConfig(context=CONTEXT, threads=1, **config), embedding_of(path), exact=exact)
+    return Language(path, LanguageConfig(context=CONTEXT, threads=1, exact=exact, **config), embedding_of(path))
 
 
 @pytest.fixture(scope="module")

@@ -139,8 +139,8 @@ def opened(folder: Path, **adapter_files: str) -> language.Language:
     embedding = bundle.Embedding(
         offset=table.data_offset, ggml_type=table.tensor_type.name, row_bytes=table.n_bytes // int(table.shape[1])
     )
-    config = LanguageConfig(context=512, threads=1, gpu_layers=0)
-    return language.Language(path, config, embedding, adapters=adapter_files)
+    config = LanguageConfig(context=512, threads=1, gpu_layers=0, adapters=adapter_files)
+    return language.Language(path, config, embedding)
 
 
 def say(llm: language.Language, tokens: list[int]) -> np.ndarray:

@@ -19,7 +19,7 @@ def quiet(what: str, done: int, total: int) -> None:
 
 def opened(folder: Path) -> tuple[language.Language, int]:
     made = bundle.read_manifest(folder)
-    config = LanguageConfig(context=measure.CHUNK, threads=1, gpu_layers=0, flash_attention=True)
+    config = LanguageConfig(context=measure.CHUNK, threads=1, gpu_layers=0, flash_attention=True, exact=False)
     model = made.manifest.model
     return language.Language(made.path(bundle.LANGUAGE), config, model.embedding), model.special["bos"]
 
