@@ -30,7 +30,7 @@ from edge_agent import actions, bench, bundle, health
 from edge_agent.cli import bench_arguments, bench_config
 from edge_agent.cli import run_bench as run_alone
 from edge_agent.config import Config
-from edge_agent.model import ACT_CLOSING, ROLE
+from edge_agent.engine import ACT_CLOSING, ROLE
 from edge_agent.pictures import pictures
 from edge_agent.vision import Preprocessor
 

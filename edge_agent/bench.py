@@ -20,9 +20,10 @@ import numpy as np
 
 from edge_agent import actions, bundle, health
 from edge_agent.config import Config
+from edge_agent.engine import Engine, Refused
 from edge_agent.language import LanguageError
 from edge_agent.messages import Piece
-from edge_agent.model import Engine, Refused, warm_up
+from edge_agent.model import warm_up
 from edge_agent.pictures import PictureError, pictures
 from edge_agent.vision import VisionError
 
@@ -88,14 +89,15 @@ class Bench:
 
     def words(self) -> tuple[int, float]:
         """A sentence about the last frame: (steps, milliseconds of them)."""
-        sentence, n = self.engine.begin("answer", "", QUESTION), 0
+        engine, n = self.engine, 0
+        engine.begin("answer", "", QUESTION)
         start_ns = time.monotonic_ns()
-        while sentence is not None and n < WORDS:
-            sentence = self.engine.step(sentence)
+        while engine.sentence is not None and n < WORDS:
+            engine.step()
             n += 1
         ms = (time.monotonic_ns() - start_ns) / 1e6
-        if sentence is not None:
-            self.engine.end(sentence, "length")
+        if engine.sentence is not None:
+            engine.end("length")
         return n, ms
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""edge-agent: run, check, listen, ask, instruct, pause, resume, status. Parses arguments, prints, sets the exit status.
+"""edge-agent: run, check, bench, listen, ask, instruct and the rest. Parses arguments, prints, sets the exit status.
 
 Exit status: 0 fine; 1 failed; 2 wrong arguments; 69 no camera yet; 75 no daemon answers; 78 configuration, bundle or
 source is wrong (systemd does not retry that one).
@@ -74,6 +74,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--config", metavar="FILE", help="YAML; systemd/edge-agent.yaml explains every key")
         command.add_argument("--bundle", metavar="DIR", help="instead of, or over, the file's bundle")
         command.add_argument("--camera", metavar="SOURCE", help="instead of, or over, the file's camera.source")
+        if name == "run":
+            command.add_argument("--trace", metavar="FILE", help="a timeline of what is done when, for ui.perfetto.dev")
 
     bench_arguments(add("bench", run_bench, "how fast a bundle answers on this machine: no camera, no sockets"))
 
@@ -86,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         ("ask", _ask, "a question about what the camera sees, answered in words"),
         ("instruct", _instruct, "give the daemon a new instruction"),
         ("adapter", _adapter, "switch to one of the configured adapters, or without NAME to none"),
+        ("state", _state, "tell the model what the vehicle knows of itself, as a controller does"),
         ("pause", _pause, "no more actions, from now on"),
         ("resume", _resume, "actions again"),
     ):
@@ -94,6 +97,10 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("text", metavar="TEXT")
         if name == "adapter":
             command.add_argument("text", metavar="NAME", nargs="?", default="")
+        if name == "state":
+            command.add_argument(
+                "values", metavar="KEY=VALUE", nargs="+", help="as the action space's state names them"
+            )
         command.add_argument("--runtime-dir", default="", metavar="DIR", help="the daemon's runtime folder")
         if name in ("listen", "status"):
             command.add_argument("--json", action="store_true", help="one JSON line per message")
@@ -136,7 +143,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from edge_agent.link import LinkError
 
     try:
-        return supervisor.run(_config(arguments))
+        config = _config(arguments)
+        return supervisor.run(msgspec.structs.replace(config, trace=arguments.trace or config.trace))
     except LinkError as error:
         _fail(str(error), os.EX_CONFIG)
 
@@ -308,6 +316,26 @@ def _ask(arguments: argparse.Namespace) -> int:
             for piece in client.ask_in_pieces(arguments.text):
                 print(printable(piece), end="", flush=True)
             print()
+        except Refused as error:
+            _fail(str(error), 1)
+    return 0
+
+
+def _state(arguments: argparse.Namespace) -> int:
+    from edge_agent.client import Refused
+
+    values = {}
+    for pair in arguments.values:
+        key, sign, value = pair.partition("=")
+        if not sign:
+            _fail(f"expected KEY=VALUE, found {pair!r}", 2)
+        try:
+            values[key] = json.loads(value)  # a number, true or false
+        except ValueError:
+            values[key] = value
+    with _client(arguments) as client:
+        try:
+            client.request("state", "", 5.0, values=values)
         except Refused as error:
             _fail(str(error), 1)
     return 0

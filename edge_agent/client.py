@@ -124,10 +124,16 @@ class Client:
                 whole = str(reply["text"])  # of what was lost or is still on its way, the reply holds all
                 yield whole.removeprefix(heard) if whole.startswith(heard) else f"\n{whole}"
                 return
-            if words in ready and (piece := self.next_words(0.0)) is not None and piece.request == request_id:
+            piece = self.next_words(0.0) if words in ready else None
+            if piece is not None and (piece.request, piece.lane) == (request_id, "answer"):
                 heard += piece.text
                 yield piece.text
         raise self._no_answer("ask", timeout_s)
+
+    def state(self, timeout_s: float = 5.0, **values: m.Fact) -> None:
+        """Tell the model what the vehicle knows of itself: keys of the action space's state. Call it at the rate the
+        values change; the newest counts, and an old one is none. Raises Refused, TimeoutError."""
+        self.request("state", "", timeout_s, values=values)
 
     def pause(self, timeout_s: float = 5.0) -> None:
         self.request("pause", "", timeout_s)
@@ -138,18 +144,34 @@ class Client:
     def stats(self, timeout_s: float = 5.0) -> dict:
         return self.request("stats", "", timeout_s)
 
-    def request(self, op: m.Operation, text: str, timeout_s: float, request_id: str = "") -> dict:
+    def request(
+        self,
+        op: m.Operation,
+        text: str,
+        timeout_s: float,
+        request_id: str = "",
+        values: dict[str, m.Fact] | None = None,
+    ) -> dict:
         """Any operation. The same request_id again gets the first answer again, without doing it twice."""
         until_s = time.monotonic() + timeout_s
-        control, request_id = self._send(op, text, request_id, timeout_s)
+        control, request_id = self._send(op, text, request_id, timeout_s, values)
         while control.poll(max(0.0, until_s - time.monotonic()) * 1000):
             if (result := self._reply_to(request_id)) is not None:
                 return result
         raise self._no_answer(op, timeout_s)
 
-    def _send(self, op: m.Operation, text: str, request_id: str, timeout_s: float) -> tuple[zmq.Socket, str]:
+    def _send(
+        self,
+        op: m.Operation,
+        text: str,
+        request_id: str,
+        timeout_s: float,
+        values: dict[str, m.Fact] | None = None,
+    ) -> tuple[zmq.Socket, str]:
         """Only to a daemon that is there: a request must not wait in a queue and be carried out some other day."""
-        request = m.Request(v=m.PROTOCOL_VERSION, id=request_id or os.urandom(8).hex(), op=op, text=text)
+        request = m.Request(
+            v=m.PROTOCOL_VERSION, id=request_id or os.urandom(8).hex(), op=op, text=text, values=values or {}
+        )
         control = self._control()
         if not control.poll(timeout_s * 1000, zmq.POLLOUT):
             raise self._no_answer(op, timeout_s)

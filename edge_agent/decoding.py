@@ -34,8 +34,17 @@ class Stuck(Exception):
     """The grammar gave up inside llguidance: it would allow nothing but the end, for ever."""
 
 
+def from_schema(schema: dict) -> str:
+    """Every compact JSON text of this schema, as a grammar."""
+    return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema | {"x-guidance": COMPACT}))
+
+
+def from_lark(text: str) -> str:
+    return llguidance.LLMatcher.grammar_from_lark(text)
+
+
 class Grammar:
-    """The answers a JSON schema allows, in the tokens of one vocabulary. Compiling takes a second or two."""
+    """The answers a grammar allows, in the tokens of one vocabulary. Compiling takes a second or two."""
 
     def __init__(self, vocab: int) -> None:
         """vocab: llama.cpp's vocabulary handle, which must outlive this."""
@@ -43,9 +52,9 @@ class Grammar:
         self._mask = llguidance.numpy.allocate_token_bitmask(1, self.tokenizer.vocab_size)
         self._matcher: llguidance.LLMatcher | None = None
 
-    def allow(self, schema: dict) -> None:
-        """From now on answers follow this schema. Raises ValueError when llguidance cannot take it."""
-        source = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema | {"x-guidance": COMPACT}))
+    def allow(self, source: str) -> None:
+        """From now on answers follow this grammar: `from_schema` or `from_lark`. Raises ValueError when llguidance
+        cannot take it."""
         matcher = llguidance.LLMatcher(self.tokenizer, source)
         if matcher.is_error():
             raise ValueError(f"action space is no grammar: {matcher.get_error()}")

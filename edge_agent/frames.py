@@ -18,6 +18,9 @@ Three buffers in turn: frame `seq` lies in buffer `seq % 3`. The writer fills th
 moves `latest`, so the newest frame and the one before it are never touched, and a writer killed in the middle of a
 frame leaves nothing but a free buffer half filled. Everything that must outlive the writer is in the memory itself.
 
+Beside the frames lies a small note that the supervisor writes and the model reads: what the controller knows of its
+vehicle. There too only the newest counts.
+
 Memory order: pixels and record first, `latest` last; a reader reads in the opposite order and asks again afterwards. On
 x86 stores are seen in the order they were made. ARM promises no such thing, so `_fence()` stands between the two.
 """
@@ -43,8 +46,11 @@ TOTAL_BYTES = HEADER_BYTES + N_BUFFERS * MAX_IMAGE_BYTES
 MAGIC = int.from_bytes(b"EDGEFR01", "big")
 
 # Header words, 64 bits each: an aligned word is loaded and stored in one piece.
-_MAGIC, _LATEST, _SEEN, _RECORDS = 0, 1, 2, 8
+_MAGIC, _LATEST, _SEEN, _NOTES, _RECORDS = 0, 1, 2, 3, 8
 _RECORD_WORDS = 8  # per buffer: frame_id, t_capture_ns, clock, height, width
+MAX_NOTE_BYTES = 16384
+_NOTE = 1024  # where in the header the notes begin: two, written in turn, each its length and its bytes
+_NOTE_WORDS = (8 + MAX_NOTE_BYTES) // 8
 
 _lock = threading.Lock()
 
@@ -139,6 +145,32 @@ class Slot:
         """Whether the model is done with the newest frame and asks for another: a file not played in real time waits
         for this, so that every frame of it is seen once and none grows old in the slot."""
         return self._header[_SEEN] >= self._header[_LATEST]
+
+    # -- the note
+
+    def write_note(self, payload: bytes) -> None:
+        """Replace the note. For one process, the supervisor."""
+        if len(payload) > MAX_NOTE_BYTES:
+            raise ValueError(f"note of {len(payload)} bytes, the limit is {MAX_NOTE_BYTES}")
+        n = self._header[_NOTES] + 1
+        first = _NOTE + n % 2 * _NOTE_WORDS
+        self._header[first] = len(payload)
+        start = (first + 1) * 8
+        self._bytes[start : start + len(payload)] = np.frombuffer(payload, np.uint8)
+        _fence()
+        self._header[_NOTES] = n
+
+    def read_note(self) -> bytes:
+        """The newest note; empty before the first."""
+        while n := self._header[_NOTES]:
+            _fence()
+            first = _NOTE + n % 2 * _NOTE_WORDS
+            start, size = (first + 1) * 8, self._header[first]
+            payload = self._bytes[start : start + min(max(size, 0), MAX_NOTE_BYTES)].tobytes()
+            _fence()
+            if self._header[_NOTES] == n:  # the writer goes to the other one next, and then comes back to this
+                return payload
+        return b""
 
     # -- the readers
 

@@ -32,6 +32,13 @@ from edge_agent.config import ConfigError, LanguageConfig
 LLAMA_CPP_PYTHON = "0.3.36"
 ACT, WORDS = 0, 1  # sequences
 UNIT = 16  # rows: what the widest kernels (AVX-512) take at once; the others take 4 or 8
+LOAD_MODES = {  # by mmap and mlock
+    (False, False): ll.LLAMA_LOAD_MODE_NONE,
+    (False, True): ll.LLAMA_LOAD_MODE_MLOCK,
+    (True, False): ll.LLAMA_LOAD_MODE_MMAP,
+    (True, True): ll.LLAMA_LOAD_MODE_MMAP_MLOCK,
+}
+CACHE_TYPES = {"f16": gguf.GGMLQuantizationType.F16, "q8_0": gguf.GGMLQuantizationType.Q8_0}
 ROWS_PER_STEP = 512  # llama.cpp's physical batch; larger ones only cost memory on the boards we run on
 
 if llama_cpp.__version__ != LLAMA_CPP_PYTHON:
@@ -89,12 +96,8 @@ class Language:
         config: LanguageConfig,
         embedding: Embedding,
         progress: Callable[[float], None] = lambda part: None,
-        mapped: bool = True,
     ) -> None:
-        """Load. progress(0…1) is called while weights are read. Raises LanguageError, ConfigError (an adapter).
-
-        mapped: weights stay in the file, mapped; otherwise they are copied, and may be written to.
-        """
+        """Load. progress(0…1) is called while weights are read. Raises LanguageError, ConfigError (an adapter)."""
 
         @ll.llama_progress_callback
         def on_progress(part: float, _user: object) -> bool:
@@ -106,8 +109,7 @@ class Language:
         params = ll.llama_model_default_params()
         params.n_gpu_layers = config.gpu_layers
         params.use_extra_bufts = config.repack
-        if not mapped:
-            params.load_mode = ll.LLAMA_LOAD_MODE_NONE
+        params.load_mode = LOAD_MODES[_mapped(config), config.mlock]
         params.progress_callback = on_progress
         self._table = _EmbeddingTable(path, embedding)
         self.model = ll.llama_model_load_from_file(os.fsencode(path), params)
@@ -124,13 +126,16 @@ class Language:
         threads = config.threads or len(os.sched_getaffinity(0))
         params = ll.llama_context_default_params()
         self._unit = UNIT if config.exact and not _on_gpu(config) else 1
+        self.on_gpu = _on_gpu(config)
+        self.rides = self._unit == 1  # a row of WORDS may come along in ACT's batch, over common cells
         cells = -(-config.context // UNIT) * UNIT + UNIT  # of a sequence
         params.n_ctx, params.n_batch = 2 * cells, cells
         params.n_ubatch = min(ROWS_PER_STEP, config.context)
         params.n_seq_max = 2
-        params.kv_unified = False
+        params.kv_unified = self.rides
         params.n_threads = params.n_threads_batch = threads
         params.no_perf = True
+        params.type_k = params.type_v = CACHE_TYPES[config.kv]
         params.flash_attn_type = _flash(config)
         if _watcher is not None:
             params.cb_eval = _on_node
@@ -152,6 +157,7 @@ class Language:
         self._seq_pointers = [
             np.full(n, self._seq_values.ctypes.data + 4 * sequence, np.uintp) for sequence in (ACT, WORDS)
         ]
+        self._with_rider = self._seq_pointers[ACT].copy()
 
     def close(self) -> None:
         if self.context:
@@ -201,6 +207,11 @@ class Language:
         n = ll.llama_token_to_piece(self.vocab, token, out, len(out), 0, False)
         return out.raw[: max(n, 0)]
 
+    def written(self, token: int) -> str:
+        """As the vocabulary spells it, special tokens too; empty if there is none."""
+        text = ll.llama_vocab_get_text(self.vocab, token) if 0 <= token < self.n_vocab else None
+        return (text or b"").decode("utf-8", "replace")
+
     def is_end(self, token: int) -> bool:
         return ll.llama_vocab_is_eog(self.vocab, token)
 
@@ -215,22 +226,31 @@ class Language:
         ll.llama_memory_seq_rm(self.memory, sequence, start, -1)
 
     def share(self, stop: int) -> None:
-        """WORDS becomes a copy of what ACT holds before position `stop`."""
+        """WORDS becomes a copy of what ACT holds before position `stop`, and nothing else."""
+        self.forget(WORDS, 0)
         ll.llama_memory_seq_cp(self.memory, ACT, WORDS, -1, -1)
         ll.llama_memory_seq_rm(self.memory, WORDS, stop, -1)
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
     def decode_rows(
-        self, rows: np.ndarray, start: int, sequence: int = ACT, want: list[int] | None = None
+        self,
+        rows: np.ndarray,
+        start: int,
+        sequence: int = ACT,
+        want: list[int] | None = None,
+        rider: int | None = None,
+        spare: bool = False,
     ) -> np.ndarray | list[np.ndarray]:
         """Embedding rows (n, n_embd) float32 at positions start… -> logits, float32, views into llama.cpp's memory that
         are good until the next call: after the last row (n_vocab,), or (n_vocab,) for each row asked for.
 
-        Where rows come in sixteens, `rows` is the beginning of a larger array, of which up to 15 rows more are used.
+        rider: the last row is not one of these but the next of WORDS, at this position; only where `rides`.
+        spare: `rows` is the beginning of a larger array, whose next 15 rows are free. Where rows come in sixteens they
+        are written to; without, everything is copied.
         """
-        n, batch = len(rows), self._batch(len(rows), start, sequence, want)
-        if batch.n_tokens > n and _begins(rows, batch.n_tokens):
+        n, batch = len(rows), self._batch(len(rows), start, sequence, want, rider)
+        if batch.n_tokens > n and spare:
             rows.base[n : batch.n_tokens] = rows[-1]
         elif batch.n_tokens > n:
             rows = np.concatenate([rows, np.repeat(rows[-1:], batch.n_tokens - n, 0)])
@@ -238,21 +258,32 @@ class Language:
         return self._run(batch, n, start, sequence, want)
 
     def decode_tokens(
-        self, tokens: list[int], start: int, sequence: int = ACT, want: list[int] | None = None
+        self,
+        tokens: list[int],
+        start: int,
+        sequence: int = ACT,
+        want: list[int] | None = None,
+        rider: int | None = None,
     ) -> np.ndarray | list[np.ndarray]:
         """The same for token ids."""
-        batch = self._batch(len(tokens), start, sequence, want)
+        batch = self._batch(len(tokens), start, sequence, want, rider)
         self._token[: len(tokens)] = tokens
         self._token[len(tokens) : batch.n_tokens] = tokens[-1]
         batch.token = self._token.ctypes.data_as(ctypes.POINTER(ll.llama_token))
         return self._run(batch, len(tokens), start, sequence, want)
 
-    def _batch(self, n: int, start: int, sequence: int, want: list[int] | None) -> ll.llama_batch:
-        if not 0 < n <= self.n_ctx or start + n > self.n_ctx:
-            raise LanguageError(f"positions {start} to {start + n} do not fit a context of {self.n_ctx} tokens")
+    def _batch(self, n: int, start: int, sequence: int, want: list[int] | None, rider: int | None) -> ll.llama_batch:
+        stop = max(start + n - (rider is not None), 1 + (rider or 0))
+        if not 0 < n <= self.n_ctx or stop > self.n_ctx:
+            raise LanguageError(f"positions {start} to {stop} do not fit a context of {self.n_ctx} tokens")
         unit = self._unit if sequence == ACT else 1
         more = -n % unit
         self._pos[: n + more] = np.arange(start, start + n + more)
+        pointers = self._seq_pointers[sequence]
+        if rider is not None:
+            self._pos[n - 1] = rider
+            pointers = self._with_rider
+            pointers[: n - 1], pointers[n - 1] = self._seq_pointers[sequence][0], self._seq_pointers[WORDS][0]
         self._want[: n + more] = 0
         self._want[[n - 1] if want is None else want] = 1
         others = -int(self._want[: n + more].sum()) % unit
@@ -262,7 +293,7 @@ class Language:
             n_tokens=n + more,
             pos=self._pos.ctypes.data_as(ctypes.POINTER(ll.llama_pos)),
             n_seq_id=self._n_seq.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
-            seq_id=self._seq_pointers[sequence].ctypes.data_as(ctypes.POINTER(ctypes.POINTER(ll.llama_seq_id))),
+            seq_id=pointers.ctypes.data_as(ctypes.POINTER(ctypes.POINTER(ll.llama_seq_id))),
             logits=self._want.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
         )
 
@@ -310,18 +341,19 @@ class _EmbeddingTable:
         self._file.close()
 
 
-def _begins(rows: np.ndarray, n: int) -> bool:
-    """Whether rows are the first of a larger array that has n."""
-    larger = rows.base
-    return isinstance(larger, np.ndarray) and larger.ctypes.data == rows.ctypes.data and len(larger) >= n
-
-
 def _flash(config: LanguageConfig) -> int:
     """On a CPU, flash attention sums in another order for another number of rows: the same prompt, cut into other
     batches, gives other logits, and an answer would depend on its draft."""
+    if config.kv != "f16":
+        return ll.LLAMA_FLASH_ATTN_TYPE_ENABLED  # llama.cpp has no other way with such a cache
     if config.flash_attention is not None:
         return ll.LLAMA_FLASH_ATTN_TYPE_ENABLED if config.flash_attention else ll.LLAMA_FLASH_ATTN_TYPE_DISABLED
     return ll.LLAMA_FLASH_ATTN_TYPE_AUTO if _on_gpu(config) else ll.LLAMA_FLASH_ATTN_TYPE_DISABLED
+
+
+def _mapped(config: LanguageConfig) -> bool:
+    """Mapped weights that are repacked would be in memory twice, in their file's pages and in the new order."""
+    return config.mmap if config.mmap is not None else _on_gpu(config) or not config.repack
 
 
 def _on_gpu(config: LanguageConfig) -> bool:

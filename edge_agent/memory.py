@@ -1,9 +1,10 @@
 """What serving a bundle will need, added up before anything is loaded, and what to give up where the board has less.
 
-Estimates from the manifest: they err on the large side. Given up in this order, each only if it is needed: the second
-copy of the weights that llama.cpp keeps for its CPU kernels (a third slower in prefill), then image tokens, by steps
-of a quarter down to LEAST_TOKENS (sees less fine), then context that the prompt may not need. Then the start is refused
-with the sum.
+Estimates from the manifest: they err on the large side. Given up in this order, each only if it is needed: the file's
+pages beside repacked weights (asked for by mmap: true); a cache in 16 bit (with 8, answers may depend on drafts);
+onnxruntime, which keeps the encoder in float32, for mtmd, which does not (the same rows, more slowly on a CPU); image
+tokens, by steps of a quarter down to LEAST_TOKENS (sees less fine); context that the prompt may not need. Then the
+start is refused with the sum.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ LEAST_TOKENS, LEAST_CONTEXT = 64, 640
 ROWS = 512  # llama.cpp's physical batch
 REPACKED = {"Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "Q2_K"}  # by one architecture's kernels or another's
 FLOAT32 = 4
+Q8_0_SHARE = 34 / 64  # of 16 bit
 
 
 class TooLittle(Exception):
@@ -48,8 +50,8 @@ def needed(config: Config, manifest: bundle.Manifest, adapters_mib: float = 0.0)
     heads_mib = model.hidden / 64 * language.context * ROWS * FLOAT32 / MIB  # scores of one layer; 64: a narrow head
     return {
         "language model": size[bundle.LANGUAGE],
-        "its copy for the CPU": repacked * on_cpu if language.repack else 0.0,
-        "cache": 2 * language.context * model.kv_bytes_per_token / MIB,
+        "its file's pages": repacked * on_cpu if language.repack and language.mmap else 0.0,
+        "cache": 2 * language.context * model.kv_bytes_per_token / MIB * (1.0 if language.kv == "f16" else Q8_0_SHARE),
         "scores and logits": heads_mib + 16 * model.vocab * FLOAT32 / MIB,
         "vision encoder": _vision_mib(config, manifest),
         "adapters": adapters_mib,
@@ -102,15 +104,17 @@ def plan(config: Config, manifest: bundle.Manifest, free_mib: float | None, adap
 def _smaller(config: Config) -> tuple[Config, str, object] | None:
     """With the next thing given up, its key and what it became; None: nothing is left."""
     language, vision = config.language, config.vision
-    if language.repack:
-        smaller = msgspec.structs.replace(language, repack=False)
-        return msgspec.structs.replace(config, language=smaller), "language.repack", False
-    if vision.max_tokens > LEAST_TOKENS:
-        n = max(LEAST_TOKENS, math.floor(vision.max_tokens * 0.75))
-        smaller = msgspec.structs.replace(vision, max_tokens=n)
-        return msgspec.structs.replace(config, vision=smaller), "vision.max_tokens", n
-    if language.context > LEAST_CONTEXT:
-        n = max(LEAST_CONTEXT, math.floor(language.context * 0.75))
-        smaller = msgspec.structs.replace(language, context=n)
-        return msgspec.structs.replace(config, language=smaller), "language.context", n
-    return None
+    if language.repack and language.mmap:
+        table, key, value = "language", "mmap", False
+    elif language.kv == "f16" and language.flash_attention is not False:
+        table, key, value = "language", "kv", "q8_0"
+    elif vision.backend == "onnxruntime":
+        table, key, value = "vision", "backend", "mtmd"
+    elif vision.max_tokens > LEAST_TOKENS:
+        table, key, value = "vision", "max_tokens", max(LEAST_TOKENS, math.floor(vision.max_tokens * 0.75))
+    elif language.context > LEAST_CONTEXT:
+        table, key, value = "language", "context", max(LEAST_CONTEXT, math.floor(language.context * 0.75))
+    else:
+        return None
+    smaller = msgspec.structs.replace(getattr(config, table), **{key: value})
+    return msgspec.structs.replace(config, **{table: smaller}), f"{table}.{key}", value

@@ -82,6 +82,8 @@ class Action(Header, frozen=True, kw_only=True, tag_field="kind", tag="action"):
     task: str  # the instruction this answers
     dropped_frames: int  # frames the camera delivered since the previous answer and nobody looked at
     adapter: str = ""  # under which the model answered; empty: none
+    later: list[dict[str, float | int | str | bool]] = []  # values of the steps after this one, where the space has any
+    step_ms: int = 0  # from one of them to the next; 0: there is one
 
 
 RefusalReason = Literal[
@@ -109,13 +111,15 @@ class Refusal(Header, frozen=True, kw_only=True, tag_field="kind", tag="refusal"
     dropped_frames: int
 
 
-Lane = Literal["describe", "answer", "action"]
+Lane = Literal["describe", "answer", "action", "thought"]
 
 
 class Words(Header, frozen=True, kw_only=True, tag_field="kind", tag="words"):
     """A piece of language as it is decoded. Pieces of one sentence share lane, frame_id and request."""
 
-    lane: Lane  # describe: the running description; answer: to a question; action: the action's own text
+    # describe: the running description; answer: to a question; thought: what a reasoning model thinks before either;
+    # action: the action's own text
+    lane: Lane
     frame_id: int
     text: str
     request: str = ""  # id of the question this answers
@@ -160,7 +164,8 @@ class Status(Header, frozen=True, kw_only=True, tag_field="kind", tag="status"):
 # ---------------------------------------------------------------------------------------------------------------------
 # Control: a request is one map, the answer one map with the same id. Repeating an id returns the first answer.
 
-Operation = Literal["instruct", "adapter", "ask", "pause", "resume", "stats"]
+Operation = Literal["instruct", "adapter", "ask", "state", "pause", "resume", "stats"]
+Fact = bool | int | float | str  # a value that a controller pushes about its vehicle
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -168,6 +173,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     id: str  # chosen by the controller; at most 64 characters
     op: Operation
     text: str = ""  # the instruction, the question, or the adapter's name
+    values: dict[str, Fact] = {}  # of state: key -> newest value
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
@@ -231,7 +237,8 @@ class Note(msgspec.Struct, frozen=True, tag_field="kind", tag="note"):
     line: str
 
 
-Cut = Literal["", "late", "length", "grammar", "not-finite"]  # why an answer is not complete; empty: it is
+# Why an answer is not complete; empty: it is. cancelled: paused, or told something else meanwhile.
+Cut = Literal["", "late", "length", "grammar", "not-finite", "cancelled"]
 
 
 class Instructed(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="instructed"):
@@ -265,7 +272,16 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="pi
     cut: str = ""
 
 
-ModelEvent = Ready | CannotStart | Progress | Note | Instructed | Proposal | Piece
+class Span(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="span"):
+    """Something that was done, for the timeline (`edge-agent run --trace`)."""
+
+    name: str
+    thread: str
+    start_ns: int
+    stop_ns: int
+
+
+ModelEvent = Ready | CannotStart | Progress | Note | Instructed | Proposal | Piece | Span
 
 
 # Supervisor -> model.
@@ -335,6 +351,7 @@ def _finite(action: Action) -> bool:
         action.age_ms,
         *action.values.values(),
         *action.clamped.values(),
+        *(number for values in action.later for number in values.values()),
         *msgspec.structs.astuple(action.stages_ms),
     ]
     return all(math.isfinite(number) for number in numbers if isinstance(number, float))

@@ -26,6 +26,7 @@ from edge_agent.config import Config, runtime_dir
 from edge_agent.frames import Slot
 from edge_agent.link import Link
 from edge_agent.notify import Watchdog, notify
+from edge_agent.trace import Trace
 from edge_agent.worker import Worker
 
 EX_UNAVAILABLE, EX_CONFIG = os.EX_UNAVAILABLE, os.EX_CONFIG
@@ -100,6 +101,7 @@ class Supervisor:
     def __init__(self, config: Config, verified: bundle.Bundle, space: actions.Space, link: Link) -> None:
         self.config, self.bundle, self.space, self.link = config, verified, space, link
         self.slot = Slot.create()
+        self.trace = Trace(config.trace)
         self.epoch = random.SystemRandom().getrandbits(48)
         self.started_ns = time.monotonic_ns()
         self.task, self.adapter = config.task.instruction, config.language.adapter
@@ -120,6 +122,7 @@ class Supervisor:
         self.replies: OrderedDict[tuple[bytes, str], bytes | None] = OrderedDict()  # None: still being worked on
         self.instructing: dict[int, tuple[list[bytes], str]] = {}  # task_id -> sender, id
         self.asking: dict[str, tuple[list[bytes], str, list[str], int]] = {}  # -> sender, id, pieces, asked at ns
+        self.facts: dict[str, tuple[m.Fact, int]] = {}  # what controllers say of the vehicle, and when
         self.said: tuple[str, str] = ("", "")
         self.status_ns = 0
 
@@ -149,6 +152,7 @@ class Supervisor:
             self.camera.end()
             self.model.end()
             self.slot.close()
+            self.trace.close()
 
     def _on_signal(self, _number: int, _frame: object) -> None:
         self.stopping = True
@@ -203,6 +207,8 @@ class Supervisor:
                 self._model_is_ready(event)
             elif isinstance(event, m.Note):
                 log(event.line)
+            elif isinstance(event, m.Span):
+                self.trace.span(event.name, event.thread, event.start_ns, event.stop_ns)
             elif isinstance(event, m.CannotStart):
                 if not self.ready:
                     raise Stop(EX_CONFIG if event.configured else 1, event.reason)
@@ -268,16 +274,19 @@ class Supervisor:
             values=result.values,
             clamped=result.clamped,
             adapter=self.adapter,
+            later=result.later,
+            step_ms=self.space.step_ms,
             **common,
         )
         self.link.publish("actions", message)
         self.actions, self.action_ns = self.actions + 1, now_ns
+        self.trace.span(f"frame {p.frame_id} out", "supervisor", start_ns, time.monotonic_ns())
 
     def _checked(self, p: m.Proposal, now_ns: int) -> actions.Asked | actions.Rejected:
         age_ms = (now_ns - p.t_capture_ns) / MS
         if self.paused:
             return actions.Rejected("paused", "")
-        if p.task_id != self.task_id or not self.model_ready:
+        if p.task_id != self.task_id or not self.model_ready or p.cut == "cancelled":
             return actions.Rejected("stale-task", "")
         if age_ms < 0:
             return actions.Rejected("clock", f"the frame is stamped {-age_ms:.1f} ms in the future")
@@ -489,6 +498,9 @@ class Supervisor:
                 ),
             )
             return
+        if request.op == "state":  # comes often, and doing it twice does no harm: it leaves the others' replies alone
+            self._operate(sender, request)
+            return
         key = (sender[0], request.id)
         if key in self.replies:
             if (known := self.replies[key]) is not None:
@@ -522,6 +534,14 @@ class Supervisor:
             else:
                 self.asking[request.id] = (sender, request.id, [], time.monotonic_ns())
                 self._command(sender, request.id, m.Ask(request.id, text))
+        elif request.op == "state":
+            if error := actions.check_facts(request.values, self.space):
+                self._reply(sender, request.id, error=error)
+                return
+            now_ns = time.monotonic_ns()
+            self.facts |= {key: (value, now_ns) for key, value in request.values.items()}
+            self.slot.write_note(m.encode(self.facts))
+            self._reply(sender, request.id)
         elif request.op == "stats":
             self._reply(sender, request.id, result=self._counts(time.monotonic_ns()) | {"state": self._state()[0]})
         else:

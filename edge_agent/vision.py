@@ -147,14 +147,21 @@ class OnnxEncoder:
         except Exception as error:  # onnxruntime raises classes of its own, which share no public base
             raise VisionError(f"{path}: onnxruntime cannot load it: {str(error)[:300]}") from None
         self._preprocessor = preprocessor
+        self._binding = self._session.io_binding()
+        self._n_embd = self._session.get_outputs()[0].shape[1]
         self.provider = f"onnxruntime {self._session.get_providers()[0]}"
 
-    def encode(self, image: np.ndarray) -> np.ndarray:
-        """image: (H, W, 3) uint8 RGB on the grid -> (n_rows, hidden) float32."""
-        return self._session.run(None, {"pixel_values": self._preprocessor.pixels(image)})[0]
+    def encode(self, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """image: (H, W, 3) uint8 RGB on the grid -> (n_rows, hidden) float32: the beginning of `out`, or new."""
+        unit = self._preprocessor.unit
+        rows = _rows(out, n_rows(image.shape[0] // unit, image.shape[1] // unit), self._n_embd)
+        self._binding.bind_cpu_input("pixel_values", self._preprocessor.pixels(image))
+        self._binding.bind_output("rows", "cpu", 0, np.float32, rows.shape, rows.ctypes.data)
+        self._session.run_with_iobinding(self._binding)
+        return rows
 
     def close(self) -> None:
-        self._session = None
+        self._session = self._binding = None
 
 
 class MtmdEncoder:
@@ -179,8 +186,8 @@ class MtmdEncoder:
         self._n_embd = ll.llama_model_n_embd(model)
         self.provider = "mtmd " + ("GPU" if gpu and ll.llama_supports_gpu_offload() else "CPU")
 
-    def encode(self, image: np.ndarray) -> np.ndarray:
-        """image: (H, W, 3) uint8 RGB on the grid -> (n_rows, hidden) float32, a view good until the next call."""
+    def encode(self, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """image: (H, W, 3) uint8 RGB on the grid -> (n_rows, hidden) float32: the beginning of `out`, or new."""
         height, width = image.shape[:2]
         data = np.ascontiguousarray(image).ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         bitmap = mtmd.mtmd_bitmap_init(width, height, data)
@@ -196,8 +203,8 @@ class MtmdEncoder:
                     if status := mtmd.mtmd_encode_chunk(self._context, chunk):
                         raise VisionError(f"mtmd_encode_chunk returned {status} for a frame of {width}x{height}")
                     n = mtmd.mtmd_input_chunk_get_n_tokens(chunk)
-                    rows = np.ctypeslib.as_array(mtmd.mtmd_get_output_embd(self._context), (n, self._n_embd))
-                    columns = width // self._unit
+                    rows, columns = _rows(out, n, self._n_embd), width // self._unit
+                    rows[:] = np.ctypeslib.as_array(mtmd.mtmd_get_output_embd(self._context), rows.shape)
                     rows[columns :: columns + 1] = self._break_row
                     return rows
             raise VisionError(f"mtmd found no image in a frame of {width}x{height}")
@@ -209,6 +216,10 @@ class MtmdEncoder:
         if self._context:
             mtmd.mtmd_free(self._context)
             self._context = None
+
+
+def _rows(out: np.ndarray | None, n: int, n_embd: int) -> np.ndarray:
+    return np.empty((n, n_embd), np.float32) if out is None else out[:n]
 
 
 # The encoder logs through its own hooks; llama.cpp's quiet one serves both, and must not be freed either.

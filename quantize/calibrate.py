@@ -18,7 +18,7 @@ import numpy as np
 
 from edge_agent import actions, bundle, language
 from edge_agent.config import CameraConfig, Config, LanguageConfig, TaskConfig
-from edge_agent.model import Engine
+from edge_agent.engine import Engine
 from edge_agent.pictures import pictures
 from quantize import build, ggml, importance
 from quantize.checkpoint import Checkpoint
@@ -149,9 +149,9 @@ def _answer(
             report("frames", f"frame {i + 1} of {len(frames)}", i, len(frames))
             engine.instruct(sources.instructions[i % len(sources.instructions)])
             engine.act(engine.preprocessor.image(frame), i, 2**62)
-            sentence = engine.begin("answer", "", QUESTIONS[i % len(QUESTIONS)])
-            while sentence is not None:
-                sentence = engine.step(sentence)
+            engine.begin("answer", "", QUESTIONS[i % len(QUESTIONS)])
+            while engine.sentence is not None:
+                engine.step()
             collector.check()
         report("frames", "", len(frames), len(frames))
     finally:

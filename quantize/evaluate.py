@@ -16,7 +16,7 @@ import numpy as np
 
 from edge_agent import actions, bundle, language
 from edge_agent.config import CameraConfig, Config, LanguageConfig, TaskConfig, VisionConfig
-from edge_agent.model import Engine
+from edge_agent.engine import Engine
 from edge_agent.pictures import pictures
 from quantize import build, calibrate, ggml, measure
 from quantize.calibrate import Sources

@@ -142,9 +142,10 @@ class Prober:
         try:
             self.llm = language.Language(
                 made.path(bundle.LANGUAGE),
-                LanguageConfig(context=measure.CHUNK, gpu_layers=0, flash_attention=True, exact=False, repack=False),
+                LanguageConfig(
+                    context=measure.CHUNK, gpu_layers=0, flash_attention=True, exact=False, repack=False, mmap=False
+                ),  # copied: its weights are written to
                 model.embedding,
-                mapped=False,
             )
             cut = measure.chunks(self.llm, self.bos, text, chunks)
             measure.write_reference(self.llm, self.bos, cut, path, lambda *_: None)

@@ -28,6 +28,7 @@ SPECIAL = {
     "img_break": "[IMG_BREAK]",
     "img_end": "[IMG_END]",
 }
+THOUGHTS = {"think": "[THINK]", "think_end": "[/THINK]"}  # reasoning models put their thoughts between; older ones not
 
 
 class Tokenizer(msgspec.Struct, frozen=True):
@@ -35,7 +36,7 @@ class Tokenizer(msgspec.Struct, frozen=True):
     tokens: list[str]  # in the GPT-2 byte alphabet; special tokens as they are written
     types: list[int]
     merges: list[str]
-    special: dict[str, int]  # the names of SPECIAL -> id
+    special: dict[str, int]  # the names of SPECIAL -> id, and of THOUGHTS where the vocabulary has both
 
 
 def read(folder: Path, vocab: int) -> Tokenizer:
@@ -56,7 +57,11 @@ def read(folder: Path, vocab: int) -> Tokenizer:
     missing = [text for text in SPECIAL.values() if text not in ids]
     if missing:
         raise CheckpointError(f"{path}: no special token {', '.join(missing)}; expected the Tekken tokenizer")
-    return Tokenizer(path, tokens, types, merges, {name: ids[text] for name, text in SPECIAL.items()})
+    special = {name: ids[text] for name, text in SPECIAL.items()}
+    added = {token: i for i, token in enumerate(tokens) if token in THOUGHTS.values()}  # some files call them normal
+    if len(added) == len(THOUGHTS):
+        special |= {name: added[text] for name, text in THOUGHTS.items()}
+    return Tokenizer(path, tokens, types, merges, special)
 
 
 def _byte_letters() -> dict[int, str]:

@@ -1,7 +1,8 @@
 """A model process that fails on request: the real worker, socket and messages, no model behind them.
 
 $FAKE_MODEL is JSON: {"text": what it answers, "delay_ms": how long it takes, "after": answers until it misbehaves,
-"then": hang | abort | segv | exit | garbage | silent, "cut": …, "task_id": a wrong one, "future": true}.
+"then": hang | abort | segv | exit | garbage | silent, "cut": …, "task_id": a wrong one, "future": true, "note": true:
+the slot's note is said as words, in hex, "timed": true: stages_ms.queue is all the time until the answer was ready}.
 """
 
 from __future__ import annotations
@@ -53,9 +54,12 @@ def main() -> None:
         seen = frame.seq
         if paused:
             continue
+        if law.get("note"):
+            emit(m.Piece(lane="describe", frame_id=seen, text=slot.read_note().hex()))
         if answered >= law.get("after", 1 << 60):
             misbehave(law["then"], events)
         time.sleep(law.get("delay_ms", 0) / 1000)
+        waited_ms = (time.monotonic_ns() - frame.t_capture_ns) / 1e6 if law.get("timed") else 0.0
         texts = law.get("text", ['{"action":"move","vx":1,"vy":0,"vz":0,"yaw":0}'])
         emit(
             m.Proposal(
@@ -66,7 +70,7 @@ def main() -> None:
                 task_id=law.get("task_id", task_id),
                 text=texts[answered % len(texts)],
                 cut=law.get("cut", ""),
-                stages_ms=m.Stages(queue=0, encode=0, prefill=0, decode=0, post=0),
+                stages_ms=m.Stages(queue=waited_ms, encode=0, prefill=0, decode=0, post=0),
             )
         )
         answered += 1

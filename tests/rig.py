@@ -21,10 +21,31 @@ import yaml
 import zmq
 
 from edge_agent import messages as m
+from edge_agent.actions import READY_SPACES
 from edge_agent.client import Client
+from edge_agent.config import CameraConfig, Config, LanguageConfig, TaskConfig, VisionConfig
 from edge_agent.frames import pack_frame
 
 TESTS = Path(__file__).parent
+TASK = "Find the red box."
+
+
+def config_of(folder: Path, **changes) -> Config:
+    """For an engine or a model process on a toy."""
+    defaults = {
+        "vision": VisionConfig(max_tokens=64, threads=1),
+        "language": LanguageConfig(context=1024, threads=1, gpu_layers=0, max_words_tokens=24),
+        "task": TaskConfig(deadline_ms=60_000),
+    }
+    return Config(bundle=str(folder), camera=CameraConfig(source="none"), **(defaults | changes))
+
+
+def numbers_only(folder: Path) -> str:
+    """An action space with nothing but velocity_body's move: its answers take several steps."""
+    space = yaml.safe_load((READY_SPACES / "velocity_body.yaml").read_text())
+    space["actions"] = {"move": space["actions"]["move"]}
+    (folder / "numbers.yaml").write_text(yaml.safe_dump(space, sort_keys=False))
+    return str(folder / "numbers.yaml")
 
 
 class Daemon:

@@ -28,12 +28,14 @@ def test_what_is_written_is_what_is_loaded():
         "bundle: /bundles/3b\n"
         "trust: [/etc/ours.pub, theirs.pub]\n"
         "camera: {source: /dev/video2, name: nose, width: 1280, height: 720, fps: 29.97, realtime: false, loop: no}\n"
-        "vision: {backend: mtmd, max_tokens: 64, threads: 3}\n"
+        "vision: {backend: mtmd, max_tokens: 64, threads: 3, overlap: true}\n"
         "language: {context: 4096, threads: 2, gpu_layers: 0, describe: 'What?', max_words_tokens: 5, words: false,\n"
-        "           repack: false, flash_attention: true, exact: false, draft: false,\n"
+        "           repack: false, flash_attention: true, exact: false, draft: false, mmap: true, mlock: true,\n"
+        "           kv: q8_0, max_thought_tokens: 99,\n"
         "           adapters: {night: /n.gguf, rain-2: r.gguf}, adapter: night}\n"
         "task: {space: waypoint, instruction: 'Land.', deadline_ms: 700}\n"
         "watch: {model_stall_s: 1, model_load_s: 2.5, camera_stall_s: 0.5}\n"
+        "trace: /t.json\n"
         "runtime_dir: /run/x\n",
         "agent.yaml",
     )
@@ -49,23 +51,28 @@ def test_what_is_written_is_what_is_loaded():
             "realtime": False,
             "loop": False,
         },
-        "vision": {"backend": "mtmd", "max_tokens": 64, "threads": 3},
+        "vision": {"backend": "mtmd", "max_tokens": 64, "threads": 3, "overlap": True},
         "language": {
             "context": 4096,
             "threads": 2,
             "gpu_layers": 0,
             "repack": False,
+            "mmap": True,
+            "mlock": True,
+            "kv": "q8_0",
             "flash_attention": True,
             "exact": False,
             "draft": False,
             "describe": "What?",
             "max_words_tokens": 5,
+            "max_thought_tokens": 99,
             "words": False,
             "adapters": {"night": "/n.gguf", "rain-2": "r.gguf"},
             "adapter": "night",
         },
         "task": {"space": "waypoint", "instruction": "Land.", "deadline_ms": 700},
         "watch": {"model_stall_s": 1.0, "model_load_s": 2.5, "camera_stall_s": 0.5},
+        "trace": "/t.json",
         "runtime_dir": "/run/x",
     }
 
@@ -83,23 +90,28 @@ def test_defaults():
             "realtime": True,
             "loop": True,
         },
-        "vision": {"backend": "onnxruntime", "max_tokens": 256, "threads": 0},
+        "vision": {"backend": "onnxruntime", "max_tokens": 256, "threads": 0, "overlap": None},
         "language": {
             "context": 1024,
             "threads": 0,
             "gpu_layers": -1,
             "repack": True,
+            "mmap": None,
+            "mlock": False,
+            "kv": "f16",
             "flash_attention": None,
             "exact": True,
             "draft": True,
             "describe": "",
             "max_words_tokens": 96,
+            "max_thought_tokens": 0,
             "words": True,
             "adapters": {},
             "adapter": "",
         },
         "task": {"space": "velocity_body", "instruction": "Hold position.", "deadline_ms": 2000},
         "watch": {"model_stall_s": 10.0, "model_load_s": 120.0, "camera_stall_s": 3.0},
+        "trace": "",
         "runtime_dir": "",
     }
 

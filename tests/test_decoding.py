@@ -12,7 +12,7 @@ import pytest
 from edge_agent import actions, bundle
 from edge_agent.actions import Asked, Field, Rejected, Space, Verb
 from edge_agent.config import ConfigError, LanguageConfig
-from edge_agent.decoding import Grammar, NotFinite, greedy
+from edge_agent.decoding import Grammar, NotFinite, from_schema, greedy
 from edge_agent.language import Language
 
 pytestmark = pytest.mark.filterwarnings("ignore:llama_token_get_attr")  # llguidance, once per token
@@ -67,7 +67,7 @@ def random_logits(language, pieces, seed: int):
 @pytest.mark.parametrize("name", READY)
 def test_every_answer_is_whole_inside_its_space_and_short(language, grammar, pieces, name):
     space = actions.load(name)
-    grammar.allow(actions.schema(space))
+    grammar.allow(from_schema(actions.schema(space)))
     wordings, longest = set(), 0
     for logits, _ in zip(random_logits(language, pieces, seed=5), range(1000), strict=False):
         tokens = answer(grammar, logits)
@@ -90,7 +90,7 @@ def test_every_answer_is_whole_inside_its_space_and_short(language, grammar, pie
 @pytest.mark.parametrize("name", READY)
 def test_an_answer_cut_at_any_token_is_rejected_whole(language, grammar, pieces, name):
     space = actions.load(name)
-    grammar.allow(actions.schema(space))
+    grammar.allow(from_schema(actions.schema(space)))
     for logits, _ in zip(random_logits(language, pieces, seed=6), range(60), strict=False):
         grammar.start()
         tokens, text = grammar.forced(), b""
@@ -112,7 +112,7 @@ def test_the_likeliest_allowed_token_is_chosen(language, grammar, pieces):
     space = Space(
         name="s", valid_for_ms=1, actions={"go": Verb(fields={"to": Field(one_of=sorted(words))}), "hold": Verb()}
     )
-    grammar.allow(actions.schema(space))
+    grammar.allow(from_schema(actions.schema(space)))
     seen = set()
     for token, piece in enumerate(pieces):
         if piece.decode("ascii", "replace")[:1] not in set("abgh") or not piece.isalpha():
@@ -128,13 +128,13 @@ def test_forced_tokens_never_ask_the_model(language, grammar, pieces):
     def ask() -> np.ndarray:
         raise AssertionError("asked")
 
-    grammar.allow(actions.schema(NO_FIELDS))
+    grammar.allow(from_schema(actions.schema(NO_FIELDS)))
     tokens = answer(grammar, ask)
     assert b"".join(pieces[token] for token in tokens) == b'{"action":"hold"}'
     assert grammar.complete and grammar.forced() == []
 
     for name in READY:  # what every answer begins with
-        grammar.allow(actions.schema(actions.load(name)))
+        grammar.allow(from_schema(actions.schema(actions.load(name))))
         grammar.start()
         assert b"".join(pieces[token] for token in grammar.forced()) == b'{"action":"'
         assert grammar.forced() == [] and not grammar.complete
@@ -142,13 +142,13 @@ def test_forced_tokens_never_ask_the_model(language, grammar, pieces):
 
 def test_forced_text_is_in_the_tokens_that_the_model_knows(language, grammar, pieces):
     """The model was trained on the tokenizer's own way to cut text; a forced text must be cut the same way."""
-    grammar.allow(actions.schema(NO_FIELDS))
+    grammar.allow(from_schema(actions.schema(NO_FIELDS)))
     grammar.start()
     assert grammar.forced() == language.tokens('{"action":"hold"}')
 
 
 def test_an_answer_is_complete_at_its_first_object_and_not_before(language, grammar, pieces):
-    grammar.allow(actions.schema(actions.load("velocity_body")))
+    grammar.allow(from_schema(actions.schema(actions.load("velocity_body"))))
     for logits, _ in zip(random_logits(language, pieces, seed=7), range(40), strict=False):
         grammar.start()
         text = b"".join(pieces[token] for token in grammar.forced())
@@ -162,7 +162,7 @@ def test_an_answer_is_complete_at_its_first_object_and_not_before(language, gram
 
 def test_no_special_token_is_ever_part_of_an_answer(language, grammar, pieces):
     """Ids below 1000 are control tokens without letters; they are made the likeliest by far."""
-    grammar.allow(actions.schema(actions.load("velocity_body")))
+    grammar.allow(from_schema(actions.schema(actions.load("velocity_body"))))
     generator = np.random.default_rng(0)
     for _ in range(50):
         logits = generator.standard_normal(language.n_vocab, dtype=np.float32)
@@ -172,7 +172,7 @@ def test_no_special_token_is_ever_part_of_an_answer(language, grammar, pieces):
 
 @pytest.mark.parametrize("number", [np.nan, np.inf])
 def test_logits_that_are_not_finite_choose_nothing(language, grammar, number):
-    grammar.allow(actions.schema(actions.load("velocity_body")))
+    grammar.allow(from_schema(actions.schema(actions.load("velocity_body"))))
     for place in (slice(None), slice(1000, None)):
         grammar.start()
         grammar.forced()
@@ -189,7 +189,7 @@ def test_logits_that_are_not_finite_choose_nothing(language, grammar, number):
 
 
 def test_a_single_nan_among_the_allowed_is_enough(language, grammar, pieces):
-    grammar.allow(actions.schema(actions.load("velocity_body")))
+    grammar.allow(from_schema(actions.schema(actions.load("velocity_body"))))
     for first in (b"h", b"l", b"m", b"s"):
         grammar.start()
         grammar.forced()
@@ -200,7 +200,7 @@ def test_a_single_nan_among_the_allowed_is_enough(language, grammar, pieces):
 
 
 def test_after_numbers_that_are_not_finite_the_next_answer_is_whole(language, grammar, pieces):
-    grammar.allow(actions.schema(actions.load("waypoint")))
+    grammar.allow(from_schema(actions.schema(actions.load("waypoint"))))
     logits = next(random_logits(language, pieces, seed=8))
     for _ in range(20):
         grammar.start()
@@ -236,7 +236,7 @@ def stepping(tmp_path, step: float) -> Space:
 @pytest.mark.parametrize("step", [0.001, 0.01, 0.05, 0.1, 0.2, 0.25, 0.3, 0.5, 1, 3])
 def test_numbers_keep_to_their_step(language, grammar, pieces, step, tmp_path):
     space = stepping(tmp_path, step)
-    grammar.allow(actions.schema(space))
+    grammar.allow(from_schema(actions.schema(space)))
     for logits, _ in zip(random_logits(language, pieces, seed=9), range(30), strict=False):
         text = b"".join(pieces[token] for token in answer(grammar, logits)).decode()
         assert isinstance(actions.read(text, space), Asked)
@@ -249,6 +249,6 @@ def test_every_step_that_a_space_may_have_makes_a_grammar(grammar, tmp_path):
     for step in [n / 100 for n in range(1, 100)] + [n / 1000 for n in range(1, 100, 7)] + [1e-6, 7.5, 2]:
         with contextlib.suppress(ConfigError):
             space = stepping(tmp_path, step)
-            grammar.allow(actions.schema(space))
+            grammar.allow(from_schema(actions.schema(space)))
             allowed += 1
     assert allowed > 90

@@ -121,6 +121,35 @@ def test_wait_ends_when_another_process_publishes(slot):
     kill(other)
 
 
+def test_the_newest_note_is_read_and_lies_beside_the_frames(slot):
+    assert slot.read_note() == b""
+    image = slot.write(4, 4)
+    image[:] = 5
+    slot.publish(1, 2, "driver")
+    for n in (1, 16384, 0, 7, 300):
+        slot.write_note(bytes([n % 256]) * n)
+        assert slot.read_note() == bytes([n % 256]) * n
+    frame = slot.newest(0)
+    assert (frame.frame_id, frame.t_capture_ns) == (1, 2) and (frame.image == 5).all()
+    with pytest.raises(ValueError, match="note of 16385 bytes"):
+        slot.write_note(bytes(16385))
+    assert slot.read_note() == bytes([300 % 256]) * 300
+
+
+def test_no_torn_note_is_read(slot):
+    """A process that writes without pause, notes that show whether they are whole."""
+    child = writer(
+        slot, "import itertools\nfor n in itertools.cycle(range(256)): slot.write_note(bytes([n]) * (1000 + 10 * n))"
+    )
+    seen, until_s = set(), time.monotonic() + 1.5
+    while time.monotonic() < until_s:
+        if note := slot.read_note():
+            assert len(set(note)) == 1 and len(note) == 1000 + 10 * note[0]
+            seen.add(note[0])
+    kill(child)
+    assert len(seen) > 20
+
+
 def test_eight_k_fits_and_no_more(slot):
     assert slot.write(4320, 7680).nbytes == slot.write(7680, 4320).nbytes == MAX_IMAGE_BYTES
     for height, width in ((4321, 7680), (0, 10), (10, -1)):

@@ -32,8 +32,13 @@ def shape_3b(toy: bundle.Manifest, vision_gb: float = 0.839) -> bundle.Manifest:
 def test_the_parts_are_those_of_arithmetic(toy):
     parts = memory.needed(CONFIG, shape_3b(toy), adapters_mib=12.0)
     assert parts["language model"] == pytest.approx(2047, abs=1)
-    assert parts["its copy for the CPU"] == pytest.approx((1_469_988_864 + 661_708_800) / 2**20)
+    assert parts["its file's pages"] == 0
+    mapped = msgspec.structs.replace(CONFIG, language=LanguageConfig(mmap=True))
+    pages = memory.needed(mapped, shape_3b(toy))["its file's pages"]
+    assert pages == pytest.approx((1_469_988_864 + 661_708_800) / 2**20)
     assert parts["cache"] == 2 * 1024 * 106496 / 2**20 == 208
+    small = msgspec.structs.replace(CONFIG, language=LanguageConfig(kv="q8_0"))
+    assert memory.needed(small, shape_3b(toy))["cache"] == 208 * 8.5 / 16  # blocks of 32 bytes, and a scale of two
     language = 1_469_988_864 // 144 * 256 + 661_708_800 // 210 * 256 + 651_264 // 4
     float32 = (3_849_090_048 - language) * 4 / 2**20
     assert parts["vision encoder"] == pytest.approx(float32 + 839e6 / 2**20 + 16 * 1024**2 * 4 / 2**20, abs=1)
@@ -54,27 +59,36 @@ def test_what_fits_stays_as_it_is(toy):
 
 def test_things_are_given_up_in_order_and_no_more_than_needed(toy):
     manifest, seen = shape_3b(toy), []
-    full_mib = memory.plan(CONFIG, manifest, None).mib
+    config = msgspec.structs.replace(CONFIG, language=LanguageConfig(mmap=True))
+    full_mib = memory.plan(config, manifest, None).mib
     for free_mib in range(round(full_mib) + 100, 500, -10):
         try:
-            planned = memory.plan(CONFIG, manifest, float(free_mib))
+            planned = memory.plan(config, manifest, float(free_mib))
         except memory.TooLittle as error:
             assert f"{free_mib} MiB free" in str(error) and "language model 2047" in str(error)
             break
         assert planned.mib <= free_mib
         if planned.given_up not in seen:
             seen.append(planned.given_up)
+    order = ["language.mmap", "language.kv", "vision.backend", "vision.max_tokens", "language.context"]
     names = [list(given_up) for given_up in seen]
-    assert names[0] == [] and names[1] == ["language.repack"]
-    assert names[2] == ["language.repack", "vision.max_tokens"] and seen[2]["vision.max_tokens"] == 192
-    assert names[-1] == ["language.repack", "vision.max_tokens", "language.context"]
-    assert seen[-1] == {"language.repack": False, "vision.max_tokens": 64, "language.context": 640}
-    assert names == sorted(names, key=len)
+    assert {len(some) for some in names} == set(range(6)), "each is a step of its own"
+    assert all(some == order[: len(some)] for some in names) and names == sorted(names, key=len)
+    assert seen[-1] == dict(zip(order, (False, "q8_0", "mtmd", 64, 640), strict=True))
+    assert seen[4]["vision.max_tokens"] == 192
+
+
+def test_a_cache_in_8_bit_is_not_offered_where_flash_attention_is_forbidden(toy):
+    config = msgspec.structs.replace(CONFIG, language=LanguageConfig(flash_attention=False))
+    with pytest.raises(memory.TooLittle):
+        memory.plan(config, shape_3b(toy), 500.0)
+    planned = memory.plan(config, shape_3b(toy), memory.plan(config, shape_3b(toy), None).mib - 50)
+    assert planned.given_up == {"vision.backend": "mtmd"}
 
 
 def test_on_a_gpu_there_is_no_copy(toy):
-    config = msgspec.structs.replace(CONFIG, language=LanguageConfig(gpu_layers=26))
-    assert memory.needed(config, shape_3b(toy))["its copy for the CPU"] == 0
+    config = msgspec.structs.replace(CONFIG, language=LanguageConfig(gpu_layers=26, mmap=True))
+    assert memory.needed(config, shape_3b(toy))["its file's pages"] == 0
 
 
 def test_adapters_count(tmp_path):

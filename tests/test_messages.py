@@ -85,6 +85,8 @@ def test_the_bytes_are_those_of_the_msgpack_specification():
 
     by_hand = b"\x84\xa1v\x01\xa2id\xa24f\xa2op\xa3ask\xa4text\xa5what?"
     request = m.Request(v=1, id="4f", op="ask", text="what?")
+    assert m.decode_request(by_hand) == request
+    by_hand = b"\x85" + by_hand[1:] + b"\xa6values\x80"  # fixmap
     assert m.encode(request) == by_hand
     assert m.decode_request(by_hand) == request
 
@@ -149,7 +151,7 @@ def test_control_and_worker_messages_ignore_unknown_keys_too():
 
 @EACH
 def test_a_missing_key_is_an_error(stream, message):
-    optional = {"request", "last", "cut", "adapter"}
+    optional = {"request", "last", "cut", "adapter", "later", "step_ms"}
     for name in {"kind", *message.__struct_fields__} - optional:
         fields = msgspec.to_builtins(message)
         if name == "kind" and stream != "actions":

@@ -15,7 +15,7 @@ pytest.importorskip("tiktoken")  # training's alone, as torch is
 
 from edge_agent import actions, bundle, language
 from edge_agent.config import LanguageConfig
-from edge_agent.model import ACT_CLOSING, ROLE
+from edge_agent.engine import ACT_CLOSING, ROLE
 from models.pad_pilot import task
 from models.pad_pilot.lessons import Grounds, Lesson, Said, lesson
 from models.pad_pilot.rows import NOWHERE, ROW_TOKENS, Rows, Tokenizer, cell_of, cells

@@ -38,7 +38,7 @@ CORPUS = {
 }
 IDS = {  # the Tekken v13 layout
     "unk": 0, "bos": 1, "eos": 2, "inst": 3, "inst_end": 4, "img": 10, "pad": 11, "img_break": 12, "img_end": 13,
-    "system": 17, "system_end": 18,
+    "system": 17, "system_end": 18, "think": 34, "think_end": 35,
 }  # fmt: skip
 
 
@@ -108,6 +108,22 @@ def test_both_tokenizer_files_say_the_same(tmp_path: Path, vocab: int):
     assert by_tekken.types == by_hf.types
     assert by_tekken.merges == by_hf.merges
     assert by_tekken.special == by_hf.special == IDS
+
+
+def test_a_vocabulary_without_thoughts_has_no_tokens_for_them(tmp_path: Path):
+    """Tekken before v11; or one that calls them normal in tokenizer.json."""
+    toy._write_tokenizer(tmp_path, 1256)
+    path = tmp_path / "tokenizer.json"
+    table = json.loads(path.read_text())
+    for added in table["added_tokens"]:
+        added["special"] &= added["id"] not in (34, 35)
+    path.write_text(json.dumps(table))
+    assert tokenizer.read(tmp_path, 1256).special == IDS
+    for added in table["added_tokens"]:
+        if added["id"] in (34, 35):
+            added |= {"content": f"<SPECIAL_{added['id']}>", "special": True}
+    path.write_text(json.dumps(table))
+    assert tokenizer.read(tmp_path, 1256).special.keys() == IDS.keys() - {"think", "think_end"}
 
 
 def test_merges_spelled_in_one_string_are_read_too(tmp_path: Path):

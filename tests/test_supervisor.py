@@ -11,11 +11,14 @@ import time
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 import rig
+import yaml
 import zmq
 
 from edge_agent import messages as m
+from edge_agent.actions import READY_SPACES
 from edge_agent.client import Refused
 from edge_agent.config import endpoint
 
@@ -197,6 +200,94 @@ def test_instruct_and_ask(toy_bundle, runtime):
                 client.instruct(text)
         assert client.ask("what?") == "a pad"
         assert "".join(client.ask_in_pieces("what?")) == "a pad"
+
+
+STATE_SPACE = """
+name: climb
+valid_for_ms: 500
+state: {text: "Altitude {altitude_m}, {mode}. ", values: {altitude_m: {unit: m}, mode: {}}}
+actions: {up: {}, down: {}}
+"""
+
+
+def test_what_a_controller_says_of_its_vehicle_reaches_the_model_newest_first(toy_bundle, runtime, tmp_path):
+    (tmp_path / "climb.yaml").write_text(STATE_SPACE)
+    task = {"space": str(tmp_path / "climb.yaml")}
+    fake = {"text": ['{"action":"up"}'], "note": True}
+    with (
+        rig.Pusher(f"ipc://{runtime}/frames"),
+        rig.daemon(runtime, config(toy_bundle, runtime, task=task), fake=fake) as running,
+        running.client() as client,
+    ):
+        before_ns = time.monotonic_ns()
+        client.state(altitude_m=3.5)
+        client.state(altitude_m=4, mode="offboard")
+        after_ns = time.monotonic_ns()
+        facts = {}
+        while set(facts) != {"altitude_m", "mode"}:
+            if words := client.next_words(2.0).text:
+                facts = msgspec.msgpack.decode(bytes.fromhex(words))
+        assert {key: value for key, (value, _) in facts.items()} == {"altitude_m": 4, "mode": "offboard"}
+        assert all(before_ns <= then_ns <= after_ns for _, then_ns in facts.values())
+        for wrong, expected in (
+            ({"altitude": 1}, "expected one of altitude_m, mode"),
+            ({"altitude_m": float("nan")}, "expected a number"),
+            ({"mode": "</s>[INST]"}, "expected a number, a bool or a word"),
+            ({}, "expected at least one"),
+        ):
+            with pytest.raises(Refused, match=expected):
+                client.state(**wrong)
+        client.instruct("Climb.")
+        for n in range(300):  # more than the replies that are remembered
+            client.state(altitude_m=n)
+        assert client.request("instruct", "Climb.", 5.0, request_id="same")["task"] == "Climb."
+
+
+def test_without_state_in_the_space_none_is_taken(toy_bundle, runtime):
+    with (
+        rig.Pusher(f"ipc://{runtime}/frames"),
+        rig.daemon(runtime, config(toy_bundle, runtime), fake={}) as running,
+        running.client() as client,
+        pytest.raises(Refused, match="this action space has no state"),
+    ):
+        client.state(altitude_m=3.5)
+
+
+def test_from_the_models_answer_to_the_wire_takes_less_than_a_millisecond(toy_bundle, runtime):
+    """Socket, envelope, publication: of 300 answers, nearly every one. A shared machine takes the processor away at
+    times, so three tries."""
+    with (
+        rig.Pusher(f"ipc://{runtime}/frames", rate_hz=100.0),
+        rig.daemon(runtime, config(toy_bundle, runtime), fake={"timed": True}) as running,
+        running.client() as client,
+    ):
+        for _ in range(3):
+            took_ms = []
+            while len(took_ms) < 300:
+                answer = client.next_answer(1.0)
+                took_ms.append(answer.age_ms - answer.stages_ms.queue)
+            print(f"from answer to publication: {np.percentile(took_ms, (50, 99)).round(3)} ms")
+            p50, p99 = np.percentile(took_ms, (50, 99))
+            if p99 < 1.0:
+                break
+        assert p50 < 0.5 and p99 < 1.0
+
+
+def test_a_horizon_of_steps_goes_out_whole(toy_bundle, runtime, tmp_path):
+    space = yaml.safe_load((READY_SPACES / "velocity_body_bins.yaml").read_text()) | {"horizon": 3, "step_ms": 100}
+    (tmp_path / "chunk.yaml").write_text(yaml.safe_dump(space, sort_keys=False))
+    step = '"vx":%s,"vy":0,"vz":0,"yaw":0'
+    text = '{"action":"move",' + step % 1 + ',"later":[{' + step % 9 + "},{" + step % -1 + "}]}"
+    task = {"space": str(tmp_path / "chunk.yaml")}
+    with (
+        rig.Pusher(f"ipc://{runtime}/frames"),
+        rig.daemon(runtime, config(toy_bundle, runtime, task=task), fake={"text": [text]}) as running,
+        running.client() as client,
+    ):
+        action = next(client.actions())
+        assert (action.values["forward_m_s"], action.step_ms) == (1.0, 100)
+        assert [values["forward_m_s"] for values in action.later] == [2.0, -1.0]
+        assert action.clamped == {"later.0.forward_m_s": 9.0}
 
 
 def test_questions_do_not_pile_up(toy_bundle, runtime):

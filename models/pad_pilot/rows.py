@@ -17,7 +17,7 @@ import numpy as np
 import tiktoken
 
 from edge_agent import actions
-from edge_agent.model import ACT_CLOSING, ROLE
+from edge_agent.engine import ACT_CLOSING, ROLE
 from models.pad_pilot import task
 from models.pad_pilot.lessons import Lesson
 from models.pad_pilot.scene import COLOURS, SHAPES, Sight

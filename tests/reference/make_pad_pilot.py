@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from edge_agent import actions  # noqa: E402
-from edge_agent.model import ACT_CLOSING, ROLE  # noqa: E402
+from edge_agent.engine import ACT_CLOSING, ROLE  # noqa: E402
 from models.pad_pilot.lessons import Grounds, held_back_photographs, lesson  # noqa: E402
 
 CHECKPOINT = ROOT / "models" / "pad_pilot" / "checkpoint"
