@@ -18,6 +18,7 @@ import llguidance.numpy
 import numpy as np
 
 Steps = list[list[int]]
+MAX_PLACES = 50_000  # that are remembered; then it begins anew
 REACH = 6  # so many steps of the draft are looked at for a place to go on from
 COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
 
@@ -43,6 +44,18 @@ def from_lark(text: str) -> str:
     return llguidance.LLMatcher.grammar_from_lark(text)
 
 
+class _Place:
+    """Where an answer may stand: what llguidance said there, so that it is asked once. The same tokens lead to it."""
+
+    __slots__ = ("allowed", "complete", "forced", "then")
+
+    def __init__(self) -> None:
+        self.allowed: np.ndarray | None = None  # (n,) int64, tokens
+        self.forced: tuple[int, ...] | None = None
+        self.complete: bool | None = None
+        self.then: dict[int, _Place] = {}
+
+
 class Grammar:
     """The answers a grammar allows, in the tokens of one vocabulary. Compiling takes a second or two."""
 
@@ -59,28 +72,50 @@ class Grammar:
         if matcher.is_error():
             raise ValueError(f"action space is no grammar: {matcher.get_error()}")
         self._matcher = matcher
+        self._forget()
+
+    def _forget(self) -> None:
+        self._start, self._n_places = _Place(), 1
+        self._at = self._start
 
     def start(self) -> None:
         """Begin a new answer."""
         self._matcher.reset()
+        if self._n_places > MAX_PLACES:
+            self._forget()
+        self._at = self._start
+
+    def _go(self, tokens: list[int]) -> None:
+        for token in tokens:
+            if (place := self._at.then.get(token)) is None:
+                place = self._at.then[token] = _Place()
+                self._n_places += 1
+            self._at = place
 
     def forced(self) -> list[int]:
         """The tokens that can only follow, already taken as said; often empty."""
-        tokens = self._matcher.compute_ff_tokens()
+        if self._at.forced is None:
+            self._at.forced = tuple(self._matcher.compute_ff_tokens())
+        tokens = list(self._at.forced)
         if tokens:
             self._matcher.consume_tokens(tokens)
+            self._go(tokens)
         return tokens
 
     def choose(self, logits: np.ndarray) -> int:
         """The likeliest allowed token, taken as said. logits: (n_vocab,) float32."""
-        llguidance.numpy.fill_next_token_bitmask(self._matcher, self._mask, 0)
-        if self._matcher.is_error():
-            raise Stuck
-        allowed = np.flatnonzero(np.unpackbits(self._mask.view(np.uint8).ravel(), bitorder="little")[: len(logits)])
+        if self._at.allowed is None:
+            llguidance.numpy.fill_next_token_bitmask(self._matcher, self._mask, 0)
+            if self._matcher.is_error():
+                raise Stuck
+            bits = np.unpackbits(self._mask.view(np.uint8).ravel(), bitorder="little")
+            self._at.allowed = np.flatnonzero(bits[: len(logits)])
+        allowed = self._at.allowed
         token = int(allowed[np.argmax(logits[allowed])])
         if not np.isfinite(logits[token]):
             raise NotFinite
         self._matcher.consume_token(token)
+        self._go([token])
         return token
 
     def step(self, logits: np.ndarray) -> list[int]:
@@ -107,7 +142,9 @@ class Grammar:
 
     @property
     def complete(self) -> bool:
-        return self._matcher.is_accepting()
+        if self._at.complete is None:
+            self._at.complete = self._matcher.is_accepting()
+        return self._at.complete
 
 
 def greedy(logits: np.ndarray) -> int:

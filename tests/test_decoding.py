@@ -9,7 +9,7 @@ from decimal import Decimal
 import numpy as np
 import pytest
 
-from edge_agent import actions, bundle
+from edge_agent import actions, bundle, decoding
 from edge_agent.actions import Asked, Field, Rejected, Space, Verb
 from edge_agent.config import ConfigError, LanguageConfig
 from edge_agent.decoding import Grammar, NotFinite, from_schema, greedy
@@ -85,6 +85,22 @@ def test_every_answer_is_whole_inside_its_space_and_short(language, grammar, pie
         wordings.add(text)
     assert {actions.read(text, space).action for text in wordings} == set(space.actions)
     assert len(wordings) > 500 and 40 <= longest <= MAX_TOKENS
+
+
+def test_what_is_remembered_is_what_llguidance_says(language, grammar, pieces, monkeypatch):
+    """The same answers from a grammar that remembers, one that forgets all the time, and one that never did."""
+    schema = from_schema(actions.schema(actions.load("velocity_body")))
+    grammar.allow(schema)
+    fresh = Grammar(language.vocab)
+    fresh.allow(schema)
+    for n, (logits, _) in enumerate(zip(random_logits(language, pieces, seed=9), range(150), strict=False)):
+        drawn = [logits() for _ in range(MAX_TOKENS)]
+        monkeypatch.setattr(decoding, "MAX_PLACES", 20 if n % 2 else 50_000)
+        remembered = answer(grammar, iter(drawn).__next__)
+        fresh._forget()
+        assert remembered == answer(fresh, iter(drawn).__next__)
+    grammar.start()
+    assert grammar._n_places <= 21 + MAX_TOKENS or decoding.MAX_PLACES == 50_000
 
 
 @pytest.mark.parametrize("name", READY)
