@@ -61,7 +61,8 @@ class Grammar:
 
     def __init__(self, vocab: int) -> None:
         """vocab: llama.cpp's vocabulary handle, which must outlive this."""
-        self.tokenizer = llguidance.llamacpp.lltokenizer_from_vocab(vocab)
+        # Slices speed free text up, of which no answer has any, and take 30 MB of a full vocabulary.
+        self.tokenizer = llguidance.llamacpp.lltokenizer_from_vocab(vocab, slices=[])
         self._mask = llguidance.numpy.allocate_token_bitmask(1, self.tokenizer.vocab_size)
         self._matcher: llguidance.LLMatcher | None = None
 

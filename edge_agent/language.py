@@ -39,6 +39,7 @@ LOAD_MODES = {  # by mmap and mlock
     (True, True): ll.LLAMA_LOAD_MODE_MMAP_MLOCK,
 }
 CACHE_TYPES = {"f16": gguf.GGMLQuantizationType.F16, "q8_0": gguf.GGMLQuantizationType.Q8_0}
+CELLS = 256  # llama.cpp makes caches of a multiple of this
 ROWS_PER_STEP = 512  # llama.cpp's physical batch; larger ones only cost memory on the boards we run on
 
 if llama_cpp.__version__ != LLAMA_CPP_PYTHON:
@@ -120,7 +121,6 @@ class Language:
         self.vocab = ll.llama_model_get_vocab(self.model)
         self.n_embd = ll.llama_model_n_embd(self.model)
         self.n_vocab = ll.llama_vocab_n_tokens(self.vocab)
-        self.n_ctx = config.context
         self.n_calls = self.n_rows = 0  # of llama_decode, and what it was given
 
         threads = config.threads or len(os.sched_getaffinity(0))
@@ -128,7 +128,8 @@ class Language:
         self._unit = UNIT if config.exact and not _on_gpu(config) else 1
         self.on_gpu = _on_gpu(config)
         self.rides = self._unit == 1  # a row of WORDS may come along in ACT's batch, over common cells
-        cells = -(-config.context // UNIT) * UNIT + UNIT  # of a sequence
+        cells = -(-config.context // CELLS) * CELLS  # of a sequence; llama.cpp would round up, and use less of them
+        self.n_ctx = min(config.context, cells - self._unit + 1)  # rows that only fill up have cells too
         params.n_ctx, params.n_batch = 2 * cells, cells
         params.n_ubatch = min(ROWS_PER_STEP, config.context)
         params.n_seq_max = 2

@@ -24,6 +24,7 @@ LEAST_TOKENS, LEAST_CONTEXT = 64, 640
 ROWS = 512  # llama.cpp's physical batch
 REPACKED = {"Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "Q2_K"}  # by one architecture's kernels or another's
 FLOAT32 = 4
+CELLS = 256  # llama.cpp makes caches of a multiple of this
 Q8_0_SHARE = 34 / 64  # of 16 bit
 
 
@@ -47,11 +48,12 @@ def needed(config: Config, manifest: bundle.Manifest, adapters_mib: float = 0.0)
     language = config.language
     repacked = sum(n for name, n in manifest.bytes_by_type.items() if name in REPACKED) / MIB
     on_cpu = 0.0 if language.gpu_layers > 0 else 1.0
+    cells = math.ceil(language.context / CELLS) * CELLS
     heads_mib = model.hidden / 64 * language.context * ROWS * FLOAT32 / MIB  # scores of one layer; 64: a narrow head
     return {
         "language model": size[bundle.LANGUAGE],
         "its file's pages": repacked * on_cpu if language.repack and language.mmap else 0.0,
-        "cache": 2 * language.context * model.kv_bytes_per_token / MIB * (1.0 if language.kv == "f16" else Q8_0_SHARE),
+        "cache": 2 * cells * model.kv_bytes_per_token / MIB * (1.0 if language.kv == "f16" else Q8_0_SHARE),
         "scores and logits": heads_mib + 16 * model.vocab * FLOAT32 / MIB,
         "vision encoder": _vision_mib(config, manifest),
         "adapters": adapters_mib,

@@ -8,6 +8,8 @@ supervisor starts another one.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import select
 import socket
@@ -44,6 +46,7 @@ KEEP_WARM_S = 1.0  # without frames: one decode step so often, which is also how
 WARM_UP_FRAME = (480, 640, 3)
 NEWEST = 0.3  # weight of the newest answer in the running estimate of what one takes
 
+_libc = ctypes.CDLL(None)
 _decode_facts = msgspec.msgpack.Decoder(dict[str, tuple[Fact, int]]).decode
 
 
@@ -211,6 +214,8 @@ def main() -> int:
         engine = Engine(config, model_bundle, actions.load(config.task.space), emit)
         emit(Progress("warm-up"))
         warmup_ms = warm_up(engine)
+        gc.collect()
+        _libc.malloc_trim(0)  # what loading took and left, 10 MB of a full vocabulary
     except (LanguageError, vision.VisionError, bundle.BundleError, memory.TooLittle, ValueError) as error:
         emit(CannotStart(reason=str(error), configured=False))
         return 1

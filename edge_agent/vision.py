@@ -18,7 +18,6 @@ import cv2
 import llama_cpp.llama_cpp as ll
 import llama_cpp.mtmd_cpp as mtmd
 import numpy as np
-import onnxruntime
 
 from edge_agent import bundle
 from edge_agent.config import VisionConfig
@@ -135,6 +134,8 @@ class OnnxEncoder:
     """vision.onnx through onnxruntime."""
 
     def __init__(self, path: Path, preprocessor: Preprocessor, threads: int) -> None:
+        import onnxruntime  # 20 MB that mtmd does without
+
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
         options.inter_op_num_threads = 1

@@ -289,7 +289,7 @@ def test_an_instruction_that_leaves_no_room_is_refused_and_the_one_before_stands
     with pytest.raises(engine_module.Refused) as caught:
         engine.instruct("Look at everything. " * 200)
     line = str(caught.value)
-    assert "language.context" in line and "1024" in line and "\n" not in line
+    assert "language.context" in line and f"found {engine.language.n_ctx}" in line and "\n" not in line
     assert engine.prefix == prefix and act(engine, image) == before
 
 

@@ -248,10 +248,12 @@ def test_control_tokens_have_no_letters_and_one_ends_a_sentence(language):
 
 def test_too_much_for_the_context_is_an_error_and_what_was_there_stays(language):
     language.decode_tokens(PREFIX, 0)
-    for n, start in ((CONTEXT + 1, 0), (CONTEXT, 1), (1, CONTEXT), (CONTEXT - START + 1, START), (0, 5)):
-        with pytest.raises(LanguageError, match=f"positions {start} to {start + n} do not fit a context of {CONTEXT}"):
+    most = language.n_ctx
+    assert most == CONTEXT - 15  # where rows come in sixteens, those that fill up must fit too
+    for n, start in ((most + 1, 0), (most, 1), (1, most), (most - START + 1, START), (0, 5)):
+        with pytest.raises(LanguageError, match=f"positions {start} to {start + n} do not fit a context of {most}"):
             language.decode_tokens([1000] * n, start)
-        with pytest.raises(LanguageError, match=f"context of {CONTEXT}"):
+        with pytest.raises(LanguageError, match=f"context of {most}"):
             language.decode_rows(np.zeros((n, 256), np.float32), start)
     after = act_on(language, some_rows(N_FRAME, seed=0))
     language.forget(ACT, 0)
@@ -260,8 +262,8 @@ def test_too_much_for_the_context_is_an_error_and_what_was_there_stays(language)
 
 
 def test_each_sequence_has_the_whole_context(language):
-    assert np.isfinite(language.decode_tokens(some_tokens(CONTEXT), 0)).all()
-    assert np.isfinite(language.decode_tokens(some_tokens(CONTEXT), 0, WORDS)).all()
+    assert np.isfinite(language.decode_tokens(some_tokens(language.n_ctx), 0)).all()
+    assert np.isfinite(language.decode_tokens(some_tokens(language.n_ctx), 0, WORDS)).all()
 
 
 @pytest.mark.parametrize("cut", [[40], [1] * 40, [17, 23], [3, 33, 4], [16, 16, 8], [39, 1]])
@@ -290,22 +292,23 @@ def test_the_same_rows_give_the_same_bits_however_they_are_cut(toy_bundle, cut):
 
 def test_rows_that_fill_up_are_forgotten(toy_bundle):
     with load(toy_bundle, exact=True) as language:
-        language.decode_tokens(some_tokens(CONTEXT - 3), 0)
-        language.decode_tokens(some_tokens(3), CONTEXT - 3)
+        most = language.n_ctx
+        language.decode_tokens(some_tokens(most - 3), 0)
+        language.decode_tokens(some_tokens(3), most - 3)
         with pytest.raises(LanguageError, match="do not fit"):
-            language.decode_tokens(some_tokens(1), CONTEXT)
+            language.decode_tokens(some_tokens(1), most)
         rows = np.zeros((48, language.n_embd), np.float32)
         rows[:20] = language.embed(some_tokens(20))
         language.forget(ACT, 0)
         before = rows[:20].copy()
-        in_place = language.decode_rows(rows[:20], 0).copy()
-        assert (rows[:20] == before).all() and (rows[32:] == 0).all()  # at most to the next sixteen
+        in_place = language.decode_rows(rows[:20], 0, spare=True).copy()
+        assert (rows[:20] == before).all() and (rows[20:32] == before[-1]).all() and (rows[32:] == 0).all()
         language.forget(ACT, 0)
         assert (language.decode_rows(before, 0) == in_place).all()
         many = np.concatenate([np.full((8, language.n_embd), 7, np.float32), rows])
         language.forget(ACT, 0)
-        assert (language.decode_rows(many[8:28], 0) == in_place).all()  # not the first of the larger array:
-        assert (many[:8] == 7).all() and (many[8:] == rows).all()  # nothing is written there
+        assert (language.decode_rows(many[8:28], 0) == in_place).all()  # without room to spare nothing is written
+        assert (many[:8] == 7).all() and (many[8:] == rows).all()
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------
