@@ -3,16 +3,20 @@
     .venv/bin/python benchmarks/bench.py --bundle BUNDLE [--frames DIR|VIDEO] [-n 60] [--plot where.png]
     … --compare                                       beside llama-cpp-python's own vision chat, in turn, frame by frame
     … --compare --llama-server PATH [--llama-bench PATH]      and beside llama.cpp's server
+    … --compare --with ours,plain,bins,server                 plain: ours without drafts; bins: ours in another codec
 
 A table, and one JSON line last. With --compare every contender is a process of its own, with the same GGUF files, the
-same frames and prompt, the same JSON schema, greedy; only one of them works at a time. Figures are medians; the share
-is a contender's time by ours. No network but the server's on 127.0.0.1.
+same frames and prompt, a grammar of the same compact answers, greedy; only one of them works at a time. (Their own
+grammars of a JSON schema let random weights ramble, in white space and digits.) --still: every frame is the first one,
+but for the grey of a corner, so that answers repeat and no server can take it for the same picture. Figures are
+medians; the share is a contender's time by ours. No network but the server's on 127.0.0.1.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import functools
 import http.client
 import json
 import os
@@ -20,10 +24,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import cv2
+import msgspec
 import numpy as np
 
 from edge_agent import actions, bench, bundle, health
@@ -48,7 +54,15 @@ CHAT_IMAGE = "part.image_url.url if part.image_url is mapping else part.image_ur
 class Ours:
     """The engine as the daemon runs it."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, name: str) -> None:
+        if name == "plain":
+            language = msgspec.structs.replace(config.language, draft=False)
+            config = msgspec.structs.replace(config, language=language)
+        if name == "bins":
+            space = msgspec.structs.replace(actions.load(config.task.space), codec="bins")
+            path = Path(tempfile.mkdtemp()) / "bins.yaml"
+            path.write_bytes(msgspec.yaml.encode(space))
+            config = msgspec.structs.replace(config, task=msgspec.structs.replace(config.task, space=str(path)))
         self.bench = bench.Bench(config, config.task.instruction)
 
     def answer(self, frame: np.ndarray) -> dict:
@@ -57,15 +71,34 @@ class Ours:
                 "calls": shot.calls, "text": shot.text}  # fmt: skip
 
 
-def messages(config: Config, frame: np.ndarray) -> tuple[list[dict], dict]:
-    """(chat messages, JSON schema): the same prompt and the same picture, as a PNG, for those who take a chat."""
+def gbnf(space: actions.Space) -> str:
+    """The space's answers in llama.cpp's notation: compact, with as many digits as the steps have."""
+    verbs = []
+    for name, verb in space.actions.items():
+        parts = [json.dumps(f'{{"action":"{name}"')]
+        for key, field in verb.fields.items():
+            parts.append(json.dumps(f',"{key}":'))
+            if field.one_of is not None:
+                parts.append("(" + " | ".join(json.dumps(f'"{word}"') for word in field.one_of) + ")")
+                continue
+            whole = len(str(int(max(abs(field.min), abs(field.max)))))
+            decimals = len(f"{field.step:g}".partition(".")[2])
+            parts.append(f'"-"? ("0" | [1-9] [0-9]{{0,{whole - 1}}})')
+            if decimals:
+                parts.append(f'("." [0-9]{{1,{decimals}}})?')
+        verbs.append(" ".join([*parts, '"}"']))
+    return f"root ::= {' | '.join(verbs)}"
+
+
+def messages(config: Config, frame: np.ndarray) -> tuple[list[dict], str]:
+    """(chat messages, grammar): the same prompt and the same picture, as a PNG, for those who take a chat."""
     space = actions.load(config.task.space)
     role = ROLE.format(space=actions.describe(space), instruction=config.task.instruction)
     image = Preprocessor(bundle.read_manifest(config.bundle).manifest.vision, config.vision.max_tokens).image(frame)
     png = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_PNG_COMPRESSION, 0])[1]
     url = "data:image/png;base64," + base64.b64encode(png.tobytes()).decode()
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": ACT_CLOSING}]
-    return [{"role": "system", "content": role}, {"role": "user", "content": content}], actions.schema(space)
+    return [{"role": "system", "content": role}, {"role": "user", "content": content}], gbnf(space)
 
 
 class Chat:
@@ -80,18 +113,19 @@ class Chat:
                 return TEMPLATE.replace("IMAGE", CHAT_IMAGE)
 
         self.config, folder = config, Path(config.bundle)
+        self.grammar = functools.partial(llama_cpp.LlamaGrammar.from_string, verbose=False)
         self.llama = llama_cpp.Llama(
             str(folder / bundle.LANGUAGE), chat_handler=Handler(str(folder / bundle.MMPROJ), verbose=False),
             n_ctx=2 * config.language.context, n_gpu_layers=config.language.gpu_layers, verbose=False,
         )  # fmt: skip
 
     def answer(self, frame: np.ndarray) -> dict:
-        chat, schema = messages(self.config, frame)
+        chat, grammar = messages(self.config, frame)
+        grammar = self.grammar(grammar)
         start = time.monotonic()
         made = self.llama.create_chat_completion(
-            chat, response_format={"type": "json_object", "schema": schema}, temperature=0.0, max_tokens=160,
-            repeat_penalty=1.0,
-        )  # fmt: skip
+            chat, grammar=grammar, temperature=0.0, max_tokens=160, repeat_penalty=1.0
+        )
         ms = (time.monotonic() - start) * 1000
         return {
             "ms": ms,
@@ -130,12 +164,10 @@ class Server:
         return json.loads(connection.getresponse().read())
 
     def answer(self, frame: np.ndarray) -> dict:
-        chat, schema = messages(self.config, frame)
+        chat, grammar = messages(self.config, frame)
+        body = {"messages": chat, "temperature": 0, "max_tokens": 160, "cache_prompt": True, "grammar": grammar}
         start = time.monotonic()
-        made = self._get("POST", "/v1/chat/completions", {
-            "messages": chat, "temperature": 0, "max_tokens": 160, "cache_prompt": True,
-            "response_format": {"type": "json_object", "schema": schema},
-        })  # fmt: skip
+        made = self._get("POST", "/v1/chat/completions", body)
         ms = (time.monotonic() - start) * 1000
         if "choices" not in made:
             sys.exit(f"llama-server: {made}")
@@ -144,9 +176,17 @@ class Server:
                 "tokens": timings.get("predicted_n"), "pid": self.process.pid}  # fmt: skip
 
 
+def still(frame: np.ndarray, i: int) -> np.ndarray:
+    """The frame with a corner of another grey: the same scene, but no server may take it for the same picture."""
+    frame = frame.copy()
+    frame[: frame.shape[0] // 16, : frame.shape[1] // 16] = 100 + i % 100
+    return frame
+
+
 def serve(name: str, config: Config, program: str, frames: list[np.ndarray]) -> None:
     """A contender: a frame's number a line on stdin, what it took as a JSON line on stdout."""
-    contender = {"ours": Ours, "chat": Chat}[name](config) if name != "server" else Server(config, program)
+    makers = {"chat": lambda: Chat(config), "server": lambda: Server(config, program)}
+    contender = makers.get(name, lambda: Ours(config, name))()
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what native code prints must not get among the lines
     for line in sys.stdin:
@@ -160,7 +200,9 @@ def serve(name: str, config: Config, program: str, frames: list[np.ndarray]) -> 
 
 
 def compare(options: argparse.Namespace) -> dict:
-    names = ["ours", "chat", *(["server"] if options.llama_server else [])]
+    names = (
+        options.with_.split(",") if options.with_ else ["ours", "chat", *(["server"] if options.llama_server else [])]
+    )
     command = [sys.executable, __file__, *(word for word in sys.argv[1:] if word != "--compare")]
     children = {
         name: subprocess.Popen([*command, "--serve", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -214,19 +256,20 @@ def main() -> int:
     parser.add_argument("--compare", action="store_true", help="beside llama-cpp-python's own vision chat")
     parser.add_argument("--llama-server", metavar="PATH", help="with --compare: beside it too")
     parser.add_argument("--llama-bench", metavar="PATH", help="with --compare: its plain decoding speed too")
+    parser.add_argument("--with", dest="with_", metavar="NAMES", help="with --compare: which contenders; ours first")
+    parser.add_argument("--still", action="store_true", help="with --compare: nearly the same frame every time")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
         frames = list(pictures(options.frames, options.n)) if options.frames else bench.made_up(16)
-        frames = [frames[i % len(frames)] for i in range(options.n)]
+        frames = [still(frames[0], i) if options.still else frames[i % len(frames)] for i in range(options.n)]
         serve(options.serve, bench_config(options), options.llama_server or "", frames)
         return 0
     if not options.compare:
         return run_alone(options)
     figures = compare(options)
-    for name in ("ours", "chat", "server"):
-        if name in figures:
-            print(f"{name:8} {json.dumps(figures[name])}", file=sys.stderr)
+    for name, value in figures.items():
+        print(f"{name:8} {json.dumps(value)}", file=sys.stderr)
     print(json.dumps(figures))
     return 0
 

@@ -21,7 +21,7 @@ import numpy as np
 from edge_agent import actions, bundle, health
 from edge_agent.config import Config
 from edge_agent.engine import Engine, Refused
-from edge_agent.language import LanguageError
+from edge_agent.language import ACT, LanguageError
 from edge_agent.messages import Piece
 from edge_agent.model import warm_up
 from edge_agent.pictures import PictureError, pictures
@@ -30,6 +30,7 @@ from edge_agent.vision import VisionError
 WORDS = 48  # tokens of a sentence, to see how fast words come
 QUESTION = "Describe what you see."
 PERCENTILES = (50, 95, 99)
+REPEATS = 9
 BARS = {"encode": (178, 96, 30), "prefill": (60, 160, 60), "decode": (40, 80, 220)}  # BGR
 Report = Callable[[int, int], None]  # (frames done, of)
 TROUBLE = (LanguageError, VisionError, PictureError, Refused)  # one line each
@@ -100,6 +101,22 @@ class Bench:
             engine.end("length")
         return n, ms
 
+    def repeat(self, frame: np.ndarray) -> tuple[float, float]:
+        """Milliseconds of a frame whose answer is that of the frame before, and of nothing but encoding it and one
+        llama_decode of as many rows: medians of REPEATS, in turn."""
+        engine, took, floor = self.engine, [], []
+        self.shoot(frame)
+        for _ in range(REPEATS):
+            shot = self.shoot(frame)
+            took.append(shot.ms)
+            image = engine.preprocessor.image(frame)
+            start_ns = time.monotonic_ns()
+            rows = engine.encoder.encode(image, next(engine.buffers)).base[: shot.rows]
+            engine.language.forget(ACT, len(engine.prefix))
+            engine.language.decode_rows(rows, len(engine.prefix), spare=True)
+            floor.append((time.monotonic_ns() - start_ns) / 1e6)
+        return float(np.median(took)), float(np.median(floor))
+
     def close(self) -> None:
         self.engine.close()
 
@@ -120,7 +137,9 @@ def run(config: Config, frames_from: Path | None, n: int, report: Report = lambd
                 steps, ms = bench.words()
                 word_steps, word_ms = word_steps + steps, word_ms + ms
             report(i + 1, n)
-        return _figures(bench, shots, word_steps, word_ms, joules, limits)
+        figures = _figures(bench, shots, word_steps, word_ms, joules, limits)
+        took_ms, floor_ms = bench.repeat(frames[0])
+        return figures | {"repeat_ms": round(took_ms, 2), "repeat_floor_ms": round(floor_ms, 2)}
     finally:
         bench.close()
 
@@ -239,6 +258,8 @@ def table(figures: dict) -> list[tuple[str, str]]:
         ("frame to action", spread(figures["frame_to_action_ms"])),
         ("frame to first word", spread(figures["frame_to_first_word_ms"])),
         *((f"  {name}", spread(values)) for name, values in figures["stages_ms"].items()),
+        ("the same answer again", f"{figures['repeat_ms']:g} ms; encoding and one decode of its rows "
+                                  f"{figures['repeat_floor_ms']:g} ms"),
         ("actions", f"{figures['actions_per_s']:g} a second"),
         ("words", f"{figures['words_tok_per_s'] or 0:g} tokens a second"),
         ("  of the bandwidth", f"{share('decode_share_of_bandwidth')} of a copy's, {figures['copy_gb_s']:g} GB/s"),

@@ -107,7 +107,7 @@ class Engine:
         most_state = actions.most_state_tokens(space, lambda text: len(self.language.tokens(text)))
         self.most_rows = config.vision.max_tokens + most_lines + len(self.closing_rows) + most_state
         size = (self.most_rows + MAX_ANSWER_TOKENS + UNIT, self.language.n_embd)
-        self._buffers = itertools.cycle([np.empty(size, np.float32), np.empty(size, np.float32)])
+        self.buffers = itertools.cycle([np.empty(size, np.float32), np.empty(size, np.float32)])
         self.answer: Steps = []  # to the frame before
         self.n_drafted = self.n_taken = 0  # tokens
         self.task, self.adapter = "", ""
@@ -151,7 +151,7 @@ class Engine:
         that is good until the call after the next. Raises NotFinite: 4-bit kernels take NaN for a number, and the
         logits would look fine."""
         start_ns = time.monotonic_ns()
-        rows = self.encoder.encode(image, next(self._buffers))
+        rows = self.encoder.encode(image, next(self.buffers))
         if not np.isfinite(rows.sum()):  # as if asked of each: one that is not makes the sum so
             raise NotFinite
         self.span("encode", "eyes", start_ns)
