@@ -41,6 +41,7 @@ class VisionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     backend: Literal["onnxruntime", "mtmd"] = "onnxruntime"
     max_tokens: Annotated[int, Meta(ge=8, le=1024)] = 256  # 28x28 pixels each; llama.cpp's encoder takes 8 to 1024
     threads: Annotated[int, Meta(ge=0)] = 0  # 0: as many as there are cores
+    tensorrt: bool = False  # onnxruntime builds an engine for the GPU: minutes the first time, kept in $STATE_DIRECTORY
     overlap: bool | None = None  # the next frame is encoded while one is answered; null: on a GPU, not on a CPU
 
 
@@ -219,6 +220,12 @@ def runtime_dir(configured: str = "") -> Path:
     if unit.is_dir() and os.access(unit, os.R_OK | os.X_OK):
         return unit
     return Path(os.environ.get("XDG_RUNTIME_DIR", "/tmp")) / f"edge-agent-{os.getuid()}"
+
+
+def state_dir() -> Path:
+    """Where what was made on this machine is kept between starts: the unit's folder, else below ~/.cache."""
+    given = os.environ.get("STATE_DIRECTORY")
+    return Path(given.split(":")[0]) if given else Path.home() / ".cache" / "edge-agent"
 
 
 def endpoint(folder: Path, stream: str) -> str:

@@ -21,6 +21,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+# ggml's threads wait for each other by libgomp, which by default keeps a core busy for milliseconds after the last is
+# done: on a small board that is the core which should publish the answer. Within a graph nobody waits that long.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
 import gguf
 import llama_cpp
 import llama_cpp.llama_cpp as ll

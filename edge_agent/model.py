@@ -182,9 +182,12 @@ class Loop:
 
 
 def warm_up(engine: Engine) -> float:
-    """A whole frame through everything, milliseconds: the first one allocates, and must not be the vehicle's."""
+    """A whole frame through everything, milliseconds: the first one allocates, and must not be the vehicle's. Of the
+    camera's size where that is configured: TensorRT makes an engine for each."""
     start = time.monotonic()
-    image = engine.preprocessor.image(np.full(WARM_UP_FRAME, 128, np.uint8))
+    camera = engine.config.camera
+    size = (camera.height or WARM_UP_FRAME[0], camera.width or WARM_UP_FRAME[1], 3)
+    image = engine.preprocessor.image(np.full(size, 128, np.uint8))
     quiet, engine.emit = engine.emit, lambda event: None
     try:
         engine.instruct("")

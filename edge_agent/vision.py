@@ -20,9 +20,10 @@ import llama_cpp.mtmd_cpp as mtmd
 import numpy as np
 
 from edge_agent import bundle
-from edge_agent.config import VisionConfig
+from edge_agent.config import VisionConfig, state_dir
 
 MIN_TOKENS = 8  # mtmd enlarges anything smaller by itself; so do we, so that both encoders see the same image
+TENSORRT = "TensorrtExecutionProvider"
 # Best first. onnxruntime falls back to the CPU without a word when a provider cannot start: `provider` says what runs.
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 
@@ -133,7 +134,8 @@ class Preprocessor:
 class OnnxEncoder:
     """vision.onnx through onnxruntime."""
 
-    def __init__(self, path: Path, preprocessor: Preprocessor, threads: int) -> None:
+    def __init__(self, path: Path, preprocessor: Preprocessor, threads: int, tensorrt: bool = False) -> None:
+        """tensorrt: ask for TensorRT's provider first. Raises VisionError when it is not there, or nothing loads."""
         import onnxruntime  # 20 MB that mtmd does without
 
         options = onnxruntime.SessionOptions()
@@ -142,20 +144,27 @@ class OnnxEncoder:
         options.log_severity_level = 3
         # Spinning workers would take the cores from the language model between two frames.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        usable = [name for name in PROVIDERS if name in onnxruntime.get_available_providers()]
+        there = onnxruntime.get_available_providers()
+        usable: list = [name for name in PROVIDERS if name in there]
+        if tensorrt and TENSORRT not in there:
+            raise VisionError(
+                f"vision.tensorrt: onnxruntime here has only {', '.join(there)}; install one with it, or set false"
+            )
+        if tensorrt:
+            usable.insert(0, (TENSORRT, _tensorrt_options()))
         try:
             self._session = onnxruntime.InferenceSession(path, options, providers=usable)
         except Exception as error:  # onnxruntime raises classes of its own, which share no public base
             raise VisionError(f"{path}: onnxruntime cannot load it: {str(error)[:300]}") from None
         self._preprocessor = preprocessor
         self._binding = self._session.io_binding()
-        self._n_embd = self._session.get_outputs()[0].shape[1]
+        self.n_embd = self._session.get_outputs()[0].shape[1]
         self.provider = f"onnxruntime {self._session.get_providers()[0]}"
 
     def encode(self, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """image: (H, W, 3) uint8 RGB on the grid -> (n_rows, hidden) float32: the beginning of `out`, or new."""
         unit = self._preprocessor.unit
-        rows = _rows(out, n_rows(image.shape[0] // unit, image.shape[1] // unit), self._n_embd)
+        rows = _rows(out, n_rows(image.shape[0] // unit, image.shape[1] // unit), self.n_embd)
         self._binding.bind_cpu_input("pixel_values", self._preprocessor.pixels(image))
         self._binding.bind_output("rows", "cpu", 0, np.float32, rows.shape, rows.ctypes.data)
         self._session.run_with_iobinding(self._binding)
@@ -163,6 +172,19 @@ class OnnxEncoder:
 
     def close(self) -> None:
         self._session = self._binding = None
+
+
+def _tensorrt_options() -> dict[str, object]:
+    """An engine is made for a size of frames when the first one comes, which is the warm-up's, and kept."""
+    cache = state_dir() / "tensorrt"
+    cache.mkdir(parents=True, exist_ok=True)
+    return {
+        "trt_fp16_enable": True,
+        "trt_engine_cache_enable": True,
+        "trt_engine_cache_path": str(cache),
+        "trt_timing_cache_enable": True,
+        "trt_timing_cache_path": str(cache),
+    }
 
 
 class MtmdEncoder:
@@ -246,4 +268,11 @@ def open_encoder(
     if config.backend == "mtmd":
         path = model_bundle.path(bundle.MMPROJ)
         return MtmdEncoder(path, model, break_row, preprocessor.unit, config.threads, gpu)
-    return OnnxEncoder(model_bundle.path(bundle.VISION), preprocessor, config.threads)
+    path = model_bundle.path(bundle.VISION)
+    encoder = OnnxEncoder(path, preprocessor, config.threads, config.tensorrt)
+    if encoder.n_embd != len(break_row):  # mtmd asks for itself
+        raise VisionError(
+            f"{path}: rows of {encoder.n_embd} numbers, but the language model takes {len(break_row)}; the two belong "
+            "to different models: build the bundle again"
+        )
+    return encoder

@@ -28,7 +28,7 @@ def test_what_is_written_is_what_is_loaded():
         "bundle: /bundles/3b\n"
         "trust: [/etc/ours.pub, theirs.pub]\n"
         "camera: {source: /dev/video2, name: nose, width: 1280, height: 720, fps: 29.97, realtime: false, loop: no}\n"
-        "vision: {backend: mtmd, max_tokens: 64, threads: 3, overlap: true}\n"
+        "vision: {backend: mtmd, max_tokens: 64, threads: 3, overlap: true, tensorrt: true}\n"
         "language: {context: 4096, threads: 2, gpu_layers: 0, describe: 'What?', max_words_tokens: 5, words: false,\n"
         "           repack: false, flash_attention: true, exact: false, draft: false, mmap: true, mlock: true,\n"
         "           kv: q8_0, max_thought_tokens: 99,\n"
@@ -51,7 +51,7 @@ def test_what_is_written_is_what_is_loaded():
             "realtime": False,
             "loop": False,
         },
-        "vision": {"backend": "mtmd", "max_tokens": 64, "threads": 3, "overlap": True},
+        "vision": {"backend": "mtmd", "max_tokens": 64, "threads": 3, "tensorrt": True, "overlap": True},
         "language": {
             "context": 4096,
             "threads": 2,
@@ -90,7 +90,7 @@ def test_defaults():
             "realtime": True,
             "loop": True,
         },
-        "vision": {"backend": "onnxruntime", "max_tokens": 256, "threads": 0, "overlap": None},
+        "vision": {"backend": "onnxruntime", "max_tokens": 256, "threads": 0, "tensorrt": False, "overlap": None},
         "language": {
             "context": 1024,
             "threads": 0,

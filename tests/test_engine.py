@@ -27,6 +27,7 @@ from edge_agent.actions import READY_SPACES, Asked
 from edge_agent.config import ConfigError, LanguageConfig, VisionConfig
 from edge_agent.decoding import NotFinite
 from edge_agent.language import ACT, Language
+from edge_agent.vision import VisionError
 
 pytestmark = pytest.mark.filterwarnings("ignore:llama_token_get_attr")  # llguidance, once per token
 ROOT = Path(__file__).parent.parent
@@ -278,6 +279,30 @@ def test_an_answer_without_an_end_is_cut(engine, events, monkeypatch):
     text, cut, _ = engine.act(picture(engine, 1), 1, time.monotonic_ns() + FAR_NS)
     assert (cut, text) == ("length", '{"action":"')
     assert (events[-1].last, events[-1].cut) == (True, "length")
+
+
+def test_frames_of_any_size_in_any_order_are_answered(engine, events):
+    sizes = [(1, 1), (4320, 7680), (1, 3000), (480, 640), (3000, 1), (27, 29), (480, 640)]
+    answers = []
+    for n, (height, width) in enumerate(sizes):
+        text, cut, _ = engine.act(picture(engine, 3, height, width), n, time.monotonic_ns() + FAR_NS)
+        assert cut == "" and isinstance(actions.read(text, engine.space), Asked)
+        answers.append(text)
+    assert answers[3] == answers[6], "what came before leaves no trace"
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "mtmd"])
+def test_eyes_of_another_width_are_refused_when_loading(toy_bundle, convert, tmp_path, backend):
+    other = toy.write_checkpoint(tmp_path / "checkpoint", hidden=512)
+    shutil.copytree(toy_bundle, tmp_path / "b")
+    for name in (bundle.VISION, bundle.MMPROJ):
+        shutil.copy(convert(other, "bf16") / name, tmp_path / "b" / name)
+    vision = VisionConfig(backend=backend, max_tokens=64, threads=1)
+    with pytest.raises(VisionError) as caught, engine_of(tmp_path / "b", "waypoint", vision=vision):
+        pass
+    assert "\n" not in str(caught.value)
+    if backend == "onnxruntime":
+        assert "512" in str(caught.value) and "256" in str(caught.value)
 
 
 # -- an instruction ---------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import rig
 
@@ -108,3 +109,37 @@ def test_memory_is_flat(toy_bundle, runtime, tmp_path_factory, capsys):
     with capsys.disabled():
         print("\n" + json.dumps({"promise": 21, "frames": end.frames, "actions": end.actions, "kib_per_hour": growth}))
     assert all(last[name] - first[name] < 4 for name in pids), (first, last)
+
+
+def test_from_camera_to_wire_all_but_the_model_takes_a_few_milliseconds(toy_bundle, runtime, capsys):
+    """640x480 frames, a model that is free when they come: receiving, slot, waking up, resizing, envelope, publication.
+    Not counted: encode, prefill and decode. Three tries: a shared machine takes the processor away now and then."""
+    for _ in range(3):
+        beside_ms = beside_the_model_ms(toy_bundle, runtime, n_frames=380)
+        p50, p99 = (round(float(np.percentile(beside_ms, p)), 2) for p in (50, 99))
+        with capsys.disabled():
+            print(json.dumps({"frames": 380, "camera_to_wire_beside_the_model_ms": {"p50": p50, "p99": p99}}))
+        if p99 <= 5.0:
+            break
+    assert p99 <= 5.0
+
+
+def beside_the_model_ms(toy_bundle: Path, runtime: Path, n_frames: int) -> list[float]:
+    trace = runtime / "trace.json"
+    config = {
+        "bundle": str(toy_bundle), "camera": {"source": f"zmq:ipc://{runtime}/frames"}, "trace": str(trace),
+        "vision": {"max_tokens": 144}, "language": {"gpu_layers": 0}, "task": {"deadline_ms": 5000},
+    }  # fmt: skip
+    pusher = rig.Pusher(f"ipc://{runtime}/frames", rate_hz=8.0, height=480, width=640)
+    with pusher, rig.daemon(runtime, config) as running:
+        with running.client() as client:
+            answers = [client.next_answer(5.0) for _ in range(n_frames + 20)][20:]
+        running.stop()
+    resize_ms, newest_ms = {}, 0.0  # by frame; a frame's waiting is told after its resizing
+    for span in json.loads(trace.read_text()):
+        if span["name"] == "resize":
+            newest_ms = span["dur"] / 1000
+        elif span["name"].endswith(" waits"):
+            resize_ms[int(span["name"].split()[1])] = newest_ms
+    stages = [(answer, answer.stages_ms) for answer in answers]
+    return [a.age_ms - s.encode - s.prefill - s.decode + resize_ms[a.frame_id] for a, s in stages]

@@ -6,6 +6,7 @@ import math
 import tracemalloc
 
 import numpy as np
+import onnxruntime
 import pytest
 import toy
 from hypothesis import example, given, settings
@@ -298,3 +299,22 @@ def test_few_tokens_stay_as_they_are():
         budget = vision.Budget(n)
         budget.note(n, 1e6, 1e6)
         assert budget.sizes == [n] and budget.choose(1.0) == n
+
+
+def test_tensorrt_is_refused_where_there_is_none_and_asked_first_where_there_is(toy_bundle, monkeypatch, tmp_path):
+    """No GPU here: what is passed to onnxruntime is looked at, not what it makes of it."""
+    path = toy_bundle / bundle.VISION
+    with pytest.raises(VisionError, match=r"vision\.tensorrt: onnxruntime here has only .*CPU"):
+        OnnxEncoder(path, Preprocessor(FACTS, 64), 1, tensorrt=True)
+    monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path))
+    seen, real = [], onnxruntime.InferenceSession
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [vision.TENSORRT, "CPUExecutionProvider"])
+    monkeypatch.setattr(
+        onnxruntime, "InferenceSession",
+        lambda path, options, providers: seen.append(providers) or real(path, options, providers=providers[1:]),
+    )  # fmt: skip
+    encoder = OnnxEncoder(path, Preprocessor(FACTS, 64), 1, tensorrt=True)
+    assert encoder.provider == "onnxruntime CPUExecutionProvider", "it says what runs, not what was asked for"
+    (name, options), cpu = seen[0]
+    assert (name, cpu) == (vision.TENSORRT, "CPUExecutionProvider")
+    assert options["trt_engine_cache_path"] == str(tmp_path / "tensorrt") and (tmp_path / "tensorrt").is_dir()

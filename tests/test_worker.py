@@ -18,8 +18,9 @@ ECHO = """
 from edge_agent import worker
 slot, events, first = worker.attach()
 events.send(b"first " + first)
-while True:
-    events.send(b"again " + events.recv(worker.MAX_EVENT_BYTES))
+while message := events.recv(worker.MAX_EVENT_BYTES):
+    events.send(b"again " + message)
+time.sleep(60)
 """
 
 
