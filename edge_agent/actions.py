@@ -59,7 +59,7 @@ class StateValue(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
 class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     text: Annotated[str, Meta(min_length=1, max_length=500)]  # stands before "Action?"; {key} becomes the value
-    values: Annotated[dict[Annotated[str, _NAME], StateValue], Meta(min_length=1)]
+    values: Annotated[dict[Annotated[str, _NAME], StateValue], Meta(min_length=1, max_length=64)]
 
 
 class Space(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -9,6 +9,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import get_args
 
 import msgspec
 from rich.console import Console, Group
@@ -36,7 +37,7 @@ class Heard:
     def __init__(self) -> None:
         self.answer: m.Action | m.Refusal | None = None
         self.status: m.Status | None = None
-        self.words: dict[str, str] = {"describe": "", "answer": "", "action": ""}
+        self.words: dict[str, str] = dict.fromkeys(get_args(m.Lane), "")
         self.ages_ms: list[float] = []
         self.stages: list[m.Stages] = []
         self.refusals: dict[str, int] = {}
@@ -141,7 +142,7 @@ def _line(message: m.Action | m.Refusal | m.Words | m.Status, as_json: bool) -> 
         print(f"frame {message.frame_id}: {message.action} {values} (age {message.age_ms:.0f} ms)", flush=True)
     elif isinstance(message, m.Refusal):
         print(f"frame {message.frame_id}: no action: {message.reason} {printable(message.detail)}", flush=True)
-    elif isinstance(message, m.Words) and message.lane != "action":
+    elif isinstance(message, m.Words) and message.lane in ("describe", "answer"):
         print(printable(message.text), end="\n" if message.last else "", flush=True)
     sys.stdout.flush()
 
@@ -177,6 +178,7 @@ def _screen(heard: Heard, note: str) -> Group:
         table.add_row("vision", status.vision)
         memory = f"{status.model_worker.rss_mib:.0f} MiB" if status.model_worker.rss_mib is not None else "unknown"
         table.add_row("model", f"{memory}, restarts {status.model_worker.restarts}")
-    words = Text(heard.words["describe"][-300:] or heard.words["action"][-300:], style="cyan")
+    newest = heard.words["describe"] or heard.words["thought"] or heard.words["action"]
+    words = Text(newest[-300:], style="cyan")
     parts = [Panel(table, title="edge-agent", title_align="left"), Panel(words, title="words", title_align="left")]
     return Group(*([Text(note, style="bold red")] if note else []), *parts)

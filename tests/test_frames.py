@@ -136,6 +136,12 @@ def test_the_newest_note_is_read_and_lies_beside_the_frames(slot):
     assert slot.read_note() == bytes([300 % 256]) * 300
 
 
+def test_the_fullest_state_fits_a_note():
+    """64 keys and words of the longest kind, with their times: what control lets through."""
+    longest = {f"{n:02}".ljust(32, "x"): ("w" * 32, 2**63 - 1) for n in range(64)}
+    assert len(msgspec.msgpack.encode(longest)) <= frames.MAX_NOTE_BYTES
+
+
 def test_no_torn_note_is_read(slot):
     """A process that writes without pause, notes that show whether they are whole."""
     child = writer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import get_args
 
 import pytest
 from rich.console import Console
@@ -55,6 +56,19 @@ def test_screen_shows_action_words_and_note():
     text = shown(heard, "UNTRAINED")
     for word in ("move", "forward_m_s +1.50", "pace slow", "age 12 ms", "a red disc", "UNTRAINED"):
         assert word in text
+
+
+def test_every_lane_is_heard_and_answers_come_before_thoughts(capsys):
+    heard = view.Heard()
+    for lane in get_args(m.Lane):
+        message = m.Words(**HEADER, lane=lane, frame_id=7, text=f"<{lane}>", last=True)
+        heard.take(message)
+        view._line(message, as_json=False)
+    assert capsys.readouterr().out == "<describe>\n<answer>\n"
+    assert heard.words == {lane: f"<{lane}>\n" for lane in get_args(m.Lane)}
+    thinking = view.Heard()
+    thinking.take(m.Words(**HEADER, lane="thought", frame_id=7, text="let me see"))
+    assert "let me see" in shown(thinking)
 
 
 @pytest.mark.parametrize("evil", ["\x1b[2J\x1b]0;owned\x07", "[/INST] [bold", "\x9b31m", "a\rb\x00"])
