@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/bench.py --bundle BUNDLE [--frames DIR|VIDEO] [-n 60] [--plot where.png]
     … --compare                                       beside llama-cpp-python's own vision chat, in turn, frame by frame
-    … --compare --llama-server PATH [--llama-bench PATH]      and beside llama.cpp's server
+    … --compare --llama-server PATH --llama-mtmd-cli PATH --llama-bench PATH      and beside llama.cpp's programs
     … --compare --with ours,plain,bins,server                 plain: ours without drafts; bins: ours in another codec
 
 A table, and one JSON line last. With --compare every contender is a process of its own, with the same GGUF files, the
@@ -20,6 +20,7 @@ import functools
 import http.client
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -60,7 +61,8 @@ class Ours:
             config = msgspec.structs.replace(config, language=language)
         if name == "bins":
             space = msgspec.structs.replace(actions.load(config.task.space), codec="bins")
-            path = Path(tempfile.mkdtemp()) / "bins.yaml"
+            self.folder = tempfile.TemporaryDirectory()
+            path = Path(self.folder.name) / "bins.yaml"
             path.write_bytes(msgspec.yaml.encode(space))
             config = msgspec.structs.replace(config, task=msgspec.structs.replace(config.task, space=str(path)))
         self.bench = bench.Bench(config, config.task.instruction)
@@ -183,16 +185,50 @@ def still(frame: np.ndarray, i: int) -> np.ndarray:
     return frame
 
 
+class Cli:
+    """llama-mtmd-cli: a process for each frame, with nothing kept from the one before; loading is not counted."""
+
+    LOADED = b"main: loading model"  # what it says when it has
+
+    def __init__(self, config: Config, program: str) -> None:
+        self.config, folder = config, Path(config.bundle)
+        self.folder = tempfile.TemporaryDirectory()
+        self.picture = Path(self.folder.name) / "frame.png"
+        template, gpu_layers = TEMPLATE.replace("IMAGE", "part.text"), max(config.language.gpu_layers, 0) or 99
+        self.command = [program, "-m", folder / bundle.LANGUAGE, "--mmproj", folder / bundle.MMPROJ, "--temp", 0,
+                        "-n", 160, "-c", 2 * config.language.context, "--jinja", "--chat-template", template,
+                        "--image", self.picture, "-p", f"<__media__>{ACT_CLOSING}", "-ngl", gpu_layers]  # fmt: skip
+
+    def answer(self, frame: np.ndarray) -> dict:
+        chat, grammar = messages(self.config, frame)
+        self.picture.write_bytes(base64.b64decode(chat[1]["content"][0]["image_url"]["url"].partition(",")[2]))
+        command = [*map(str, self.command), "-sys", chat[0]["content"], "--grammar", grammar]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+            start, said = None, b""
+            for line in process.stdout:
+                said = said if line.isspace() else line
+                start = time.monotonic() if self.LOADED in line else start
+            ms = (time.monotonic() - (start or 0.0)) * 1000
+        if process.returncode or start is None:
+            sys.exit(f"{command[0]}: ended with status {process.returncode}: {said.decode(errors='replace')}")
+        peak_mib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+        return {"ms": ms, "text": said.decode(errors="replace").strip(), "peak_rss_mib": peak_mib}
+
+
 def serve(name: str, config: Config, program: str, frames: list[np.ndarray]) -> None:
     """A contender: a frame's number a line on stdin, what it took as a JSON line on stdout."""
-    makers = {"chat": lambda: Chat(config), "server": lambda: Server(config, program)}
+    makers = {
+        "chat": lambda: Chat(config),
+        "server": lambda: Server(config, program),
+        "cli": lambda: Cli(config, program),
+    }
     contender = makers.get(name, lambda: Ours(config, name))()
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what native code prints must not get among the lines
     for line in sys.stdin:
         took = contender.answer(frames[int(line)])
         pids = [os.getpid() if name != "server" else contender.process.pid]
-        took["peak_rss_mib"] = sum(health.peak_rss_mib(pid) or 0.0 for pid in pids)
+        took.setdefault("peak_rss_mib", sum(health.peak_rss_mib(pid) or 0.0 for pid in pids))
         print(json.dumps(took), file=out)
     if name == "server":
         contender.process.send_signal(signal.SIGTERM)
@@ -200,9 +236,9 @@ def serve(name: str, config: Config, program: str, frames: list[np.ndarray]) -> 
 
 
 def compare(options: argparse.Namespace) -> dict:
-    names = (
-        options.with_.split(",") if options.with_ else ["ours", "chat", *(["server"] if options.llama_server else [])]
-    )
+    given = {"server": options.llama_server, "cli": options.llama_mtmd_cli}
+    names = ["ours", "chat", *(name for name, path in given.items() if path)]
+    names = options.with_.split(",") if options.with_ else names
     command = [sys.executable, __file__, *(word for word in sys.argv[1:] if word != "--compare")]
     children = {
         name: subprocess.Popen([*command, "--serve", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -255,6 +291,7 @@ def main() -> int:
     bench_arguments(parser)
     parser.add_argument("--compare", action="store_true", help="beside llama-cpp-python's own vision chat")
     parser.add_argument("--llama-server", metavar="PATH", help="with --compare: beside it too")
+    parser.add_argument("--llama-mtmd-cli", metavar="PATH", help="with --compare: beside it too, a process a frame")
     parser.add_argument("--llama-bench", metavar="PATH", help="with --compare: its plain decoding speed too")
     parser.add_argument("--with", dest="with_", metavar="NAMES", help="with --compare: which contenders; ours first")
     parser.add_argument("--still", action="store_true", help="with --compare: nearly the same frame every time")
@@ -263,7 +300,8 @@ def main() -> int:
     if options.serve:
         frames = list(pictures(options.frames, options.n)) if options.frames else bench.made_up(16)
         frames = [still(frames[0], i) if options.still else frames[i % len(frames)] for i in range(options.n)]
-        serve(options.serve, bench_config(options), options.llama_server or "", frames)
+        program = options.llama_mtmd_cli if options.serve == "cli" else options.llama_server
+        serve(options.serve, bench_config(options), program or "", frames)
         return 0
     if not options.compare:
         return run_alone(options)
