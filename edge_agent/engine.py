@@ -109,6 +109,7 @@ class Engine:
         size = (self.most_rows + MAX_ANSWER_TOKENS + UNIT, self.language.n_embd)
         self.buffers = itertools.cycle([np.empty(size, np.float32), np.empty(size, np.float32)])
         self.answer: Steps = []  # to the frame before
+        self.answers: dict[int, Steps] = {}  # the last that began with this token, which tells the verb
         self.n_drafted = self.n_taken = 0  # tokens
         self.task, self.adapter = "", ""
         self.prefix: list[int] = []
@@ -234,6 +235,8 @@ class Engine:
                 break
             position += len(flat(new[:-1]))  # these were in the draft
             known = known[len(new) - 1 :]
+            if len(answer) == 1 and self.config.language.draft:  # another verb than before: what was said with it
+                known = self.answers.get(answer[0][0], known)
             if draft := self.grammar.rest_of(known):
                 known = draft
             self.language.forget(ACT, position)
@@ -243,8 +246,8 @@ class Engine:
             text = self._say(bins.text(self.space, [*self.opening, *flat(answer)]))
         if self.config.language.words:
             self.emit(Piece(lane="action", frame_id=self.frame_id, text="", last=True, cut=cut))
-        if self.config.language.draft and not cut:
-            self.answer = answer
+        if self.config.language.draft and answer and not cut:
+            self.answer = self.answers[answer[0][0]] = answer
         return text, cut
 
     def _evaluate(

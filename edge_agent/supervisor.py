@@ -98,10 +98,12 @@ class Child:
 class Supervisor:
     """Owns the slot, the sockets and both children. run() returns the exit status."""
 
-    def __init__(self, config: Config, verified: bundle.Bundle, space: actions.Space, link: Link) -> None:
+    def __init__(
+        self, config: Config, verified: bundle.Bundle, space: actions.Space, link: Link, timeline: Trace
+    ) -> None:
         self.config, self.bundle, self.space, self.link = config, verified, space, link
         self.slot = Slot.create()
-        self.trace = Trace(config.trace)
+        self.trace = timeline
         self.epoch = random.SystemRandom().getrandbits(48)
         self.started_ns = time.monotonic_ns()
         self.task, self.adapter = config.task.instruction, config.language.adapter
@@ -578,6 +580,7 @@ def log(line: str) -> None:
 def run(config: Config) -> int:
     """Verify the bundle, bind the endpoints, serve. Raises ConfigError, BundleError, LinkError before READY."""
     space = actions.load(config.task.space)
+    timeline = Trace(config.trace)
     link = Link(runtime_dir(config.runtime_dir))
     try:
         notify("STATUS=verifying the bundle")
@@ -585,6 +588,6 @@ def run(config: Config) -> int:
         adapters.verify(config.language.adapters, verified, config.trust)
         model = verified.manifest.model
         log(f"bundle {verified.id}: {model.family} {model.size} {verified.manifest.recipe}")
-        return Supervisor(config, verified, space, link).run()
+        return Supervisor(config, verified, space, link, timeline).run()
     finally:
         link.close()

@@ -55,7 +55,7 @@ def test_help_teaches():
     assert done.returncode == 0
     for word in ("run", "check", "listen", "ask", "instruct", "status", "examples:"):
         assert word in done.stdout
-    for command in ("run", "check", "listen", "ask", "instruct", "status", "pause", "resume"):
+    for command in ("run", "check", "listen", "ask", "instruct", "status", "state", "pause", "resume"):
         assert run(command, "--help").returncode == 0
 
 
@@ -148,3 +148,31 @@ def test_against_a_daemon(toy_bundle, pictures, runtime):
         assert "paused" in run("status", *at).stdout
         assert run("resume", *at).returncode == 0
         assert "running" in run("status", *at).stdout
+
+
+def test_state_by_hand_and_a_timeline(toy_bundle, pictures, runtime):
+    space = write(
+        runtime / "climb.yaml",
+        "name: climb\nvalid_for_ms: 500\nactions: {up: {}, down: {}}\n"
+        "state: {text: '{altitude_m} {armed} {mode}. ', values: {altitude_m: {unit: m}, armed: {}, mode: {}}}\n",
+    )
+    config = write(
+        runtime / "config.yaml",
+        f"bundle: {toy_bundle}\ncamera: {{source: {pictures}}}\ntask: {{space: {space}}}\nruntime_dir: {runtime}\n"
+        "language: {gpu_layers: 0}\nvision: {max_tokens: 64}\n",
+    )
+    command = [sys.executable, "-m", "edge_agent.cli", "run", "--config", config, "--trace", runtime / "trace.json"]
+    daemon = subprocess.Popen(list(map(str, command)), env=os.environ | {"PYTHONPATH": str(rig.TESTS.parent)})
+    try:
+        rig.Daemon(daemon, runtime, runtime / "log").wait("running")
+        told = run("state", "--runtime-dir", runtime, "altitude_m=3.5", "armed=true", "mode=offboard")
+        assert (told.returncode, told.stdout, told.stderr) == (0, "", "")
+        one_line(
+            run("state", "--runtime-dir", runtime, "altitude=3.5"), 1, "values.altitude", "altitude_m, armed, mode"
+        )
+        one_line(run("state", "--runtime-dir", runtime, "altitude_m"), 2, "KEY=VALUE")
+    finally:
+        daemon.terminate()
+        assert daemon.wait(10) == 0
+    assert {"encode", "prefill"} <= {event["name"] for event in json.loads((runtime / "trace.json").read_text())}
+    one_line(run("run", "--config", config, "--trace", runtime / "none" / "t.json"), 78, "trace", "cannot be written")

@@ -501,7 +501,7 @@ def drafted(bundle_folder: Path, space: str, n_frames: int) -> int:
     with engine_of(bundle_folder, space, language=language) as (engine, _):
         for seed in range(n_frames):
             image = picture(engine, seed, 60 + seed % 90, 150 + seed % 70)
-            engine.answer = []
+            engine.answer, engine.answers = [], {}
             n_plain = -engine.language.n_calls
             expected = act(engine, image)
             n_plain += engine.language.n_calls
@@ -523,6 +523,21 @@ def drafted(bundle_folder: Path, space: str, n_frames: int) -> int:
                 engine.end("asked")
             others = [*others[-20:], answer]
     return runs
+
+
+def test_after_another_verb_the_last_answer_with_this_one_is_the_draft(toy_bundle, tmp_path):
+    """The verb costs one more llama_decode, what it was said with comes along."""
+    space = yaml.safe_load((READY_SPACES / "velocity_body.yaml").read_text())
+    space["actions"] = dict.fromkeys(("fly", "walk"), space["actions"]["move"])
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(space, sort_keys=False))
+    with engine_of(toy_bundle, str(tmp_path / "two.yaml")) as (engine, _):
+        text = act(engine, picture(engine, 1))
+        answer, n_calls = engine.answer, engine.language.n_calls
+        other = engine.language.tokens("walk" if "fly" in text else "fly")
+        assert len(answer) > 3 and other[0] != answer[0][0]
+        engine.answer = [other]
+        assert act(engine, picture(engine, 1)) == text and engine.language.n_calls == n_calls + 2
+        assert engine.answer == answer
 
 
 @pytest.mark.parametrize(("name", "verb"), [("velocity_body", "move"), ("waypoint", "waypoint"), ("velocity_body", "")])
