@@ -541,7 +541,7 @@ def test_the_newest_pushed_frame_wins(pushed):
     last = None
     while frame := one.frame_within(0.3):
         last = frame
-    assert last.frame_id == 29 and one.slot.latest_seq < 20  # what waited was passed over, a few at a time
+    assert last.frame_id == 29 and one.slot.latest_seq < 28  # of what waited some was passed over; how much is chance
 
 
 PNG = cv2.imencode(".png", np.zeros((12, 20, 3), np.uint8))[1].tobytes()
