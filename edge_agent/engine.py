@@ -89,7 +89,6 @@ class Engine:
             self.grammar.allow(from_schema(actions.schema(space)))
         emit(Progress("vision"))
         self.preprocessor = vision.Preprocessor(manifest.vision, config.vision.max_tokens)
-        self.on_gpu = self.language.on_gpu
         self.encoder = vision.open_encoder(
             model_bundle,
             config.vision,

@@ -129,7 +129,8 @@ class Language:
 
         threads = config.threads or len(os.sched_getaffinity(0))
         params = ll.llama_context_default_params()
-        self._unit = UNIT if config.exact and not _on_gpu(config) else 1
+        exact = config.exact and _flash(config) == ll.LLAMA_FLASH_ATTN_TYPE_DISABLED  # with it nothing can be
+        self._unit = UNIT if exact and not _on_gpu(config) else 1
         self.on_gpu = _on_gpu(config)
         self.rides = self._unit == 1  # a row of WORDS may come along in ACT's batch, over common cells
         cells = -(-config.context // CELLS) * CELLS  # of a sequence; llama.cpp would round up, and use less of them

@@ -56,7 +56,7 @@ class Loop:
     def __init__(self, engine: Engine, slot: Slot, events: socket.socket) -> None:
         self.engine, self.slot, self.events = engine, slot, events
         overlap = engine.config.vision.overlap
-        self.eyes = Eyes(engine, slot, engine.on_gpu if overlap is None else overlap)
+        self.eyes = Eyes(engine, slot, engine.language.on_gpu if overlap is None else overlap)
         self.task_id = -1
         self.paused = False
         self.questions: deque[Ask] = deque()
