@@ -7,6 +7,7 @@ source is wrong (systemd does not retry that one).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -329,10 +330,10 @@ def _state(arguments: argparse.Namespace) -> int:
         key, sign, value = pair.partition("=")
         if not sign:
             _fail(f"expected KEY=VALUE, found {pair!r}", 2)
-        try:
-            values[key] = json.loads(value)  # a number, true or false
-        except ValueError:
-            values[key] = value
+        values[key] = value
+        with contextlib.suppress(ValueError):
+            if isinstance(found := json.loads(value), bool | int | float):
+                values[key] = found
     with _client(arguments) as client:
         try:
             client.request("state", "", 5.0, values=values)

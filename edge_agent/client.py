@@ -130,10 +130,10 @@ class Client:
                 yield piece.text
         raise self._no_answer("ask", timeout_s)
 
-    def state(self, timeout_s: float = 5.0, **values: m.Fact) -> None:
+    def state(self, /, **values: m.Fact) -> None:
         """Tell the model what the vehicle knows of itself: keys of the action space's state. Call it at the rate the
         values change; the newest counts, and an old one is none. Raises Refused, TimeoutError."""
-        self.request("state", "", timeout_s, values=values)
+        self.request("state", "", 5.0, values=values)
 
     def pause(self, timeout_s: float = 5.0) -> None:
         self.request("pause", "", timeout_s)

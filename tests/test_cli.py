@@ -171,6 +171,7 @@ def test_state_by_hand_and_a_timeline(toy_bundle, pictures, runtime):
             run("state", "--runtime-dir", runtime, "altitude=3.5"), 1, "values.altitude", "altitude_m, armed, mode"
         )
         one_line(run("state", "--runtime-dir", runtime, "altitude_m"), 2, "KEY=VALUE")
+        one_line(run("state", "--runtime-dir", runtime, "mode=[1]"), 1, "values.mode", "'[1]'")
     finally:
         daemon.terminate()
         assert daemon.wait(10) == 0
