@@ -18,7 +18,7 @@ import llguidance.numpy
 import numpy as np
 
 Steps = list[list[int]]
-MAX_PLACES = 50_000  # that are remembered; then it begins anew
+MAX_PLACES = 5_000  # that are remembered, some 2 KB each at most; then it begins anew
 REACH = 6  # so many steps of the draft are looked at for a place to go on from
 COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
 

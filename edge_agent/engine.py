@@ -84,6 +84,9 @@ class Engine:
         self.grammar = Grammar(self.language.vocab)
         if space.codec == "bins":
             bins.check_vocabulary(self.language.written)
+            longest = 1 + space.horizon * max(len(verb.fields) for verb in space.actions.values())
+            if longest > MAX_ANSWER_TOKENS:
+                raise ConfigError(f"horizon: expected answers of at most {MAX_ANSWER_TOKENS} tokens, found {longest}")
             self.grammar.allow(from_lark(bins.grammar(space)))
         else:
             self.grammar.allow(from_schema(actions.schema(space)))

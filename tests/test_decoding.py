@@ -95,12 +95,12 @@ def test_what_is_remembered_is_what_llguidance_says(language, grammar, pieces, m
     fresh.allow(schema)
     for n, (logits, _) in enumerate(zip(random_logits(language, pieces, seed=9), range(150), strict=False)):
         drawn = [logits() for _ in range(MAX_TOKENS)]
-        monkeypatch.setattr(decoding, "MAX_PLACES", 20 if n % 2 else 50_000)
+        monkeypatch.setattr(decoding, "MAX_PLACES", 20 if n % 2 else 5_000)
         remembered = answer(grammar, iter(drawn).__next__)
         fresh._forget()
         assert remembered == answer(fresh, iter(drawn).__next__)
     grammar.start()
-    assert grammar._n_places <= 21 + MAX_TOKENS or decoding.MAX_PLACES == 50_000
+    assert grammar._n_places <= 21 + MAX_TOKENS or decoding.MAX_PLACES == 5_000
 
 
 @pytest.mark.parametrize("name", READY)

@@ -603,6 +603,15 @@ def test_bins_are_answered_by_the_same_machinery(toy_bundle, tmp_path, horizon):
         assert len(seen) > 1
 
 
+def test_a_horizon_whose_answers_could_never_end_is_refused(toy_bundle, monkeypatch, tmp_path):
+    monkeypatch.setattr(engine_module, "MAX_ANSWER_TOKENS", 16)
+    with (
+        pytest.raises(ConfigError, match="at most 16 tokens, found 17"),
+        engine_of(toy_bundle, with_horizon(tmp_path, 4)),
+    ):
+        pass
+
+
 def test_state_stands_behind_the_frame_and_changes_the_answer(toy_bundle, tmp_path):
     space = yaml.safe_load((READY_SPACES / "waypoint.yaml").read_text())
     space["state"] = {"text": "Altitude {altitude_m}. ", "values": {"altitude_m": {"unit": "m"}}}
