@@ -33,13 +33,17 @@ import cv2
 import msgspec
 import numpy as np
 
-from edge_agent import actions, bench, bundle, health
-from edge_agent.cli import bench_arguments, bench_config
-from edge_agent.cli import run_bench as run_alone
+from edge_agent.actions.prompt import describe_action_space
+from edge_agent.actions.space import ActionSpace, load_action_space
+from edge_agent.board import health
+from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, read_manifest
+from edge_agent.cli.main import bench_arguments, bench_config
+from edge_agent.cli.main import run_bench as run_alone
 from edge_agent.config import Config
-from edge_agent.engine import ACT_CLOSING, ROLE
-from edge_agent.pictures import pictures
-from edge_agent.vision import Preprocessor
+from edge_agent.model.engine import ACTION_QUESTION, SYSTEM_PROMPT
+from edge_agent.model.preprocess import Preprocessor
+from edge_agent.tools import bench
+from edge_agent.tools.stills import read_stills
 
 # What the releases' own template makes of one system text and one picture with a text. IMAGE: how a host spells a
 # picture's place.
@@ -60,7 +64,7 @@ class Ours:
             language = msgspec.structs.replace(config.language, draft=False)
             config = msgspec.structs.replace(config, language=language)
         if name == "bins":
-            space = msgspec.structs.replace(actions.load(config.task.space), codec="bins")
+            space = msgspec.structs.replace(load_action_space(config.task.space), codec="bins")
             self.folder = tempfile.TemporaryDirectory()
             path = Path(self.folder.name) / "bins.yaml"
             path.write_bytes(msgspec.yaml.encode(space))
@@ -73,7 +77,7 @@ class Ours:
                 "calls": shot.calls, "text": shot.text}  # fmt: skip
 
 
-def gbnf(space: actions.Space) -> str:
+def gbnf(space: ActionSpace) -> str:
     """The space's answers in llama.cpp's notation: compact, with as many digits as the steps have."""
     verbs = []
     for name, verb in space.actions.items():
@@ -94,12 +98,12 @@ def gbnf(space: actions.Space) -> str:
 
 def messages(config: Config, frame: np.ndarray) -> tuple[list[dict], str]:
     """(chat messages, grammar): the same prompt and the same picture, as a PNG, for those who take a chat."""
-    space = actions.load(config.task.space)
-    role = ROLE.format(space=actions.describe(space), instruction=config.task.instruction)
-    image = Preprocessor(bundle.read_manifest(config.bundle).manifest.vision, config.vision.max_tokens).image(frame)
+    space = load_action_space(config.task.space)
+    role = SYSTEM_PROMPT.format(space=describe_action_space(space), instruction=config.task.instruction)
+    image = Preprocessor(read_manifest(config.bundle).manifest.vision, config.vision.max_tokens).image(frame)
     png = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_PNG_COMPRESSION, 0])[1]
     url = "data:image/png;base64," + base64.b64encode(png.tobytes()).decode()
-    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": ACT_CLOSING}]
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": ACTION_QUESTION}]
     return [{"role": "system", "content": role}, {"role": "user", "content": content}], gbnf(space)
 
 
@@ -117,7 +121,7 @@ class Chat:
         self.config, folder = config, Path(config.bundle)
         self.grammar = functools.partial(llama_cpp.LlamaGrammar.from_string, verbose=False)
         self.llama = llama_cpp.Llama(
-            str(folder / bundle.LANGUAGE), chat_handler=Handler(str(folder / bundle.MMPROJ), verbose=False),
+            str(folder / LANGUAGE), chat_handler=Handler(str(folder / MMPROJ), verbose=False),
             n_ctx=2 * config.language.context, n_gpu_layers=config.language.gpu_layers, verbose=False,
         )  # fmt: skip
 
@@ -144,7 +148,7 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        command = [program, "-m", folder / bundle.LANGUAGE, "--mmproj", folder / bundle.MMPROJ, "--port", self.port,
+        command = [program, "-m", folder / LANGUAGE, "--mmproj", folder / MMPROJ, "--port", self.port,
                    "-c", 2 * config.language.context, "-np", 1, "-ngl", max(config.language.gpu_layers, 0) or 99,
                    "--chat-template", TEMPLATE.replace("IMAGE", "part.text"), "--no-webui"]  # fmt: skip
         self.process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -195,9 +199,9 @@ class Cli:
         self.folder = tempfile.TemporaryDirectory()
         self.picture = Path(self.folder.name) / "frame.png"
         template, gpu_layers = TEMPLATE.replace("IMAGE", "part.text"), max(config.language.gpu_layers, 0) or 99
-        self.command = [program, "-m", folder / bundle.LANGUAGE, "--mmproj", folder / bundle.MMPROJ, "--temp", 0,
+        self.command = [program, "-m", folder / LANGUAGE, "--mmproj", folder / MMPROJ, "--temp", 0,
                         "-n", 160, "-c", 2 * config.language.context, "--jinja", "--chat-template", template,
-                        "--image", self.picture, "-p", f"<__media__>{ACT_CLOSING}", "-ngl", gpu_layers]  # fmt: skip
+                        "--image", self.picture, "-p", f"<__media__>{ACTION_QUESTION}", "-ngl", gpu_layers]  # fmt: skip
 
     def answer(self, frame: np.ndarray) -> dict:
         chat, grammar = messages(self.config, frame)
@@ -279,7 +283,7 @@ def compare(options: argparse.Namespace) -> dict:
 
 
 def llama_bench(options: argparse.Namespace) -> float:
-    path = Path(bench_config(options).bundle) / bundle.LANGUAGE
+    path = Path(bench_config(options).bundle) / LANGUAGE
     done = subprocess.run(
         [options.llama_bench, "-m", path, "-p", "0", "-n", "48", "-o", "json"], capture_output=True, check=True
     )
@@ -298,7 +302,7 @@ def main() -> int:
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        frames = list(pictures(options.frames, options.n)) if options.frames else bench.made_up(16)
+        frames = list(read_stills(options.frames, options.n)) if options.frames else bench.synthetic_frames(16)
         frames = [still(frames[0], i) if options.still else frames[i % len(frames)] for i in range(options.n)]
         program = options.llama_mtmd_cli if options.serve == "cli" else options.llama_server
         serve(options.serve, bench_config(options), program or "", frames)

@@ -82,7 +82,7 @@ def make(work: Path, shape: str, dtype: str) -> Path:
     if not (folder / "complete").is_file():
         print(f"making {folder}: random weights, a few minutes", file=sys.stderr)
         sys.path.insert(0, str(ROOT / "tests"))
-        import toy
+        from tests.harness import toy
 
         shutil.rmtree(folder, ignore_errors=True)
         toy.write_checkpoint(folder, dtype=dtype, shards=4, tokenizer="both", **TEXT, **VISION, **SHAPES[shape])

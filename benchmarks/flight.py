@@ -36,8 +36,8 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from edge_agent import actions  # noqa: E402
-from edge_agent.messages import Action  # noqa: E402
+from edge_agent.actions.space import load_action_space  # noqa: E402
+from edge_agent.wire.messages import Action  # noqa: E402
 from models.pad_pilot import task  # noqa: E402
 from models.pad_pilot.fly import Eyes, a_mission, fly  # noqa: E402
 from models.pad_pilot.lessons import Grounds, Said, held_back_photographs, lesson  # noqa: E402
@@ -46,7 +46,7 @@ from models.pad_pilot.world import World  # noqa: E402
 SEED = 50_000_000  # training's seeds are small
 BIN = Path(sys.executable).parent
 RECIPES = ("BF16", "Q8_0", "Q4_K_M", "Q4_K_S", "IQ4_XS", "Q4_0")
-NAMES = {key: field.name or key for key, field in actions.load("velocity_body").actions["move"].fields.items()}
+NAMES = {key: field.name or key for key, field in load_action_space("velocity_body").actions["move"].fields.items()}
 SPEEDS = ("vx", "vy", "vz")  # yaw is always 0 here, and would flatter the mean
 SIZES = ((64, 64), (96, 300), (480, 640), (720, 1280), (1080, 1920))
 WITHIN_M_S = 0.05

@@ -23,14 +23,32 @@ import msgspec
 import numpy as np
 
 import edge_agent
-from edge_agent import bundle, trust
-from quantize import ggml, names, tokenizer, trial
-from quantize import recipe as recipes
-from quantize.checkpoint import Checkpoint
-from quantize.importance import Importance
-from quantize.language import TYPES, img_break, uniform, write_language, write_mmproj
-from quantize.vision import INT8, write_vision
-from quantize.work import BuildError, Work, fresh_folder, left_bytes
+from edge_agent.bundle import signing
+from edge_agent.bundle.files import hash_file, write_durably
+from edge_agent.bundle.manifest import (
+    FORMAT,
+    LANGUAGE,
+    MANIFEST,
+    MMPROJ,
+    REPORT,
+    VISION,
+    Bundle,
+    EmbeddingInfo,
+    Manifest,
+    ModelInfo,
+    VisionInfo,
+    write_manifest,
+)
+from quantize.build_folder import BuildError, BuildFolder, atomic_folder, resumable_bytes
+from quantize.formats import ggml_kernels
+from quantize.formats.gguf_files import TYPES, img_break, uniform, write_language, write_mmproj
+from quantize.formats.imatrix import Imatrix
+from quantize.formats.vision_onnx import INT8, write_vision
+from quantize.source.checkpoint import Checkpoint
+from quantize.source.tensor_names import TensorSpec
+from quantize.source.tokenizer import read_tokenizer
+from quantize.standard_recipes import bytes_by_type, file_type, kv_bytes_per_token, plan_recipe
+from quantize.validate import REFERENCE, ValidationRequest
 
 Report = Callable[[str, str, int, int], None]  # (stage, what, done, in all); of 0 in all: a remark
 
@@ -40,11 +58,11 @@ def convert(checkpoint: Checkpoint, out: Path, kind: str, force: bool, report: R
     rows = [*checkpoint.text_rows, *checkpoint.vision_rows, *checkpoint.vision_rows]  # vision is written twice
     _need_space(out, _elements(rows, checkpoint) * {"bf16": 2, "f16": 2, "f32": 4}[kind])
     types = uniform(checkpoint, checkpoint.text_rows, kind)
-    with fresh_folder(out, force, _key(checkpoint, types, None, Eyes(kind, kind))) as work:
-        _write_files(checkpoint, work, types, TYPES[kind][1], None, Eyes(kind, kind), report, "language")
+    with atomic_folder(out, force, _key(checkpoint, types, None, VisionFormat(kind, kind))) as work:
+        _write_files(checkpoint, work, types, TYPES[kind][1], None, VisionFormat(kind, kind), report, "language")
 
 
-class Eyes(NamedTuple):
+class VisionFormat(NamedTuple):
     """How the vision encoder is stored, twice: for onnxruntime and for llama.cpp."""
 
     vision: str = "bf16"  # bf16, f16, f32 or int8
@@ -70,68 +88,68 @@ def build(
     force: bool,
     report: Report,
     *,
-    importance: Importance | None = None,
+    importance: Imatrix | None = None,
     types: dict[str, gguf.GGMLQuantizationType] | None = None,
     facts: dict | None = None,
     key: Path | None = None,
-    eyes: Eyes | None = None,
-) -> bundle.Manifest:
+    eyes: VisionFormat | None = None,
+) -> Manifest:
     """The same with a quantised language model, tried and described: a bundle.
 
     types: a plan of one's own, by GGUF name; then `recipe` is only what it is called. facts: more for report.json.
     key: a private key to sign with. Raises BuildError, RecipeError, CheckpointError, TrustError.
     """
-    eyes = eyes or Eyes()
+    eyes = eyes or VisionFormat()
     if key is not None:
-        trust.sign(b"", key)  # a key that is none shows now
+        signing.sign(b"", key)  # a key that is none shows now
     if eyes.fixed is not None:
         _check_fixed(checkpoint, eyes.fixed)
     if types is None:
-        types = recipes.plan(checkpoint, recipe, importance)
+        types = plan_recipe(checkpoint, recipe, importance)
     vision_bytes = _elements(checkpoint.vision_rows, checkpoint) * eyes.bytes_per_weight
-    _need_space(out, sum(recipes.bytes_by_type(checkpoint, types).values()) + vision_bytes)
-    file_type = recipes.file_type(recipe, recipes.bytes_by_type(checkpoint, types))
-    with fresh_folder(out, force, _key(checkpoint, types, importance, eyes)) as work:
-        _write_files(checkpoint, work, types, file_type, importance, eyes, report, f"language {recipe}")
-        manifest = _describe(checkpoint, work.folder, recipe, importance, eyes, facts or {}, report)
-        bundle.write_manifest(work.folder, manifest)
+    _need_space(out, sum(bytes_by_type(checkpoint, types).values()) + vision_bytes)
+    mostly = file_type(recipe, bytes_by_type(checkpoint, types))
+    with atomic_folder(out, force, _key(checkpoint, types, importance, eyes)) as work:
+        _write_files(checkpoint, work, types, mostly, importance, eyes, report, f"language {recipe}")
+        manifest = _validate_and_hash(checkpoint, work.folder, recipe, importance, eyes, facts or {}, report)
+        write_manifest(work.folder, manifest)
         if key is not None:
-            signature = trust.sign((work / bundle.MANIFEST).read_bytes(), key)
-            bundle.write_durably(work / trust.SIGNATURE, signature)
+            signature = signing.sign((work / MANIFEST).read_bytes(), key)
+            write_durably(work / signing.SIGNATURE, signature)
         return manifest
 
 
 def _write_files(
     checkpoint: Checkpoint,
-    work: Work,
+    work: BuildFolder,
     types: dict[str, gguf.GGMLQuantizationType],
     file_type: int,
-    importance: Importance | None,
-    eyes: Eyes,
+    importance: Imatrix | None,
+    eyes: VisionFormat,
     report: Report,
     stage: str,
 ) -> None:
     """What an earlier run has not written yet."""
     if work.found:
         report(f"going on: an earlier run left {work.found}", "", 0, 0)
-    if not work.is_whole(bundle.LANGUAGE):
-        write_language(checkpoint, work / bundle.LANGUAGE, types, file_type, _stage(report, stage), importance, work)
-        work.finish(bundle.LANGUAGE)
+    if not work.is_whole(LANGUAGE):
+        write_language(checkpoint, work / LANGUAGE, types, file_type, _stage(report, stage), importance, work)
+        work.finish(LANGUAGE)
     if checkpoint.vision is None:
         return
-    if not work.is_whole(bundle.MMPROJ):
-        write_mmproj(checkpoint, work / bundle.MMPROJ, eyes.mmproj, _stage(report, "mmproj"))
-        work.finish(bundle.MMPROJ)
-    if not work.is_whole(bundle.VISION):
-        write_vision(checkpoint, work / bundle.VISION, eyes.vision, _stage(report, "vision"), eyes.fixed)
-        work.finish(bundle.VISION)
+    if not work.is_whole(MMPROJ):
+        write_mmproj(checkpoint, work / MMPROJ, eyes.mmproj, _stage(report, "mmproj"))
+        work.finish(MMPROJ)
+    if not work.is_whole(VISION):
+        write_vision(checkpoint, work / VISION, eyes.vision, _stage(report, "vision"), eyes.fixed)
+        work.finish(VISION)
 
 
 def _key(
     checkpoint: Checkpoint,
     types: dict[str, gguf.GGMLQuantizationType],
-    importance: Importance | None,
-    eyes: Eyes,
+    importance: Imatrix | None,
+    eyes: VisionFormat,
 ) -> str:
     """Of everything that the files depend on; of the checkpoint's files names, sizes and times."""
     files = {path for path in checkpoint.folder.iterdir() if path.suffix in (".json", ".jinja")} | {*checkpoint.files}
@@ -158,7 +176,7 @@ def _stage(report: Report, stage: str) -> Callable[[str, int, int], None]:
     return lambda what, done, total: report(stage, what, done, total)
 
 
-def _elements(rows: list[names.Row], checkpoint: Checkpoint) -> int:
+def _elements(rows: list[TensorSpec], checkpoint: Checkpoint) -> int:
     return sum(math.prod(checkpoint.shape(row)) for row in rows)
 
 
@@ -167,19 +185,19 @@ def _need_space(out: Path, n_bytes: int) -> None:
     if not folder.is_dir():
         raise BuildError(f"{folder}: no such folder; make it first")
     free = shutil.disk_usage(folder).free
-    needed = n_bytes + (32 << 20) - left_bytes(out)
+    needed = n_bytes + (32 << 20) - resumable_bytes(out)
     if free < needed:
         raise BuildError(f"{folder}: {needed / 1e9:.2f} GB needed while building, {free / 1e9:.2f} GB free; make room")
 
 
-def as_bundle(checkpoint: Checkpoint, work: Path) -> bundle.Bundle:
+def unverified_bundle(checkpoint: Checkpoint, work: Path) -> Bundle:
     """A folder of files as the runtime's parts want it: facts about the model, nothing checked or hashed."""
-    t, v, table = checkpoint.text, checkpoint.vision, ggml.tensor_table(work / bundle.LANGUAGE)
+    t, v, table = checkpoint.text, checkpoint.vision, ggml_kernels.tensor_table(work / LANGUAGE)
     by_type: Counter[str] = Counter()
     for tensor in table:
         by_type[tensor.ggml_type] += tensor.n_bytes
     embedding = next(tensor for tensor in table if tensor.name == "token_embd.weight")
-    model = bundle.Model(
+    model = ModelInfo(
         family=checkpoint.family,
         size=checkpoint.size,
         variant=checkpoint.variant(),
@@ -188,17 +206,17 @@ def as_bundle(checkpoint: Checkpoint, work: Path) -> bundle.Bundle:
         hidden=t.hidden,
         vocab=t.vocab,
         context=t.context,
-        kv_bytes_per_token=recipes.kv_bytes_per_token(checkpoint),
-        special=tokenizer.read(checkpoint.folder, t.vocab).special,
-        embedding=bundle.Embedding(
+        kv_bytes_per_token=kv_bytes_per_token(checkpoint),
+        special=read_tokenizer(checkpoint.folder, t.vocab).special,
+        embedding=EmbeddingInfo(
             offset=embedding.offset, ggml_type=embedding.ggml_type, row_bytes=embedding.n_bytes // t.vocab
         ),
     )
     seen = None
     if v is not None:
-        seen = bundle.Vision(patch=v.patch, merge=v.merge, image_size=v.image_size, mean=v.mean, std=v.std)
-    manifest = bundle.Manifest(
-        format=bundle.FORMAT,
+        seen = VisionInfo(patch=v.patch, merge=v.merge, image_size=v.image_size, mean=v.mean, std=v.std)
+    manifest = Manifest(
+        format=FORMAT,
         created_by=f"edge-quantize {edge_agent.__version__}, llama-cpp-python {llama_cpp.__version__}",
         files={},
         model=model,
@@ -209,48 +227,48 @@ def as_bundle(checkpoint: Checkpoint, work: Path) -> bundle.Bundle:
         source_sha256={},
         licence=_licence(checkpoint.folder),
     )
-    return bundle.Bundle(folder=work, manifest=manifest, id="")
+    return Bundle(folder=work, manifest=manifest, id="")
 
 
-def _describe(
+def _validate_and_hash(
     checkpoint: Checkpoint,
     work: Path,
     recipe: str,
-    importance: Importance | None,
-    eyes: Eyes,
+    importance: Imatrix | None,
+    eyes: VisionFormat,
     facts: dict,
     report: Report,
-) -> bundle.Manifest:
+) -> Manifest:
     """Try the files as the runtime will use them, then hash everything."""
-    manifest = as_bundle(checkpoint, work).manifest
+    manifest = unverified_bundle(checkpoint, work).manifest
     model, seen = manifest.model, manifest.vision
     if seen is not None:
         seen = msgspec.structs.replace(seen, fixed=eyes.fixed)
         if eyes.lossy:
-            write_vision(checkpoint, work / trial.REFERENCE, "bf16", _stage(report, "reference"), eyes.fixed)
+            write_vision(checkpoint, work / REFERENCE, "bf16", _stage(report, "reference"), eyes.fixed)
     report("try", "language and vision", 0, 1)
-    tried = _try(work, model, seen, eyes, img_break(checkpoint, model.special["img_break"]))
-    (work / trial.REFERENCE).unlink(missing_ok=True)
+    tried = _validate_in_subprocess(work, model, seen, eyes, img_break(checkpoint, model.special["img_break"]))
+    (work / REFERENCE).unlink(missing_ok=True)
     report("try", "language and vision", 1, 1)
     facts = {"recipe": recipe, "bytes_by_type": manifest.bytes_by_type, "tried": tried} | facts
     if seen is not None:
         facts["vision"] = {"vision.onnx": eyes.vision, "mmproj.gguf": eyes.mmproj}
     if importance is not None:
         facts["importance"] = {"chunks": importance.n_chunks, "datasets": importance.datasets}
-    bundle.write_durably(work / bundle.REPORT, msgspec.json.format(msgspec.json.encode(facts), indent=2) + b"\n")
-    names = [bundle.LANGUAGE, *([bundle.VISION, bundle.MMPROJ] if seen else []), bundle.REPORT]
-    files = {name: bundle.hash_file(work / name) for name in names}
+    write_durably(work / REPORT, msgspec.json.format(msgspec.json.encode(facts), indent=2) + b"\n")
+    names = [LANGUAGE, *([VISION, MMPROJ] if seen else []), REPORT]
+    files = {name: hash_file(work / name) for name in names}
     sources = _hash_sources(checkpoint, report)
     return msgspec.structs.replace(manifest, vision=seen, files=files, recipe=recipe, source_sha256=sources)
 
 
-def _try(
-    work: Path, model: bundle.Model, seen: bundle.Vision | None, eyes: Eyes, break_row: np.ndarray
+def _validate_in_subprocess(
+    work: Path, model: ModelInfo, seen: VisionInfo | None, eyes: VisionFormat, break_row: np.ndarray
 ) -> dict[str, float]:
     """Load and use the files in a process of its own: native code may abort on what a checkpoint holds."""
-    question = trial.Question(str(work), model, seen, eyes.vision, eyes.mmproj, break_row.tolist())
+    question = ValidationRequest(str(work), model, seen, eyes.vision, eyes.mmproj, break_row.tolist())
     done = subprocess.run(
-        [sys.executable, "-m", "quantize.trial"],
+        [sys.executable, "-m", "quantize.validate"],
         input=msgspec.json.encode(question),
         capture_output=True,
         env=os.environ | {"PYTHONSAFEPATH": "1"},  # no module of this name from the folder we happen to stand in
@@ -272,7 +290,7 @@ def _hash_sources(checkpoint: Checkpoint, report: Report) -> dict[str, str]:
             done += n
             report("hash source", path.name, done, total)
 
-        hashes[path.name] = bundle.hash_file(path, advance).sha256
+        hashes[path.name] = hash_file(path, advance).sha256
     return hashes
 
 

@@ -22,12 +22,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from quantize.checkpoint import ADAPTER, Checkpoint, CheckpointError, read, read_table
+from quantize.source.checkpoint import ADAPTER, Checkpoint, read_checkpoint
+from quantize.source.hf_config import CheckpointError, read_table
 
 if TYPE_CHECKING:  # they load native code
-    from quantize.calibrate import Sources
-    from quantize.fit import Plan
-    from quantize.importance import Importance
+    from quantize.formats.imatrix import Imatrix
+    from quantize.measure.bit_allocation import Allocation
+    from quantize.measure.collect_imatrix import CalibrationData
 
 EPILOG = """examples:
   edge-quantize inspect  Ministral-3-3B-Instruct-2512
@@ -48,12 +49,12 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, _interrupt)
-    sys.unraisablehook = _quiet
+    sys.unraisablehook = _swallow_interrupt
     arguments = _parser().parse_args()
     try:
         arguments.run(arguments)
     except KeyboardInterrupt:
-        _fail(f"interrupted; {_left(getattr(arguments, 'out', None))}", 130)
+        _fail(f"interrupted; {_resume_hint(getattr(arguments, 'out', None))}", 130)
     except CheckpointError as error:
         _fail(str(error))
     except BrokenPipeError:
@@ -83,7 +84,7 @@ _ONE_LINE = {
 }
 
 
-def _quiet(lost: sys.UnraisableHookArgs) -> None:
+def _swallow_interrupt(lost: sys.UnraisableHookArgs) -> None:
     if lost.exc_type is not KeyboardInterrupt:  # that one is raised again, see below
         sys.__unraisablehook__(lost)
 
@@ -98,10 +99,10 @@ def _interrupt(_signal: int, _frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _left(out: Path | None) -> str:
-    from quantize.work import left_bytes
+def _resume_hint(out: Path | None) -> str:
+    from quantize.build_folder import resumable_bytes
 
-    if out is not None and (left_bytes(out) or out.with_name(f".{out.name}.part.npz").exists()):
+    if out is not None and (resumable_bytes(out) or out.with_name(f".{out.name}.part.npz").exists()):
         return "the same command again goes on from here"
     return "nothing was left behind"
 
@@ -176,7 +177,10 @@ def _parser() -> argparse.ArgumentParser:
         "--mmproj", choices=("bf16", "f16", "f32", "q8_0"), default="bf16", help="how mmproj.gguf is stored (bf16)"
     )
     build.add_argument(
-        "--fixed", type=_sides, metavar="HxW", help="the only frame size vision.onnx takes, for TensorRT: 448x448"
+        "--fixed",
+        type=_height_x_width,
+        metavar="HxW",
+        help="the only frame size vision.onnx takes, for TensorRT: 448x448",
     )
     build.add_argument("--merge", type=Path, metavar="ADAPTER_DIR", help="a PEFT LoRA adapter, merged on the way")
     build.add_argument("--sign", type=Path, metavar="KEY", help="a private key, made by edge-agent keygen")
@@ -215,12 +219,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    checkpoint = read(arguments.checkpoint)
-    from quantize import recipe, tokenizer  # llama.cpp loads only once the checkpoint is known to be one
+    checkpoint = read_checkpoint(arguments.checkpoint)
+    from quantize.source.tokenizer import read_tokenizer
+    from quantize.standard_recipes import (  # llama.cpp loads only once the checkpoint is known to be one
+        BOARDS,
+        CONTEXT,
+        RECIPES,
+        memory_bytes,
+        weigh_recipes,
+    )
 
-    words = tokenizer.read(checkpoint.folder, checkpoint.text.vocab)
-    weights = {name: sum(recipe.weigh(checkpoint, name).values()) for name in recipe.RECIPES}
-    memory = recipe.memory_bytes(checkpoint, weights["Q4_K_M"])
+    words = read_tokenizer(checkpoint.folder, checkpoint.text.vocab)
+    weights = {name: sum(weigh_recipes(checkpoint, name).values()) for name in RECIPES}
+    memory = memory_bytes(checkpoint, weights["Q4_K_M"])
     vision_bytes = 2 * sum(math.prod(checkpoint.shape(row)) for row in checkpoint.vision_rows)
     facts = {
         "checkpoint": str(checkpoint.folder),
@@ -239,7 +250,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
         "language_bytes": weights,
         "vision_bytes": vision_bytes,
         "memory_bytes_q4_k_m": memory,
-        "fits": [board for board, gib in recipe.BOARDS.items() if memory <= gib * 2**30],
+        "fits": [board for board, gib in BOARDS.items() if memory <= gib * 2**30],
     }
     if arguments.json:
         print(json.dumps(facts))
@@ -265,44 +276,42 @@ def _inspect(arguments: argparse.Namespace) -> None:
         parts, total = (n_bytes / 1e9, vision_bytes / 1e9), (n_bytes + 2 * vision_bytes) / 1e9
         print(f"    {name:8} {parts[0]:7.3f} + {parts[1]:.3f} + {parts[1]:.3f} = {total:.3f}")
     fits = ", ".join(facts["fits"]) or "none of the known boards"
-    print(
-        f"  serving Q4_K_M with {recipe.CONTEXT} tokens of context: {memory / 2**30:.1f} GiB, estimated; fits: {fits}"
-    )
+    print(f"  serving Q4_K_M with {CONTEXT} tokens of context: {memory / 2**30:.1f} GiB, estimated; fits: {fits}")
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    checkpoint = read(arguments.checkpoint)
-    from quantize import build
+    checkpoint = read_checkpoint(arguments.checkpoint)
+    from quantize.build import convert
 
-    with _Shown() as report:
-        build.convert(checkpoint, arguments.out, arguments.type, arguments.force, report)
+    with _ProgressDisplay() as report:
+        convert(checkpoint, arguments.out, arguments.type, arguments.force, report)
     print(f"{arguments.out}: {checkpoint.family} {checkpoint.size} at {arguments.type}")
 
 
 def _imatrix(arguments: argparse.Namespace) -> None:
-    checkpoint = read(arguments.checkpoint)
-    from quantize import calibrate
+    checkpoint = read_checkpoint(arguments.checkpoint)
+    from quantize.measure.collect_imatrix import collect_imatrix
 
     sources = _sources(arguments)
-    with _Shown() as report:
-        found = calibrate.collect(checkpoint, arguments.out, sources, report)
+    with _ProgressDisplay() as report:
+        found = collect_imatrix(checkpoint, arguments.out, sources, report)
     print(f"{arguments.out}: {len(found.sums)} weights, {found.n_chunks} chunks of text, {found.datasets}")
 
 
-def _sources(arguments: argparse.Namespace) -> Sources:
+def _sources(arguments: argparse.Namespace) -> CalibrationData:
     """What imatrix and evaluate show a model."""
-    from quantize import calibrate
+    from quantize.measure.collect_imatrix import INSTRUCTIONS, TEXT, CalibrationData, read_text
 
     for key, least in (("chunks", 0), ("max_frames", 1)):
         if getattr(arguments, key) < least:
             _fail(f"--{key.replace('_', '-')}: expected {least} or more, found {getattr(arguments, key)}", 2)
-    lines = calibrate.INSTRUCTIONS
+    lines = INSTRUCTIONS
     if arguments.instructions is not None:
-        lines = tuple(filter(None, map(str.strip, calibrate.read_text(arguments.instructions).splitlines())))
+        lines = tuple(filter(None, map(str.strip, read_text(arguments.instructions).splitlines())))
         if not lines:
             _fail(f"{arguments.instructions}: no instructions; expected one a line")
-    return calibrate.Sources(
-        text=arguments.calibration or calibrate.TEXT,
+    return CalibrationData(
+        text=arguments.calibration or TEXT,
         frames=arguments.frames,
         instructions=lines,
         space=arguments.space,
@@ -312,15 +321,16 @@ def _sources(arguments: argparse.Namespace) -> Sources:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from edge_agent.pictures import pictures
-    from quantize import evaluate, page
+    from edge_agent.tools.stills import read_stills
+    from quantize.measure.evaluate import evaluate
+    from quantize.measure.html_report import html_report
 
     material = _sources(arguments)
-    with _Shown() as report:
-        found = evaluate.evaluate(arguments.bundles, arguments.reference, material, report)
+    with _ProgressDisplay() as report:
+        found = evaluate(arguments.bundles, arguments.reference, material, report)
     if arguments.html is not None:
-        frames = list(pictures(material.frames, material.max_frames)) if material.frames else []
-        arguments.html.write_text(page.page(found, frames), encoding="utf-8")
+        frames = list(read_stills(material.frames, material.max_frames)) if material.frames else []
+        arguments.html.write_text(html_report(found, frames), encoding="utf-8")
     if arguments.json:
         import msgspec
 
@@ -341,21 +351,21 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _lora(arguments: argparse.Namespace) -> None:
-    from quantize import lora
+    from quantize.source.lora import read_adapter, write_adapter
 
     base = arguments.base
     if base is None:
         base = Path(str(read_table(arguments.adapter / ADAPTER).get("base_model_name_or_path")))
         if not base.is_dir():
             _fail(f"--base: {arguments.adapter} says {str(base)!r}, which is no folder here; give the checkpoint's", 2)
-    checkpoint = read(base)
+    checkpoint = read_checkpoint(base)
     if arguments.out.is_dir() or (arguments.out.exists() and not arguments.force):
         _fail(f"{arguments.out}: exists; give another name, or --force to replace a file")
     if not arguments.out.absolute().parent.is_dir():
         _fail(f"{arguments.out.absolute().parent}: no such folder; make it first")
-    adapter = lora.read(arguments.adapter, checkpoint)
-    with _Shown() as report:
-        lora.write(adapter, checkpoint, arguments.out, lambda *done: report("adapter", *done), arguments.sign)
+    adapter = read_adapter(arguments.adapter, checkpoint)
+    with _ProgressDisplay() as report:
+        write_adapter(adapter, checkpoint, arguments.out, lambda *done: report("adapter", *done), arguments.sign)
     ranks = ", ".join(map(str, adapter.ranks))
     print(
         f"{arguments.out}: {len(adapter.added)} matrices of rank {ranks} for {checkpoint.family} {checkpoint.size}, "
@@ -364,28 +374,31 @@ def _lora(arguments: argparse.Namespace) -> None:
 
 
 def _build(arguments: argparse.Namespace) -> None:
-    checkpoint = read(arguments.checkpoint)
-    from quantize import build, importance, lora, recipe
+    checkpoint = read_checkpoint(arguments.checkpoint)
+    from quantize.build import VisionFormat, build
+    from quantize.formats.imatrix import check_imatrix, read_imatrix
+    from quantize.source.lora import merged, read_adapter
+    from quantize.standard_recipes import RECIPES
 
-    if arguments.recipe not in recipe.RECIPES:
-        _fail(f"--recipe: expected one of {', '.join(recipe.RECIPES)}, found {arguments.recipe!r}", 2)
+    if arguments.recipe not in RECIPES:
+        _fail(f"--recipe: expected one of {', '.join(RECIPES)}, found {arguments.recipe!r}", 2)
     weighed = None
     if arguments.imatrix is not None:
-        weighed = importance.read(arguments.imatrix)
-        importance.check(weighed, arguments.imatrix, checkpoint)
+        weighed = read_imatrix(arguments.imatrix)
+        check_imatrix(weighed, arguments.imatrix, checkpoint)
     name, types, facts = arguments.recipe, None, {}
     if arguments.merge is not None:
-        adapter = lora.read(arguments.merge, checkpoint)
-        checkpoint = lora.merged(checkpoint, adapter)
+        adapter = read_adapter(arguments.merge, checkpoint)
+        checkpoint = merged(checkpoint, adapter)
         facts["merged"] = {"adapter": arguments.merge.name, "matrices": len(adapter.added), "ranks": adapter.ranks}
-    with _Shown() as report:
+    with _ProgressDisplay() as report:
         if arguments.budget is not None or arguments.fit is not None:
             plan = _plan(arguments, checkpoint, weighed, report)
             name, types = f"fit {plan.n_bytes / 1e6:.1f} MB", plan.types
             facts["fit"] = {key: getattr(plan, key) for key in plan.__struct_fields__ if key != "types"}
-        manifest = build.build(
+        manifest = build(
             checkpoint, arguments.out, name, arguments.force, report, importance=weighed, types=types, facts=facts,
-            key=arguments.sign, eyes=build.Eyes(arguments.vision, arguments.mmproj, arguments.fixed),
+            key=arguments.sign, eyes=VisionFormat(arguments.vision, arguments.mmproj, arguments.fixed),
         )  # fmt: skip
     if types is not None and not arguments.json:
         _show_plan(plan)
@@ -401,27 +414,31 @@ def _build(arguments: argparse.Namespace) -> None:
         )
 
 
-def _plan(arguments: argparse.Namespace, checkpoint: Checkpoint, weighed: Importance | None, report: Callable) -> Plan:
-    from quantize import calibrate, fit, recipe
-    from quantize.work import check_target
+def _plan(
+    arguments: argparse.Namespace, checkpoint: Checkpoint, weighed: Imatrix | None, report: Callable
+) -> Allocation:
+    from quantize.build_folder import check_target
+    from quantize.measure import bit_allocation
+    from quantize.measure.collect_imatrix import TEXT, read_text
+    from quantize.standard_recipes import BOARDS, budget_bytes
 
     if weighed is None:
         _fail("--budget and --fit need --imatrix FILE; make one with edge-quantize imatrix", 2)
     budget = arguments.budget
     if arguments.fit is not None:
-        boards = {board.lower().replace(" ", "-"): board for board in recipe.BOARDS}
+        boards = {board.lower().replace(" ", "-"): board for board in BOARDS}
         if arguments.fit not in boards:
             _fail(f"--fit: expected one of {', '.join(boards)}, found {arguments.fit!r}", 2)
-        budget = recipe.budget_bytes(checkpoint, boards[arguments.fit])
+        budget = budget_bytes(checkpoint, boards[arguments.fit])
         if budget <= 0:
             _fail(f"--fit {arguments.fit}: vision, cache and buffers alone need more than this board has")
     check_target(arguments.out, arguments.force)
     path = arguments.sensitivity or arguments.out.with_name(arguments.out.name + ".sensitivity.json")
-    text = calibrate.read_text(arguments.calibration or calibrate.TEXT)
-    return fit.fitted(checkpoint, weighed, budget, text, arguments.chunks, path, report)
+    text = read_text(arguments.calibration or TEXT)
+    return bit_allocation.fitted(checkpoint, weighed, budget, text, arguments.chunks, path, report)
 
 
-def _show_plan(plan: Plan) -> None:
+def _show_plan(plan: Allocation) -> None:
     table = Table(box=None)
     for title in ("tensor", "type", "MB", "divergence", "next", "saved by an MB of it"):
         table.add_column(title, no_wrap=True)
@@ -435,7 +452,7 @@ def _show_plan(plan: Plan) -> None:
     print(line)
 
 
-def _sides(text: str) -> tuple[int, int]:
+def _height_x_width(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", text)
     if not found:
         raise argparse.ArgumentTypeError(f"expected height x width in pixels such as 448x448, found {text!r}")
@@ -450,7 +467,7 @@ def _size(text: str) -> int:
     return round(float(found[1]) * (1024 if "i" in unit else 1000) ** " kmg".index(unit[0] if len(unit) > 1 else " "))
 
 
-class _Shown:
+class _ProgressDisplay:
     """Progress: a bar on a terminal, a line per stage and ten seconds otherwise. On stderr, stdout is for results."""
 
     def __enter__(self):

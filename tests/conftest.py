@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import toy
+
+from tests.harness import toy
 
 TESTS = Path(__file__).resolve().parent
 
@@ -72,10 +73,11 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tup
 @pytest.fixture(scope="session")
 def switchable(plain: tuple[Path, dict], toy_bf16: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same as a GGUF adapter."""
-    from quantize import checkpoint, lora
+    from quantize.source.checkpoint import read_checkpoint
+    from quantize.source.lora import read_adapter, write_adapter
 
-    found, out = checkpoint.read(toy_bf16), tmp_path_factory.mktemp("switch") / "plain.gguf"
-    lora.write(lora.read(plain[0], found), found, out, lambda *_: None)
+    found, out = read_checkpoint(toy_bf16), tmp_path_factory.mktemp("switch") / "plain.gguf"
+    write_adapter(read_adapter(plain[0], found), found, out, lambda *_: None)
     return out
 
 
@@ -85,11 +87,12 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     made: dict[tuple[Path, str], Path] = {}
 
     def make(folder: Path, recipe: str) -> Path:
-        from quantize import build, checkpoint
+        from quantize.build import build
+        from quantize.source.checkpoint import read_checkpoint
 
         if (folder, recipe) not in made:
             out = tmp_path_factory.mktemp("bundles") / f"{folder.name}-{recipe}"
-            build.build(checkpoint.read(folder), out, recipe, False, silent)
+            build(read_checkpoint(folder), out, recipe, False, silent)
             made[folder, recipe] = out
         return made[folder, recipe]
 
@@ -102,11 +105,12 @@ def convert(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     made: dict[tuple[Path, str], Path] = {}
 
     def make(folder: Path, kind: str = "bf16") -> Path:
-        from quantize import build, checkpoint
+        from quantize.build import convert
+        from quantize.source.checkpoint import read_checkpoint
 
         if (folder, kind) not in made:
             out = tmp_path_factory.mktemp("converted") / f"{folder.name}-{kind}"
-            build.convert(checkpoint.read(folder), out, kind, False, silent)
+            convert(read_checkpoint(folder), out, kind, False, silent)
             made[folder, kind] = out
         return made[folder, kind]
 
@@ -127,15 +131,16 @@ class Case(NamedTuple):
         """language.gguf in the runtime's own hands; close it."""
         import gguf
 
-        from edge_agent import bundle, language
+        from edge_agent.bundle.manifest import LANGUAGE, EmbeddingInfo
         from edge_agent.config import LanguageConfig
+        from edge_agent.model.llama import LlamaContext
 
-        path = self.converted / bundle.LANGUAGE
+        path = self.converted / LANGUAGE
         table = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "token_embd.weight")
-        embedding = bundle.Embedding(
+        embedding = EmbeddingInfo(
             offset=table.data_offset, ggml_type=table.tensor_type.name, row_bytes=table.n_bytes // int(table.shape[1])
         )
-        return language.Language(path, LanguageConfig(context=512, threads=1, gpu_layers=0), embedding)
+        return LlamaContext(path, LanguageConfig(context=512, threads=1, gpu_layers=0), embedding)
 
 
 @pytest.fixture(scope="session")

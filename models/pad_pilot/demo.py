@@ -22,8 +22,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from edge_agent import view
-from edge_agent.client import Client, Refused
+from edge_agent.apps import terminal
+from edge_agent.client.client import Client, RequestRefused
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = Path(__file__).parent / "checkpoint"
@@ -71,7 +71,9 @@ def main() -> int:
     return summary(console, heard, asked, world.returncode, status)
 
 
-def watch(runtime: str, daemon: subprocess.Popen, world: subprocess.Popen) -> tuple[view.Heard, list[tuple[str, str]]]:
+def watch(
+    runtime: str, daemon: subprocess.Popen, world: subprocess.Popen
+) -> tuple[terminal.WireLog, list[tuple[str, str]]]:
     """Watch as any controller may; now and then ask what is to be seen."""
     asked: list[tuple[str, str]] = []
     with Client(runtime) as client:
@@ -82,7 +84,7 @@ def watch(runtime: str, daemon: subprocess.Popen, world: subprocess.Popen) -> tu
         landed = threading.Event()
         asking = threading.Thread(target=ask, args=(runtime, landed, asked))
         asking.start()
-        heard = view.watch(client, None, ended=lambda: world.poll() is not None or daemon.poll() is not None)
+        heard = terminal.show(client, None, ended=lambda: world.poll() is not None or daemon.poll() is not None)
         landed.set()
         asking.join()
     return heard, asked
@@ -94,11 +96,13 @@ def ask(runtime: str, landed: threading.Event, asked: list[tuple[str, str]]) -> 
             question = QUESTIONS[len(asked) % len(QUESTIONS)]
             try:
                 asked.append((question, client.ask(question, 5.0)))
-            except (Refused, TimeoutError) as error:
+            except (RequestRefused, TimeoutError) as error:
                 asked.append((question, f"no answer: {error}"))
 
 
-def summary(console: Console, heard: view.Heard, asked: list[tuple[str, str]], world_status: int, status: int) -> int:
+def summary(
+    console: Console, heard: terminal.WireLog, asked: list[tuple[str, str]], world_status: int, status: int
+) -> int:
     record = OUT / "flight" / "flight.json"
     if world_status not in (0, 1) or not record.is_file():
         console.print((OUT / "world.log").read_text(), style="red", markup=False)
@@ -114,7 +118,7 @@ def summary(console: Console, heard: view.Heard, asked: list[tuple[str, str]], w
     words.add_column("question")
     words.add_column("answer")
     for question, answer in asked:
-        words.add_row(question, view.printable(answer))
+        words.add_row(question, terminal.printable(answer))
     console.print(words)
     figures = Table(title="What the controller heard", title_justify="left")
     figures.add_column("figure")

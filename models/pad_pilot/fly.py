@@ -27,9 +27,9 @@ import cv2
 import numpy as np
 import zmq
 
-from edge_agent.client import Client
-from edge_agent.frames import pack_frame
-from edge_agent.messages import Action, Refusal
+from edge_agent.client.client import Client
+from edge_agent.wire.messages import Action, Refusal
+from edge_agent.wire.pushed_frame import pack_pushed_frame
 from models.pad_pilot import task
 from models.pad_pilot.lessons import Grounds, training_photographs
 from models.pad_pilot.scene import Pad, Pose, homography, render
@@ -95,7 +95,7 @@ class Eyes:
         """picture: (H, W, 3) uint8 RGB. Returns the frame's id."""
         self.frame_id += 1
         height, width = picture.shape[:2]
-        message = pack_frame(
+        message = pack_pushed_frame(
             self.frame_id, time.monotonic_ns(), width, height, "rgb8", np.ascontiguousarray(picture).data
         )
         with contextlib.suppress(zmq.Again):  # nobody there yet: the next one

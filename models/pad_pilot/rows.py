@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from edge_agent import actions
-from edge_agent.engine import ACT_CLOSING, ROLE
+from edge_agent.actions.prompt import describe_action_space
+from edge_agent.actions.space import load_action_space
+from edge_agent.model.engine import ACTION_QUESTION, SYSTEM_PROMPT
 from models.pad_pilot import task
 from models.pad_pilot.lessons import Lesson
 from models.pad_pilot.scene import COLOURS, SHAPES, Sight
@@ -50,13 +51,13 @@ class Rows:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.space = actions.describe(actions.load("velocity_body"))
+        self.space = describe_action_space(load_action_space("velocity_body"))
         a, b = (self.prompt(text) for text in ("Go to the red disc.", "착륙하세요"))
         same = next(i for i, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1])
         self.prefix = a[:same]
 
     def prompt(self, instruction: str) -> list[int]:
-        return [BOS, SYSTEM, *self.tokenizer.encode(ROLE.format(space=self.space, instruction=instruction))]
+        return [BOS, SYSTEM, *self.tokenizer.encode(SYSTEM_PROMPT.format(space=self.space, instruction=instruction))]
 
     def lay(self, lessons: list[Lesson], grid: tuple[int, int]) -> dict[str, np.ndarray]:
         """Arrays by name, one row per order, (n, ROW_TOKENS) int64: tokens; targets (-1: none); branch (0: shared,
@@ -75,7 +76,7 @@ class Rows:
                 head = [*prompt[len(self.prefix) :], SYSTEM_END, INST, *image, IMG_END]
                 order = said.order
                 about = order[1:] if order.kind in ("goto", "land") else None
-                asked = [task.Asked(ACT_CLOSING, task.spell(said.action), about), *said.questions]
+                asked = [task.Asked(ACTION_QUESTION, task.spell(said.action), about), *said.questions]
                 cell = {(s.pad.colour, s.pad.shape): cell_of(s, one.picture, grid) for s in one.sights}
                 row = self._row(head, asked, cell)
                 if row is not None:

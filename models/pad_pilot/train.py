@@ -35,8 +35,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 
-from edge_agent.bundle import Vision
-from edge_agent.vision import Preprocessor
+from edge_agent.bundle.manifest import VisionInfo
+from edge_agent.model.preprocess import Preprocessor
 from models.pad_pilot.lessons import Grounds, lesson, training_photographs
 from models.pad_pilot.network import MEAN, SIZES, STD, norm, read, see
 from models.pad_pilot.rows import NOWHERE, Rows, Tokenizer, cells
@@ -73,7 +73,7 @@ class Batches:
     def __init__(self, rows: Rows, seed: int, device: torch.device) -> None:
         self.rows, self.seed, self.device = rows, seed, device
         self.grounds = Grounds(training_photographs(), seed)
-        looks = Vision(patch=14, merge=2, image_size=1540, mean=tuple(MEAN.tolist()), std=tuple(STD.tolist()))
+        looks = VisionInfo(patch=14, merge=2, image_size=1540, mean=tuple(MEAN.tolist()), std=tuple(STD.tolist()))
         self.preprocessor = Preprocessor(looks, MOST_CELLS)
 
     def make(self, step: int, n_pictures: int, n_orders: int, size: int | None = None, edges: bool = False) -> Tensors:

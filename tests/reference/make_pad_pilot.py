@@ -23,8 +23,9 @@ from transformers import Mistral3ForConditionalGeneration, PreTrainedTokenizerFa
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from edge_agent import actions  # noqa: E402
-from edge_agent.engine import ACT_CLOSING, ROLE  # noqa: E402
+from edge_agent.actions.prompt import describe_action_space  # noqa: E402
+from edge_agent.actions.space import load_action_space  # noqa: E402
+from edge_agent.model.engine import ACTION_QUESTION, SYSTEM_PROMPT  # noqa: E402
 from models.pad_pilot.lessons import Grounds, held_back_photographs, lesson  # noqa: E402
 
 CHECKPOINT = ROOT / "models" / "pad_pilot" / "checkpoint"
@@ -36,14 +37,21 @@ STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 def answer(model, tokenizer, picture: np.ndarray, instruction: str, question: str) -> tuple[str, float]:
     """The model's greedy answer, and the smallest lead of a chosen token over the next best."""
-    space = actions.describe(actions.load("velocity_body"))
+    space = describe_action_space(load_action_space("velocity_body"))
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
 
     lines, columns = (side // 28 for side in picture.shape[:2])
     image = ([IMG] * columns + [IMG_BREAK]) * (lines - 1) + [IMG] * columns + [IMG_END]
-    prompt = [BOS, SYSTEM, *encode(ROLE.format(space=space, instruction=instruction)), SYSTEM_END, INST, *image]
+    prompt = [
+        BOS,
+        SYSTEM,
+        *encode(SYSTEM_PROMPT.format(space=space, instruction=instruction)),
+        SYSTEM_END,
+        INST,
+        *image,
+    ]
     prompt += [*encode(question), INST_END]
     pixels = torch.from_numpy(((picture.astype(np.float32) / 255 - MEAN) / STD).transpose(2, 0, 1)[None].copy())
     sizes = torch.tensor([picture.shape[:2]])
@@ -76,7 +84,7 @@ def main() -> None:
             continue
         said = one.said[0]
         question = said.questions[0][0]
-        action, lead = answer(model, tokenizer, one.picture, said.instruction, ACT_CLOSING)
+        action, lead = answer(model, tokenizer, one.picture, said.instruction, ACTION_QUESTION)
         words, words_lead = answer(model, tokenizer, one.picture, said.instruction, question)
         for key, value in zip(
             kept, (one.picture, said.instruction, question, action, words, (lead, words_lead)), strict=True

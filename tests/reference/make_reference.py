@@ -31,7 +31,7 @@ from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from transformers import Mistral3ForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import toy
+from tests.harness import toy
 
 HERE = Path(__file__).resolve().parent
 

@@ -1,0 +1,72 @@
+"""Plain files: opening without following links, hashing, and writing that survives a power cut."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from edge_agent.bundle.manifest import Count
+from edge_agent.errors import BundleError
+
+BLOCK_BYTES = 4 << 20
+
+
+class BundleFile(msgspec.Struct, frozen=True, kw_only=True):
+    bytes: Count
+    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+
+
+def open_plain(path: Path) -> int:
+    """A regular file, not through a link and with no second name, so that what is hashed is what is loaded."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be opened as a plain file: {error.strerror}") from None
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(descriptor)
+        raise BundleError(f"{path}: expected a plain file with one name; found a special or hard-linked file")
+    return descriptor
+
+
+def hash_file(path: Path, report: Callable[[int], None] = lambda n: None) -> BundleFile:
+    """Size and sha256 of a file. report(bytes just read)."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+            size += len(block)
+            report(len(block))
+    return BundleFile(bytes=size, sha256=digest.hexdigest())
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Replace a file so that a power cut leaves the old or the new one, never a torn one."""
+    temporary = path.with_name(path.name + ".new")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

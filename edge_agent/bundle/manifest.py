@@ -1,0 +1,134 @@
+"""The model folder: `bundle.json` and the files it names. Verified before any native parser sees a byte.
+
+The reader owns the format; quantize writes it through `write_manifest`. A bundle is complete when bundle.json is there:
+it is written last. Nothing here parses GGUF or ONNX.
+
+    bundle/  language.gguf  vision.onnx  mmproj.gguf  report.json  bundle.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from edge_agent.bundle import signing
+from edge_agent.bundle.files import BundleFile, open_plain, write_durably
+from edge_agent.errors import BundleError
+
+FORMAT = 1
+MANIFEST = "bundle.json"
+MAX_MANIFEST_BYTES = 1 << 20
+LANGUAGE_ARCHITECTURES = ("mistral3", "llama")
+LANGUAGE, VISION, MMPROJ, REPORT = "language.gguf", "vision.onnx", "mmproj.gguf", "report.json"
+
+Count = Annotated[int, Meta(ge=0)]
+Positive = Annotated[int, Meta(ge=1)]
+
+
+class EmbeddingInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """Where language.gguf holds token_embd.weight: the runtime looks rows up itself to mix text and image rows."""
+
+    offset: Count
+    ggml_type: str  # gguf.GGMLQuantizationType name
+    row_bytes: Positive
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    family: str
+    size: str
+    variant: str
+    parameters: Positive
+    layers: Positive
+    hidden: Positive
+    vocab: Positive
+    context: Positive
+    kv_bytes_per_token: Positive  # keys and values at 16 bit
+    special: dict[str, int]  # bos, eos, inst, inst_end, system, system_end, img, img_break, img_end, …
+    embedding: EmbeddingInfo
+
+
+class VisionInfo(msgspec.Struct, frozen=True, kw_only=True):
+    patch: Positive
+    merge: Positive
+    image_size: Positive  # longest edge, pixels
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    fixed: tuple[Positive, Positive] | None = None  # height and width, pixels: the only size that vision.onnx takes
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """Unknown keys are accepted: a newer writer may say more. A newer `format` is not."""
+
+    format: int
+    created_by: str
+    files: dict[str, BundleFile]
+    model: ModelInfo
+    vision: VisionInfo | None  # None: a text-only model
+    recipe: str
+    bytes_by_type: dict[str, int]
+    source_dtype: str
+    source_sha256: dict[str, str]
+    licence: str
+
+
+class Bundle(msgspec.Struct, frozen=True, kw_only=True):
+    """A verified bundle. `id` is what the wire calls bundle_id."""
+
+    folder: Path
+    manifest: Manifest
+    id: str
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    @property
+    def file_bytes(self) -> int:
+        return sum(file.bytes for file in self.manifest.files.values())
+
+
+def read_manifest(folder: str | Path) -> Bundle:
+    """Read bundle.json and check what can be checked without reading the files. Raises BundleError."""
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise BundleError(f"{folder}: no such folder; expected a bundle made by edge-quantize build")
+    try:
+        descriptor = open_plain(path)
+    except FileNotFoundError:
+        raise BundleError(
+            f"{path}: missing; an unfinished or foreign folder; make one with edge-quantize build"
+        ) from None
+    with os.fdopen(descriptor, "rb") as file:
+        raw = file.read(MAX_MANIFEST_BYTES + 1)
+    if len(raw) > MAX_MANIFEST_BYTES:
+        raise BundleError(f"{path}: over {MAX_MANIFEST_BYTES} bytes; not a manifest")
+    try:
+        version = msgspec.json.decode(raw, type=_Version).format
+        if version != FORMAT:
+            raise BundleError(f"{path}: format: expected {FORMAT}, found {version}; use the edge-agent it was made for")
+        manifest = msgspec.json.decode(raw, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BundleError(f"{path}: damaged: {error}; build or copy the bundle again") from None
+    for name in (LANGUAGE, *([VISION, MMPROJ] if manifest.vision else []), *manifest.files):
+        if name not in manifest.files:
+            raise BundleError(f"{path}: files: {name} missing; build the bundle again")
+        if Path(name).name != name or "\0" in name or name in (MANIFEST, ".", ".."):
+            raise BundleError(f"{path}: files: expected plain names inside the bundle, found {name!r}")
+    extra = sorted(set(os.listdir(folder)) - manifest.files.keys() - {MANIFEST, signing.SIGNATURE})
+    if extra:
+        raise BundleError(f"{folder}: {extra[0]}: not listed in {MANIFEST}; remove it or copy the bundle again")
+    return Bundle(folder=folder, manifest=manifest, id=hashlib.sha256(raw).hexdigest()[:16])
+
+
+class _Version(msgspec.Struct):
+    format: int
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """bundle.json, last and durably: temporary name, fsync, rename, fsync of the folder."""
+    write_durably(folder / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")

@@ -1,0 +1,39 @@
+"""Entry of the camera process, started by the supervisor: python -m edge_agent.camera --slot FD --wake FD --events FD
+
+With --probe it reads one frame instead: the CameraConfig comes as JSON on standard input, the size of the frame goes to
+standard output. A camera can hang in the driver for ever, so `edge-agent check` runs this in a child that it can kill.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import cv2
+import msgspec
+
+from edge_agent.camera.process import probe, run
+from edge_agent.camera.source import SourceError
+from edge_agent.config import CameraConfig
+from edge_agent.ipc.worker import attach_to_supervisor
+from edge_agent.wire.codec import encode
+
+
+def main() -> int:
+    if sys.argv[1:] == ["--probe"]:
+        config = msgspec.json.decode(sys.stdin.buffer.read(), type=CameraConfig)
+        try:
+            print(probe(config))
+        except SourceError as error:
+            sys.exit(f"{error.reason}: {error.detail}")
+        return 0
+    slot, events, first = attach_to_supervisor()
+    cv2.setNumThreads(1)  # the cores belong to the model process
+    config = msgspec.msgpack.decode(first, type=CameraConfig)
+    try:
+        return run(config, slot, lambda event: events.send(encode(event)))
+    except BrokenPipeError:
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""Frames to the 28-pixel grid and to normalised pixels."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+
+import cv2
+import numpy as np
+
+from edge_agent.bundle.manifest import VisionInfo
+
+MIN_TOKENS = 8  # mtmd enlarges anything smaller by itself; so do we, so that both encoders see the same image
+
+
+@functools.lru_cache(64)
+def image_grid(height: int, width: int, max_tokens: int, vision: VisionInfo) -> tuple[int, int]:
+    """Lines and columns of merged patches for a frame: as many as it fills, at most max_tokens, longest edge capped.
+
+    Sides are rounded up, as the reference processor does, until the budget binds; then it is the grid within the budget
+    that is nearest to the frame's shape.
+    """
+    unit = vision.patch * vision.merge
+    if vision.fixed is not None:
+        return vision.fixed[0] // unit, vision.fixed[1] // unit
+    longest = vision.image_size // unit
+    scale = min(1.0, vision.image_size / max(height, width))
+    lines, columns = height * scale / unit, width * scale / unit
+    up = min(longest, math.ceil(lines)), min(longest, math.ceil(columns))
+    if MIN_TOKENS <= up[0] * up[1] <= max_tokens:
+        return up
+    if up[0] * up[1] > max_tokens:
+        fit = min(1.0, math.sqrt(max_tokens / (lines * columns)))
+    else:
+        fit = max(1.0, math.sqrt(MIN_TOKENS / (lines * columns)))
+    lines, columns = lines * fit, columns * fit
+
+    def distance(sides: tuple[int, int]) -> tuple[bool, float]:
+        apart = [(n, side) for n, side in zip(sides, (lines, columns), strict=True)]
+        return any(abs(n - side) >= 1 for n, side in apart), sum(abs(math.log(n / side)) for n, side in apart)
+
+    sides = itertools.product(range(1, longest + 1), repeat=2)
+    return min((n for n in sides if MIN_TOKENS <= n[0] * n[1] <= max_tokens), key=distance)
+
+
+def n_embedding_rows(lines: int, columns: int) -> int:
+    """Rows of the encoder's output: the tokens and the breaks between lines."""
+    return lines * columns + lines - 1
+
+
+class Preprocessor:
+    """Frames -> the encoder's input, into buffers that are reused while the size stays."""
+
+    def __init__(self, vision: VisionInfo, max_tokens: int) -> None:
+        self.vision, self.max_tokens, self.unit = vision, max_tokens, vision.patch * vision.merge  # unit: pixels
+        mean, std = np.asarray(vision.mean, np.float32), np.asarray(vision.std, np.float32)
+        self._scale = (1 / (255 * std)).reshape(3, 1, 1)
+        self._shift = (-mean / std).reshape(3, 1, 1)
+        self._image = np.empty((0, 0, 3), np.uint8)
+        self._pixels = np.empty((1, 3, 0, 0), np.float32)
+
+    def image(self, frame: np.ndarray) -> np.ndarray:
+        """frame: (H, W, 3) uint8 RGB -> (28 * lines, 28 * columns, 3) uint8 RGB, a buffer good until the next call."""
+        lines, columns = image_grid(*frame.shape[:2], self.max_tokens, self.vision)
+        size = (lines * self.unit, columns * self.unit)
+        if self._image.shape[:2] != size:
+            self._image = np.empty((*size, 3), np.uint8)
+        shrinking = frame.shape[0] > size[0] or frame.shape[1] > size[1]
+        cv2.resize(frame, size[::-1], dst=self._image, interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC)
+        return self._image
+
+    def pixels(self, image: np.ndarray) -> np.ndarray:
+        """image on the grid -> (1, 3, H, W) float32, (RGB / 255 - mean) / std, a buffer good until the next call."""
+        shape = (1, 3, *image.shape[:2])
+        if self._pixels.shape != shape:
+            self._pixels = np.empty(shape, np.float32)
+        np.multiply(image.transpose(2, 0, 1), self._scale, out=self._pixels[0])
+        self._pixels[0] += self._shift
+        return self._pixels

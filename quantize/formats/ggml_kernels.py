@@ -1,0 +1,183 @@
+"""ggml's own quantisation kernels and GGUF reader, through the libraries that llama-cpp-python carries.
+
+libllama's llama_model_quantize wants a whole file at source precision first, maps it, and so shows its size as resident
+memory. The same kernels called on blocks of rows give the same bytes, straight from the checkpoint.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import gguf
+import llama_cpp
+import msgspec
+import numpy as np
+
+_base = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so"))
+
+
+def _function(name: str, result: type | None, *arguments: type):
+    function = _base[name]
+    function.restype, function.argtypes = result, list(arguments)
+    return function
+
+
+class _Init(ctypes.Structure):
+    _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p)]
+
+
+class GgmlTensor(ctypes.Structure):
+    """ggml_tensor, as ggml.h of the llama.cpp in LLAMA_CPP_PYTHON has it (edge_agent.model.llama checks the version)."""
+
+    _fields_ = [
+        ("type", ctypes.c_int),
+        ("buffer", ctypes.c_void_p),
+        ("ne", ctypes.c_int64 * 4),  # elements, innermost first
+        ("nb", ctypes.c_size_t * 4),  # strides, bytes
+        ("op", ctypes.c_int),
+        ("op_params", ctypes.c_int32 * 16),
+        ("flags", ctypes.c_int32),
+        ("src", ctypes.c_void_p * 10),
+        ("view_src", ctypes.c_void_p),
+        ("view_offs", ctypes.c_size_t),
+        ("data", ctypes.c_void_p),
+        ("name", ctypes.c_char * 64),
+        ("extra", ctypes.c_void_p),
+        ("padding", ctypes.c_char * 8),
+    ]
+
+
+_handle, _index, _size = ctypes.c_void_p, ctypes.c_int64, ctypes.c_size_t
+_quantize_chunk = _function(
+    "ggml_quantize_chunk",
+    _size,
+    ctypes.c_int,  # type
+    ctypes.c_void_p,  # float32 in
+    ctypes.c_void_p,  # out
+    _index,  # first element, in both
+    _index,  # rows
+    _index,  # elements of a row
+    ctypes.c_void_p,  # importance of each column, or null
+)
+_threads = ThreadPoolExecutor(len(os.sched_getaffinity(0)))  # the kernels run without the interpreter's lock
+
+
+class TensorInfo(msgspec.Struct, frozen=True):
+    name: str
+    ggml_type: str
+    offset: int  # from the start of the file
+    n_bytes: int
+
+
+class NotGguf(Exception):
+    """ggml cannot read the file. One line."""
+
+
+def row_bytes(kind: gguf.GGMLQuantizationType, width: int) -> int:
+    """Bytes of a row of `width` elements."""
+    block, n_bytes = gguf.GGML_QUANT_SIZES[kind]
+    return width // block * n_bytes
+
+
+def quantise_rows(
+    rows: np.ndarray, kind: gguf.GGMLQuantizationType, importance: np.ndarray | None = None
+) -> np.ndarray:
+    """rows: (n, width) float32 -> (n, bytes of a row) uint8, on all cores.
+
+    importance: (width,) float32, how much each column counts.
+    """
+    n, width = rows.shape
+    rows = np.ascontiguousarray(rows, np.float32)
+    out = np.empty((n, row_bytes(kind, width)), np.uint8)
+    step = -(-n // _threads._max_workers)
+    weights = None if importance is None else np.ascontiguousarray(importance, np.float32)
+    if weights is not None and weights.shape != (width,):
+        raise ValueError(f"importance: expected {width} numbers, found {weights.shape}")
+    counts = None if weights is None else weights.ctypes.data
+
+    def part(start: int) -> None:
+        count = min(step, n - start)
+        written = _quantize_chunk(kind, rows.ctypes.data, out.ctypes.data, start * width, count, width, counts)
+        if written != count * out.shape[1]:
+            raise RuntimeError(
+                f"ggml_quantize_chunk: expected {count * out.shape[1]} bytes of {kind.name}, wrote {written}"
+            )
+
+    list(_threads.map(part, range(0, n, step)))
+    return out
+
+
+def tensor_table(path: Path) -> list[TensorInfo]:
+    """Every tensor of a GGUF file. (The `gguf` package's reader takes seconds for a full vocabulary.)"""
+    context = _gguf_init(os.fsencode(path), _Init(True, None))
+    if not context:
+        raise NotGguf(f"{path}: not a GGUF file, or damaged")
+    try:
+        start = _gguf_data_offset(context)
+        return [
+            TensorInfo(
+                _gguf_name(context, i).decode(),
+                gguf.GGMLQuantizationType(_gguf_type(context, i)).name,
+                start + _gguf_offset(context, i),
+                _gguf_size(context, i),
+            )
+            for i in range(_gguf_count(context))
+        ]
+    finally:
+        _gguf_free(context)
+
+
+def dequantise_rows(raw: np.ndarray, kind: gguf.GGMLQuantizationType, width: int) -> np.ndarray:
+    """The way back: (n, bytes of a row) uint8 -> (n, width) float32, on all cores."""
+    n = len(raw)
+    out, raw = np.empty((n, width), np.float32), np.ascontiguousarray(raw)
+    step = -(-n // _threads._max_workers)
+
+    def part(start: int) -> None:
+        count = min(step, n - start)
+        _dequantise(kind)(raw[start:].ctypes.data, out[start:].ctypes.data, count * width)
+
+    list(_threads.map(part, range(0, n, step)))
+    return out
+
+
+def _dequantise(kind: gguf.GGMLQuantizationType):
+    name = kind.name.lower().replace("_k", "_K")  # dequantize_row_q4_K, dequantize_row_iq4_xs
+    return _function(f"dequantize_row_{name}", None, ctypes.c_void_p, ctypes.c_void_p, _index)
+
+
+def write_tensor_data(address: int, data: np.ndarray) -> None:
+    """Put bytes into the ggml_tensor at an address; it must be writable, and as large."""
+    if _n_bytes(address) != data.nbytes:
+        raise ValueError(f"expected {_n_bytes(address)} bytes, found {data.nbytes}")
+    _set(address, np.ascontiguousarray(data).ctypes.data, 0, data.nbytes)
+
+
+_set = _function("ggml_backend_tensor_set", None, ctypes.c_void_p, ctypes.c_void_p, _size, _size)
+
+
+def read_float32(tensor: GgmlTensor) -> np.ndarray:
+    """A float32 tensor's numbers, wherever they lie: (rows, ne[0]) float32, a copy."""
+    out = np.empty(_n_bytes(ctypes.byref(tensor)), np.uint8)
+    _get(ctypes.byref(tensor), out.ctypes.data, 0, out.nbytes)
+    shape, strides = tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1]
+    return np.ndarray(shape, np.float32, out, strides=strides).reshape(-1, tensor.ne[0])
+
+
+_n_bytes = _function("ggml_nbytes", _size, ctypes.c_void_p)
+_get = _function("ggml_backend_tensor_get", None, ctypes.c_void_p, ctypes.c_void_p, _size, _size)
+_op_name = _function("ggml_op_name", ctypes.c_char_p, ctypes.c_int)
+MUL_MAT, GET_ROWS = (
+    next(i for i in range(256) if _op_name(i) == name) for name in (b"MUL_MAT", b"GET_ROWS")
+)  # values of ggml_tensor.op
+_gguf_init = _function("gguf_init_from_file", _handle, ctypes.c_char_p, _Init)
+_gguf_free = _function("gguf_free", None, _handle)
+_gguf_count = _function("gguf_get_n_tensors", _index, _handle)
+_gguf_data_offset = _function("gguf_get_data_offset", _size, _handle)
+_gguf_name = _function("gguf_get_tensor_name", ctypes.c_char_p, _handle, _index)
+_gguf_type = _function("gguf_get_tensor_type", ctypes.c_int, _handle, _index)
+_gguf_offset = _function("gguf_get_tensor_offset", _size, _handle, _index)
+_gguf_size = _function("gguf_get_tensor_size", _size, _handle, _index)

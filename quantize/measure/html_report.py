@@ -1,0 +1,140 @@
+"""An evaluation as one HTML page that needs nothing else: a table, two plots, and the frames where answers differ most.
+
+Everything that comes from outside (names, instructions) is escaped; pictures are embedded.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import re
+
+import cv2
+import numpy as np
+
+from quantize.measure.evaluate import EvaluatedAnswer, EvaluatedFrame, Evaluation
+
+WIDTH, HEIGHT, MARGIN = 560, 300, 48
+COLOURS = ("#1b6ca8", "#c8553d", "#3c8d5a", "#8458a8", "#a88c1b", "#5a5a5a", "#c83d8c")
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #222 }
+table { border-collapse: collapse; margin: 1em 0 } td, th { padding: .2em .8em; text-align: right }
+th:first-child, td:first-child { text-align: left } tr + tr td { border-top: 1px solid #ddd }
+figure { display: inline-block; margin: 0 1em 1em 0; vertical-align: top; max-width: 17em }
+figure img { width: 100%; image-rendering: pixelated } figcaption { font-size: 13px } svg text { font-size: 12px }
+"""
+
+
+def html_report(evaluations: list[Evaluation], frames: list[np.ndarray]) -> str:
+    """frames: the (H, W, 3) uint8 RGB pictures that were shown, in their order; empty without frames."""
+    parts = [
+        "<!doctype html><html lang='en'><meta charset='utf-8'><title>edge-quantize evaluate</title>",
+        f"<style>{STYLE}</style><h1>What quantising cost</h1>",
+        _table(evaluations),
+        "<h2>Size against divergence</h2>",
+        _sizes(evaluations),
+    ]
+    for one in evaluations:
+        parts += [f"<h2>{_text(one.recipe)}: error of the weights, by layer</h2>", _layers(one)]
+        if one.actions is not None:
+            parts.append(f"<h2>{_text(one.recipe)}: frames where the answers differ most</h2>")
+            parts += [_frame(frame, frames[frame.number]) for frame in one.actions.worst]
+    return "\n".join(parts) + "</html>\n"
+
+
+def _table(evaluations: list[Evaluation]) -> str:
+    head = ["", *(f"{_text(one.recipe)}" for one in evaluations)]
+    rows = [
+        ("language model, MB", lambda one: f"{one.language_bytes / 1e6:.1f}"),
+        ("perplexity", lambda one: f"{one.text.perplexity:.6g} ± {one.text.perplexity_sd:.4g}"),
+        ("of the reference", lambda one: f"{one.text.reference_perplexity:.6g}"),
+        ("KL divergence, mean", lambda one: f"{one.text.kl_mean:.5f} ± {one.text.kl_sd:.5f}"),
+        ("median", lambda one: f"{one.text.kl_median:.5f}"),
+        ("99 %", lambda one: f"{one.text.kl_p99:.5f}"),
+        ("maximum", lambda one: f"{one.text.kl_max:.5f}"),
+        ("same most likely token", lambda one: f"{one.text.same_top:.2%}"),
+        ("frames", lambda one: one.actions and str(one.actions.n)),
+        ("same action", lambda one: one.actions and f"{one.actions.same_action:.1%}"),
+        ("numbers within 0.05", lambda one: one.actions and f"{one.actions.fields_within:.1%}"),
+        ("vision rows, least cosine", lambda one: one.actions and f"{one.actions.vision_cosine_min:.5f}"),
+    ]
+    fields = sorted({key for one in evaluations if one.actions for key in one.actions.mean_difference})
+    for key in fields:
+        rows.append((f"{key}, mean difference", lambda one, key=key: _difference(one, key)))
+    body = [[name, *(value(one) or "" for one in evaluations)] for name, value in rows]
+    cells = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in body if any(row[1:]))
+    return "<table><tr>" + "".join(f"<th>{cell}</th>" for cell in head) + f"</tr>{cells}</table>"
+
+
+def _difference(one: Evaluation, key: str) -> str:
+    found = one.actions.mean_difference if one.actions else {}
+    return f"{found[key]:.4f}" if key in found else ""
+
+
+def _sizes(evaluations: list[Evaluation]) -> str:
+    points = [(one.language_bytes / 1e6, one.text.kl_mean, one.recipe) for one in evaluations]
+    x, y = _scale([p[0] for p in points], WIDTH, False), _scale([p[1] for p in points], HEIGHT, True)
+    marks = [
+        f"<circle cx='{x(size):.1f}' cy='{y(kl):.1f}' r='5' fill='{COLOURS[i % len(COLOURS)]}'/>"
+        f"<text x='{x(size) + 8:.1f}' y='{y(kl) - 6:.1f}'>{_text(name)}: {size:.1f} MB, {kl:.4g}</text>"
+        for i, (size, kl, name) in enumerate(points)
+    ]
+    return _svg("MB of the language model", "mean KL divergence", marks)
+
+
+def _layers(one: Evaluation) -> str:
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for tensor in one.tensors:
+        if (found := re.fullmatch(r"blk\.(\d+)\.(.+)\.weight", tensor.name)) and tensor.error > 0:
+            lines.setdefault(found[2], []).append((int(found[1]), tensor.error))
+    points = [point for line in lines.values() for point in line]
+    if not points:
+        return "<p>No weight differs.</p>"
+    x, y = _scale([p[0] for p in points], WIDTH, False), _scale([p[1] for p in points], HEIGHT, True)
+    marks = []
+    for i, (role, line) in enumerate(sorted(lines.items())):
+        colour = COLOURS[i % len(COLOURS)]
+        path = " ".join(f"{x(layer):.1f},{y(error):.1f}" for layer, error in line)
+        marks.append(f"<polyline points='{path}' fill='none' stroke='{colour}' stroke-width='2'/>")
+        marks += [f"<circle cx='{x(n):.1f}' cy='{y(error):.1f}' r='3' fill='{colour}'/>" for n, error in line]
+        marks.append(f"<text x='{WIDTH + 8}' y='{MARGIN + 16 * i}' fill='{colour}'>{_text(role)}</text>")
+    return _svg("layer", "relative error", marks, extra=110)
+
+
+def _scale(values: list[float], length: int, upwards: bool):
+    low, high = min([*values, 0.0]) if upwards else min(values), max(values)
+    if high <= low:
+        low, high = low - 1, high + 1
+    span = (length - 2 * MARGIN) / (high - low)
+    return lambda v: (length - MARGIN - (v - low) * span) if upwards else (MARGIN + (v - low) * span)
+
+
+def _svg(across: str, up: str, marks: list[str], extra: int = 220) -> str:
+    low, left = HEIGHT - MARGIN, MARGIN
+    axes = (
+        f"<path d='M{left} {MARGIN} V{low} H{WIDTH - MARGIN}' fill='none' stroke='#888'/>"
+        f"<text x='{WIDTH / 2}' y='{HEIGHT - 12}' text-anchor='middle'>{across}</text>"
+        f"<text x='{left}' y='{MARGIN - 14}'>{up}</text>"
+    )
+    return f"<svg width='{WIDTH + extra}' height='{HEIGHT}'>{axes}{''.join(marks)}</svg>"
+
+
+def _frame(frame: EvaluatedFrame, picture: np.ndarray) -> str:
+    height, width = picture.shape[:2]
+    scale = min(1.0, 320 / max(height, width))
+    small = cv2.resize(picture, (max(1, round(width * scale)), max(1, round(height * scale))))
+    data = base64.b64encode(cv2.imencode(".png", cv2.cvtColor(small, cv2.COLOR_RGB2BGR))[1]).decode()
+    return (
+        f"<figure><img alt='frame {frame.number}' src='data:image/png;base64,{data}'><figcaption>"
+        f"{frame.number}: {_text(frame.instruction)}<br>reference: {_said(frame.reference)}<br>"
+        f"here: {_said(frame.found)}<br>least cosine {frame.cosine:.5f}</figcaption></figure>"
+    )
+
+
+def _said(answer: EvaluatedAnswer) -> str:
+    values = ", ".join(f"{key} {value}" for key, value in answer.values.items())
+    return _text(f"{answer.action or 'refused'} {values}".strip())
+
+
+def _text(text: str) -> str:
+    return html.escape(text, quote=True)

@@ -1,0 +1,113 @@
+"""The checkpoint's tokenizer -> the lists a GGUF file holds. Reads tekken.json or tokenizer.json; tokenises nothing.
+
+Tekken is byte-level BPE by rank: special ids first, then ranks. llama.cpp wants explicit merges, in the byte-to-letter
+alphabet of GPT-2 (`tokenizer.ggml.model = gpt2`, `pre = tekken`): they are rebuilt from the ranks.
+"""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+import msgspec
+
+from quantize.source.hf_config import CheckpointError, read_table
+
+NORMAL, CONTROL = 1, 3  # gguf.TokenType
+# What the prompt layout and the runtime need by name. A vocabulary without one of these is no Ministral 3 tokenizer.
+SPECIAL = {
+    "unk": "<unk>",
+    "bos": "<s>",
+    "eos": "</s>",
+    "pad": "<pad>",
+    "inst": "[INST]",
+    "inst_end": "[/INST]",
+    "system": "[SYSTEM_PROMPT]",
+    "system_end": "[/SYSTEM_PROMPT]",
+    "img": "[IMG]",
+    "img_break": "[IMG_BREAK]",
+    "img_end": "[IMG_END]",
+}
+THOUGHTS = {"think": "[THINK]", "think_end": "[/THINK]"}  # reasoning models put their thoughts between; older ones not
+
+
+class Tokenizer(msgspec.Struct, frozen=True):
+    file: Path
+    tokens: list[str]  # in the GPT-2 byte alphabet; special tokens as they are written
+    types: list[int]
+    merges: list[str]
+    special: dict[str, int]  # the names of SPECIAL -> id, and of THOUGHTS where the vocabulary has both
+
+
+def read_tokenizer(folder: Path, vocab: int) -> Tokenizer:
+    """Raises CheckpointError when there is none, it is damaged, or its size is not the embedding's `vocab`."""
+    for name, reader in (("tekken.json", _tekken), ("tokenizer.json", _hf)):
+        path = folder / name
+        if path.is_file():
+            try:
+                tokens, types, merges = reader(read_table(path), vocab)
+            except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
+                raise CheckpointError(f"{path}: damaged: {type(error).__name__} {error}; download it again") from None
+            break
+    else:
+        raise CheckpointError(f"{folder}: no tokenizer; expected tekken.json or tokenizer.json")
+    if len(tokens) != vocab:
+        raise CheckpointError(f"{path}: {len(tokens)} tokens, but the embedding has {vocab} rows; they are not a pair")
+    ids = {token: i for i, token in enumerate(tokens) if types[i] == CONTROL}
+    missing = [text for text in SPECIAL.values() if text not in ids]
+    if missing:
+        raise CheckpointError(f"{path}: no special token {', '.join(missing)}; expected the Tekken tokenizer")
+    special = {name: ids[text] for name, text in SPECIAL.items()}
+    added = {token: i for i, token in enumerate(tokens) if token in THOUGHTS.values()}  # some files call them normal
+    if len(added) == len(THOUGHTS):
+        special |= {name: added[text] for name, text in THOUGHTS.items()}
+    return Tokenizer(path, tokens, types, merges, special)
+
+
+def _byte_letters() -> dict[int, str]:
+    """GPT-2's printable letter for every byte: itself where it prints, else the next letter from U+0100 on."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    letters = {byte: chr(byte) for byte in plain}
+    others = [byte for byte in range(256) if byte not in letters]
+    return letters | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def _tekken(data: dict, vocab: int) -> tuple[list[str], list[int], list[str]]:
+    n_special = data["config"]["default_num_special_tokens"]
+    # A release's file lists more ranks than its model has rows; the first `vocab - n_special` count.
+    entries = sorted(data["vocab"], key=lambda entry: entry["rank"])[: vocab - n_special]
+    by_rank = [base64.b64decode(entry["token_bytes"], validate=True) for entry in entries]
+    if [entry["rank"] for entry in entries] != list(range(len(entries))):
+        raise ValueError("ranks are not 0, 1, 2, …")
+    special = {entry["rank"]: entry["token_str"] for entry in data.get("special_tokens") or []}
+    letters = _byte_letters()
+    spelled = ["".join(letters[byte] for byte in token) for token in by_rank]
+    tokens = [special.get(i, f"<SPECIAL_{i}>") for i in range(n_special)] + spelled
+    types = [CONTROL] * n_special + [NORMAL] * len(spelled)
+    return tokens, types, _merges(by_rank, spelled)
+
+
+def _merges(by_rank: list[bytes], spelled: list[str]) -> list[str]:
+    """Ranks -> merge rules: every pair of known tokens that makes a token, in the order of the token made."""
+    rank_of = {token: rank for rank, token in enumerate(by_rank)}
+    merges = []
+    for token in by_rank[256:]:
+        pairs = [
+            (left, right)
+            for cut in range(1, len(token))
+            if (left := rank_of.get(token[:cut])) is not None and (right := rank_of.get(token[cut:])) is not None
+        ]
+        merges += [f"{spelled[left]} {spelled[right]}" for left, right in sorted(pairs)]
+    return merges
+
+
+def _hf(data: dict, vocab: int) -> tuple[list[str], list[int], list[str]]:
+    by_id = {i: token for token, i in data["model"]["vocab"].items()}
+    types = dict.fromkeys(by_id, NORMAL)
+    for added in data["added_tokens"]:
+        by_id[added["id"]] = added["content"]
+        types[added["id"]] = CONTROL if added["special"] else NORMAL
+    if sorted(by_id) != list(range(len(by_id))):
+        raise ValueError("token ids are not 0, 1, 2, …")
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in data["model"]["merges"]]
+    return [by_id[i] for i in range(len(by_id))], [types[i] for i in range(len(by_id))], merges

@@ -1,0 +1,118 @@
+"""The memory plan: what is added up, and what is given up in which order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from edge_agent.bundle.files import BundleFile
+from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, VISION, Manifest, read_manifest
+from edge_agent.bundle.memory_plan import NotEnoughMemoryError, adapters_mib, needed_mib, plan_memory
+from edge_agent.config import CameraConfig, Config, LanguageConfig, VisionConfig
+from edge_agent.ipc.events import StartupFailed, decode_model_event
+from edge_agent.model.__main__ import main
+from edge_agent.wire.codec import encode
+
+CONFIG = Config(bundle="b", camera=CameraConfig(source="none"))
+
+
+@pytest.fixture(scope="module")
+def toy(toy_bundle: Path) -> Manifest:
+    return read_manifest(toy_bundle).manifest
+
+
+def shape_3b(toy: Manifest, vision_gb: float = 0.839) -> Manifest:
+    """The numbers of a 3B bundle at Q4_K_M, as `edge-quantize build` writes them."""
+    model = msgspec.structs.replace(
+        toy.model, parameters=3_849_090_048, layers=26, hidden=3072, vocab=131072, kv_bytes_per_token=106496
+    )
+    sizes = {LANGUAGE: 2_146_489_632, VISION: round(vision_gb * 1e9), MMPROJ: 849_000_000}
+    files = {name: BundleFile(bytes=n, sha256="0" * 64) for name, n in sizes.items()}
+    by_type = {"Q4_K": 1_469_988_864, "Q6_K": 661_708_800, "F32": 651_264}
+    return msgspec.structs.replace(toy, model=model, files=files, bytes_by_type=by_type)
+
+
+def test_the_parts_are_those_of_arithmetic(toy):
+    parts = needed_mib(CONFIG, shape_3b(toy), adapters_mib=12.0)
+    assert parts["language model"] == pytest.approx(2047, abs=1)
+    assert parts["its file's pages"] == 0
+    mapped = msgspec.structs.replace(CONFIG, language=LanguageConfig(mmap=True))
+    pages = needed_mib(mapped, shape_3b(toy))["its file's pages"]
+    assert pages == pytest.approx((1_469_988_864 + 661_708_800) / 2**20)
+    assert parts["cache"] == 2 * 1024 * 106496 / 2**20 == 208
+    small = msgspec.structs.replace(CONFIG, language=LanguageConfig(kv="q8_0"))
+    assert needed_mib(small, shape_3b(toy))["cache"] == 208 * 8.5 / 16  # blocks of 32 bytes, and a scale of two
+    language = 1_469_988_864 // 144 * 256 + 661_708_800 // 210 * 256 + 651_264 // 4
+    float32 = (3_849_090_048 - language) * 4 / 2**20
+    assert parts["vision encoder"] == pytest.approx(float32 + 839e6 / 2**20 + 16 * 1024**2 * 4 / 2**20, abs=1)
+    assert parts["adapters"] == 12.0
+    mtmd = msgspec.structs.replace(CONFIG, vision=VisionConfig(backend="mtmd"))
+    assert needed_mib(mtmd, shape_3b(toy))["vision encoder"] == pytest.approx(849e6 / 2**20 + 64, abs=1)
+    # In float32 there is nothing to convert: the file is what is kept. Of int8 a quarter is kept beside.
+    whole = needed_mib(CONFIG, shape_3b(toy, float32 * 2**20 / 1e9))["vision encoder"]
+    int8 = needed_mib(CONFIG, shape_3b(toy, float32 / 4 * 2**20 / 1e9))["vision encoder"]
+    assert int8 - whole == pytest.approx(float32 / 4, rel=0.01)
+
+
+def test_what_fits_stays_as_it_is(toy):
+    for free_mib in (None, 64_000.0):
+        planned = plan_memory(CONFIG, shape_3b(toy), free_mib)
+        assert planned.config == CONFIG and planned.given_up == {}
+
+
+def test_things_are_given_up_in_order_and_no_more_than_needed(toy):
+    manifest, seen = shape_3b(toy), []
+    config = msgspec.structs.replace(CONFIG, language=LanguageConfig(mmap=True))
+    full_mib = plan_memory(config, manifest, None).mib
+    for free_mib in range(round(full_mib) + 100, 500, -10):
+        try:
+            planned = plan_memory(config, manifest, float(free_mib))
+        except NotEnoughMemoryError as error:
+            assert f"{free_mib} MiB free" in str(error) and "language model 2047" in str(error)
+            break
+        assert planned.mib <= free_mib
+        if planned.given_up not in seen:
+            seen.append(planned.given_up)
+    order = ["language.mmap", "language.kv", "vision.backend", "vision.max_tokens", "language.context"]
+    names = [list(given_up) for given_up in seen]
+    assert {len(some) for some in names} == set(range(6)), "each is a step of its own"
+    assert all(some == order[: len(some)] for some in names) and names == sorted(names, key=len)
+    assert seen[-1] == dict(zip(order, (False, "q8_0", "mtmd", 64, 640), strict=True))
+    assert seen[4]["vision.max_tokens"] == 192
+
+
+def test_a_cache_in_8_bit_is_not_offered_where_flash_attention_is_forbidden(toy):
+    config = msgspec.structs.replace(CONFIG, language=LanguageConfig(flash_attention=False))
+    with pytest.raises(NotEnoughMemoryError):
+        plan_memory(config, shape_3b(toy), 500.0)
+    planned = plan_memory(config, shape_3b(toy), plan_memory(config, shape_3b(toy), None).mib - 50)
+    assert planned.given_up == {"vision.backend": "mtmd"}
+
+
+def test_on_a_gpu_there_is_no_copy(toy):
+    config = msgspec.structs.replace(CONFIG, language=LanguageConfig(gpu_layers=26, mmap=True))
+    assert needed_mib(config, shape_3b(toy))["its file's pages"] == 0
+
+
+def test_adapters_count(tmp_path):
+    (tmp_path / "a.gguf").write_bytes(bytes(3 << 20))
+    language = LanguageConfig(adapters={"a": str(tmp_path / "a.gguf"), "b": str(tmp_path / "none")})
+    assert adapters_mib(msgspec.structs.replace(CONFIG, language=language)) == 3.0
+
+
+def test_too_little_memory_may_pass_and_is_no_fault_of_the_configuration(toy_bundle, monkeypatch):
+    """Or systemd would never try again, when something else was only slow to leave."""
+    config = msgspec.structs.replace(CONFIG, bundle=str(toy_bundle))
+    said: list = []
+
+    class Events:
+        def send(self, payload: bytes) -> None:
+            said.append(decode_model_event(payload))
+
+    monkeypatch.setattr("edge_agent.ipc.worker.attach_to_supervisor", lambda: (None, Events(), encode(config)))
+    monkeypatch.setattr("edge_agent.board.health.mem_available_mib", lambda: 100.0)
+    assert main() == 1
+    assert isinstance(said[-1], StartupFailed) and not said[-1].configured
+    assert "100 MiB free" in said[-1].reason

@@ -1,0 +1,188 @@
+"""edge-agent as typed: every wrong input is one line with the next step, and its own exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import pytest
+
+from tests.harness import ROOT, rig, toy
+
+
+def run(*arguments: object, timeout_s: float = 40.0, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "edge_agent.cli.main", *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | env,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+
+
+def one_line(done: subprocess.CompletedProcess, status: int, *words: str) -> None:
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == status, done
+    assert len(lines) == 1 and lines[0].startswith("edge-agent: "), done.stderr
+    for word in words:
+        assert word in lines[0]
+
+
+@pytest.fixture
+def runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("r")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in range(3):
+        cv2.imwrite(str(folder / f"{i}.png"), toy.toy_image(112, 140, i))
+    return folder
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_help_teaches():
+    done = run("--help")
+    assert done.returncode == 0
+    for word in ("run", "check", "listen", "ask", "instruct", "status", "examples:"):
+        assert word in done.stdout
+    for command in ("run", "check", "listen", "ask", "instruct", "status", "state", "pause", "resume"):
+        assert run(command, "--help").returncode == 0
+
+
+def test_no_configuration_at_all():
+    one_line(run("run"), os.EX_CONFIG, "--config", "--bundle", "--camera")
+
+
+def test_configuration_with_a_typo(tmp_path):
+    path = write(tmp_path / "a.yaml", "bundle: b\ncamera: {sorce: x}\n")
+    one_line(run("run", "--config", path), os.EX_CONFIG, str(path), "camera", "'sorce'", "did you mean 'source'")
+    one_line(run("check", "--config", path), os.EX_CONFIG, "'sorce'")
+
+
+def test_configuration_that_is_no_yaml_or_not_there(tmp_path):
+    path = write(tmp_path / "a.yaml", "bundle: [\n")
+    one_line(run("run", "--config", path), os.EX_CONFIG, f"{path}:2:1", "not YAML")
+    one_line(run("run", "--config", tmp_path / "none.yaml"), os.EX_CONFIG, "none.yaml", "No such file")
+
+
+def test_bundle_that_is_none(tmp_path, pictures, runtime):
+    env = {"RUNTIME_DIRECTORY": str(runtime)}
+    one_line(run("run", "--bundle", tmp_path / "no", "--camera", pictures, **env), os.EX_CONFIG, "no such folder")
+    one_line(run("run", "--bundle", tmp_path, "--camera", pictures, **env), os.EX_CONFIG, "bundle.json", "missing")
+
+
+def test_action_space_that_is_none(toy_bundle, pictures, tmp_path):
+    path = write(tmp_path / "a.yaml", f"bundle: {toy_bundle}\ncamera: {{source: {pictures}}}\ntask: {{space: fly}}\n")
+    one_line(run("run", "--config", path), os.EX_CONFIG, "task.space", "velocity_body", "'fly'")
+
+
+def test_runtime_folder_too_long(toy_bundle, pictures, tmp_path):
+    long = tmp_path / ("x" * 100)
+    done = run("run", "--bundle", toy_bundle, "--camera", pictures, RUNTIME_DIRECTORY=str(long))
+    one_line(done, os.EX_CONFIG, "runtime_dir", "107")
+
+
+def test_check_says_every_part(toy_bundle, pictures):
+    done = run("check", "--bundle", toy_bundle, "--camera", pictures)
+    assert done.returncode == 0, done
+    assert [line.split()[:2] for line in done.stdout.splitlines()] == [
+        ["ok", "actions"],
+        ["ok", "bundle"],
+        ["ok", "camera"],
+        ["ok", "memory"],
+    ]
+    assert "140x112" in done.stdout
+
+
+@pytest.mark.parametrize("source", ["/dev/video77", "/none/such.mp4", "rtsp://camera/1", "gst:videotestsrc"])
+def test_check_names_the_camera_at_fault(toy_bundle, source):
+    done = run("check", "--bundle", toy_bundle, "--camera", source)
+    assert done.returncode == os.EX_CONFIG
+    failed = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
+    assert len(failed) == 1 and "camera.source" in failed[0]
+    assert source.removeprefix("gst:videotestsrc") in failed[0]
+
+
+def test_check_goes_on_after_a_failure(tmp_path, pictures):
+    done = run("check", "--bundle", tmp_path, "--camera", pictures)
+    assert done.returncode == os.EX_CONFIG
+    assert "FAIL  bundle" in done.stdout and "ok    camera" in done.stdout
+
+
+def test_nobody_answers(runtime):
+    for command in (["listen"], ["status"], ["status", "--json"]):
+        one_line(run(*command, "--runtime-dir", runtime), os.EX_TEMPFAIL, str(runtime), "no daemon")
+
+
+def test_against_a_daemon(toy_bundle, pictures, runtime):
+    config = {
+        "bundle": str(toy_bundle),
+        "camera": {"source": str(pictures), "fps": 20},
+        "vision": {"max_tokens": 32},
+        "language": {"context": 1024, "max_words_tokens": 8},
+    }
+    at = ("--runtime-dir", str(runtime))
+    with rig.daemon(runtime, config):
+        status = run("status", *at)
+        assert status.returncode == 0 and "running" in status.stdout
+        assert json.loads(run("status", "--json", *at).stdout)["state"] == "running"
+        heard = [json.loads(line) for line in run("listen", "--json", "--seconds", "1", *at).stdout.splitlines()]
+        assert {message["kind"] for message in heard} >= {"action", "words", "status"}
+        assert "frame" in run("listen", "--seconds", "1", *at).stdout
+        answer = run("ask", "What is there?", *at)
+        assert answer.returncode == 0 and len(answer.stdout) > 1
+        assert run("instruct", "Go there.", *at).returncode == 0
+        assert "Go there." in run("status", *at).stdout
+        assert run("instruct", " ", *at).returncode == 1
+        assert run("pause", *at).returncode == 0
+        assert "paused" in run("status", *at).stdout
+        assert run("resume", *at).returncode == 0
+        assert "running" in run("status", *at).stdout
+
+
+def test_state_by_hand_and_a_timeline(toy_bundle, pictures, runtime):
+    space = write(
+        runtime / "climb.yaml",
+        "name: climb\nvalid_for_ms: 500\nactions: {up: {}, down: {}}\n"
+        "state: {text: '{altitude_m} {armed} {mode}. ', values: {altitude_m: {unit: m}, armed: {}, mode: {}}}\n",
+    )
+    config = write(
+        runtime / "config.yaml",
+        f"bundle: {toy_bundle}\ncamera: {{source: {pictures}}}\ntask: {{space: {space}}}\nruntime_dir: {runtime}\n"
+        "language: {gpu_layers: 0}\nvision: {max_tokens: 64}\n",
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "edge_agent.cli.main",
+        "run",
+        "--config",
+        config,
+        "--trace",
+        runtime / "trace.json",
+    ]
+    daemon = subprocess.Popen(list(map(str, command)), env=os.environ | {"PYTHONPATH": str(ROOT)})
+    try:
+        rig.Daemon(daemon, runtime, runtime / "log").wait("running")
+        told = run("state", "--runtime-dir", runtime, "altitude_m=3.5", "armed=true", "mode=offboard")
+        assert (told.returncode, told.stdout, told.stderr) == (0, "", "")
+        one_line(
+            run("state", "--runtime-dir", runtime, "altitude=3.5"), 1, "values.altitude", "altitude_m, armed, mode"
+        )
+        one_line(run("state", "--runtime-dir", runtime, "altitude_m"), 2, "KEY=VALUE")
+        one_line(run("state", "--runtime-dir", runtime, "mode=[1]"), 1, "values.mode", "'[1]'")
+    finally:
+        daemon.terminate()
+        assert daemon.wait(10) == 0
+    assert {"encode", "prefill"} <= {event["name"] for event in json.loads((runtime / "trace.json").read_text())}
+    one_line(run("run", "--config", config, "--trace", runtime / "none" / "t.json"), 78, "trace", "cannot be written")

@@ -1,0 +1,378 @@
+"""llama.cpp through our ctypes: rows are tokens, two sequences share one cache, text stays text, errors are errors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from edge_agent.bundle.manifest import LANGUAGE, EmbeddingInfo
+from edge_agent.config import LanguageConfig
+from edge_agent.model.llama import ACTION_SEQ, TEXT_SEQ, LlamaContext, LlamaError
+from tests.harness import ROOT, toy
+
+CONTEXT = 512
+N_SPECIAL = 1000  # ids below are control tokens
+
+
+def embedding_of(path: Path) -> EmbeddingInfo:
+    """Where a GGUF file holds its table, as the gguf package sees it."""
+    table = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "token_embd.weight")
+    row_bytes = table.n_bytes // int(table.shape[1])
+    return EmbeddingInfo(offset=table.data_offset, ggml_type=table.tensor_type.name, row_bytes=row_bytes)
+
+
+def load(folder: Path, exact: bool = False, **config) -> LlamaContext:
+    path = folder / LANGUAGE
+    return LlamaContext(path, LanguageConfig(context=CONTEXT, threads=1, exact=exact, **config), embedding_of(path))
+
+
+@pytest.fixture(scope="module")
+def language(toy_bundle):
+    with load(toy_bundle, exact=True) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def fresh(toy_bundle):
+    """Another model and context, for what is evaluated from scratch."""
+    with load(toy_bundle, exact=True) as loaded:
+        yield loaded
+
+
+@pytest.fixture(autouse=True)
+def empty(request):
+    for name in {"language", "fresh"} & set(request.fixturenames):
+        for sequence in (ACTION_SEQ, TEXT_SEQ):
+            request.getfixturevalue(name).forget(sequence, 0)
+
+
+def some_tokens(n: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(N_SPECIAL, 4096, n).tolist()
+
+
+def some_rows(n: int, seed: int) -> np.ndarray:
+    """As if from the vision encoder, at the scale of the token embeddings."""
+    return np.random.default_rng([seed, n]).normal(0, 0.3, (n, 256)).astype(np.float32)
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "recipe"),
+    [("toy_bf16", "Q4_K_M"), ("toy_bf16", "Q4_0"), ("toy_bf16", "Q8_0"), ("toy_fp8", "Q4_K_M")],
+)
+def test_rows_looked_up_do_what_their_tokens_do(request, build, recipe, checkpoint):
+    with load(build(request.getfixturevalue(checkpoint), recipe)) as language:
+        tokens = [1, 17, *some_tokens(60), 18, 3]
+        by_token = language.decode_tokens(tokens, 0).copy()
+        language.forget(ACTION_SEQ, 0)
+        assert difference(language.decode_rows(language.embed(tokens), 0), by_token) <= 1e-5
+        language.forget(ACTION_SEQ, 0)
+        language.decode_tokens(tokens[:20], 0)
+        assert difference(language.decode_rows(language.embed(tokens[20:]), 20), by_token) < 0.1
+
+
+def test_rows_are_those_of_the_checkpoint(convert, toy_bf16):
+    """Read from model.safetensors by hand: eight bytes of header length, a JSON header, then the numbers."""
+    raw = (toy_bf16 / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    entry = json.loads(raw[8:start])["language_model.model.embed_tokens.weight"]
+    bits = np.frombuffer(raw[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]], np.uint16)
+    table = toy.from_bf16_bits(bits).reshape(entry["shape"])
+    tokens = [0, 12, 4095, *some_tokens(30), 12]
+    with load(convert(toy_bf16, "bf16")) as language:
+        assert (language.embed(tokens) == table[tokens]).all()
+        assert language.embed([12]).shape == (1, 256) and language.embed([12]).dtype == np.float32
+
+
+def test_text_and_image_rows_in_one_batch_are_the_same_as_in_two(language):
+    image, closing = some_rows(20, seed=1), language.embed(some_tokens(6))
+    language.decode_tokens(some_tokens(30), 0)
+    together = language.decode_rows(np.concatenate([image, closing]), 30).copy()
+    language.forget(ACTION_SEQ, 30)
+    language.decode_rows(image, 30)
+    assert difference(language.decode_rows(closing, 50), together) < 0.1
+    language.forget(ACTION_SEQ, 30)
+    assert (language.decode_rows(np.concatenate([image, closing]), 30) == together).all()
+
+
+def test_rows_and_logits_against_a_second_way_to_run_llama_cpp(convert, toy_bf16):
+    """The package's own high-level class evaluates the same tokens."""
+    import llama_cpp
+
+    folder = convert(toy_bf16, "f32")
+    tokens = [1, *some_tokens(40)]
+    theirs = llama_cpp.Llama(str(folder / LANGUAGE), n_ctx=CONTEXT, n_threads=1, logits_all=True, verbose=False)
+    theirs.eval(tokens)
+    expected = np.array(theirs.scores[len(tokens) - 1])
+    theirs.close()
+    with load(folder) as language:
+        assert difference(language.decode_tokens(tokens, 0), expected) < 1e-2
+        language.forget(ACTION_SEQ, 0)
+        assert difference(language.decode_rows(language.embed(tokens), 0), expected) < 1e-2
+
+
+# -- one cache, two sequences -----------------------------------------------------------------------------------------
+
+PREFIX, N_FRAME = some_tokens(60, seed=2), 30
+START = len(PREFIX)
+STOP = START + N_FRAME
+ACTS, QUESTION, ANSWER = some_tokens(5, seed=3), some_tokens(7, seed=4), some_tokens(4, seed=5)
+
+
+def act_on(language: LlamaContext, frame: np.ndarray, between=lambda step: None) -> list[np.ndarray]:
+    """One frame as the act lane has it; between(step) runs before each token."""
+    language.forget(ACTION_SEQ, START)
+    logits = [language.decode_rows(frame, START).copy()]
+    for i, token in enumerate(ACTS):
+        between(i)
+        logits.append(language.decode_tokens([token], STOP + i).copy())
+    return logits
+
+
+def test_words_about_a_frame_go_on_while_act_is_at_the_next_ones(language, fresh):
+    frames = [some_rows(N_FRAME, seed=n) for n in range(len(ANSWER) + 1)]
+
+    language.decode_tokens(PREFIX, 0)
+    seen = [act_on(language, frames[0])]
+    language.share(STOP)
+    spoken = [language.decode_tokens(QUESTION, STOP, TEXT_SEQ).copy()]
+
+    def speak(step: int) -> None:
+        if step == 2:
+            place = len(spoken) - 1
+            spoken.append(language.decode_tokens([ANSWER[place]], STOP + len(QUESTION) + place, TEXT_SEQ).copy())
+
+    seen += [act_on(language, frame, speak) for frame in frames[1:]]
+    assert len(spoken) == len(ANSWER) + 1
+
+    # The words, from scratch and alone.
+    fresh.decode_tokens(PREFIX, 0)
+    fresh.decode_rows(frames[0], START)
+    alone = [fresh.decode_tokens(QUESTION, STOP).copy()]
+    for i, token in enumerate(ANSWER):
+        alone.append(fresh.decode_tokens([token], STOP + len(QUESTION) + i).copy())
+    assert max(difference(a, b) for a, b in zip(spoken, alone, strict=True)) <= 1e-3
+    assert difference(spoken[0], spoken[1]) > 0.05
+
+    # The acts, without a word beside them: not one bit differs.
+    fresh.forget(ACTION_SEQ, 0)
+    fresh.decode_tokens(PREFIX, 0)
+    for frame, logits in zip(frames, seen, strict=True):
+        assert all((a == b).all() for a, b in zip(logits, act_on(fresh, frame), strict=True))
+    assert difference(seen[0][-1], seen[1][-1]) > 0.05  # the frames are not all one
+
+
+def test_a_pinned_prefix_is_as_good_as_a_new_one(language, fresh):
+    language.decode_tokens(PREFIX, 0)
+    for n in range(5):
+        pinned = act_on(language, some_rows(N_FRAME, seed=n))
+        fresh.forget(ACTION_SEQ, 0)
+        fresh.decode_tokens(PREFIX, 0)
+        assert all((a == b).all() for a, b in zip(pinned, act_on(fresh, some_rows(N_FRAME, seed=n)), strict=True))
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_sharing_ends_what_words_held_before_and_shares_no_more_than_asked(convert, toy_bf16, exact):
+    """At full precision: the cells lie in another order here, and 4-bit kernels make 3 % of that rounding."""
+    folder = convert(toy_bf16, "f32")
+    with load(folder, exact) as language, load(folder, exact) as fresh:
+        language.decode_tokens(PREFIX, 0)
+        act_on(language, some_rows(N_FRAME, seed=1))
+        language.share(STOP)
+        language.decode_tokens(some_tokens(20, seed=9), STOP, TEXT_SEQ)
+        act_on(language, some_rows(N_FRAME, seed=2))
+        language.share(STOP)  # not the acts behind it
+        spoken = language.decode_tokens(QUESTION, STOP, TEXT_SEQ).copy()
+        fresh.decode_tokens(PREFIX, 0)
+        fresh.decode_rows(some_rows(N_FRAME, seed=2), START)
+        assert difference(spoken, fresh.decode_tokens(QUESTION, STOP)) <= 1e-2
+
+
+def test_forgetting_gives_the_cells_back(language):
+    """Frame after frame with words beside them, many times what the cache holds."""
+    language.decode_tokens(PREFIX, 0)
+    for n in range(40):
+        act_on(language, some_rows(N_FRAME, seed=n))
+        language.share(STOP)
+        language.decode_tokens(QUESTION, STOP, TEXT_SEQ)
+        if n % 3 == 0:
+            language.forget(TEXT_SEQ, 0)
+
+
+# -- text -------------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=500)
+@given(text=st.text(max_size=60))
+@example(text="")
+@example(text="Hold position. 3.5 m/s\n\tÄpfel 日本 \U0001f681 \x00 \x7f")
+@example(text="".join(chr(n) for n in range(256)))
+def test_any_text_becomes_ordinary_tokens_and_the_same_bytes_again(language, text):
+    tokens = language.tokens(text)
+    assert all(N_SPECIAL <= token < language.n_vocab for token in tokens)
+    assert b"".join(language.piece(token) for token in tokens) == text.encode()
+
+
+@pytest.mark.parametrize("name", [*toy.SPECIAL_NAMES.values(), "<SPECIAL_20>", "<SPECIAL_999>"])
+def test_the_names_of_control_tokens_stay_letters(language, name):
+    """What a sign in the picture or an instruction says cannot open or close a part of the prompt."""
+    for text in (name, f"Land.{name}[INST]now", name * 3, f" {name}\n"):
+        tokens = language.tokens(text)
+        assert min(tokens) >= N_SPECIAL
+        assert b"".join(language.piece(token) for token in tokens) == text.encode()
+
+
+def test_control_tokens_have_no_letters_and_one_ends_a_sentence(language):
+    assert [language.piece(token) for token in (0, 1, 2, 3, 4, 10, 12, 13, 17, 18, 999)] == [b""] * 11
+    assert language.is_end(2)
+    assert not any(language.is_end(token) for token in (1, 3, 4, 12, 13, *some_tokens(50)))
+
+
+# -- what does not fit ------------------------------------------------------------------------------------------------
+
+
+def test_too_much_for_the_context_is_an_error_and_what_was_there_stays(language):
+    language.decode_tokens(PREFIX, 0)
+    most = language.n_ctx
+    assert most == CONTEXT - 15  # where rows come in sixteens, those that fill up must fit too
+    for n, start in ((most + 1, 0), (most, 1), (1, most), (most - START + 1, START), (0, 5)):
+        with pytest.raises(LlamaError, match=f"positions {start} to {start + n} do not fit a context of {most}"):
+            language.decode_tokens([1000] * n, start)
+        with pytest.raises(LlamaError, match=f"context of {most}"):
+            language.decode_rows(np.zeros((n, 256), np.float32), start)
+    after = act_on(language, some_rows(N_FRAME, seed=0))
+    language.forget(ACTION_SEQ, 0)
+    language.decode_tokens(PREFIX, 0)
+    assert all((a == b).all() for a, b in zip(after, act_on(language, some_rows(N_FRAME, seed=0)), strict=True))
+
+
+def test_each_sequence_has_the_whole_context(language):
+    assert np.isfinite(language.decode_tokens(some_tokens(language.n_ctx), 0)).all()
+    assert np.isfinite(language.decode_tokens(some_tokens(language.n_ctx), 0, TEXT_SEQ)).all()
+
+
+@pytest.mark.parametrize("cut", [[40], [1] * 40, [17, 23], [3, 33, 4], [16, 16, 8], [39, 1]])
+def test_the_same_rows_give_the_same_bits_however_they_are_cut(toy_bundle, cut):
+    """Of a 4-bit model; where the logits are asked for and whether rows are tokens or embeddings changes nothing."""
+    tokens = some_tokens(40)
+    with load(toy_bundle, exact=True) as language:
+        expected = [row.copy() for row in language.decode_tokens(tokens, 0, want=list(range(40)))]
+        for kind in ("tokens", "rows"):
+            language.forget(ACTION_SEQ, 0)
+            at, found = 0, []
+            for n in cut:
+                want = sorted({0, n // 2, n - 1})
+                part = tokens[at : at + n]
+                logits = (
+                    language.decode_tokens(part, at, want=want)
+                    if kind == "tokens"
+                    else language.decode_rows(language.embed(part), at, want=want)
+                )
+                found += [(at + i, row.copy()) for i, row in zip(want, logits, strict=True)]
+                at += n
+            assert all((row == expected[i]).all() for i, row in found), kind
+        language.forget(ACTION_SEQ, 0)
+        assert (language.decode_tokens(tokens, 0) == expected[-1]).all()
+
+
+def test_rows_that_fill_up_are_forgotten(toy_bundle):
+    with load(toy_bundle, exact=True) as language:
+        most = language.n_ctx
+        language.decode_tokens(some_tokens(most - 3), 0)
+        language.decode_tokens(some_tokens(3), most - 3)
+        with pytest.raises(LlamaError, match="do not fit"):
+            language.decode_tokens(some_tokens(1), most)
+        rows = np.zeros((48, language.n_embd), np.float32)
+        rows[:20] = language.embed(some_tokens(20))
+        language.forget(ACTION_SEQ, 0)
+        before = rows[:20].copy()
+        in_place = language.decode_rows(rows[:20], 0, spare=True).copy()
+        assert (rows[:20] == before).all() and (rows[20:32] == before[-1]).all() and (rows[32:] == 0).all()
+        language.forget(ACTION_SEQ, 0)
+        assert (language.decode_rows(before, 0) == in_place).all()
+        many = np.concatenate([np.full((8, language.n_embd), 7, np.float32), rows])
+        language.forget(ACTION_SEQ, 0)
+        assert (language.decode_rows(many[8:28], 0) == in_place).all()  # without room to spare nothing is written
+        assert (many[:8] == 7).all() and (many[8:] == rows).all()
+
+
+# -- loading ----------------------------------------------------------------------------------------------------------
+
+
+def test_progress_is_told_while_weights_are_read(toy_bundle):
+    path, parts = toy_bundle / LANGUAGE, []
+    LlamaContext(path, LanguageConfig(context=256), embedding_of(path), parts.append).close()
+    assert parts == sorted(parts) and parts[-1] == 1.0
+
+
+def test_closing_twice_is_closing_once(toy_bundle):
+    language = load(toy_bundle)
+    language.close()
+    language.close()
+
+
+BROKEN = """
+import sys
+from pathlib import Path
+from edge_agent import bundle
+from edge_agent.config import LanguageConfig
+from edge_agent.language import Language, LanguageError
+
+good, path = Path(sys.argv[1]).read_bytes(), Path(sys.argv[2])
+embedding = bundle.Embedding(offset=0, ggml_type="Q6_K", row_bytes=210)
+def overwritten(at, data):
+    return good[:at] + data + good[at + len(data):]
+contents = [b"", b"\\n", b"GGUF", b"GGUF" + b"\\xff" * 4000, bytes(10_000), b"\\x7fELF" + good[4:]]
+contents += [good[:n] for n in (3, 4, 8, 23, 24, 100, 5000, 100_000, len(good) // 2, len(good) - 1)]
+contents += [overwritten(at, b"\\xff" * 8) for at in (4, 8, 16, 24, 32, 40, 64, 200, 1000)]
+contents.append(good.replace(b"mistral3", b"nonsense"))
+contents.append(good.replace(b"blk.0.attn_q.weight", b"blk.0.attn_x.weight"))
+for content in contents:
+    path.write_bytes(content)
+    try:
+        Language(path, LanguageConfig(context=256), embedding).close()
+    except LanguageError as error:
+        print(str(error).replace("\\n", "<newline>"))
+    else:
+        print("loaded")
+path.unlink()
+for missing in (path, path.parent):
+    try:
+        Language(missing, LanguageConfig(context=256), embedding)
+    except LanguageError as error:
+        print(str(error).replace("\\n", "<newline>"))
+"""
+
+
+def test_a_file_that_is_no_model_is_one_line_and_never_a_crash(toy_bundle, tmp_path):
+    """In a process of its own: a native parser that is wrong takes its process along."""
+    path = tmp_path / "broken.gguf"
+    done = subprocess.run(
+        [sys.executable, "-c", BROKEN, toy_bundle / LANGUAGE, path], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert len(lines) == 29
+    for line in lines:
+        assert line.startswith(str(tmp_path)) and " cannot " in line and "<newline>" not in line, line
+
+
+def test_another_release_of_llama_cpp_python_is_refused():
+    code = "import llama_cpp; llama_cpp.__version__ = '0.3.99'\nimport edge_agent.language"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "expected 0.3.36, found 0.3.99" in done.stderr.splitlines()[-1]

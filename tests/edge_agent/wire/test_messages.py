@@ -1,0 +1,332 @@
+"""Messages as bytes: what leaves is one topic byte and one map, what arrives is that or a DecodeError."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_agent.ipc.events import (
+    CameraFault,
+    CameraOpened,
+    Heartbeat,
+    SetPaused,
+    decode_camera_event,
+    decode_model_command,
+    decode_model_event,
+)
+from edge_agent.wire.codec import encode
+from edge_agent.wire.control import Reply, Request, decode_reply, decode_request
+from edge_agent.wire.messages import (
+    Action,
+    DaemonState,
+    Header,
+    Lane,
+    Refusal,
+    RefusalReason,
+    StageTimes,
+    Status,
+    TextMessage,
+    WorkerStatus,
+)
+from edge_agent.wire.streams import STREAMS, pack, unpack
+
+HEADER = {"v": 1, "epoch": 7, "seq": 3, "t_pub_ns": 2_000_000, "bundle_id": "0123456789abcdef"}
+FRAME = {"camera": "front", "frame_id": 41, "t_capture_ns": 1_000_000, "capture_clock": "driver", "age_ms": 1.0}
+ACTION = Action(
+    **HEADER,
+    **FRAME,
+    stages_ms=StageTimes(queue=1.0, encode=2.0, prefill=3.0, decode=4.0, post=0.5),
+    valid_for_ms=500,
+    valid_until_ns=502_000_000,
+    space="velocity_body",
+    action="move",
+    values={"forward_m_s": 2.0, "count": 2, "pace": "slow", "lights": True},
+    clamped={"forward_m_s": 9.5},
+    task="Hold position.",
+    dropped_frames=2,
+)
+REFUSAL = Refusal(**HEADER, **FRAME, reason="late", detail="2100 ms old", task="Hold position.", dropped_frames=0)
+WORDS = TextMessage(**HEADER, lane="answer", frame_id=41, text="ein Würfel ", request="4f", last=False)
+WORKER = WorkerStatus(alive=True, pid=None, restarts=0, rss_mib=None)
+STATUS = Status(
+    **HEADER,
+    state="running",
+    reason="",
+    uptime_s=1.5,
+    camera="front",
+    camera_worker=WORKER,
+    model_worker=WORKER,
+    frames=9,
+    frames_dropped=1,
+    actions=7,
+    refusals={"late": 1},
+    faults={"camera: stalled": 2},
+    last_frame_age_ms=None,
+    last_action_age_ms=20.0,
+    progress=8,
+    task="Hold position.",
+    vision="onnxruntime CPUExecutionProvider",
+    mem_available_mib=None,
+    temperature_c=None,
+)
+WIRE = [("actions", ACTION), ("actions", REFUSAL), ("words", WORDS), ("status", STATUS)]
+EACH = pytest.mark.parametrize(("stream", "message"), WIRE, ids=["action", "refusal", "words", "status"])
+
+
+# -- what leaves ------------------------------------------------------------------------------------------------------
+
+
+@EACH
+def test_a_message_is_its_topic_byte_and_one_map(stream, message):
+    payload = pack(stream, message)
+    assert payload[:1] == STREAMS[stream].topic and len(STREAMS[stream].topic) == 1
+    fields = msgspec.msgpack.decode(payload[1:])  # refuses anything behind the map
+    assert fields["kind"] == type(message).__name__.lower()
+    assert HEADER.items() <= fields.items()
+    assert fields.keys() == {"kind", *message.__struct_fields__}
+
+
+def test_topics_differ():
+    topics = [row.topic for row in STREAMS.values()]
+    assert len(set(topics)) == len(topics)
+
+
+def test_the_bytes_are_those_of_the_msgpack_specification():
+    """Written by hand from the specification: fixmap, fixstr, positive fixint, uint16, float64 (30.0 = 0x403e…)."""
+    by_hand = (
+        b"\x85\xa4kind\xa6opened\xa5width\xcd\x02\x80\xa6height\xcd\x01\xe0"
+        b"\xa3fps\xcb\x40\x3e\x00\x00\x00\x00\x00\x00\xabdescription\xa3cam"
+    )
+    opened = CameraOpened(width=640, height=480, fps=30.0, description="cam")
+    assert encode(opened) == by_hand
+    assert decode_camera_event(by_hand) == opened
+
+    by_hand = b"\x84\xa1v\x01\xa2id\xa24f\xa2op\xa3ask\xa4text\xa5what?"
+    request = Request(v=1, id="4f", op="ask", text="what?")
+    assert decode_request(by_hand) == request
+    by_hand = b"\x85" + by_hand[1:] + b"\xa6values\x80"  # fixmap
+    assert encode(request) == by_hand
+    assert decode_request(by_hand) == request
+
+
+@EACH
+def test_a_message_comes_back_as_it_went(stream, message):
+    assert unpack(stream, pack(stream, message)) == message
+
+
+def test_numbers_keep_their_types():
+    fields = msgspec.msgpack.decode(pack("actions", ACTION)[1:])
+    assert [type(fields["values"][name]) for name in ACTION.values] == [float, int, str, bool]
+    whole = {name: type(value) for name, value in fields.items() if name.endswith("_ns") or name == "valid_for_ms"}
+    assert set(whole.values()) == {int}
+    assert type(fields["age_ms"]) is float and type(fields["stages_ms"]["queue"]) is float
+    back = unpack("actions", pack("actions", ACTION)).values
+    assert [type(back[name]) for name in ACTION.values] == [float, int, str, bool]
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", ["values", "clamped", "age_ms", "stages_ms"])
+def test_an_action_with_a_number_that_is_not_finite_does_not_leave(place, number):
+    changed = {
+        "values": {"forward_m_s": 0.0, "right_m_s": number},
+        "clamped": {"forward_m_s": number},
+        "age_ms": number,
+        "stages_ms": StageTimes(queue=1.0, encode=number, prefill=3.0, decode=4.0, post=0.5),
+    }[place]
+    with pytest.raises(ValueError, match=r"frame 41.*not finite"):
+        pack("actions", msgspec.structs.replace(ACTION, **{place: changed}))
+
+
+def test_a_message_of_64_kib_leaves_and_a_larger_one_does_not():
+    room = 64 * 1024 - len(pack("words", msgspec.structs.replace(WORDS, text="x" * 40_000))) + 40_000
+    payload = pack("words", msgspec.structs.replace(WORDS, text="x" * room))
+    assert len(payload) == 65536
+    with pytest.raises(ValueError, match=r"words: message of 65537 bytes, the limit is 65536"):
+        pack("words", msgspec.structs.replace(WORDS, text="x" * (room + 1)))
+
+
+# -- what arrives -----------------------------------------------------------------------------------------------------
+
+
+@EACH
+def test_readers_ignore_keys_they_do_not_know(stream, message):
+    fields = msgspec.to_builtins(message) | {"altitude_m": 3.5, "nested": {"a": [1, {"b": None}]}}
+    payload = STREAMS[stream].topic + msgspec.msgpack.encode(fields)
+    assert unpack(stream, payload) == message
+
+
+def test_control_and_worker_messages_ignore_unknown_keys_too():
+    for decode, message in [
+        (decode_request, Request(v=1, id="a", op="stats")),
+        (decode_reply, Reply(v=1, id="a", ok=True, result={"n": 1})),
+        (decode_camera_event, CameraFault("stalled", "no frame")),
+        (decode_model_event, Heartbeat("idle")),
+        (decode_model_command, SetPaused(True)),
+    ]:
+        fields = msgspec.to_builtins(message) | {"since": "v2"}
+        assert decode(msgspec.msgpack.encode(fields)) == message
+
+
+@EACH
+def test_a_missing_key_is_an_error(stream, message):
+    optional = {"request", "last", "cut", "adapter", "later", "step_ms"}
+    for name in {"kind", *message.__struct_fields__} - optional:
+        fields = msgspec.to_builtins(message)
+        if name == "kind" and stream != "actions":
+            continue  # a stream with one kind of message can be read without being told which
+        del fields[name]
+        with pytest.raises(msgspec.DecodeError, match=name):
+            unpack(stream, STREAMS[stream].topic + msgspec.msgpack.encode(fields))
+
+
+@EACH
+def test_the_wrong_topic_is_an_error(stream, message):
+    payload = pack(stream, message)
+    for other, row in STREAMS.items():
+        if other != stream:
+            with pytest.raises(msgspec.DecodeError, match="expected topic"):
+                unpack(stream, (row.topic or b"C") + payload[1:])
+    for damaged in (b"", payload[1:], payload[:1]):
+        with pytest.raises(msgspec.DecodeError):
+            unpack(stream, damaged)
+
+
+@EACH
+def test_every_truncation_and_everything_appended_is_an_error(stream, message):
+    payload = pack(stream, message)
+    for damaged in [payload[:n] for n in range(len(payload))] + [payload + b"\xc0", payload + payload]:
+        with pytest.raises(msgspec.DecodeError):
+            unpack(stream, damaged)
+
+
+@EACH
+@settings(deadline=None)
+@given(changes=st.lists(st.tuples(st.integers(1, 10**6), st.binary(max_size=3)), min_size=1, max_size=4))
+def test_changed_bytes_give_a_message_or_a_decode_error(stream, message, changes):
+    payload = bytearray(pack(stream, message))
+    for place, replacement in changes:
+        at = 1 + place % (len(payload) - 1)
+        payload[at : at + len(replacement)] = replacement
+    with contextlib.suppress(msgspec.DecodeError):
+        assert isinstance(unpack(stream, bytes(payload)), Header)
+
+
+@pytest.mark.parametrize("stream", ["actions", "words", "status"])
+@settings(deadline=None)
+@given(garbage=st.binary(max_size=200))
+def test_garbage_is_a_decode_error(stream, garbage):
+    with pytest.raises(msgspec.DecodeError):
+        unpack(stream, STREAMS[stream].topic + garbage)
+
+
+READERS = {stream: lambda data, stream=stream: unpack(stream, STREAMS[stream].topic + data) for stream, _ in WIRE}
+READERS |= {
+    "request": decode_request,
+    "reply": decode_reply,
+    "camera event": decode_camera_event,
+    "model event": decode_model_event,
+    "model command": decode_model_command,
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_text_that_is_no_utf8_is_a_decode_error(reader):
+    """Found in every reader's own keys, and in one that nobody reads."""
+    first = {"request": "id", "reply": "id"}.get(reader, "kind").encode()
+    if reader in ("actions", "words", "status"):
+        first = b"bundle_id"
+    for key in (first, b"later"):
+        data = b"\x81" + bytes([0xA0 + len(key)]) + key + b"\xa2\xff\xff"
+        with pytest.raises(msgspec.DecodeError):
+            READERS[reader](data)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_key_nested_for_ever_is_a_decode_error(reader):
+    """Within the size limit a sender can nest 60 000 arrays into a key that nobody reads."""
+    with pytest.raises(msgspec.DecodeError):
+        READERS[reader](b"\x81\xa5later" + b"\x91" * 60_000 + b"\xc0")
+
+
+# -- round trips ------------------------------------------------------------------------------------------------------
+
+count = st.integers(0, 2**63 - 1)
+number = st.floats(allow_nan=False, allow_infinity=False)
+text = st.text(max_size=50)
+header = {"v": st.just(1), "epoch": count, "seq": count, "t_pub_ns": count, "bundle_id": text}
+frame = {
+    "camera": text,
+    "frame_id": count,
+    "t_capture_ns": count,
+    "capture_clock": st.sampled_from(["driver", "arrival", "sender"]),
+    "age_ms": number,
+    "task": text,
+    "dropped_frames": count,
+}
+any_action = st.builds(
+    Action,
+    **header,
+    **frame,
+    stages_ms=st.builds(StageTimes, queue=number, encode=number, prefill=number, decode=number, post=number),
+    valid_for_ms=count,
+    valid_until_ns=count,
+    space=text,
+    action=text,
+    values=st.dictionaries(text, number | count | text | st.booleans(), max_size=5),
+    clamped=st.dictionaries(text, number, max_size=5),
+)
+any_refusal = st.builds(Refusal, **header, **frame, reason=st.sampled_from(RefusalReason.__args__), detail=text)
+any_words = st.builds(
+    TextMessage,
+    **header,
+    lane=st.sampled_from(Lane.__args__),
+    frame_id=count,
+    text=text,
+    request=text,
+    last=st.booleans(),
+    cut=text,
+)
+worker = st.builds(WorkerStatus, alive=st.booleans(), pid=st.none() | count, restarts=count, rss_mib=st.none() | number)
+any_status = st.builds(
+    Status,
+    **header,
+    state=st.sampled_from(DaemonState.__args__),
+    reason=text,
+    uptime_s=number,
+    camera=text,
+    camera_worker=worker,
+    model_worker=worker,
+    frames=count,
+    frames_dropped=count,
+    actions=count,
+    refusals=st.dictionaries(text, count, max_size=3),
+    faults=st.dictionaries(text, count, max_size=3),
+    last_frame_age_ms=st.none() | number,
+    last_action_age_ms=st.none() | number,
+    progress=count,
+    task=text,
+    vision=text,
+    mem_available_mib=st.none() | number,
+    temperature_c=st.none() | number,
+)
+
+
+@pytest.mark.parametrize(
+    ("stream", "messages"),
+    [("actions", any_action), ("actions", any_refusal), ("words", any_words), ("status", any_status)],
+    ids=["action", "refusal", "words", "status"],
+)
+@settings(deadline=None)
+@given(data=st.data())
+def test_any_message_comes_back_as_it_went(stream, messages, data):
+    message = data.draw(messages)
+    payload = pack(stream, message)
+    assert unpack(stream, payload) == message
+    assert msgspec.msgpack.decode(payload[1:]) == {"kind": type(message).__name__.lower()} | {
+        key: value for key, value in msgspec.to_builtins(message).items() if key != "kind"
+    }

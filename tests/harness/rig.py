@@ -1,0 +1,161 @@
+"""A daemon for tests: real process, real sockets, real camera process; the model real or tests/fake_model.py.
+
+Run as a program it is `edge-agent run` with the fake model in place of the real one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import yaml
+import zmq
+
+from edge_agent.actions.space import READY_SPACES
+from edge_agent.client.client import Client
+from edge_agent.config import CameraConfig, Config, LanguageConfig, TaskConfig, VisionConfig
+from edge_agent.wire.messages import Status
+from edge_agent.wire.pushed_frame import pack_pushed_frame
+from tests.harness import ROOT
+
+TASK = "Find the red box."
+
+
+def config_of(folder: Path, **changes) -> Config:
+    """For an engine or a model process on a toy."""
+    defaults = {
+        "vision": VisionConfig(max_tokens=64, threads=1),
+        "language": LanguageConfig(context=1024, threads=1, gpu_layers=0, max_words_tokens=24),
+        "task": TaskConfig(deadline_ms=60_000),
+    }
+    return Config(bundle=str(folder), camera=CameraConfig(source="none"), **(defaults | changes))
+
+
+def numbers_only(folder: Path) -> str:
+    """An action space with nothing but velocity_body's move: its answers take several steps."""
+    space = yaml.safe_load((READY_SPACES / "velocity_body.yaml").read_text())
+    space["actions"] = {"move": space["actions"]["move"]}
+    (folder / "numbers.yaml").write_text(yaml.safe_dump(space, sort_keys=False))
+    return str(folder / "numbers.yaml")
+
+
+class Daemon:
+    """One running daemon; use within `daemon(...)`."""
+
+    def __init__(self, process: subprocess.Popen, runtime: Path, log: Path) -> None:
+        self.process, self.runtime, self.log = process, runtime, log
+
+    def client(self) -> Client:
+        return Client(str(self.runtime))
+
+    def wait(self, *states: str, timeout_s: float = 30.0) -> Status:
+        """The first status in one of these states."""
+        until_s, status = time.monotonic() + timeout_s, None
+        with self.client() as client:
+            while time.monotonic() < until_s:
+                status = client.status(0.5)
+                if status is not None and status.state in states:
+                    return status
+                assert self.process.poll() is None, f"daemon ended: {self.log.read_text()}"
+        raise AssertionError(f"not {states} in {timeout_s} s but {status}: {self.log.read_text()}")
+
+    def stop(self, timeout_s: float = 5.0) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout_s)
+
+
+@contextlib.contextmanager
+def daemon(
+    runtime: Path, config: dict, *, fake: dict | None = None, env: dict[str, str] | None = None, wait: bool = True
+) -> Iterator[Daemon]:
+    """Start a daemon on this configuration, give it, and make sure that nothing of it is left."""
+    runtime.mkdir(exist_ok=True)
+    path, log = runtime / "config.yaml", runtime / "log"
+    path.write_text(yaml.safe_dump(config | {"runtime_dir": str(runtime)}))
+    program = ["-m", "edge_agent.cli.main"] if fake is None else ["-m", "tests.harness.rig"]
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, *program, "run", "--config", str(path)],
+            stdout=out,
+            stderr=out,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "FAKE_MODEL": json.dumps(fake or {})} | (env or {}),
+        )
+    try:
+        running = Daemon(process, runtime, log)
+        if wait:
+            running.wait("running")
+        yield running
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+class Pusher:
+    """A process that owns the camera, as a thread: noise at a steady rate, remembering what it sent."""
+
+    def __init__(self, endpoint: str, rate_hz: float = 50.0, height: int = 120, width: int = 160) -> None:
+        self.endpoint, self.period_s, self.shape = endpoint, 1 / rate_hz, (height, width, 3)
+        self.sent: dict[int, int] = {}  # frame_id -> t_capture_ns
+        self.next_id = 1000
+        self.running = threading.Event()
+        self.running.set()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._push)
+
+    def __enter__(self) -> Pusher:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _push(self) -> None:
+        generator = np.random.default_rng(0)
+        with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.setsockopt(zmq.SNDHWM, 2)
+            socket.setsockopt(zmq.IMMEDIATE, 1)
+            socket.connect(self.endpoint)
+            while not self._ended.wait(self.period_s):
+                if not self.running.is_set():
+                    continue
+                image = generator.integers(0, 256, self.shape, dtype=np.uint8)
+                self.sent[self.next_id] = stamp_ns = time.monotonic_ns()
+                message = pack_pushed_frame(self.next_id, stamp_ns, self.shape[1], self.shape[0], "rgb8", image.data)
+                with contextlib.suppress(zmq.Again):
+                    socket.send(message, zmq.NOBLOCK)
+                self.next_id += 1
+
+
+def children(pid: int) -> list[int]:
+    """Direct children of a process."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        found += [int(word) for word in (task / "children").read_text().split()]
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+if __name__ == "__main__":
+    from edge_agent.cli.main import main
+    from edge_agent.supervisor import process
+
+    process.MODEL_MODULE = "tests.harness.fake_model"
+    main()

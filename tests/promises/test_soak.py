@@ -1,0 +1,145 @@
+"""The long form, run by `make soak`: many faults, many frames. Each test prints one JSON line with its figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_agent.board import health
+from edge_agent.wire.messages import Action
+from tests.harness import rig
+
+ROUNDS = 60
+FLIGHT_S = 180.0
+
+pytestmark = pytest.mark.soak
+
+
+@pytest.fixture
+def runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("r")
+
+
+class Ear(threading.Thread):
+    """Hears every action, and remembers when and of which frame."""
+
+    def __init__(self, client) -> None:
+        super().__init__(daemon=True)
+        self.client, self.actions, self.ended = client, [], threading.Event()
+
+    def run(self) -> None:
+        while not self.ended.is_set():
+            answer = self.client.next_answer(0.1)
+            if isinstance(answer, Action):
+                self.actions.append((time.monotonic_ns(), answer.frame_id, answer.age_ms))
+
+
+def test_faults(toy_bundle, runtime, capsys):
+    """kill -9 and SIGSTOP on either worker, in random order: silence and its reason within bounds, nothing replayed."""
+    generator = random.Random(0)
+    config = {
+        "bundle": str(toy_bundle),
+        "camera": {"source": f"zmq:ipc://{runtime}/frames"},
+        "watch": {"model_stall_s": 0.6, "camera_stall_s": 0.5},
+    }
+    reason_ms, silence_ms = [], []
+    with (
+        rig.Pusher(f"ipc://{runtime}/frames"),
+        rig.daemon(runtime, config, fake={}) as running,
+        running.client() as listening,
+    ):
+        ear = Ear(listening)
+        ear.start()
+        for _ in range(ROUNDS):
+            status = running.wait("running", timeout_s=30)
+            time.sleep(0.3)
+            victim = generator.choice(["camera_worker", "model_worker"])
+            hurt_ns = time.monotonic_ns()
+            os.kill(getattr(status, victim).pid, generator.choice([signal.SIGKILL, signal.SIGSTOP]))
+            hurt = running.wait("fault", "stalled", "no-frames", timeout_s=15)
+            reason_ms.append((time.monotonic_ns() - hurt_ns) / 1e6)
+            assert victim.split("_")[0] in hurt.reason
+            known_ns = time.monotonic_ns()
+            after = [at for at, _, _ in ear.actions if hurt_ns < at < known_ns]
+            silence_ms.append((max(after, default=hurt_ns) - hurt_ns) / 1e6)
+        running.wait("running", timeout_s=30)
+        ear.ended.set()
+        ear.join()
+        assert running.process.poll() is None
+    frames = [frame_id for _, frame_id, _ in ear.actions]
+    figures = {
+        "promise": 2,
+        "rounds": ROUNDS,
+        "actions": len(frames),
+        "worst_ms_to_reason": round(max(reason_ms)),
+        "worst_ms_to_silence": round(max(silence_ms)),
+        "replays": len(frames) - len(set(frames)),
+        "worst_age_ms": round(max(age for _, _, age in ear.actions), 1),
+    }
+    with capsys.disabled():
+        print("\n" + json.dumps(figures))
+    assert figures["replays"] == 0 and figures["worst_ms_to_reason"] < 2500 and figures["worst_ms_to_silence"] < 1000
+
+
+def test_memory_is_flat(toy_bundle, runtime, tmp_path_factory, capsys):
+    """The real model as fast as it goes: resident memory after a third of the flight, and at its end."""
+    config = {
+        "bundle": str(toy_bundle),
+        "camera": {"source": f"zmq:ipc://{runtime}/frames"},
+        "vision": {"max_tokens": 16},
+        "language": {"context": 1024, "describe": "What do you see?", "max_words_tokens": 8},
+    }
+    with rig.Pusher(f"ipc://{runtime}/frames", rate_hz=200), rig.daemon(runtime, config) as running:
+        status = running.wait("running")
+        pids = {"supervisor": running.process.pid, "camera": status.camera_worker.pid, "model": status.model_worker.pid}
+        time.sleep(FLIGHT_S / 3)
+        first = {name: health.rss_mib(pid) for name, pid in pids.items()}
+        time.sleep(2 * FLIGHT_S / 3)
+        last = {name: health.rss_mib(pid) for name, pid in pids.items()}
+        end = running.wait("running")
+    growth = {name: round((last[name] - first[name]) * 1024 / (2 * FLIGHT_S / 3 / 3600)) for name in pids}
+    with capsys.disabled():
+        print("\n" + json.dumps({"promise": 21, "frames": end.frames, "actions": end.actions, "kib_per_hour": growth}))
+    assert all(last[name] - first[name] < 4 for name in pids), (first, last)
+
+
+def test_from_camera_to_wire_all_but_the_model_takes_a_few_milliseconds(toy_bundle, runtime, capsys):
+    """640x480 frames, a model that is free when they come: receiving, slot, waking up, resizing, envelope, publication.
+    Not counted: encode, prefill and decode. Three tries: a shared machine takes the processor away now and then."""
+    for _ in range(3):
+        beside_ms = beside_the_model_ms(toy_bundle, runtime, n_frames=380)
+        p50, p99 = (round(float(np.percentile(beside_ms, p)), 2) for p in (50, 99))
+        with capsys.disabled():
+            print(json.dumps({"frames": 380, "camera_to_wire_beside_the_model_ms": {"p50": p50, "p99": p99}}))
+        if p99 <= 5.0:
+            break
+    assert p99 <= 5.0
+
+
+def beside_the_model_ms(toy_bundle: Path, runtime: Path, n_frames: int) -> list[float]:
+    trace = runtime / "trace.json"
+    config = {
+        "bundle": str(toy_bundle), "camera": {"source": f"zmq:ipc://{runtime}/frames"}, "trace": str(trace),
+        "vision": {"max_tokens": 144}, "language": {"gpu_layers": 0}, "task": {"deadline_ms": 5000},
+    }  # fmt: skip
+    pusher = rig.Pusher(f"ipc://{runtime}/frames", rate_hz=8.0, height=480, width=640)
+    with pusher, rig.daemon(runtime, config) as running:
+        with running.client() as client:
+            answers = [client.next_answer(5.0) for _ in range(n_frames + 20)][20:]
+        running.stop()
+    resize_ms, newest_ms = {}, 0.0  # by frame; a frame's waiting is told after its resizing
+    for span in json.loads(trace.read_text()):
+        if span["name"] == "resize":
+            newest_ms = span["dur"] / 1000
+        elif span["name"].endswith(" waits"):
+            resize_ms[int(span["name"].split()[1])] = newest_ms
+    stages = [(answer, answer.stages_ms) for answer in answers]
+    return [a.age_ms - s.encode - s.prefill - s.decode + resize_ms[a.frame_id] for a, s in stages]

@@ -1,0 +1,45 @@
+"""ggml's kernels and reader, held against the gguf package, which has its own."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+
+from quantize.formats import ggml_kernels
+
+Type = gguf.GGMLQuantizationType
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 7, 64])
+@pytest.mark.parametrize("kind", [Type.Q8_0, Type.Q4_0])
+def test_rows_are_those_of_another_implementation(n_rows, kind):
+    """For any number of rows, however the cores share them."""
+    rows = np.random.default_rng(n_rows).normal(size=(n_rows, 256)).astype(np.float32)
+    assert np.array_equal(ggml_kernels.quantise_rows(rows, kind), gguf.quants.quantize(rows, kind))
+
+
+@pytest.mark.parametrize("kind", [Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.IQ4_XS])
+def test_rows_come_back_nearly_as_they_went(kind):
+    rows = np.random.default_rng(0).normal(size=(5, 512)).astype(np.float32)
+    packed = ggml_kernels.quantise_rows(rows, kind)
+    assert packed.shape == (5, ggml_kernels.row_bytes(kind, 512))
+    error = np.linalg.norm(gguf.quants.dequantize(packed, kind) - rows) / np.linalg.norm(rows)
+    assert 0 < error < 0.1
+
+
+def test_the_table_is_that_of_the_gguf_package(toy_bundle):
+    path = toy_bundle / "language.gguf"
+    expected = [
+        (tensor.name, tensor.tensor_type.name, tensor.data_offset, tensor.n_bytes)
+        for tensor in gguf.GGUFReader(path).tensors
+    ]
+    assert [(t.name, t.ggml_type, t.offset, t.n_bytes) for t in ggml_kernels.tensor_table(path)] == expected
+
+
+@pytest.mark.parametrize("content", [b"", b"no model", b"GGUF" + bytes(8)])
+def test_what_is_no_gguf_is_one_line(tmp_path, content):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(content)
+    with pytest.raises(ggml_kernels.NotGguf, match=r"^[^\n]*x\.gguf[^\n]*$"):
+        ggml_kernels.tensor_table(path)

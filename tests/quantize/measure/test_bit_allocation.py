@@ -1,0 +1,271 @@
+"""A recipe of the model's own: what is measured, what is chosen, and that the files made keep what was promised."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import gguf
+import pytest
+from conftest import silent
+from test_quantize_cli import refused, run  # noqa: F401
+from test_quantize_measure import opened, quiet
+
+from edge_agent.bundle.manifest import LANGUAGE, REPORT
+from edge_agent.bundle.verify import verify_bundle
+from quantize.build import build, convert, unverified_bundle
+from quantize.formats.imatrix import Imatrix, read_imatrix
+from quantize.measure import bit_allocation, perplexity
+from quantize.measure.collect_imatrix import TEXT, CalibrationData, collect_imatrix
+from quantize.source.checkpoint import read_checkpoint
+from quantize.standard_recipes import BOARDS, budget_bytes, bytes_by_type, memory_bytes, plan_recipe
+from tests.harness import ROOT, toy
+
+PAD = ROOT / "models" / "pad_pilot" / "checkpoint"
+TEXT = TEXT.read_text(encoding="utf-8")
+Type = bit_allocation.Type
+
+
+class Fixture:
+    """The trained demo model: importance matrix, sensitivities, a plan as large as Q4_K_M, a reference for files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.checkpoint = read_checkpoint(PAD)
+        self.imatrix = folder / "pad.imatrix.gguf"
+        collect_imatrix(self.checkpoint, self.imatrix, CalibrationData(max_chunks=2), silent)
+        self.weighed = read_imatrix(self.imatrix)
+        types = plan_recipe(self.checkpoint, "Q4_K_M", self.weighed)
+        self.q4_bytes = sum(bytes_by_type(self.checkpoint, types).values())
+        self.sensitivity = folder / "sensitivity.json"
+        self.folder = folder
+        self.plan = self.fitted(self.q4_bytes)
+        self.reference = self.write_reference()
+
+    def fitted(self, budget_bytes: int) -> bit_allocation.Allocation:
+        return bit_allocation.fitted(self.checkpoint, self.weighed, budget_bytes, TEXT, 1, self.sensitivity, silent)
+
+    def write_reference(self) -> perplexity.Reference:
+        build(self.checkpoint, self.folder / "full", "BF16", False, silent)
+        llm, bos = opened(self.folder / "full")
+        with llm:
+            cut = perplexity.chunks(llm, bos, TEXT, 1)
+            perplexity.write_reference(llm, bos, cut, self.folder / "kld", quiet)
+        return perplexity.Reference(self.folder / "kld")
+
+    def kl(self, name: str, **arguments: object) -> float:
+        """Of a bundle's file, through the runtime's own loading."""
+        out = self.folder / name
+        build(self.checkpoint, out, name, False, silent, importance=self.weighed, **arguments)
+        llm, bos = opened(out)
+        with llm:
+            return perplexity.compare(llm, bos, self.reference, quiet).kl_mean
+
+
+@pytest.fixture(scope="module")
+def pad(tmp_path_factory: pytest.TempPathFactory) -> Fixture:
+    return Fixture(tmp_path_factory.mktemp("fit"))
+
+
+# -- the bar -----------------------------------------------------------------------------------------------------------
+
+
+def test_in_the_bytes_of_q4_k_m_less_is_lost_than_by_q4_k_m(pad: Fixture):
+    """Both as files, measured by the runtime's own loading, with the same importance matrix."""
+    assert pad.plan.n_bytes <= pad.q4_bytes
+    ours, theirs = pad.kl("fitted", types=pad.plan.types), pad.kl("Q4_K_M")
+    assert ours < 0.9 * theirs
+    # In memory it was measured right, but for what 4-bit kernels lose besides: they round activations to 8 bits.
+    assert 0.95 * pad.plan.measured_kl < ours < 1.4 * pad.plan.measured_kl
+    assert 0.95 * pad.plan.standard_kl < theirs < 1.4 * pad.plan.standard_kl and pad.plan.standard == "Q4_K_M"
+    assert 1 / 3 < pad.plan.reckoned_kl / pad.plan.measured_kl < 3  # errors of different tensors partly undo each other
+
+
+def test_at_the_loss_of_q4_k_m_it_is_smaller(pad: Fixture):
+    smaller = pad.fitted(round(0.95 * pad.q4_bytes))
+    assert smaller.n_bytes <= 0.95 * pad.q4_bytes and smaller.measured_kl <= pad.plan.standard_kl
+
+
+def test_every_plan_fills_its_budget_and_more_bytes_lose_less(pad: Fixture):
+    found = json.loads(pad.sensitivity.read_text())
+    known = bit_allocation.Sensitivity(found["key"], found["errors"], found["kl"])
+    reckoned = []
+    for budget in (1_900_000, 2_300_000, 2_614_784, 3_500_000, 9_000_000):
+        types, choices = bit_allocation.allocate(pad.checkpoint, known, budget)
+        size = sum(bytes_by_type(pad.checkpoint, types).values())
+        assert size <= budget and (size > 0.98 * budget or set(types.values()) == {Type.Q8_0, Type.F32})
+        assert set(types) == {row.gguf for row in pad.checkpoint.text_rows}
+        assert {row.tensor for row in choices} == {row.gguf for row in bit_allocation.matrices(pad.checkpoint)}
+        reckoned.append(sum(choice.kl for choice in choices))
+    assert reckoned == sorted(reckoned, reverse=True)
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+def test_each_group_is_measured_alone_and_everything_is_put_back(pad: Fixture, tmp_path: Path):
+    work = tmp_path / "bf16"
+    convert(pad.checkpoint, work, "bf16", False, silent)
+    prober = bit_allocation.SensitivityProbe(
+        pad.checkpoint, unverified_bundle(pad.checkpoint, work), pad.weighed, TEXT, 1
+    )
+    try:
+        assert abs(prober.kl({})) < 1e-5
+        head = prober.kl({"token_embd.weight": Type.Q4_K})
+        other = prober.kl({"blk.2.ffn_down.weight": Type.Q4_K})
+        assert head > 1e-4 and other > 1e-4 and head != other
+        assert abs(prober.kl({})) < 1e-5
+        assert prober.kl({"token_embd.weight": Type.Q4_K}) == head
+        assert prober.kl({"token_embd.weight": Type.Q8_0}) < 0.1 * head
+    finally:
+        prober.close()
+
+
+def test_errors_fall_with_the_bits_and_follow_the_importance(pad: Fixture):
+    row = next(row for row in pad.checkpoint.text_rows if row.gguf == "blk.1.ffn_up.weight")
+    found = bit_allocation.quantisation_errors(pad.checkpoint, row, pad.weighed)
+    by_bits = [found[kind.name] for kind in (Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.Q8_0)]
+    assert by_bits == sorted(by_bits, reverse=True) and by_bits[0] > 100 * by_bits[-1]
+    doubled = Imatrix(sums={name: 2 * values for name, values in pad.weighed.sums.items()}, counts=pad.weighed.counts)
+    twice = bit_allocation.quantisation_errors(pad.checkpoint, row, doubled)
+    assert twice["Q8_0"] == pytest.approx(2 * found["Q8_0"], rel=1e-6)
+
+
+def test_what_is_measured_is_kept_and_taken_up(pad: Fixture):
+    known = json.loads(pad.sensitivity.read_text())
+    known["kl"].popitem()
+    known["errors"].popitem()
+    pad.sensitivity.write_text(json.dumps(known))
+    asked = []
+    real = bit_allocation.SensitivityProbe.kl
+
+    class Counted(bit_allocation.SensitivityProbe):
+        def kl(self, types):
+            asked.append(types)
+            return real(self, types)
+
+    original, bit_allocation.SensitivityProbe = bit_allocation.SensitivityProbe, Counted
+    try:
+        again = pad.fitted(pad.q4_bytes)
+    finally:
+        bit_allocation.SensitivityProbe = original
+    assert len(asked) == 3  # one group, the plan, the standard recipe
+    assert again.types == pad.plan.types
+
+
+def test_measurements_of_another_work_are_not_taken_up(pad: Fixture):
+    before = json.loads(pad.sensitivity.read_text())["key"]
+    assert bit_allocation.key(pad.checkpoint, pad.weighed, TEXT, 1) == before
+    assert bit_allocation.key(pad.checkpoint, pad.weighed, TEXT + ".", 1) != before
+    assert bit_allocation.key(pad.checkpoint, pad.weighed, TEXT, 2) != before
+    other = Imatrix(sums=pad.weighed.sums | {"x": pad.weighed.sums["token_embd.weight"]},
+                                  counts=pad.weighed.counts | {"x": 1})  # fmt: skip
+    assert bit_allocation.key(pad.checkpoint, other, TEXT, 1) != before
+
+
+def test_groups_hold_every_matrix_once_and_are_not_too_many(tmp_path: Path):
+    many = read_checkpoint(toy.write_checkpoint(tmp_path / "toy", layers=40, vocab=2048, tied=False))
+    for one in (many, read_checkpoint(PAD)):
+        found = bit_allocation.groups(one)
+        assert len(found) <= bit_allocation.MAX_PROBES
+        members = [name for group in found.values() for name in group]
+        assert sorted(members) == sorted(row.gguf for row in bit_allocation.matrices(one))
+    assert bit_allocation.groups(many)["attn_q 0 to 4"] == [f"blk.{n}.attn_q.weight" for n in range(5)]
+
+
+# -- choosing ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_hull_keeps_what_pays():
+    q = list(Type)
+    points = [(10, 100.0, q[0]), (20, 50.0, q[1]), (30, 49.0, q[2]), (40, 10.0, q[3]), (50, 11.0, q[4])]
+    assert [point[0] for point in bit_allocation.hull(points)] == [10, 20, 40]
+
+
+def test_on_hulls_the_choice_is_the_best_there_is(tmp_path: Path):
+    """Every combination, for a model of few matrices, at budgets where a step ends."""
+    folder = toy.write_checkpoint(tmp_path / "toy", layers=1, vocab=2048)
+    one = read_checkpoint(folder)
+    kinds = (Type.Q3_K, Type.Q4_K, Type.Q6_K)
+    rows = bit_allocation.matrices(one)
+    known = bit_allocation.Sensitivity("")
+    for i, row in enumerate(rows):
+        known.errors[row.gguf] = {kind.name: (8.0 - 3 * k) ** 2 * (1 + i % 3) for k, kind in enumerate(kinds)}
+    for i, (group, members) in enumerate(bit_allocation.groups(one).items()):
+        known.kl[group] = 0.01 * (1 + i) * len(members)
+    prices = known.price(bit_allocation.groups(one))
+    exact = sum(bit_allocation.n_bytes(one, row, Type.F32) for row in one.text_rows if len(row.shape) == 1)
+
+    def totals(chosen: tuple) -> tuple[int, float]:
+        size = sum(bit_allocation.n_bytes(one, row, kind) for row, kind in zip(rows, chosen, strict=True))
+        names = zip((row.gguf for row in rows), chosen, strict=True)
+        return exact + size, sum(prices[name] * known.errors[name][kind.name] for name, kind in names)
+
+    everything = [totals(chosen) for chosen in itertools.product(kinds, repeat=len(rows))]
+    cheapest, dearest = min(everything)[0], max(everything)[0]
+    for part in (0.1, 0.3, 0.5, 0.7, 0.9):
+        types, _ = bit_allocation.allocate(one, known, round(cheapest + part * (dearest - cheapest)))
+        size, loss = totals(tuple(types[row.gguf] for row in rows))
+        assert loss <= 1.02 * min(other for bytes_, other in everything if bytes_ <= size)
+
+
+def test_a_budget_below_the_floor_says_the_floor(pad: Fixture, run, tmp_path: Path):  # noqa: F811
+    result = run("build", PAD, tmp_path / "out", "--imatrix", pad.imatrix, "--budget", "1MB",
+                 "--sensitivity", pad.sensitivity, "--chunks", 1)  # fmt: skip
+    refused(result, ("--budget: 1.000 MB is below the floor of 1.", "every matrix at Q2_K"))
+    assert not (tmp_path / "out").exists()
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_a_fitted_bundle_says_what_was_chosen_and_why(pad: Fixture, run, tmp_path: Path):  # noqa: F811
+    out = tmp_path / "out"
+    status, said, _ = run("build", PAD, out, "--imatrix", pad.imatrix, "--budget", "2.4MB",
+                          "--sensitivity", pad.sensitivity, "--chunks", 1)  # fmt: skip
+    assert status == 0 and "blk.4.ffn_down.weight" in said and "mean KL divergence" in said
+    manifest = verify_bundle(out).manifest
+    assert manifest.recipe.startswith("fit 2.") and sum(manifest.bytes_by_type.values()) <= 2.4e6
+    report = json.loads((out / REPORT).read_text())["fit"]
+    assert report["measured_kl"] > 0 and len(report["choices"]) == len(bit_allocation.matrices(pad.checkpoint))
+    stored = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(out / LANGUAGE).tensors}
+    assert all(stored[row["tensor"]] == row["type"] for row in report["choices"])
+
+
+WRONG = {
+    "no imatrix": (["--budget", "2GB"], ("need --imatrix",), 2),
+    "no board": (
+        ["--fit", "toaster", "--imatrix", "PAD"],
+        ("--fit: expected one of orin-nano-4gb", "toaster"),
+        2,
+    ),
+    "folder there": (["--budget", "2GB", "--imatrix", "PAD", "THERE"], ("exists; give another folder",), 1),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words", "status"), WRONG.values(), ids=WRONG)
+def test_wrong_arguments_are_one_line(pad: Fixture, run, tmp_path: Path, arguments, words, status):  # noqa: F811
+    out = tmp_path / "out"
+    if arguments[-1] == "THERE":
+        out.mkdir()
+        arguments = arguments[:-1]
+    arguments = [pad.imatrix if argument == "PAD" else argument for argument in arguments]
+    refused(run("build", PAD, out, *arguments), words, status)
+
+
+@pytest.mark.parametrize("text", ["2", "two GB", "-1GB", "2TB", "1e9B", ""])
+def test_a_size_that_is_none(text: str, edge_quantize, tmp_path: Path):
+    result = edge_quantize("build", PAD, tmp_path / "out", f"--budget={text}")
+    assert result.returncode == 2 and "expected a size such as 2.0GB" in result.stderr
+
+
+def test_sizes_and_boards():
+    from quantize import cli
+
+    assert [cli._size(text) for text in ("2.0GB", "900MB", "1GiB", "512 B", "1.5kB")] == [
+        2_000_000_000, 900_000_000, 2**30, 512, 1500,
+    ]  # fmt: skip
+    one = read_checkpoint(PAD)
+    left = [budget_bytes(one, board) for board in BOARDS]
+    assert left == sorted(left)
+    assert left[1] + memory_bytes(one, 0) == round(6.4 * 2**30)

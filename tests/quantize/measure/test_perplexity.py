@@ -1,0 +1,127 @@
+"""Perplexity and divergence: against arithmetic written the long way, and through the file that keeps a reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_agent.bundle.manifest import LANGUAGE, read_manifest
+from edge_agent.config import LanguageConfig
+from edge_agent.model.llama import LlamaContext
+from quantize.measure import perplexity
+from quantize.measure.collect_imatrix import TEXT
+from quantize.measure.perplexity import MeasureError
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    pass
+
+
+def opened(folder: Path) -> tuple[LlamaContext, int]:
+    made = read_manifest(folder)
+    config = LanguageConfig(context=perplexity.CHUNK, threads=1, gpu_layers=0, flash_attention=True, exact=False)
+    model = made.manifest.model
+    return LlamaContext(made.path(LANGUAGE), config, model.embedding), model.special["bos"]
+
+
+@pytest.fixture(scope="module")
+def reference(full: Path, tmp_path_factory: pytest.TempPathFactory) -> perplexity.Reference:
+    path = tmp_path_factory.mktemp("reference") / "kld"
+    llm, bos = opened(full)
+    with llm:
+        cut = perplexity.chunks(llm, bos, TEXT.read_text(encoding="utf-8"), 2)
+        perplexity.write_reference(llm, bos, cut, path, quiet)
+    return perplexity.Reference(path)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def test_a_model_is_no_way_from_itself(full: Path, reference: perplexity.Reference):
+    llm, bos = opened(full)
+    with llm:
+        found = perplexity.compare(llm, bos, reference, quiet)
+    assert found.n == 2 * 255 and found.same_top == 1.0
+    assert abs(found.kl_mean) < 1e-5 and abs(found.kl_max) < 1e-3
+    assert found.delta_p_rms < 1e-4
+
+
+def test_the_figures_are_those_of_the_long_way(full: Path, toy_bundle: Path, reference: perplexity.Reference):
+    """All of it again in float64, without the file."""
+    rows = {}
+    for name, folder in (("p", full), ("q", toy_bundle)):
+        llm, bos = opened(folder)
+        with llm:
+            rows[name] = np.concatenate(
+                [log_softmax(perplexity.logits(llm, bos, chunk)[:-1].copy()) for chunk in reference.cut]
+            )
+            if name == "q":
+                found = perplexity.compare(llm, bos, reference, quiet)
+    p, q = rows["p"], rows["q"]
+    right = np.concatenate([chunk[257:] for chunk in reference.cut])
+    at = np.arange(len(right))
+    kl = (np.exp(p) * (p - q)).sum(1)
+    assert found.perplexity == pytest.approx(np.exp(-q[at, right].mean()), rel=1e-4)
+    assert found.kl_mean == pytest.approx(kl.mean(), rel=2e-3)
+    assert found.kl_median == pytest.approx(np.median(kl), rel=5e-3)
+    assert found.kl_p99 == pytest.approx(np.quantile(kl, 0.99), rel=5e-3)
+    assert found.kl_max == pytest.approx(kl.max(), rel=5e-3)
+    assert found.same_top == pytest.approx((p.argmax(1) == q.argmax(1)).mean(), abs=2 / len(kl))
+    delta = np.exp(q[at, right]) - np.exp(p[at, right])
+    assert found.delta_p_rms == pytest.approx(np.sqrt((delta**2).mean()), rel=1e-2)
+    assert 0 < found.kl_median < found.kl_mean < found.kl_p99 < found.kl_max
+    assert found.kl_sd == pytest.approx(kl.std() / np.sqrt(len(kl) - 1), rel=1e-2)
+
+
+def test_what_is_stored_comes_back_within_a_step():
+    logits = np.random.default_rng(0).normal(0, 4, (3, 77)).astype(np.float32)
+    logits[1, 5] = 60.0  # then most of the row is more than 16 below
+    stored = perplexity._stored(logits)
+    assert stored.shape == (3, 2 * 39 + 4) and stored.dtype == np.uint16
+    scale, least = np.ascontiguousarray(stored[:, :4]).view(np.float32).T[..., None]
+    back = scale * stored[:, 4 : 4 + 77].astype(np.float32) + least
+    expected = np.maximum(log_softmax(logits), log_softmax(logits).max(1, keepdims=True) - 16)
+    assert np.abs(back - expected).max() <= 16 / 65535
+
+
+def test_every_chunk_begins_with_bos_and_is_read_from_an_empty_cache(full: Path, reference: perplexity.Reference):
+    llm, bos = opened(full)
+    with llm:
+        one = perplexity.logits(llm, bos, reference.cut[1]).copy()
+        perplexity.logits(llm, bos, reference.cut[0])
+        again = perplexity.logits(llm, bos, reference.cut[1])
+        np.testing.assert_array_equal(one, again)
+        other = reference.cut[1].copy()
+        other[0] = 7  # the text's own token there is never read
+        np.testing.assert_array_equal(one, perplexity.logits(llm, bos, other))
+
+
+def test_text_too_short_is_refused(full: Path):
+    llm, bos = opened(full)
+    with llm, pytest.raises(MeasureError, match="expected 512 or more"):
+        perplexity.chunks(llm, bos, "Follow the road.")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda raw: b"nothing", "not a file of log"),
+        (lambda raw: raw[:-10], "expected"),
+        (lambda raw: raw[:15], "not a"),
+    ],
+)
+def test_a_damaged_reference_is_refused(reference: perplexity.Reference, tmp_path: Path, damage, words: str):
+    path = tmp_path / "kld"
+    path.write_bytes(damage(reference.path.read_bytes()))
+    with pytest.raises(MeasureError, match=words):
+        perplexity.Reference(path)
+
+
+def test_a_reference_of_another_vocabulary_is_refused(reference: perplexity.Reference, build, toy_small: Path):
+    llm, bos = opened(build(toy_small, "Q4_K_M"))
+    with llm, pytest.raises(MeasureError, match="vocabulary of 4096, but the model has 2048"):
+        perplexity.compare(llm, bos, reference, quiet)

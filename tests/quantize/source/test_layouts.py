@@ -1,0 +1,203 @@
+"""One model, many layouts: HF and consolidated, whole and in parts, with eyes and without, of both families."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import silent
+from test_quantize_cli import configure, refused, remove, run  # noqa: F401
+
+from edge_agent.bundle.manifest import LANGUAGE, MANIFEST, MMPROJ, REPORT, VISION, read_manifest
+from edge_agent.bundle.verify import verify_bundle
+from edge_agent.errors import BundleError
+from quantize.build import build, convert
+from quantize.source.checkpoint import read_checkpoint
+from quantize.source.hf_config import PIXEL_MEAN, PIXEL_STD
+from quantize.source.tensor_names import FAMILIES, Yarn
+from tests.harness import toy
+
+LAYOUTS = {
+    "hf": {},
+    "hf, three files, transformers' names": {"shards": 3, "prefix": "model."},
+    "consolidated": {"layout": "consolidated"},
+    "consolidated, three files": {"layout": "consolidated", "shards": 3},
+}
+SMALL = {"vocab": 2048, "layers": 1, "vision_layers": 1, "seed": 5}
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+@pytest.mark.parametrize("family", ["ministral3", "mistral"])
+def test_every_layout_of_a_model_makes_the_same_files(tmp_path: Path, family: str, dtype: str):
+    made = {}
+    for name, arguments in LAYOUTS.items():
+        model = {"family": family, "dtype": dtype, "tied": dtype == "bf16"}
+        folder = toy.write_checkpoint(tmp_path / name, **SMALL, **model, **arguments)
+        out = tmp_path / f"{name} out"
+        convert(read_checkpoint(folder), out, "bf16", False, silent)
+        made[name] = hashes(out)
+    assert set(made["hf"]) == {LANGUAGE, MMPROJ, VISION}
+    assert all(files == made["hf"] for files in made.values()), made
+
+
+def test_the_two_layouts_differ_where_rotary_rows_stand(tmp_path: Path):
+    """Or the test above would also pass a reader that permutes nothing and a toy that forgot to."""
+    read = {}
+    for layout in ("hf", "consolidated"):
+        found = read_checkpoint(toy.write_checkpoint(tmp_path / layout, **SMALL, layout=layout))
+        read[layout] = {row.gguf: found.rows(row, 0, 4).tobytes() for row in [*found.text_rows, *found.vision_rows]}
+        assert found.layout == {"hf": "HF", "consolidated": "consolidated"}[layout]
+    differ = {name for name in read["hf"] if read["hf"][name] != read["consolidated"][name]}
+    assert differ == {f"{blk}.0.attn_{side}.weight" for blk in ("blk", "v.blk") for side in "qk"}
+
+
+@pytest.mark.parametrize("layout", ["hf", "consolidated"])
+@pytest.mark.parametrize("family", ["ministral3", "mistral"])
+def test_a_text_only_model_makes_a_bundle_that_the_agent_refuses(tmp_path: Path, family: str, layout: str):
+    folder = toy.write_checkpoint(
+        tmp_path / "toy", **SMALL, family=family, vision=False, layout=layout, prefix="text" if layout == "hf" else ""
+    )
+    manifest = build(read_checkpoint(folder), tmp_path / "out", "Q4_K_M", False, silent)
+    assert manifest.vision is None and manifest.model.family == family
+    assert set(os.listdir(tmp_path / "out")) == {LANGUAGE, REPORT, MANIFEST}
+    report = json.loads((tmp_path / "out" / REPORT).read_text())
+    assert set(report["tried"]) == {"embedding_rows_relative_difference"}
+    assert read_manifest(tmp_path / "out").manifest == manifest
+    with pytest.raises(BundleError, match="text-only"):
+        verify_bundle(tmp_path / "out")
+
+
+def test_the_released_sizes_have_their_names(tmp_path: Path):
+    found = {(family.name, size): shape for family in FAMILIES for shape, size in family.sizes.items()}
+    assert found == {
+        ("ministral3", "3B"): (3072, 26),
+        ("ministral3", "8B"): (4096, 34),
+        ("ministral3", "14B"): (5120, 40),
+        ("mistral", "24B"): (5120, 40),
+    }
+
+
+def test_a_folder_with_both_layouts_is_read_as_hf_and_with_half_of_one_as_the_other(tmp_path: Path):
+    folder = toy.write_checkpoint(tmp_path / "both", **SMALL)
+    toy.write_checkpoint(folder, **SMALL, layout="consolidated")
+    assert read_checkpoint(folder).layout == "HF"
+    (folder / "model.safetensors").unlink()
+    assert read_checkpoint(folder).layout == "consolidated"
+
+
+def test_parts_without_an_index_need_be_all_there(run, tmp_path: Path):  # noqa: F811
+    folder = toy.write_checkpoint(tmp_path / "toy", **SMALL, layout="consolidated", shards=3)
+    (folder / "consolidated.safetensors.index.json").unlink()
+    assert run("inspect", folder)[0] == 0
+    (folder / "consolidated-00002-of-00003.safetensors").unlink()
+    refused(run("inspect", folder), ("consolidated-00002-of-00003.safetensors: missing", "download"))
+
+
+def test_both_configurations_of_a_model_say_the_same(tmp_path: Path):
+    sizes = {"hidden": 512, "layers": 3, "heads": 6, "ffn": 768, "vocab": 2304, "original_context": 4096}
+    eyes = {"vision_hidden": 192, "vision_layers": 4, "vision_heads": 3, "vision_ffn": 320}
+    for family in ("ministral3", "mistral"):
+        hf, consolidated = (
+            read_checkpoint(
+                toy.write_checkpoint(
+                    tmp_path / f"{family}-{layout}",
+                    family=family,
+                    layout=layout,
+                    tied=False,
+                    rope_theta=1e9,
+                    **sizes,
+                    **eyes,
+                )
+            )
+            for layout in ("hf", "consolidated")
+        )
+        assert hf.text == consolidated.text and hf.vision == consolidated.vision
+        assert hf.config.family is consolidated.config.family
+
+
+def params(**values: object):
+    def change(folder: Path) -> None:
+        path = folder / "params.json"
+        table = json.loads(path.read_text())
+        for key, value in values.items():
+            *where, last = key.split("__")
+            inner = table
+            for part in where:
+                inner = inner[part]
+            inner[last] = value
+            if value is None:
+                del inner[last]
+        path.write_text(json.dumps(table))
+
+    return change
+
+
+REFUSED = {
+    "experts": (params(moe={"num_experts": 8}), ("params.json: moe: expected none", "num_experts")),
+    "a window": (params(sliding_window=4096), ("sliding_window: expected None", "found 4096")),
+    "another factor": (params(yarn__factor=8.0), ("params.json: yarn: factor: expected 16", "found 8")),
+    "another slope": (params(yarn__alpha=2.0), ("yarn: alpha: expected 1", "found 2")),
+    "a rescaled attention": (params(yarn__apply_scale=True), ("apply_scale", "expected 1", "found 0")),
+    "no query scaling": (params(llama_4_scaling=None), ("llama_4_scaling: expected a table", "found None")),
+    "another query scaling": (params(llama_4_scaling__beta=0.3), ("llama_4_scaling.beta: expected 0.1", "found 0.3")),
+    "half a context": (params(max_position_embeddings=1000), ("16384 x factor 16 make 262144", "context is 1000")),
+    "another projector": (params(vision_encoder__mm_projector_id="mlp"), ("mm_projector_id: expected 'patch_merge'",)),
+    "a biased projector": (params(vision_encoder__adapter_bias=True), ("adapter_bias: expected False", "found True")),
+    "no width": (params(dim=None), ("params.json: dim: missing", "expected int")),
+    "eyes of a word": (params(vision_encoder="pixtral"), ("vision_encoder: expected a table", "found 'pixtral'")),
+    "more layers": (params(n_layers=2), ("layers.1.attention_norm.weight: missing", "params.json calls for")),
+    "other numbers": (params(quantization__qformat_weight="int8"), ("qformat_weight 'fp8_e4m3'", "int8", "BF16")),
+    "not announced": (params(quantization=None), ("params.json: quantization: missing", "FP8")),
+    "no tokenizer": (remove("tekken.json"), ("no tokenizer", "expected tekken.json")),
+}
+
+
+@pytest.fixture(scope="module")
+def consolidated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("consolidated") / "toy"
+    return toy.write_checkpoint(folder, **SMALL, layout="consolidated", dtype="fp8", tied=False)
+
+
+@pytest.mark.parametrize(("damage", "words"), REFUSED.values(), ids=REFUSED)
+def test_a_damaged_consolidated_checkpoint_is_one_line(consolidated: Path, run, damage, words, tmp_path: Path):  # noqa: F811
+    folder = shutil.copytree(consolidated, tmp_path / "checkpoint")
+    damage(folder)
+    refused(run("build", folder, tmp_path / "out"), words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_plain_rotary_positions_take_no_scaling(run, tmp_path: Path):  # noqa: F811
+    folder = toy.write_checkpoint(tmp_path / "toy", **SMALL, family="mistral")
+    configure("text_config", "rope_parameters", rope_type="yarn", factor=4.0)(folder)
+    refused(run("inspect", folder), ("rope_type: expected none", "found 'yarn'"))
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "folder", "variant"),
+    [
+        ("SYSTEM_PROMPT.txt", "You are a helpful drone.", "x", "instruct"),
+        ("SYSTEM_PROMPT.txt", "First think: [THINK]…[/THINK].", "x", "reasoning"),
+        (None, "", "Ministral-3-3B-Reasoning-2512", "reasoning"),
+        (None, "", "Ministral-3-3B-Instruct-2512", "instruct"),
+        (None, "", "Ministral-3-3B-Base-2512", "base"),
+    ],
+)
+def test_the_variant_of_a_consolidated_checkpoint(consolidated: Path, tmp_path: Path, file, text, folder, variant):
+    copy = shutil.copytree(consolidated, tmp_path / folder)
+    if file:
+        (copy / file).write_text(text)
+    assert read_checkpoint(copy).variant() == variant
+
+
+def test_the_yarn_values_are_those_of_the_releases():
+    assert FAMILIES[0].yarn == Yarn(16.0, 16384, 32.0, 1.0, 1.0, 0.1)
+    assert [family.gguf for family in FAMILIES] == ["mistral3", "llama"]
+    assert PIXEL_MEAN == toy.PIXEL_MEAN and PIXEL_STD == toy.PIXEL_STD

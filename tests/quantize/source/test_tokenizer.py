@@ -1,0 +1,159 @@
+"""The tokenizer that ends up in language.gguf, against mistral-common's own reader of the same tekken.json."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import gguf
+import pytest
+from conftest import Case
+from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+
+from edge_agent.bundle.manifest import LANGUAGE, EmbeddingInfo
+from edge_agent.config import LanguageConfig
+from edge_agent.model.llama import LlamaContext
+from quantize.source.tokenizer import read_tokenizer
+from tests.harness import toy
+
+CORPUS = {
+    "english": "The quick brown fox jumps over 13 lazy dogs, doesn't it? I'LL SEE. HelloWorld fooBarBAZ, don't WE'VE",
+    "french": "Élise dit : « attends, puis avance » — l'été, là où ça coûte 12,50 €, naïve œuvre de cœur.",
+    "german": "Überraschung! Der Fußgänger überquert die Straße größtenteils langsam; 3,14 m weiter: äöüß.",
+    "spanish": "¿Dónde está el niño? ¡Mañana por la mañana, señor! El pingüino avanzó 3 pasos.",
+    "korean": "천천히 앞으로 가세요. 한국어 문장입니다! 왼쪽 문으로 2미터 이동하십시오.",
+    # Not here: scripts written with combining marks (Devanagari, Thai). llama.cpp's own splitting rule for Tekken has
+    # no class for marks and cuts such words elsewhere: the same letters, in other tokens.
+    "other scripts": "中文字符，测试。日本語のテキストかな Привет, мир! שלום العربية",
+    "emoji": "👍🏽 👩‍👩‍👧 🚁🛸 done ✅ 🇫🇷 e\u0301 \u200f",
+    "digits": "0123456789 1 22 333 4444 1e-5 0x1F 12.5 1,000,000 ²½ ٣",
+    "spaces": "   \n\n\t  x   \r\n  y\n    z \u00a0 \u3000 end  ",
+    "code": "def f(x):\n    return {'a': [1, 2]}  # note\n\tfor i in range(10): print(f\"{i:>3}\")\nx += y && z || w;",
+    "case": "HTTPServer iPhone McDonald's ÀÉÎ àéî XMLHttpRequest ABCdef ǅ ﬁ ℌ",
+    "one letter": "a",
+    "one space": " ",
+    "nothing": "",
+    "control characters": "\x00\x01\x1b[0m\x7f",
+}
+IDS = {  # the Tekken v13 layout
+    "unk": 0, "bos": 1, "eos": 2, "inst": 3, "inst_end": 4, "img": 10, "pad": 11, "img_break": 12, "img_end": 13,
+    "system": 17, "system_end": 18, "think": 34, "think_end": 35,
+}  # fmt: skip
+
+
+def token_bytes(folder: Path) -> list[bytes]:
+    """tekken.json by hand: rank -> bytes."""
+    return [
+        base64.b64decode(entry["token_bytes"]) for entry in json.loads((folder / "tekken.json").read_text())["vocab"]
+    ]
+
+
+@pytest.fixture(scope="module")
+def full(toy_full_vocabulary: Path, convert: Callable[..., Path]) -> Iterator[LlamaContext]:
+    """language.gguf with the whole vocabulary, in llama.cpp."""
+    path = convert(toy_full_vocabulary) / LANGUAGE
+    table = EmbeddingInfo(offset=0, ggml_type="BF16", row_bytes=512)  # no row is looked up here
+    with LlamaContext(path, LanguageConfig(context=256, gpu_layers=0), table) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def tekkenizer(toy_full_vocabulary: Path) -> Tekkenizer:
+    return Tekkenizer.from_file(toy_full_vocabulary / "tekken.json")
+
+
+@pytest.mark.parametrize("text", CORPUS.values(), ids=CORPUS)
+def test_llama_cpp_tokenises_as_mistral_common_does(full: LlamaContext, tekkenizer: Tekkenizer, text: str):
+    assert full.tokens(text) == tekkenizer.encode(text, bos=False, eos=False)
+
+
+@pytest.mark.parametrize("form", ["tekken", "tokenizer"])
+def test_the_same_with_a_vocabulary_cut_by_rank(form: str, convert: Callable[..., Path], tmp_path: Path):
+    folder = toy.write_checkpoint(tmp_path / form, tokenizer=form, vocab=2048)
+    toy._write_tekken(tmp_path, 2048)
+    tekkenizer = Tekkenizer.from_file(tmp_path / "tekken.json")
+    with Case({}, folder, convert(folder)).language() as llm:
+        for text in CORPUS.values():
+            assert llm.tokens(text) == tekkenizer.encode(text, bos=False, eos=False)
+
+
+@pytest.mark.parametrize("name", ["<s>", "</s>", "[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "<SPECIAL_999>", "<unk>"])
+def test_special_names_in_plain_text_stay_letters(full: LlamaContext, tekkenizer: Tekkenizer, name: str):
+    for text in (name, f"say {name} twice {name}", f"{name}{name}"):
+        ids = full.tokens(text)
+        assert min(ids) >= 1000
+        assert ids == tekkenizer.encode(text, bos=False, eos=False)
+        assert b"".join(full.piece(i) for i in ids).decode() == text
+
+
+def test_every_token_gives_back_its_bytes(full: LlamaContext, toy_full_vocabulary: Path):
+    assert [full.piece(1000 + rank) for rank in range(131072 - 1000)] == token_bytes(toy_full_vocabulary)
+    assert {full.piece(i) for i in range(1000)} == {b""}
+
+
+def test_only_the_end_of_sequence_ends_an_answer(full: LlamaContext):
+    assert [i for i in range(0, 131072) if full.is_end(i)] == [2]
+
+
+@pytest.mark.parametrize("vocab", [1256, 4096])
+def test_both_tokenizer_files_say_the_same(tmp_path: Path, vocab: int):
+    toy._write_tekken(tmp_path, vocab)
+    by_tekken = read_tokenizer(tmp_path, vocab)
+    (tmp_path / "tekken.json").unlink()
+    toy._write_tokenizer(tmp_path, vocab)
+    by_hf = read_tokenizer(tmp_path, vocab)
+    assert (by_tekken.file.name, by_hf.file.name) == ("tekken.json", "tokenizer.json")
+    assert by_tekken.tokens == by_hf.tokens
+    assert by_tekken.types == by_hf.types
+    assert by_tekken.merges == by_hf.merges
+    assert by_tekken.special == by_hf.special == IDS
+
+
+def test_a_vocabulary_without_thoughts_has_no_tokens_for_them(tmp_path: Path):
+    """Tekken before v11; or one that calls them normal in tokenizer.json."""
+    toy._write_tokenizer(tmp_path, 1256)
+    path = tmp_path / "tokenizer.json"
+    table = json.loads(path.read_text())
+    for added in table["added_tokens"]:
+        added["special"] &= added["id"] not in (34, 35)
+    path.write_text(json.dumps(table))
+    assert read_tokenizer(tmp_path, 1256).special == IDS
+    for added in table["added_tokens"]:
+        if added["id"] in (34, 35):
+            added |= {"content": f"<SPECIAL_{added['id']}>", "special": True}
+    path.write_text(json.dumps(table))
+    assert read_tokenizer(tmp_path, 1256).special.keys() == IDS.keys() - {"think", "think_end"}
+
+
+def test_merges_spelled_in_one_string_are_read_too(tmp_path: Path):
+    """Older tokenizer.json files write "a b" where newer ones write ["a", "b"]."""
+    toy._write_tokenizer(tmp_path, 2048)
+    newer = read_tokenizer(tmp_path, 2048)
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    data["model"]["merges"] = [" ".join(pair) for pair in data["model"]["merges"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    assert read_tokenizer(tmp_path, 2048).merges == newer.merges
+
+
+def test_a_release_lists_more_ranks_than_its_model_has_rows(tmp_path: Path):
+    toy._write_tekken(tmp_path, 2048)
+    cut = read_tokenizer(tmp_path, 2048)
+    toy._write_tekken(tmp_path, 2348)
+    assert read_tokenizer(tmp_path, 2048).tokens == cut.tokens
+    assert read_tokenizer(tmp_path, 2048).merges == cut.merges
+
+
+def test_the_gguf_holds_tokens_types_and_merges(toy_bf16: Path, convert: Callable[..., Path]):
+    fields = gguf.GGUFReader(convert(toy_bf16) / LANGUAGE).fields
+    tokens, types, merges = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type", "merges"))
+    assert tokens[:1000] == [toy.special_name(i) for i in range(1000)]
+    assert types == [gguf.TokenType.CONTROL] * 1000 + [gguf.TokenType.NORMAL] * 3096
+    letters = toy._byte_alphabet()
+    assert tokens[1000:] == ["".join(letters[byte] for byte in piece) for piece in token_bytes(toy_bf16)]
+    # A merge joins two tokens into a third, and rules stand in the order of what they make.
+    rank = {token: i for i, token in enumerate(tokens)}
+    made = [rank["".join(merge.split(" "))] for merge in merges]
+    assert made == sorted(made) and set(made) == set(range(1256, 4096))
+    assert len(set(merges)) == len(merges)

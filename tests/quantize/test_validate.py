@@ -1,0 +1,64 @@
+"""The trial that every bundle passes before its manifest: what it lets through, and what not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import msgspec
+import numpy as np
+import pytest
+
+from edge_agent.bundle.manifest import read_manifest
+from quantize.validate import ValidationRequest
+from tests.harness import ROOT
+
+
+@pytest.fixture
+def question(toy_bundle, tmp_path):
+    work = shutil.copytree(toy_bundle, tmp_path / "work")
+    manifest = read_manifest(work).manifest
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(work / "mmproj.gguf").tensors}
+    row = np.array(tensors["v.token_embd.img_break"].data, np.float32)
+    return ValidationRequest(str(work), manifest.model, manifest.vision, "bf16", "bf16", row.tolist())
+
+
+def asked(question: ValidationRequest) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "quantize.validate"],
+        input=msgspec.json.encode(question),
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+    )
+
+
+def test_a_sound_bundle_passes_with_figures(question):
+    done = asked(question)
+    assert done.returncode == 0, done.stderr
+    figures = msgspec.json.decode(done.stdout)
+    assert figures["mmproj_min_cosine"] >= 0.999 and figures["vision_min_cosine"] == 1.0
+    assert figures["embedding_rows_relative_difference"] <= 1e-3
+
+
+def test_encoders_that_disagree_do_not_pass(question):
+    question.break_row = [-x for x in question.break_row]
+    done = asked(question)
+    assert done.returncode == 1 and b"mmproj at bf16: cosine" in done.stderr and done.stderr.count(b"\n") == 1
+
+
+def test_rows_looked_up_in_the_wrong_place_do_not_pass(question):
+    embedding = msgspec.structs.replace(question.model.embedding, offset=question.model.embedding.offset + 210)
+    question.model = msgspec.structs.replace(question.model, embedding=embedding)
+    done = asked(question)
+    assert done.returncode == 1 and b"embedding rows" in done.stderr
+
+
+def test_a_file_cut_short_does_not_pass(question):
+    path = Path(question.work) / "language.gguf"
+    os.truncate(path, path.stat().st_size // 2)
+    done = asked(question)
+    assert done.returncode == 1 and b"language.gguf" in done.stderr and done.stdout == b""
