@@ -63,8 +63,8 @@ class Ours:
         if name == "plain":
             language = msgspec.structs.replace(config.language, draft=False)
             config = msgspec.structs.replace(config, language=language)
-        if name == "bins":
-            space = msgspec.structs.replace(load_action_space(config.task.space), codec="bins")
+        if name == "action_tokens":
+            space = msgspec.structs.replace(load_action_space(config.task.action_space), codec="action_tokens")
             self.folder = tempfile.TemporaryDirectory()
             path = Path(self.folder.name) / "bins.yaml"
             path.write_bytes(msgspec.yaml.encode(space))
@@ -98,9 +98,9 @@ def gbnf(space: ActionSpace) -> str:
 
 def messages(config: Config, frame: np.ndarray) -> tuple[list[dict], str]:
     """(chat messages, grammar): the same prompt and the same picture, as a PNG, for those who take a chat."""
-    space = load_action_space(config.task.space)
+    space = load_action_space(config.task.action_space)
     role = SYSTEM_PROMPT.format(space=describe_action_space(space), instruction=config.task.instruction)
-    image = Preprocessor(read_manifest(config.bundle).manifest.vision, config.vision.max_tokens).image(frame)
+    image = Preprocessor(read_manifest(config.bundle).manifest.vision, config.vision.max_image_tokens).image(frame)
     png = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_PNG_COMPRESSION, 0])[1]
     url = "data:image/png;base64," + base64.b64encode(png.tobytes()).decode()
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": ACTION_QUESTION}]

@@ -108,7 +108,7 @@ def answer(eyes: Eyes, picture: np.ndarray, instruction: str, question: str = ""
     words = eyes.client.ask(question, 10.0) if question else ""
     if not isinstance(heard, Action):
         return Answer("", {}, words)
-    return Answer(heard.action, {key: heard.values[name] for key, name in NAMES.items() if name in heard.values}, words)
+    return Answer(heard.type, {key: heard.values[name] for key, name in NAMES.items() if name in heard.values}, words)
 
 
 def interval(k: int, n: int) -> list[float | None]:
@@ -315,7 +315,7 @@ def show(result: dict) -> None:
         "type right",
         "photographs",
         "m/s off",
-        "words",
+        "text",
         "same type",
         "within 0.05",
         "flights",

@@ -34,7 +34,9 @@ class CameraConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
 class VisionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     backend: Literal["onnxruntime", "mtmd"] = "onnxruntime"
-    max_tokens: Annotated[int, Meta(ge=8, le=1024)] = 256  # 28x28 pixels each; llama.cpp's encoder takes 8 to 1024
+    max_image_tokens: Annotated[int, Meta(ge=8, le=1024)] = (
+        256  # 28x28 pixels each; llama.cpp's encoder takes 8 to 1024
+    )
     threads: Annotated[int, Meta(ge=0)] = 0  # 0: as many as there are cores
     tensorrt: bool = False  # onnxruntime builds an engine for the GPU: minutes the first time, kept in $STATE_DIRECTORY
     overlap: bool | None = None  # the next frame is encoded while one is answered; null: on a GPU, not on a CPU
@@ -47,14 +49,20 @@ class LanguageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     repack: bool = True  # on a CPU: weights in the order its kernels like best
     mmap: bool | None = None  # weights stay mapped in their file; null: unless repacked, or they would be held twice
     mlock: bool = False  # weights are never swapped out; the unit's LimitMEMLOCK must allow it
-    kv: Literal["f16", "q8_0"] = "f16"  # the cache; q8_0 is half as large, and needs flash attention
+    kv_cache_type: Literal["f16", "q8_0"] = "f16"  # the cache; q8_0 is half as large, and needs flash attention
     flash_attention: bool | None = None  # null: on a GPU if it can, on a CPU not: there answers would depend on drafts
-    exact: bool = True  # on a CPU: the same frame gives the same answer, whatever the draft was; see language.py
-    draft: bool = True  # the answer before is evaluated with the frame and taken as far as it is right: only faster
-    describe: str = ""  # what the language lane is asked of every frame it gets to; empty: it only answers questions
-    max_words_tokens: Positive = 96  # the longest description or answer
-    max_thought_tokens: Annotated[int, Meta(ge=0, le=8192)] = 0  # a reasoning model thinks so long before words; 0: not
-    words: bool = True  # also stream the action's own text on the words stream
+    reproducible: bool = True  # on a CPU: the same frame gives the same answer, whatever the draft was; see language.py
+    speculative: bool = (
+        True  # the answer before is evaluated with the frame and taken as far as it is right: only faster
+    )
+    describe_prompt: str = (
+        ""  # what the language lane is asked of every frame it gets to; empty: it only answers questions
+    )
+    max_text_tokens: Positive = 96  # the longest description or answer
+    max_reasoning_tokens: Annotated[int, Meta(ge=0, le=8192)] = (
+        0  # a reasoning model thinks so long before words; 0: not
+    )
+    stream_action_text: bool = True  # also stream the action's own text on the words stream
     adapters: dict[AdapterName, str] = {}  # name -> path of a GGUF adapter (edge-quantize lora); all are loaded
     adapter: str = ""  # which of them to begin with; empty: none
 
@@ -62,12 +70,14 @@ class LanguageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         if self.adapter and self.adapter not in self.adapters:
             names = ", ".join(self.adapters) or "none there"
             raise ValueError(f"adapter: expected one of the adapters ({names}) or empty, found {self.adapter!r}")
-        if self.kv != "f16" and self.flash_attention is False:
-            raise ValueError(f"kv: expected f16 where flash_attention is false, found {self.kv!r}")
+        if self.kv_cache_type != "f16" and self.flash_attention is False:
+            raise ValueError(
+                f"kv_cache_type: expected f16 where flash_attention is false, found {self.kv_cache_type!r}"
+            )
 
 
 class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    space: str = "velocity_body"  # a ready action space, or the path of a YAML file
+    action_space: str = "velocity_body"  # a ready action space, or the path of a YAML file
     instruction: Annotated[str, Meta(max_length=2000)] = "Hold position."
     deadline_ms: Positive = 2000  # an answer older than this, from capture, is refused as late
 
@@ -84,12 +94,14 @@ class WatchdogConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     bundle: str
-    trust: tuple[str, ...] = ()  # public keys (edge-agent keygen); with any, the bundle has to be signed by one of them
+    trusted_keys: tuple[
+        str, ...
+    ] = ()  # public keys (edge-agent keygen); with any, the bundle has to be signed by one of them
     camera: CameraConfig
     vision: VisionConfig = VisionConfig()
     language: LanguageConfig = LanguageConfig()
     task: TaskConfig = TaskConfig()
-    watch: WatchdogConfig = WatchdogConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     trace: str = ""  # a file for a timeline of what was done when (Chrome trace format); empty: none
     runtime_dir: str = ""  # where the sockets are; empty: $RUNTIME_DIRECTORY, else /run/edge-agent, else below /tmp
 

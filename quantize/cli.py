@@ -141,7 +141,9 @@ def _parser() -> argparse.ArgumentParser:
     imatrix.add_argument("--calibration", type=Path, metavar="TEXT", help="a text file (default: a small one of ours)")
     imatrix.add_argument("--frames", type=Path, metavar="DIR|VIDEO", help="pictures to act on, or a flight's recording")
     imatrix.add_argument("--instructions", type=Path, metavar="FILE", help="one a line, taken in turn for the frames")
-    imatrix.add_argument("--space", default="velocity_body", help="action space for the frames (default velocity_body)")
+    imatrix.add_argument(
+        "--action-space", default="velocity_body", help="action space for the frames (default velocity_body)"
+    )
     imatrix.add_argument("--chunks", type=int, default=0, metavar="N", help="of 512 tokens of text (default: all)")
     imatrix.add_argument("--max-frames", type=int, default=64, metavar="N", help="of all, evenly taken (default 64)")
     imatrix.set_defaults(run=_imatrix)
@@ -197,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
         "--frames", type=Path, metavar="DIR|VIDEO", help="pictures to act on, or a flight's recording"
     )
     evaluate.add_argument("--instructions", type=Path, metavar="FILE", help="one a line, taken in turn for the frames")
-    evaluate.add_argument("--space", default="velocity_body", help="action space for the frames")
+    evaluate.add_argument("--action-space", default="velocity_body", help="action space for the frames")
     evaluate.add_argument("--max-frames", type=int, default=64, metavar="N", help="of all, evenly taken (default 64)")
     evaluate.add_argument("--html", type=Path, metavar="FILE", help="a page with plots and the worst frames")
     evaluate.add_argument("--json", action="store_true", help="everything as one JSON line")
@@ -314,7 +316,7 @@ def _sources(arguments: argparse.Namespace) -> CalibrationData:
         text=arguments.calibration or TEXT,
         frames=arguments.frames,
         instructions=lines,
-        space=arguments.space,
+        action_space=arguments.action_space,
         max_chunks=arguments.chunks,
         max_frames=arguments.max_frames,
     )

@@ -12,18 +12,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.harness import toy
+from tests.harness.case import Case, silent
 
 TESTS = Path(__file__).resolve().parent
-
-
-def silent(stage: str, what: str, done: int, total: int) -> None:
-    """A build.Report for tests that do not look at progress."""
 
 
 @pytest.fixture(scope="session")
@@ -115,32 +112,6 @@ def convert(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[folder, kind]
 
     return make
-
-
-class Case(NamedTuple):
-    """What transformers computed for one toy checkpoint, and what edge-quantize made of the same checkpoint."""
-
-    arrays: dict[str, np.ndarray]  # tests/reference/NAME.npz; its keys are explained in make_reference.py
-    checkpoint: Path
-    converted: Path  # at bf16
-
-    def image(self, height: int, width: int) -> np.ndarray:
-        return toy.toy_image(height, width, int(self.arrays["image_seed"]))
-
-    def language(self) -> Any:
-        """language.gguf in the runtime's own hands; close it."""
-        import gguf
-
-        from edge_agent.bundle.manifest import LANGUAGE, EmbeddingInfo
-        from edge_agent.config import LanguageConfig
-        from edge_agent.model.llama import LlamaContext
-
-        path = self.converted / LANGUAGE
-        table = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "token_embd.weight")
-        embedding = EmbeddingInfo(
-            offset=table.data_offset, ggml_type=table.tensor_type.name, row_bytes=table.n_bytes // int(table.shape[1])
-        )
-        return LlamaContext(path, LanguageConfig(context=512, threads=1, gpu_layers=0), embedding)
 
 
 @pytest.fixture(scope="session")

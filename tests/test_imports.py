@@ -1,4 +1,8 @@
-"""The tree is the architecture: each file imports only files before it, and none can run or fetch what it reads."""
+"""The tree is the architecture: a table says which room may import which, and each room's files have an order.
+
+A room is a folder of `edge_agent/` or `quantize/`, or a single file beside those folders. Network modules belong to
+`apps` alone, and nothing may run or fetch what it reads.
+"""
 
 from __future__ import annotations
 
@@ -11,42 +15,58 @@ import pytest
 
 from tests.harness import ROOT
 
-# From the bottom up; a file imports only what stands before it.
-ORDER = [
-    "messages",
-    "config",
-    "precheck",
-    "trust",
-    "bundle",
-    "adapters",
-    "actions",
-    "bins",
-    "frames",
-    "worker",
-    "camera",
-    "pictures",
-    "vision",
-    "language",
-    "decoding",
-    "health",
-    "memory",
-    "engine",
-    "eyes",
-    "model",
-    "bench",
-    "notify",
-    "link",
-    "trace",
-    "supervisor",
-    "client",
-    "view",
-    "cli",
-]
-# For a controller's machine: nothing of the daemon comes along.
-LIGHT = {"client": {"messages", "config"}, "view": {"messages", "config", "client"}}
+# Room -> (the other rooms of edge_agent that it may import, packages of others that it may import).
+ROOMS: dict[str, tuple[set[str], set[str]]] = {
+    "errors": (set(), set()),
+    "strict_yaml": ({"errors"}, {"msgspec", "yaml"}),
+    "config": ({"errors", "strict_yaml"}, {"msgspec"}),
+    "wire": (set(), {"msgspec"}),
+    "client": ({"wire"}, {"msgspec", "zmq"}),
+    "board": (set(), set()),
+    "actions": ({"errors", "strict_yaml", "wire"}, {"msgspec"}),
+    "bundle": ({"errors", "config"}, {"msgspec", "gguf", "cryptography"}),
+    "ipc": ({"wire"}, {"msgspec", "numpy"}),
+    "camera": ({"ipc", "config", "errors", "wire"}, {"cv2", "msgspec", "numpy", "zmq"}),
+    "model": (
+        {"ipc", "config", "errors", "actions", "bundle", "board", "wire"},
+        {"cv2", "gguf", "llama_cpp", "llguidance", "msgspec", "numpy", "onnxruntime"},
+    ),
+    "supervisor": ({"ipc", "config", "errors", "actions", "bundle", "board", "wire"}, {"msgspec", "zmq"}),
+    "apps": ({"client", "wire"}, {"msgspec", "rich"}),
+    "tools": (
+        {"model", "camera", "ipc", "bundle", "actions", "config", "client", "board", "errors", "wire"},
+        {"cv2", "msgspec", "numpy"},
+    ),
+    "cli": (
+        {
+            "actions", "apps", "board", "bundle", "client", "config", "errors", "strict_yaml", "supervisor", "tools",
+            "wire",
+        },
+        {"msgspec", "rich"},
+    ),
+}  # fmt: skip
+# Room -> its files; each imports only files before it. Files not named here stand beside each other and import none.
+ORDER: dict[str, list[str]] = {
+    "wire": ["codec", "messages", "control", "streams", "endpoints", "pushed_frame"],
+    "client": ["client", "__init__"],
+    "actions": ["space", "prompt", "grammar", "action_tokens", "vehicle_state", "envelope"],
+    "bundle": ["files", "file_check", "signing", "manifest", "verify", "lora_check", "memory_plan"],
+    "ipc": ["frame_slot", "events", "worker"],
+    "camera": ["__init__", "source", "v4l2", "gstreamer", "files", "pushed", "process", "__main__"],
+    "model": [
+        "preprocess", "token_budget", "vision_encoder", "llama", "constrained", "engine", "frame_encoder", "loop",
+        "__main__",
+    ],
+    "supervisor": ["systemd", "publisher", "trace", "process"],
+    "tools": ["stills", "bench"],
+}  # fmt: skip
+# The same for the toolchain, whose order is the order of a build.
+TOOLCHAIN = ["build_folder", "source", "formats", "standard_recipes", "validate", "build", "measure", "cli"]
+TOOLCHAIN_MAY = {"errors", "config", "bundle", "actions", "model", "tools", "wire", "strict_yaml"}
 
-BANNED_MODULES = {"pickle", "cPickle", "dill", "marshal", "shelve", "urllib", "urllib3", "requests", "http", "ftplib"}
-BANNED_MODULES |= {"httpx", "aiohttp", "xmlrpc", "socketserver", "smtplib", "telnetlib", "jinja2"}
+NETWORK_MODULES = {"urllib", "urllib3", "requests", "http", "ftplib", "httpx", "aiohttp", "xmlrpc", "socketserver"}
+NETWORK_MODULES |= {"smtplib", "telnetlib"}
+BANNED_MODULES = {"pickle", "cPickle", "dill", "marshal", "shelve", "jinja2"}
 BANNED_NAMES = {"eval", "exec", "compile", "__import__", "urlopen", "load_image"}
 BANNED_ATTRIBUTES = {"recv_pyobj", "send_pyobj", "urlopen", "urlretrieve", "unsafe_load", "full_load", "import_module"}
 BANNED_CALLS = {("yaml", "load"), ("yaml", "load_all"), ("os", "system"), ("os", "popen")}
@@ -58,31 +78,51 @@ def sources(package: str) -> list[Path]:
     return found
 
 
-def imported(tree: ast.AST, package: str) -> set[str]:
+def name_of(path: Path) -> str:
+    """edge_agent/wire/codec.py -> edge_agent/wire/codec, for the names of tests."""
+    return path.relative_to(ROOT).with_suffix("").as_posix()
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(ROOT).with_suffix("").parts[1]
+
+
+def imported(tree: ast.AST) -> set[str]:
     """Dotted names of everything imported, at any depth: `from a import b` may mean the module a.b."""
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            module = ".".join(filter(None, [package if node.level else "", node.module]))
-            names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+            assert not node.level, "imports are absolute"
+            names |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
-def own_imports(tree: ast.AST) -> set[str]:
-    """The files of edge_agent that are imported."""
-    names = {name for name in imported(tree, "edge_agent") if name.startswith("edge_agent.")}
-    return {name.split(".")[1] for name in names} & set(ORDER)
+def own_imports(tree: ast.AST, package: str) -> set[tuple[str, ...]]:
+    """Rooms and files of `package` that are imported: ("wire", "codec"), or ("errors",) for a file beside the rooms."""
+    found: set[tuple[str, ...]] = set()
+    for name in imported(tree):
+        parts = name.split(".")
+        if parts[0] != package:
+            continue
+        folder = ROOT / package
+        if len(parts) > 1 and (folder / f"{parts[1]}.py").is_file():
+            found.add((parts[1],))
+        elif len(parts) > 1 and (folder / parts[1]).is_dir():
+            is_file = len(parts) > 2 and (folder / parts[1] / f"{parts[2]}.py").is_file()
+            found.add((parts[1], parts[2]) if is_file else (parts[1],))
+    return found
 
 
 def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
-def findings(tree: ast.AST) -> list[str]:
-    """What could run or fetch something that came from outside."""
-    found = [name for name in imported(tree, "") if name.split(".")[0] in BANNED_MODULES]
+def findings(tree: ast.AST, network: bool = False) -> list[str]:
+    """What could run something that came from outside, or reach a network."""
+    banned = BANNED_MODULES if network else BANNED_MODULES | NETWORK_MODULES
+    found = [name for name in imported(tree) if name.split(".")[0] in banned]
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and node.id in BANNED_NAMES:
             found.append(f"line {node.lineno}: {node.id}")
@@ -105,59 +145,85 @@ def findings(tree: ast.AST) -> list[str]:
 # -- direction --------------------------------------------------------------------------------------------------------
 
 
-def test_every_file_has_its_place():
-    files = {path.relative_to(ROOT / "edge_agent").with_suffix("").as_posix() for path in sources("edge_agent")}
-    assert files == {"__init__", *ORDER}
+def test_every_room_of_the_daemon_is_in_the_table():
+    assert {room_of(path) for path in sources("edge_agent")} - {"__init__"} == set(ROOMS)
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_a_file_imports_only_what_stands_before_it(name):
-    path = ROOT / "edge_agent" / f"{name}.py"
-    wrong = own_imports(parsed(path)) - set(ORDER[: ORDER.index(name)])
-    assert not wrong, f"{name} imports {sorted(wrong)}"
+def test_the_table_has_no_circle():
+    """Each room stands above all that it may import."""
+    floors: dict[str, int] = {}
+    while len(floors) < len(ROOMS):
+        ready = [room for room in ROOMS if room not in floors and ROOMS[room][0] <= floors.keys()]
+        assert ready, f"a circle among {sorted(ROOMS.keys() - floors.keys())}"
+        floors |= dict.fromkeys(ready, max(floors.values(), default=0) + 1)
 
 
-@pytest.mark.parametrize("name", LIGHT)
-def test_what_a_controller_imports_stays_light(name):
-    assert own_imports(parsed(ROOT / "edge_agent" / f"{name}.py")) <= LIGHT[name]
+@pytest.mark.parametrize("path", sources("edge_agent"), ids=name_of)
+def test_a_file_imports_only_the_rooms_that_its_own_room_may(path):
+    room = room_of(path)
+    if room == "__init__":
+        return
+    others = {name[0] for name in own_imports(parsed(path), "edge_agent")} - {room}
+    assert others <= ROOMS[room][0], f"{name_of(path)} imports {sorted(others - ROOMS[room][0])}"
+    roots = {name.split(".")[0] for name in imported(parsed(path))}
+    foreign = roots - set(sys.stdlib_module_names) - {"edge_agent", "quantize"}
+    assert foreign <= ROOMS[room][1], f"{name_of(path)} imports {sorted(foreign - ROOMS[room][1])}"
 
 
-def test_the_package_itself_imports_nothing():
-    assert imported(parsed(ROOT / "edge_agent" / "__init__.py"), "edge_agent") <= {
-        "__future__",
-        "__future__.annotations",
-    }
+@pytest.mark.parametrize("room", ORDER)
+def test_files_of_a_room_import_only_files_before_them(room):
+    folder, order = ROOT / "edge_agent" / room, ORDER[room]
+    assert {path.stem for path in folder.glob("*.py")} - {"__init__"} == set(order) - {"__init__"}
+    for i, name in enumerate(order):
+        inside = {
+            found[1]
+            for found in own_imports(parsed(folder / f"{name}.py"), "edge_agent")
+            if found[0] == room and found[1:]
+        }
+        assert inside <= set(order[:i]), f"{room}/{name} imports {sorted(inside - set(order[:i]))}"
 
 
-@pytest.mark.parametrize("path", sources("edge_agent"), ids=lambda path: path.stem)
-def test_the_runtime_never_imports_the_toolchain_or_the_tests(path):
-    roots = {name.split(".")[0] for name in imported(parsed(path), "edge_agent")}
-    assert not roots & {"quantize", "tests", "toy", "torch", "transformers"}
+@pytest.mark.parametrize("path", sources("edge_agent"), ids=name_of)
+def test_the_daemon_never_imports_the_toolchain_or_the_tests(path):
+    roots = {name.split(".")[0] for name in imported(parsed(path))}
+    assert not roots & {"quantize", "tests", "models", "torch", "transformers"}
+
+
+@pytest.mark.parametrize("path", sources("quantize"), ids=name_of)
+def test_the_toolchain_imports_in_the_order_of_a_build(path):
+    room = room_of(path)
+    if room == "__init__":
+        return
+    others = {name[0] for name in own_imports(parsed(path), "quantize")} - {room}
+    before = set(TOOLCHAIN[: TOOLCHAIN.index(room)])
+    assert others <= before, f"{name_of(path)} imports {sorted(others - before)}"
+    theirs = {name[0] for name in own_imports(parsed(path), "edge_agent")}
+    assert theirs <= TOOLCHAIN_MAY, f"{name_of(path)} imports {sorted(theirs - TOOLCHAIN_MAY)} of edge_agent"
+    assert not {name.split(".")[0] for name in imported(parsed(path))} & {"tests", "models", "torch", "transformers"}
 
 
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("import edge_agent.link", {"link"}),
-        ("from edge_agent import link, model as m", {"link", "model"}),
-        ("from edge_agent.link import Link", {"link"}),
-        ("def f():\n    if 1:\n        from edge_agent.view import watch", {"view"}),
-        ("from . import camera", {"camera"}),
-        ("from .camera import open", {"camera"}),
+        ("import edge_agent.ipc.events", {("ipc", "events")}),
+        ("from edge_agent.ipc import events, worker as w", {("ipc",), ("ipc", "events"), ("ipc", "worker")}),
+        ("from edge_agent.ipc.events import Proposal", {("ipc", "events")}),
+        ("def f():\n    if 1:\n        from edge_agent.apps.terminal import show", {("apps", "terminal")}),
+        ("from edge_agent import errors", {("errors",)}),
+        ("from edge_agent.client import Client", {("client",)}),
         ("import edge_agent\nfrom edge_agent import __version__", set()),
     ],
 )
 def test_every_way_to_import_is_seen(source, expected):
-    assert own_imports(ast.parse(source)) == expected
+    assert own_imports(ast.parse(source), "edge_agent") == expected
 
 
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("supervisor", {"llama_cpp", "onnxruntime", "cv2", "llguidance", "gguf", "onnx"}),
-        ("cli", {"llama_cpp", "onnxruntime", "cv2", "llguidance", "gguf", "onnx", "numpy"}),
-        ("client", {"llama_cpp", "onnxruntime", "cv2", "llguidance", "gguf", "onnx", "numpy", "rich"}),
-        ("camera", {"llama_cpp", "onnxruntime", "llguidance", "gguf"}),
+        ("supervisor.process", {"llama_cpp", "onnxruntime", "cv2", "llguidance", "onnx"}),
+        ("cli.main", {"llama_cpp", "onnxruntime", "cv2", "llguidance", "gguf", "onnx", "numpy"}),
+        ("camera.process", {"llama_cpp", "onnxruntime", "llguidance", "gguf"}),
     ],
 )
 def test_what_a_process_really_loads(module, absent):
@@ -167,14 +233,23 @@ def test_what_a_process_really_loads(module, absent):
     assert not absent & set(done.stdout.split())
 
 
+def test_a_controller_loads_only_msgspec_and_pyzmq():
+    code = "import sys; before = set(sys.modules); import edge_agent.client; print(*(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in done.stdout.split() if "cython" not in name}  # part of pyzmq
+    assert {"zmq", "msgspec"} <= loaded
+    # msgspec takes typing_extensions where it is installed, and needs nothing of it.
+    assert loaded - set(sys.stdlib_module_names) <= {"zmq", "msgspec", "typing_extensions", "edge_agent"}
+    own = {name for name in done.stdout.split() if name.startswith("edge_agent.")}
+    assert {name.split(".")[1] for name in own} == {"client", "wire"}
+
+
 # -- nothing runs what it reads ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "path", sources("edge_agent") + sources("quantize"), ids=lambda path: f"{path.parent.name}/{path.stem}"
-)
+@pytest.mark.parametrize("path", sources("edge_agent") + sources("quantize"), ids=name_of)
 def test_nothing_from_outside_can_be_run_or_fetched(path):
-    assert findings(parsed(path)) == []
+    assert findings(parsed(path), network=room_of(path) == "apps") == []
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ equal steps, and read back as the middle between two. q01 and q99 are the field'
 What leaves here is the JSON text that any other model would have written: everything behind checks it the same way.
 
     >>> from edge_agent import actions
-    >>> space = actions.load("velocity_body_bins")
+    >>> space = actions.load("velocity_body_action_tokens")
     >>> ids = tokens(space, "move", [{"vx": 0.5, "vy": 0.0, "vz": -0.2, "yaw": 0.0}])
     >>> len(ids), text(space, ids)
     (5, '{"action":"move","vx":0.501961,"vy":0.0,"vz":-0.196078,"yaw":0.0}')
@@ -33,7 +33,8 @@ def check_vocabulary(written: Callable[[int], str]) -> None:
     for token in range(FIRST_TOKEN, FIRST_TOKEN + N_TOKENS):
         if written(token) != f"<SPECIAL_{token}>":
             raise ConfigError(
-                f"codec: bins: expected <SPECIAL_{token}> at {token} of the vocabulary, found {written(token)!r}; "
+                f"codec: action_tokens: expected <SPECIAL_{token}> at {token} of the vocabulary, "
+                f"found {written(token)!r}; "
                 "use a space with codec json"
             )
 
@@ -58,8 +59,8 @@ def decode(space: ActionSpace, ids: list[int]) -> str:
     if len(places) != 1 + n * space.horizon:
         raise ValueError(f"{name}: expected {1 + n * space.horizon} tokens, found {len(places)}")
     steps = [_decode_step(verb, places[1 + n * i :][:n]) for i in range(space.horizon if n else 1)]
-    later = {"later": steps[1:]} if len(steps) > 1 else {}
-    return json.dumps({"action": name, **steps[0], **later}, separators=(",", ":"))
+    chunk = {"chunk": steps[1:]} if len(steps) > 1 else {}
+    return json.dumps({"action": name, **steps[0], **chunk}, separators=(",", ":"))
 
 
 def encode(space: ActionSpace, name: str, steps: list[dict[str, float | str]]) -> list[int]:
@@ -83,7 +84,8 @@ def _decode_step(verb: ActionType, places: list[int]) -> dict[str, float | str]:
     for (key, field), place in zip(verb.fields.items(), places, strict=True):
         if not 0 <= place < _n_choices(field):
             raise ValueError(
-                f"{key}: expected a token of {FIRST_TOKEN} to {FIRST_TOKEN + _n_choices(field) - 1}, found {FIRST_TOKEN + place}"
+                f"{key}: expected a token of {FIRST_TOKEN} to {FIRST_TOKEN + _n_choices(field) - 1}, "
+                f"found {FIRST_TOKEN + place}"
             )
         values[key] = _bin_center(field, place) if field.one_of is None else field.one_of[place]
     return values

@@ -12,10 +12,10 @@ from edge_agent.actions.space import ActionSpace, ActionType
 class CheckedAction(msgspec.Struct, frozen=True):
     """What the model asks for, inside the envelope."""
 
-    action: str
+    type: str
     values: dict[str, float | int | str | bool]
-    clamped: dict[str, float]  # field -> what was asked before the envelope changed it; of a later step: "later.0.…"
-    later: list[dict[str, float | int | str | bool]] = []  # the steps after this one
+    clamped: dict[str, float]  # field -> what was asked before the envelope changed it; of a later step: "chunk.0.…"
+    chunk: list[dict[str, float | int | str | bool]] = []  # the steps after this one
 
 
 class Rejection(msgspec.Struct, frozen=True):
@@ -36,13 +36,13 @@ def parse_answer(text: str, space: ActionSpace) -> CheckedAction | Rejection:
     verb = space.actions.get(name) if isinstance(name, str) else None
     if verb is None:
         return Rejection("invalid", f"action: expected one of {', '.join(space.actions)}, found {str(name)[:40]!r}")
-    later = answer.pop("later", []) if space.horizon > 1 and verb.fields else []
-    if not isinstance(later, list) or len(later) != (space.horizon - 1 if verb.fields else 0):
+    chunk = answer.pop("chunk", []) if space.horizon > 1 and verb.fields else []
+    if not isinstance(chunk, list) or len(chunk) != (space.horizon - 1 if verb.fields else 0):
         return Rejection("invalid", f"{name}: expected {space.horizon - 1} later steps")
     steps: list[dict[str, float | int | str | bool]] = []
     clamped: dict[str, float] = {}
-    for i, step in enumerate([answer, *later]):
-        found = _parse_step(step, verb, name, f"later.{i - 1}." if i else "", clamped)
+    for i, step in enumerate([answer, *chunk]):
+        found = _parse_step(step, verb, name, f"chunk.{i - 1}." if i else "", clamped)
         if isinstance(found, Rejection):
             return found
         steps.append(found)

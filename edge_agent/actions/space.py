@@ -38,7 +38,7 @@ class ActionField(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     min: float | None = None
     max: float | None = None
     step: Annotated[float, Meta(gt=0)] | None = None  # the model's resolution; fewer digits are fewer tokens
-    q01: float | None = None  # codec bins: the range that its 256 steps divide; default min and max
+    q01: float | None = None  # codec action_tokens: the range that its 256 steps divide; default min and max
     q99: float | None = None
     one_of: list[Annotated[str, _NAME]] | None = None
 
@@ -66,10 +66,10 @@ class ActionSpace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     about: str = ""
     valid_for_ms: Annotated[int, Meta(ge=1, le=MAX_VALID_FOR_MS)]
     actions: Annotated[dict[Annotated[str, _NAME], ActionType], Meta(min_length=1, max_length=256)]
-    codec: Literal["json", "bins"] = "json"  # how the model writes an answer; see bins.py
-    horizon: Annotated[int, Meta(ge=1, le=16)] = 1  # codec bins: steps in an answer
-    step_ms: Annotated[int, Meta(ge=0)] = 0  # from one to the next
-    state: VehicleStatePrompt | None = None
+    codec: Literal["json", "action_tokens"] = "json"  # how the model writes an answer; see bins.py
+    horizon: Annotated[int, Meta(ge=1, le=16)] = 1  # codec action_tokens: steps in an answer
+    chunk_step_ms: Annotated[int, Meta(ge=0)] = 0  # from one to the next
+    vehicle_state: VehicleStatePrompt | None = None
 
 
 def load_action_space(name_or_path: str) -> ActionSpace:
@@ -78,31 +78,35 @@ def load_action_space(name_or_path: str) -> ActionSpace:
     path = ready if "/" not in name_or_path and ready.is_file() else Path(name_or_path)
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in READY_SPACES.glob("*.yaml")))
-        raise ConfigError(f"task.space: expected one of {known}, or the path of a YAML file; found {name_or_path!r}")
+        raise ConfigError(
+            f"task.action_space: expected one of {known}, or the path of a YAML file; found {name_or_path!r}"
+        )
     space = convert(parse_yaml(read_text(path), str(path)), ActionSpace, str(path))
     _check_steps(space, str(path))
-    if space.state is not None:
-        _check_vehicle_state_prompt(space.state, str(path))
+    if space.vehicle_state is not None:
+        _check_vehicle_state_prompt(space.vehicle_state, str(path))
     for verb_name, verb in space.actions.items():
         names = [field.name or key for key, field in verb.fields.items()]
         if len(set(names)) < len(names) or "action" in verb.fields:
             raise ConfigError(f"{path}: actions.{verb_name}.fields: names must differ, and none may be 'action'")
-        if "later" in verb.fields:
-            raise ConfigError(f"{path}: actions.{verb_name}.fields: 'later' means the steps that follow; rename it")
+        if "chunk" in verb.fields:
+            raise ConfigError(f"{path}: actions.{verb_name}.fields: 'chunk' means the steps that follow; rename it")
         for key, field in verb.fields.items():
             _check_field(field, f"{path}: actions.{verb_name}.fields.{key}")
     return space
 
 
 def _check_steps(space: ActionSpace, where: str) -> None:
-    if space.horizon == 1 and not space.step_ms:
+    if space.horizon == 1 and not space.chunk_step_ms:
         return
-    if space.codec != "bins":
-        raise ConfigError(f"{where}: horizon: expected 1 with codec json, found {space.horizon}; step_ms belongs to it")
-    if not 0 < space.step_ms * space.horizon <= space.valid_for_ms or space.horizon == 1:
+    if space.codec != "action_tokens":
         raise ConfigError(
-            f"{where}: step_ms: expected one with a horizon of several steps that end within valid_for_ms "
-            f"{space.valid_for_ms}, found {space.horizon} of {space.step_ms} ms"
+            f"{where}: horizon: expected 1 with codec json, found {space.horizon}; chunk_step_ms belongs to it"
+        )
+    if not 0 < space.chunk_step_ms * space.horizon <= space.valid_for_ms or space.horizon == 1:
+        raise ConfigError(
+            f"{where}: chunk_step_ms: expected one with a horizon of several steps that end within valid_for_ms "
+            f"{space.valid_for_ms}, found {space.horizon} of {space.chunk_step_ms} ms"
         )
 
 
@@ -110,8 +114,8 @@ def _check_vehicle_state_prompt(state: VehicleStatePrompt, where: str) -> None:
     named = re.findall(r"[{](.*?)[}]", state.text)
     if set(named) != set(state.values) or state.text.count("{") != len(named) or state.text.count("}") != len(named):
         raise ConfigError(
-            f"{where}: state.text: expected each of {', '.join(state.values)} as {{key}}, and no other brace; found "
-            f"{state.text!r}"
+            f"{where}: vehicle_state.text: expected each of {', '.join(state.values)} as {{key}}, and no other "
+            f"brace; found {state.text!r}"
         )
 
 

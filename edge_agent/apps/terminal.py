@@ -18,7 +18,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from edge_agent.client.client import Client
+from edge_agent.client import Client
 from edge_agent.wire.messages import Action, Lane, Refusal, StageTimes, Status, TextMessage
 
 TEXT_SHOWN_CHARS = 600
@@ -53,7 +53,7 @@ class WireLog:
             self.status = message
         elif isinstance(message, TextMessage):
             self.n_words += 1
-            ended = "\n" if message.last else ""
+            ended = "\n" if message.final else ""
             self.words[message.lane] = (self.words[message.lane] + printable(message.text) + ended)[-TEXT_SHOWN_CHARS:]
         else:
             self.answer = message
@@ -77,7 +77,7 @@ class WireLog:
         return {
             "actions": len(self.ages_ms),
             "refusals": self.refusals,
-            "words": self.n_words,
+            "text": self.n_words,
             "actions_per_s": round((len(self.ages_ms) - 1) / span_s, 2) if span_s and self.ages_ms else None,
             "age_ms_p50": _percentile(self.ages_ms, 0.5),
             "age_ms_p99": _percentile(self.ages_ms, 0.99),
@@ -126,7 +126,7 @@ def _receive(client: Client) -> list[Action | Refusal | TextMessage | Status]:
     if (answer := client.next_answer(0.02)) is not None:
         found.append(answer)
     for _ in range(200):
-        if (words := client.next_words(0.0)) is None:
+        if (words := client.next_text(0.0)) is None:
             break
         found.append(words)
     if (status := client.status(0.0)) is not None:
@@ -142,11 +142,11 @@ def _print_line(message: Action | Refusal | TextMessage | Status, as_json: bool)
             f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
             for name, value in message.values.items()
         )
-        print(f"frame {message.frame_id}: {message.action} {values} (age {message.age_ms:.0f} ms)", flush=True)
+        print(f"frame {message.frame_id}: {message.type} {values} (age {message.age_ms:.0f} ms)", flush=True)
     elif isinstance(message, Refusal):
         print(f"frame {message.frame_id}: no action: {message.reason} {printable(message.detail)}", flush=True)
     elif isinstance(message, TextMessage) and message.lane in ("describe", "answer"):
-        print(printable(message.text), end="\n" if message.last else "", flush=True)
+        print(printable(message.text), end="\n" if message.final else "", flush=True)
     sys.stdout.flush()
 
 
@@ -160,12 +160,12 @@ def _screen(heard: WireLog, note: str) -> Group:
             f"{name} {value:+.2f}" if isinstance(value, float) else f"{name} {value}"
             for name, value in answer.values.items()
         )
-        table.add_row("action", Text(f"{answer.action}  {values}", style="bold green"))
+        table.add_row("action", Text(f"{answer.type}  {values}", style="bold green"))
         s = answer.stages_ms
         table.add_row(
             "stages",
             f"queue {s.queue:.1f}  encode {s.encode:.1f}  prefill {s.prefill:.1f}  "
-            f"decode {s.decode:.1f}  post {s.post:.2f} ms",
+            f"decode {s.decode:.1f}  check {s.check:.2f} ms",
         )
     elif answer is not None:
         table.add_row("action", Text(printable(f"none: {answer.reason}  {answer.detail}"), style="bold yellow"))
@@ -175,13 +175,13 @@ def _screen(heard: WireLog, note: str) -> Group:
             f"{answer.frame_id}   age {answer.age_ms:.0f} ms   {heard.rate_hz:.1f} answers/s   "
             f"dropped {answer.dropped_frames}",
         )
-        table.add_row("task", Text(printable(answer.task)))  # Text: brackets in a string would be markup
+        table.add_row("instruction", Text(printable(answer.instruction)))  # Text: brackets in a string would be markup
     if status is not None:
         table.add_row("state", Text(printable(f"{status.state}  {status.reason}")))
-        table.add_row("vision", status.vision)
+        table.add_row("vision", status.vision_backend)
         memory = f"{status.model_worker.rss_mib:.0f} MiB" if status.model_worker.rss_mib is not None else "unknown"
         table.add_row("model", f"{memory}, restarts {status.model_worker.restarts}")
-    newest = heard.words["describe"] or heard.words["thought"] or heard.words["action"]
+    newest = heard.words["describe"] or heard.words["reasoning"] or heard.words["action"]
     words = Text(newest[-300:], style="cyan")
-    parts = [Panel(table, title="edge-agent", title_align="left"), Panel(words, title="words", title_align="left")]
+    parts = [Panel(table, title="edge-agent", title_align="left"), Panel(words, title="text", title_align="left")]
     return Group(*([Text(note, style="bold red")] if note else []), *parts)

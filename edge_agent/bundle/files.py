@@ -12,9 +12,9 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from edge_agent.bundle.manifest import Count
 from edge_agent.errors import BundleError
 
+Count = Annotated[int, Meta(ge=0)]
 BLOCK_BYTES = 4 << 20
 
 

@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Meta
 
 from edge_agent.bundle import signing
-from edge_agent.bundle.files import BundleFile, open_plain, write_durably
+from edge_agent.bundle.files import BundleFile, Count, open_plain, write_durably
 from edge_agent.errors import BundleError
 
 FORMAT = 1
@@ -26,7 +26,6 @@ MAX_MANIFEST_BYTES = 1 << 20
 LANGUAGE_ARCHITECTURES = ("mistral3", "llama")
 LANGUAGE, VISION, MMPROJ, REPORT = "language.gguf", "vision.onnx", "mmproj.gguf", "report.json"
 
-Count = Annotated[int, Meta(ge=0)]
 Positive = Annotated[int, Meta(ge=1)]
 
 

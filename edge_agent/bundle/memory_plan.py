@@ -55,7 +55,7 @@ def needed_mib(config: Config, manifest: Manifest, adapters_mib: float = 0.0) ->
     return {
         "language model": size[LANGUAGE],
         "its file's pages": repacked * on_cpu if language.repack and language.mmap else 0.0,
-        "cache": 2 * cells * model.kv_bytes_per_token / MIB * (1.0 if language.kv == "f16" else Q8_0_SHARE),
+        "cache": 2 * cells * model.kv_bytes_per_token / MIB * (1.0 if language.kv_cache_type == "f16" else Q8_0_SHARE),
         "scores and logits": heads_mib + 16 * model.vocab * FLOAT32_BYTES / MIB,
         "vision encoder": _vision_mib(config, manifest),
         "adapters": adapters_mib,
@@ -71,7 +71,7 @@ def adapters_mib(config: Config) -> float:
 def _vision_mib(config: Config, manifest: Manifest) -> float:
     if manifest.vision is None:
         return 0.0
-    rows = 4 * config.vision.max_tokens  # patches
+    rows = 4 * config.vision.max_image_tokens  # patches
     scores = 16 * rows * rows * FLOAT32_BYTES / MIB  # of one layer's heads
     if config.vision.backend == "mtmd":
         return manifest.files[MMPROJ].bytes / MIB + scores
@@ -110,12 +110,16 @@ def _reduce_once(config: Config) -> tuple[Config, str, object] | None:
     language, vision = config.language, config.vision
     if language.repack and language.mmap:
         table, key, value = "language", "mmap", False
-    elif language.kv == "f16" and language.flash_attention is not False:
-        table, key, value = "language", "kv", "q8_0"
+    elif language.kv_cache_type == "f16" and language.flash_attention is not False:
+        table, key, value = "language", "kv_cache_type", "q8_0"
     elif vision.backend == "onnxruntime":
         table, key, value = "vision", "backend", "mtmd"
-    elif vision.max_tokens > MIN_IMAGE_TOKENS:
-        table, key, value = "vision", "max_tokens", max(MIN_IMAGE_TOKENS, math.floor(vision.max_tokens * 0.75))
+    elif vision.max_image_tokens > MIN_IMAGE_TOKENS:
+        table, key, value = (
+            "vision",
+            "max_image_tokens",
+            max(MIN_IMAGE_TOKENS, math.floor(vision.max_image_tokens * 0.75)),
+        )
     elif language.context > MIN_CONTEXT:
         table, key, value = "language", "context", max(MIN_CONTEXT, math.floor(language.context * 0.75))
     else:

@@ -1,4 +1,4 @@
-"""The camera process. OpenCV reads these settings when it is loaded, so they are set before any file here imports it."""
+"""The camera process. OpenCV reads these settings when it is loaded: they are set before any file imports it."""
 
 import os
 

@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         ("ask", _ask, "a question about what the camera sees, answered in words"),
         ("instruct", _instruct, "give the daemon a new instruction"),
         ("adapter", _adapter, "switch to one of the configured adapters, or without NAME to none"),
-        ("state", _vehicle_state, "tell the model what the vehicle knows of itself, as a controller does"),
+        ("vehicle-state", _vehicle_state, "tell the model what the vehicle knows of itself, as a controller does"),
         ("pause", _pause, "no more actions, from now on"),
         ("resume", _resume, "actions again"),
     ):
@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("text", metavar="TEXT")
         if name == "adapter":
             command.add_argument("text", metavar="NAME", nargs="?", default="")
-        if name == "state":
+        if name == "vehicle-state":
             command.add_argument(
                 "values", metavar="KEY=VALUE", nargs="+", help="as the action space's state names them"
             )
@@ -118,9 +118,9 @@ def bench_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--bundle", metavar="DIR", help="instead of, or over, the file's bundle")
     command.add_argument("--frames", type=Path, metavar="DIR|VIDEO", help="pictures to answer (default: made up)")
     command.add_argument("-n", type=int, default=60, metavar="N", help="frames to answer (default 60)")
-    command.add_argument("--max-tokens", type=int, metavar="N", help="over the file's vision.max_tokens")
+    command.add_argument("--max-image-tokens", type=int, metavar="N", help="over the file's vision.max_image_tokens")
     command.add_argument("--backend", choices=("onnxruntime", "mtmd"), help="over the file's vision.backend")
-    command.add_argument("--space", help="over the file's task.space")
+    command.add_argument("--action-space", help="over the file's task.action_space")
     command.add_argument("--instruction", metavar="TEXT", help="over the file's task.instruction")
     command.add_argument("--plot", type=Path, metavar="FILE.png", help="where the time goes, as a picture")
 
@@ -161,17 +161,17 @@ def _check(arguments: argparse.Namespace) -> int:
 
     config, status, manifest = _config(arguments), 0, None
     try:
-        space = load_action_space(config.task.space)
+        space = load_action_space(config.task.action_space)
         print(f"ok    actions  {space.name}: {', '.join(space.actions)}")
     except ConfigError as error:
         status = _bad("actions", str(error))
     try:
-        verified = verify_bundle(config.bundle, config.trust)
-        verify_adapters(config.language.adapters, verified, config.trust)
+        verified = verify_bundle(config.bundle, config.trusted_keys)
+        verify_adapters(config.language.adapters, verified, config.trusted_keys)
         manifest = verified.manifest
         print(
             f"ok    bundle   {verified.id}: {manifest.model.family} {manifest.model.size} {manifest.recipe}, "
-            f"{verified.file_bytes / 1e6:.1f} MB, every hash right{', signed' if config.trust else ''}"
+            f"{verified.file_bytes / 1e6:.1f} MB, every hash right{', signed' if config.trusted_keys else ''}"
         )
     except (BundleError, ConfigError) as error:
         status = _bad("bundle", str(error))
@@ -203,7 +203,12 @@ def bench_config(arguments: argparse.Namespace) -> Config:
     """The configuration that bench's own arguments ask for. Raises ConfigError."""
     arguments.camera = "none"
     config = msgspec.to_builtins(_config(arguments))
-    for table, key in (("vision", "max_tokens"), ("vision", "backend"), ("task", "space"), ("task", "instruction")):
+    for table, key in (
+        ("vision", "max_image_tokens"),
+        ("vision", "backend"),
+        ("task", "action_space"),
+        ("task", "instruction"),
+    ):
         if (value := getattr(arguments, key)) is not None:
             config[table][key] = value
     return convert(config, Config, "bench")
@@ -220,7 +225,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
     if arguments.n < 1:
         _fail(f"-n: expected 1 or more, found {arguments.n}", 2)
     config = bench_config(arguments)
-    verify_bundle(config.bundle, config.trust)
+    verify_bundle(config.bundle, config.trusted_keys)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     steps = iter(track(range(arguments.n), "frames", console=console, transient=True))
     try:
@@ -243,7 +248,8 @@ def _keygen(arguments: argparse.Namespace) -> int:
     except signing.SigningError as error:
         _fail(str(error), 1)
     print(
-        f"{arguments.file}: private, for edge-quantize build --sign\n{public}: public, for `trust` in the configuration"
+        f"{arguments.file}: private, for edge-quantize build --sign\n{public}: public, for `trusted_keys` in "
+        "the configuration"
     )
     return 0
 
@@ -274,7 +280,7 @@ def _probe(config: CameraConfig) -> tuple[bool, str]:
 
 
 def _client(arguments: argparse.Namespace):
-    from edge_agent.client.client import Client
+    from edge_agent.client import Client
 
     return Client(arguments.runtime_dir)
 
@@ -312,11 +318,11 @@ def _status(arguments: argparse.Namespace) -> int:
 def _ask(arguments: argparse.Namespace) -> int:
     """Print the answer's pieces as they are decoded."""
     from edge_agent.apps.terminal import printable
-    from edge_agent.client.client import RequestRefused
+    from edge_agent.client import RequestRefused
 
     with _client(arguments) as client:
         try:
-            for piece in client.ask_in_pieces(arguments.text):
+            for piece in client.ask_stream(arguments.text):
                 print(printable(piece), end="", flush=True)
             print()
         except RequestRefused as error:
@@ -325,7 +331,7 @@ def _ask(arguments: argparse.Namespace) -> int:
 
 
 def _vehicle_state(arguments: argparse.Namespace) -> int:
-    from edge_agent.client.client import RequestRefused
+    from edge_agent.client import RequestRefused
 
     values = {}
     for pair in arguments.values:
@@ -338,7 +344,7 @@ def _vehicle_state(arguments: argparse.Namespace) -> int:
                 values[key] = found
     with _client(arguments) as client:
         try:
-            client.request("state", "", 5.0, values=values)
+            client.request("vehicle_state", "", 5.0, values=values)
         except RequestRefused as error:
             _fail(str(error), 1)
     return 0
@@ -346,7 +352,7 @@ def _vehicle_state(arguments: argparse.Namespace) -> int:
 
 def _simple(operation: str):
     def run(arguments: argparse.Namespace) -> int:
-        from edge_agent.client.client import RequestRefused
+        from edge_agent.client import RequestRefused
 
         with _client(arguments) as client:
             try:

@@ -4,7 +4,7 @@
         for action in agent.actions(silence_s=0.5):
             if action is None:
                 hold()                      # nothing valid for half a second
-            elif action.action == "move":
+            elif action.type == "move":
                 fly(action.values["forward_m_s"], action.values["right_m_s"])
 
 Silence means hold. An action is never handed out after its expiry, twice, or with a clock that is not this machine's.
@@ -45,7 +45,7 @@ class Client:
         self._sockets: dict[str, zmq.Socket] = {}
         self.expired = 0  # actions received after their expiry, or with a clock we cannot trust; never handed out
         self.missed = 0  # actions of the stream that never reached us, by their seq
-        self._last: tuple[int, int] | None = None  # epoch and seq of the newest message of the actions stream
+        self._last: tuple[int, int] | None = None  # session and seq of the newest message of the actions stream
 
     def close(self) -> None:
         for socket in self._sockets.values():
@@ -87,13 +87,13 @@ class Client:
                 yield None
                 heard_s = time.monotonic()
 
-    def next_words(self, timeout_s: float) -> TextMessage | None:
-        return self._next("words", timeout_s)
+    def next_text(self, timeout_s: float) -> TextMessage | None:
+        return self._next("text", timeout_s)
 
-    def words(self) -> Iterator[TextMessage]:
+    def text(self) -> Iterator[TextMessage]:
         """Every piece of language as it is decoded, for ever."""
         while True:
-            if (words := self.next_words(1.0)) is not None:
+            if (words := self.next_text(1.0)) is not None:
                 yield words
 
     def status(self, timeout_s: float = 2.0) -> Status | None:
@@ -114,9 +114,9 @@ class Client:
         """A question about what the camera sees, answered in words. Raises Refused, TimeoutError."""
         return str(self.request("ask", question, timeout_s)["text"])
 
-    def ask_in_pieces(self, question: str, timeout_s: float = 90.0) -> Iterator[str]:
+    def ask_stream(self, question: str, timeout_s: float = 90.0) -> Iterator[str]:
         """The same, piece by piece as it is decoded; together the pieces are the answer."""
-        words, heard = self._subscriber("words"), ""
+        words, heard = self._subscriber("text"), ""
         until_s = time.monotonic() + timeout_s
         control, request_id = self._send("ask", question, "", timeout_s)
         poller = zmq.Poller()
@@ -127,16 +127,16 @@ class Client:
                 whole = str(reply["text"])  # of what was lost or is still on its way, the reply holds all
                 yield whole.removeprefix(heard) if whole.startswith(heard) else f"\n{whole}"
                 return
-            piece = self.next_words(0.0) if words in ready else None
+            piece = self.next_text(0.0) if words in ready else None
             if piece is not None and (piece.request, piece.lane) == (request_id, "answer"):
                 heard += piece.text
                 yield piece.text
         raise self._no_answer("ask", timeout_s)
 
-    def state(self, /, **values: StateValue) -> None:
+    def vehicle_state(self, /, **values: StateValue) -> None:
         """Tell the model what the vehicle knows of itself: keys of the action space's state. Call it at the rate the
         values change; the newest counts, and an old one is none. Raises Refused, TimeoutError."""
-        self.request("state", "", 5.0, values=values)
+        self.request("vehicle_state", "", 5.0, values=values)
 
     def pause(self, timeout_s: float = 5.0) -> None:
         self.request("pause", "", timeout_s)
@@ -241,12 +241,12 @@ class Client:
 
     def _is_new(self, message: Action | Refusal) -> bool:
         """Count what is missing; a message seen before, or older than one seen, is not handed out again."""
-        if self._last is not None and self._last[0] == message.epoch:
+        if self._last is not None and self._last[0] == message.session:
             gap = message.seq - self._last[1]
             if gap <= 0:
                 return False
             self.missed += gap - 1
-        self._last = (message.epoch, message.seq)
+        self._last = (message.session, message.seq)
         return True
 
 

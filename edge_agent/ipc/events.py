@@ -68,7 +68,7 @@ StopReason = Literal["", "late", "length", "grammar", "not-finite", "cancelled"]
 class InstructionApplied(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="instructed"):
     """From here on frames are answered under this instruction and adapter; with an error, as before."""
 
-    task_id: int
+    instruction_id: int
     text: str
     adapter: str
     error: str = ""
@@ -81,9 +81,9 @@ class Proposal(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag=
     t_capture_ns: int
     capture_clock: CaptureClock
     frame_seq: int  # of the slot: tells how many frames were passed over
-    task_id: int  # which instruction it was asked under
+    instruction_id: int  # which instruction it was asked under
     text: str
-    cut: StopReason
+    stop_reason: StopReason
     stages_ms: StageTimes
 
 
@@ -92,8 +92,8 @@ class TextDelta(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag
     frame_id: int
     text: str
     request: str = ""
-    last: bool = False
-    cut: str = ""
+    final: bool = False
+    stop_reason: str = ""
 
 
 class TraceSpan(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="span"):
@@ -114,7 +114,7 @@ ModelEvent = ModelReady | StartupFailed | Heartbeat | LogLine | InstructionAppli
 class SetInstruction(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="instruct"):
     """None: as it is."""
 
-    task_id: int
+    instruction_id: int
     text: str | None = None
     adapter: str | None = None
 

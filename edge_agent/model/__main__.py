@@ -46,7 +46,7 @@ def main() -> int:
         for key, value in planned.given_up.items():
             emit(LogLine(f"memory is short: {key} is {value} instead of what was configured"))
         config = planned.config
-        engine = Engine(config, model_bundle, load_action_space(config.task.space), emit)
+        engine = Engine(config, model_bundle, load_action_space(config.task.action_space), emit)
         emit(Heartbeat("warm-up"))
         warmup_ms = warm_up(engine)
         gc.collect()

@@ -8,8 +8,8 @@ What is evaluated, in this order, so that little has to be evaluated again:
                                                                            answer before goes along as a draft
     question[/INST]words words words                                       WORDS: over the same frame, a step at a time
 
-Where bits need not be the same however a prompt is cut (language.exact false, or a GPU), the next word rides in ACT's
-batches: the weights are read once for both. Otherwise words are decoded between frames.
+Where bits need not be the same however a prompt is cut (language.reproducible false, or a GPU), the next word rides
+in ACT's batches: the weights are read once for both. Otherwise words are decoded between frames.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ SYSTEM_PROMPT = (
 )
 SYSTEM_PROMPTS = {
     "json": SYSTEM_PROMPT,
-    "bins": SYSTEM_PROMPT.replace("answer with one JSON object, an action", "answer with one action"),
+    "action_tokens": SYSTEM_PROMPT.replace("answer with one JSON object, an action", "answer with one action"),
 }
 ACTION_QUESTION = "Action?"
 MAX_ANSWER_TOKENS = 160  # the grammar ends an answer long before; this bounds one that does not
@@ -92,9 +92,9 @@ class Engine:
         """Load everything. Emits Progress while it does. Raises LanguageError, VisionError, ConfigError, ValueError."""
         manifest = model_bundle.manifest
         self.special = manifest.model.special
-        self.space, self.emit, self.config = space, emit, config
-        if config.language.max_thought_tokens and "think" not in self.special:
-            raise ConfigError("language.max_thought_tokens: expected 0 for a model without [THINK]")
+        self.action_space, self.emit, self.config = space, emit, config
+        if config.language.max_reasoning_tokens and "think" not in self.special:
+            raise ConfigError("language.max_reasoning_tokens: expected 0 for a model without [THINK]")
         self.language = LlamaContext(
             model_bundle.path(LANGUAGE),
             config.language,
@@ -103,7 +103,7 @@ class Engine:
         )
         emit(Heartbeat("grammar"))
         self.grammar = Grammar(self.language.vocab)
-        if space.codec == "bins":
+        if space.codec == "action_tokens":
             action_tokens.check_vocabulary(self.language.written)
             longest = 1 + space.horizon * max(len(verb.fields) for verb in space.actions.values())
             if longest > MAX_ANSWER_TOKENS:
@@ -112,7 +112,7 @@ class Engine:
         else:
             self.grammar.allow(grammar_from_schema(json_schema(space)))
         emit(Heartbeat("vision"))
-        self.preprocessor = Preprocessor(manifest.vision, config.vision.max_tokens)
+        self.preprocessor = Preprocessor(manifest.vision, config.vision.max_image_tokens)
         self.encoder = open_encoder(
             model_bundle,
             config.vision,
@@ -128,13 +128,13 @@ class Engine:
         # answered while the next is encoded.
         most_lines = manifest.vision.image_size // (manifest.vision.patch * manifest.vision.merge)
         most_state = max_vehicle_state_tokens(space, lambda text: len(self.language.tokens(text)))
-        self.most_rows = config.vision.max_tokens + most_lines + len(self.closing_rows) + most_state
+        self.most_rows = config.vision.max_image_tokens + most_lines + len(self.closing_rows) + most_state
         size = (self.most_rows + MAX_ANSWER_TOKENS + ROW_ALIGNMENT, self.language.n_embd)
         self.buffers = itertools.cycle([np.empty(size, np.float32), np.empty(size, np.float32)])
         self.answer: DraftSteps = []  # to the frame before
         self.answers: dict[int, DraftSteps] = {}  # the last that began with this token, which tells the verb
         self.n_drafted = self.n_taken = 0  # tokens
-        self.task, self.adapter = "", ""
+        self.instruction, self.adapter = "", ""
         self.prefix: list[int] = []
         self.room = 0  # tokens that a question may have
         self.frame_stop = 0  # position after the frame's [IMG_END]; 0: the cache holds no frame
@@ -148,15 +148,17 @@ class Engine:
 
     def instruct(self, instruction: str, adapter: str = "") -> None:
         """Pin a new prefix, under an adapter or none. Raises Refused when it does not leave room for frames."""
-        text = SYSTEM_PROMPTS[self.space.codec].format(space=describe_action_space(self.space), instruction=instruction)
+        text = SYSTEM_PROMPTS[self.action_space.codec].format(
+            space=describe_action_space(self.action_space), instruction=instruction
+        )
         s, language = self.special, self.config.language
         prefix = [s["bos"], s["system"], *self.language.tokens(text), s["system_end"], s["inst"]]
-        words = language.max_words_tokens + language.max_thought_tokens + MIN_QUESTION_TOKENS
+        words = language.max_text_tokens + language.max_reasoning_tokens + MIN_QUESTION_TOKENS
         needed = len(prefix) + self.most_rows + max(MAX_ANSWER_TOKENS, words)
         if needed > self.language.n_ctx:
             raise InstructionRefused(
                 f"language.context: {len(prefix)} tokens of prompt, a frame and an answer make {needed}, found "
-                f"{self.language.n_ctx}; raise it, lower vision.max_tokens, or shorten the instruction"
+                f"{self.language.n_ctx}; raise it, lower vision.max_image_tokens, or shorten the instruction"
             )
         if self.sentence is not None:
             self.end("instruct")
@@ -165,7 +167,7 @@ class Engine:
         self.language.adapt(adapter)
         self.language.decode_tokens(prefix, 0)
         self.prefix, self.frame_stop = prefix, 0
-        self.task, self.adapter = instruction, adapter
+        self.instruction, self.adapter = instruction, adapter
         self.room = self.language.n_ctx - len(prefix) - self.most_rows - words + MIN_QUESTION_TOKENS
 
     # -- a frame ------------------------------------------------------------------------------------------------------
@@ -184,34 +186,34 @@ class Engine:
     def act(
         self, image: np.ndarray, frame_id: int, deadline_ns: int, state: str = ""
     ) -> tuple[str, StopReason, dict[str, float]]:
-        """See and answer -> (answer, why it is cut, stage times in ms)."""
+        """See and answer -> (answer, why it stopped early, stage times in ms)."""
         t0 = time.monotonic_ns()
         try:
             rows = self.see(image)
         except NonFiniteError:
             return "", "not-finite", dict.fromkeys(("encode", "prefill", "decode"), 0.0)
         encode_ms = (time.monotonic_ns() - t0) / NS_PER_MS
-        text, cut, stages = self.respond(rows, frame_id, deadline_ns, state)
-        return text, cut, {"encode": encode_ms, **stages}
+        text, stop_reason, stages = self.respond(rows, frame_id, deadline_ns, state)
+        return text, stop_reason, {"encode": encode_ms, **stages}
 
     def respond(
         self, rows: np.ndarray, frame_id: int, deadline_ns: int, state: str = ""
     ) -> tuple[str, StopReason, dict[str, float]]:
-        """rows: as `see` gave them; state: as actions.render_state wrote it -> (answer, why it is cut, times in ms)."""
+        """rows: as `see` gave them; state: of render_vehicle_state -> (answer, why it stopped early, times in ms)."""
         t1 = time.monotonic_ns()
         self.frame_stop = 0
         closing = self._closing(state) if state else self.closing_rows
         self.grammar.start()
         self.grammar.forced()  # self.opening, which is in closing
-        draft = self.answer if self.config.language.draft else []
+        draft = self.answer if self.config.language.speculative else []
         logits, rode = self._evaluate(rows, closing, draft[:-1])
         self.frame_stop, self.frame_id = len(self.prefix) + len(rows) + 1, frame_id
         t2 = time.monotonic_ns()
-        text, cut = self._answer(logits, rode, draft, len(self.prefix) + len(rows) + len(closing), deadline_ns)
+        text, stop_reason = self._answer(logits, rode, draft, len(self.prefix) + len(rows) + len(closing), deadline_ns)
         t3 = time.monotonic_ns()
         self.span("prefill", "language", t1, t2)
         self.span("decode", "language", t2, t3)
-        return text, cut, {"prefill": (t2 - t1) / NS_PER_MS, "decode": (t3 - t2) / NS_PER_MS}
+        return text, stop_reason, {"prefill": (t2 - t1) / NS_PER_MS, "decode": (t3 - t2) / NS_PER_MS}
 
     def look(self, rows: np.ndarray, frame_id: int) -> None:
         """Evaluate a frame without asking for an action: for a question while paused."""
@@ -230,48 +232,48 @@ class Engine:
         """The answer to the frame in the cache. logits: before each step of the draft, or one; rode: behind the word
         that came along; position: of the first step's first token."""
         letters = codecs.getincrementaldecoder("utf-8")("replace")
-        text, cut, known = self._speak(letters, self.opening), "", draft
+        text, stop_reason, known = self._speak(letters, self.opening), "", draft
         answer: DraftSteps = []
-        while not (self.grammar.complete or cut):
+        while not (self.grammar.complete or stop_reason):
             n = len(answer)
             if self.cancelled():
-                cut = "cancelled"
+                stop_reason = "cancelled"
                 break
             if time.monotonic_ns() > deadline_ns:
-                cut = "late"
+                stop_reason = "late"
                 break
             if len(self.opening) + len(flatten(answer)) > MAX_ANSWER_TOKENS:
-                cut = "length"
+                stop_reason = "length"
                 break
             try:
                 self.grammar.take(logits, draft, answer)
             except NonFiniteError:
-                cut = "not-finite"
+                stop_reason = "not-finite"
             except GrammarError:
-                cut = "grammar"
+                stop_reason = "grammar"
             new = answer[n:]
             self.n_taken += len(flatten(new[:-1]))
             text += self._speak(letters, flatten(new))
             if rode is not None:
                 self._go_on(rode)
-            if self.grammar.complete or cut:  # a complete answer is never evaluated: nothing will follow it
+            if self.grammar.complete or stop_reason:  # a complete answer is never evaluated: nothing will follow it
                 break
             position += len(flatten(new[:-1]))  # these were in the draft
             known = known[len(new) - 1 :]
-            if len(answer) == 1 and self.config.language.draft:  # another verb than before: what was said with it
+            if len(answer) == 1 and self.config.language.speculative:  # another verb than before: what was said with it
                 known = self.answers.get(answer[0][0], known)
             if draft := self.grammar.rest_of(known):
                 known = draft
             self.language.forget(ACTION_SEQ, position)
             logits, rode = self._continue(new[-1], draft[:-1], position)
             position += len(new[-1])
-        if self.space.codec == "bins" and not cut:
-            text = self._say(action_tokens.decode(self.space, [*self.opening, *flatten(answer)]))
-        if self.config.language.words:
-            self.emit(TextDelta(lane="action", frame_id=self.frame_id, text="", last=True, cut=cut))
-        if self.config.language.draft and answer and not cut:
+        if self.action_space.codec == "action_tokens" and not stop_reason:
+            text = self._say(action_tokens.decode(self.action_space, [*self.opening, *flatten(answer)]))
+        if self.config.language.stream_action_text:
+            self.emit(TextDelta(lane="action", frame_id=self.frame_id, text="", final=True, stop_reason=stop_reason))
+        if self.config.language.speculative and answer and not stop_reason:
             self.answer = self.answers[answer[0][0]] = answer
-        return text, cut
+        return text, stop_reason
 
     def _evaluate(
         self, rows: np.ndarray, closing: np.ndarray, draft: DraftSteps
@@ -308,7 +310,7 @@ class Engine:
         return self._say(letters.decode(b"".join(self.language.piece(token) for token in tokens)))
 
     def _say(self, text: str) -> str:
-        if text and self.config.language.words:
+        if text and self.config.language.stream_action_text:
             self.emit(TextDelta(lane="action", frame_id=self.frame_id, text=text))
         return text
 
@@ -316,7 +318,7 @@ class Engine:
 
     def begin(self, lane: Lane, request: str, question: str) -> None:
         """Start a sentence about the frame that ACT holds. It may end before it began."""
-        thinking = self.config.language.max_thought_tokens > 0
+        thinking = self.config.language.max_reasoning_tokens > 0
         tokens = [*self.language.tokens(question), self.special["inst_end"]]
         letters = codecs.getincrementaldecoder("utf-8")("replace")
         self.sentence = TextGeneration(lane, request, self.frame_id, self.frame_stop, 0, letters, thinking)
@@ -336,13 +338,13 @@ class Engine:
         logits = self.language.decode_tokens([sentence.token], sentence.position, TEXT_SEQ)
         sentence.position += 1
         self._go_on(logits)
-        self.span("words", "language", start_ns)
+        self.span("text", "language", start_ns)
 
-    def end(self, cut: str) -> None:
-        """The sentence ends here; cut: why, or empty."""
+    def end(self, stop_reason: str) -> None:
+        """The sentence ends here; stop_reason: why, or empty."""
         if self.sentence.thinking:
             self._stop_thinking()
-        self._utter(self.sentence.letters.decode(b"", final=True), last=True, cut=cut)
+        self._utter(self.sentence.letters.decode(b"", final=True), final=True, stop_reason=stop_reason)
         self.sentence = None
         self.language.forget(TEXT_SEQ, 0)
 
@@ -354,7 +356,7 @@ class Engine:
         except NonFiniteError:
             self.end("not-finite")
             return
-        if sentence.thinking and sentence.n_thoughts >= limits.max_thought_tokens:
+        if sentence.thinking and sentence.n_thoughts >= limits.max_reasoning_tokens:
             token = self.special["think_end"]  # enough; what was thought until here has to do
         if self.language.is_end(token):
             self.end("")
@@ -370,19 +372,24 @@ class Engine:
             sentence.n_thoughts += 1
         else:
             sentence.n_tokens += 1
-        if sentence.n_tokens >= limits.max_words_tokens or sentence.position >= self.language.n_ctx:
+        if sentence.n_tokens >= limits.max_text_tokens or sentence.position >= self.language.n_ctx:
             self.end("length")
 
     def _stop_thinking(self) -> None:
-        self._utter(self.sentence.letters.decode(b"", final=True), last=True)
+        self._utter(self.sentence.letters.decode(b"", final=True), final=True)
         self.sentence.letters.reset()
         self.sentence.thinking = False
 
-    def _utter(self, text: str, last: bool = False, cut: str = "") -> None:
+    def _utter(self, text: str, final: bool = False, stop_reason: str = "") -> None:
         sentence = self.sentence
-        lane = "thought" if sentence.thinking else sentence.lane
+        lane = "reasoning" if sentence.thinking else sentence.lane
         piece = TextDelta(
-            lane=lane, frame_id=sentence.frame_id, text=text, request=sentence.request, last=last, cut=cut
+            lane=lane,
+            frame_id=sentence.frame_id,
+            text=text,
+            request=sentence.request,
+            final=final,
+            stop_reason=stop_reason,
         )
         self.emit(piece)
 

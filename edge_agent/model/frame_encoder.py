@@ -31,7 +31,7 @@ class EncodedFrame(NamedTuple):
     frame: Frame
     deadline_ns: int
     rows: np.ndarray | None  # (n, hidden) float32; None: `cut` says why
-    cut: StopReason
+    stop_reason: StopReason
     n_tokens: int
     taken_ns: int
     done_ns: int
@@ -47,7 +47,7 @@ class FrameEncoder:
 
     def __init__(self, engine: Engine, slot: Slot, overlap: bool) -> None:
         self.engine, self.slot = engine, slot
-        self.budget = TokenBudget(engine.config.vision.max_tokens)
+        self.budget = TokenBudget(engine.config.vision.max_image_tokens)
         self.seen_seq = 0
         self._pool = ThreadPoolExecutor(1, "eyes") if overlap else None
         self._future: Future[EncodedFrame | None] | None = None
@@ -106,13 +106,13 @@ class FrameEncoder:
         if not self.slot.still_valid(frame):
             return None  # the camera came round while we read: there is a newer one
         self.seen_seq = frame.seq
-        rows, cut = None, ""
+        rows, stop_reason = None, ""
         if time.monotonic_ns() > deadline_ns:
-            cut = "late"
+            stop_reason = "late"
         else:
             try:
                 rows = engine.see(image)
             except NonFiniteError:
-                cut = "not-finite"
+                stop_reason = "not-finite"
         n_tokens = image.shape[0] * image.shape[1] // engine.preprocessor.unit**2
-        return EncodedFrame(frame, deadline_ns, rows, cut, n_tokens, taken_ns, time.monotonic_ns())
+        return EncodedFrame(frame, deadline_ns, rows, stop_reason, n_tokens, taken_ns, time.monotonic_ns())

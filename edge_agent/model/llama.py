@@ -130,7 +130,9 @@ class LlamaContext:
 
         threads = config.threads or len(os.sched_getaffinity(0))
         params = ll.llama_context_default_params()
-        exact = config.exact and _flash_attention(config) == ll.LLAMA_FLASH_ATTN_TYPE_DISABLED  # with it nothing can be
+        exact = (
+            config.reproducible and _flash_attention(config) == ll.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )  # with it nothing can be
         self._unit = ROW_ALIGNMENT if exact and not _on_gpu(config) else 1
         self.on_gpu = _on_gpu(config)
         self.rides = self._unit == 1  # a row of WORDS may come along in ACT's batch, over common cells
@@ -144,7 +146,7 @@ class LlamaContext:
         params.kv_unified = self.rides
         params.n_threads = params.n_threads_batch = threads
         params.no_perf = True
-        params.type_k = params.type_v = KV_CACHE_TYPES[config.kv]
+        params.type_k = params.type_v = KV_CACHE_TYPES[config.kv_cache_type]
         params.flash_attn_type = _flash_attention(config)
         if _graph_observer is not None:
             params.cb_eval = _on_node
@@ -353,7 +355,7 @@ class _EmbeddingTable:
 def _flash_attention(config: LanguageConfig) -> int:
     """On a CPU, flash attention sums in another order for another number of rows: the same prompt, cut into other
     batches, gives other logits, and an answer would depend on its draft."""
-    if config.kv != "f16":
+    if config.kv_cache_type != "f16":
         return ll.LLAMA_FLASH_ATTN_TYPE_ENABLED  # llama.cpp has no other way with such a cache
     if config.flash_attention is not None:
         return ll.LLAMA_FLASH_ATTN_TYPE_ENABLED if config.flash_attention else ll.LLAMA_FLASH_ATTN_TYPE_DISABLED

@@ -47,7 +47,7 @@ class ModelLoop:
         self.engine, self.slot, self.events = engine, slot, events
         overlap = engine.config.vision.overlap
         self.eyes = FrameEncoder(engine, slot, engine.language.on_gpu if overlap is None else overlap)
-        self.task_id = -1
+        self.instruction_id = -1
         self.paused = False
         self.questions: deque[AskQuestion] = deque()
         self.described_id = 0  # the frame last described: once is enough
@@ -59,7 +59,7 @@ class ModelLoop:
     def turn(self) -> None:
         engine = self.engine
         self._commands()
-        if self.task_id < 0:  # nothing was asked of us yet
+        if self.instruction_id < 0:  # nothing was asked of us yet
             self._wait()
             return
         glance = self.eyes.next(self.answer_ms) if not self.paused or self.questions else None
@@ -103,13 +103,17 @@ class ModelLoop:
         engine, error = self.engine, ""
         try:
             engine.instruct(
-                engine.task if command.text is None else command.text,
+                engine.instruction if command.text is None else command.text,
                 engine.adapter if command.adapter is None else command.adapter,
             )
-            self.task_id = command.task_id
+            self.instruction_id = command.instruction_id
         except InstructionRefused as refused:
             error = str(refused)
-        engine.emit(InstructionApplied(task_id=command.task_id, text=engine.task, adapter=engine.adapter, error=error))
+        engine.emit(
+            InstructionApplied(
+                instruction_id=command.instruction_id, text=engine.instruction, adapter=engine.adapter, error=error
+            )
+        )
 
     def _answer(self, glance: EncodedFrame) -> None:
         engine, frame = self.engine, glance.frame
@@ -118,11 +122,13 @@ class ModelLoop:
                 engine.look(glance.rows, frame.frame_id)
             return
         started_ns = time.monotonic_ns()
-        text, cut, stages = "", glance.cut, {"prefill": 0.0, "decode": 0.0}
+        text, stop_reason, stages = "", glance.stop_reason, {"prefill": 0.0, "decode": 0.0}
         if glance.rows is not None and started_ns > glance.deadline_ns:
-            cut = "late"
+            stop_reason = "late"
         elif glance.rows is not None:
-            text, cut, stages = engine.respond(glance.rows, frame.frame_id, glance.deadline_ns, self._state(started_ns))
+            text, stop_reason, stages = engine.respond(
+                glance.rows, frame.frame_id, glance.deadline_ns, self._state(started_ns)
+            )
             self.eyes.budget.note(glance.n_tokens, glance.encode_ms + stages["prefill"], stages["decode"])
             took_ms = stages["prefill"] + stages["decode"]
             self.answer_ms += (EMA_WEIGHT if self.answer_ms else 1.0) * (took_ms - self.answer_ms)
@@ -134,19 +140,19 @@ class ModelLoop:
                 t_capture_ns=frame.t_capture_ns,
                 capture_clock=frame.capture_clock,
                 frame_seq=frame.seq,
-                task_id=self.task_id,
+                instruction_id=self.instruction_id,
                 text=text,
-                cut=cut,
-                stages_ms=StageTimes(queue=waited_ms, encode=glance.encode_ms, post=0.0, **stages),
+                stop_reason=stop_reason,
+                stages_ms=StageTimes(queue=waited_ms, encode=glance.encode_ms, check=0.0, **stages),
             )
         )
 
     def _state(self, now_ns: int) -> str:
         """What the controller last said of its vehicle, in the words of the action space."""
-        if self.engine.space.state is None:
+        if self.engine.action_space.vehicle_state is None:
             return ""
         facts = _decode_vehicle_state(self.slot.read_note() or encode({}))
-        return render_vehicle_state(self.engine.space, facts, now_ns)
+        return render_vehicle_state(self.engine.action_space, facts, now_ns)
 
     def _begin(self) -> None:
         engine = self.engine
@@ -155,7 +161,7 @@ class ModelLoop:
         if self.questions:
             ask = self.questions.popleft()
             engine.begin("answer", ask.request, ask.question)
-        elif (describe := engine.config.language.describe) and self.described_id != engine.frame_id:
+        elif (describe := engine.config.language.describe_prompt) and self.described_id != engine.frame_id:
             self.described_id = engine.frame_id
             engine.begin("describe", "", describe)
 

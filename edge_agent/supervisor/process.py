@@ -134,20 +134,20 @@ class Supervisor:
     """Owns the slot, the sockets and both children. run() returns the exit status."""
 
     def __init__(self, config: Config, verified: Bundle, space: ActionSpace, link: Publisher, timeline: Trace) -> None:
-        self.config, self.bundle, self.space, self.link = config, verified, space, link
+        self.config, self.bundle, self.action_space, self.link = config, verified, space, link
         self.slot = Slot.create()
         self.trace = timeline
-        self.epoch = random.SystemRandom().getrandbits(48)
+        self.session = random.SystemRandom().getrandbits(48)
         self.started_ns = time.monotonic_ns()
-        self.task, self.adapter = config.task.instruction, config.language.adapter
-        self.task_id, self.next_task_id = 0, 1  # of an instruction and an adapter together
+        self.instruction, self.adapter = config.task.instruction, config.language.adapter
+        self.instruction_id, self.next_instruction_id = 0, 1  # of an instruction and an adapter together
         self.camera = ManagedWorker(CAMERA_MODULE, self.slot, lambda: encode(config.camera))
         self.model = ManagedWorker(MODEL_MODULE, self.slot, lambda: encode(config))
         self.watchdog = Watchdog()
         self.ready = False  # READY was said
         self.model_ready = self.camera_open = self.camera_ended = self.paused = self.stopping = False
         self.vision, self.frame_s = "", 0.0  # which encoder really runs; how long the warm-up frame took
-        self.progress = self.actions = 0
+        self.inference_count = self.actions = 0
         self.refusals: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
         self.dropped = 0
@@ -155,7 +155,7 @@ class Supervisor:
         self.latest_seq, self.frame_ns = 0, 0  # newest frame in the slot, and when we saw it there
         self.action_ns = 0
         self.replies: OrderedDict[tuple[bytes, str], bytes | None] = OrderedDict()  # None: still being worked on
-        self.instructing: dict[int, tuple[list[bytes], str]] = {}  # task_id -> sender, id
+        self.instructing: dict[int, tuple[list[bytes], str]] = {}  # instruction_id -> sender, id
         self.asking: dict[str, tuple[list[bytes], str, list[str], int]] = {}  # -> sender, id, pieces, asked at ns
         self.facts: dict[str, tuple[StateValue, int]] = {}  # what controllers say of the vehicle, and when
         self.said: tuple[str, str] = ("", "")
@@ -209,7 +209,7 @@ class Supervisor:
             self._request(sender, payload)
         self._watch()
         self._say_status()
-        self.watchdog.feed(self.progress)
+        self.watchdog.feed(self.inference_count)
 
     def _start_model(self) -> None:
         self.model_ready = False
@@ -228,7 +228,7 @@ class Supervisor:
                 self._lose_model(f"garbage from the model process: {error}")
                 return
             self.model.heard_ns = time.monotonic_ns()
-            self.progress += 1
+            self.inference_count += 1
             if isinstance(event, Proposal):
                 if not all(map(math.isfinite, msgspec.structs.astuple(event.stages_ms))):
                     self._lose_model("garbage from the model process: stage times that are no numbers")
@@ -257,22 +257,25 @@ class Supervisor:
         if event.warmup_ms > self.config.task.deadline_ms:
             deadline_ms = self.config.task.deadline_ms
             log(
-                f"slower than task.deadline_ms {deadline_ms}: answers will be late; lower vision.max_tokens or raise it"
+                f"slower than task.deadline_ms {deadline_ms}: answers will be late; "
+                "lower vision.max_image_tokens, or raise task.deadline_ms"
             )
         self.vision, self.frame_s = event.vision, event.warmup_ms / 1000
         self.model.worker.send(encode(SetPaused(self.paused)))
-        self.model.worker.send(encode(SetInstruction(task_id=self.task_id, text=self.task, adapter=self.adapter)))
+        self.model.worker.send(
+            encode(SetInstruction(instruction_id=self.instruction_id, text=self.instruction, adapter=self.adapter))
+        )
 
     def _instructed(self, event: InstructionApplied) -> None:
-        sender, request = self.instructing.pop(event.task_id, (None, ""))
+        sender, request = self.instructing.pop(event.instruction_id, (None, ""))
         if event.error:
             if sender is None:
                 raise Shutdown(EX_CONFIG, event.error)
             self._reply(sender, request, error=event.error)
             return
-        self.task_id, self.task, self.adapter = event.task_id, event.text, event.adapter
+        self.instruction_id, self.instruction, self.adapter = event.instruction_id, event.text, event.adapter
         if sender is not None:
-            self._reply(sender, request, result={"task": self.task, "adapter": self.adapter})
+            self._reply(sender, request, result={"instruction": self.instruction, "adapter": self.adapter})
         if not self.model_ready:
             self.model_ready, self.model.reason, self.model.in_a_row = True, "", 0
             slow = STALL_FACTOR * self.frame_s * 1e6 > self.watchdog.interval_us
@@ -290,7 +293,7 @@ class Supervisor:
             "frame_id": p.frame_id,
             "t_capture_ns": p.t_capture_ns,
             "capture_clock": p.capture_clock,
-            "task": self.task,
+            "instruction": self.instruction,
             "dropped_frames": dropped,
         }
         now_ns = time.monotonic_ns()
@@ -299,18 +302,18 @@ class Supervisor:
             self.refusals[result.reason] += 1
             self.link.publish("actions", Refusal(reason=result.reason, detail=result.detail[:500], **common))
             return
-        valid_ms = self.space.valid_for_ms
+        valid_ms = self.action_space.valid_for_ms
         message = Action(
-            stages_ms=msgspec.structs.replace(p.stages_ms, post=(now_ns - start_ns) / NS_PER_MS),
+            stages_ms=msgspec.structs.replace(p.stages_ms, check=(now_ns - start_ns) / NS_PER_MS),
             valid_for_ms=valid_ms,
             valid_until_ns=now_ns + valid_ms * NS_PER_MS,
-            space=self.space.name,
-            action=result.action,
+            action_space=self.action_space.name,
+            type=result.type,
             values=result.values,
             clamped=result.clamped,
             adapter=self.adapter,
-            later=result.later,
-            step_ms=self.space.step_ms,
+            chunk=result.chunk,
+            chunk_step_ms=self.action_space.chunk_step_ms,
             **common,
         )
         self.link.publish("actions", message)
@@ -321,38 +324,41 @@ class Supervisor:
         age_ms = (now_ns - p.t_capture_ns) / NS_PER_MS
         if self.paused:
             return Rejection("paused", "")
-        if p.task_id != self.task_id or not self.model_ready or p.cut == "cancelled":
-            return Rejection("stale-task", "")
+        if p.instruction_id != self.instruction_id or not self.model_ready or p.stop_reason == "cancelled":
+            return Rejection("stale-instruction", "")
         if age_ms < 0:
-            return Rejection("clock", f"the frame is stamped {-age_ms:.1f} ms in the future")
-        if p.cut == "late" or age_ms > self.config.task.deadline_ms:
+            return Rejection("future-timestamp", f"the frame is stamped {-age_ms:.1f} ms in the future")
+        if p.stop_reason == "late" or age_ms > self.config.task.deadline_ms:
             return Rejection("late", f"{age_ms:.0f} ms old, deadline_ms is {self.config.task.deadline_ms}")
-        if p.cut:
-            return Rejection(p.cut if p.cut == "not-finite" else "cut", f"after {p.text[:200]!r}")
-        return parse_answer(p.text, self.space)
+        if p.stop_reason:
+            return Rejection(p.stop_reason if p.stop_reason == "not-finite" else "truncated", f"after {p.text[:200]!r}")
+        return parse_answer(p.text, self.action_space)
 
     def _piece(self, piece: TextDelta) -> None:
-        self._words(piece.lane, piece.frame_id, piece.text, piece.request, piece.last, piece.cut)
+        self._words(piece.lane, piece.frame_id, piece.text, piece.request, piece.final, piece.stop_reason)
         if piece.lane != "answer" or piece.request not in self.asking:
             return
         sender, request, pieces, _ = self.asking[piece.request]
         pieces.append(piece.text)
-        if piece.last:
+        if piece.final:
             del self.asking[piece.request]
-            result = {"text": "".join(pieces)[:12_000], "frame_id": piece.frame_id, "cut": piece.cut}
+            result = {"text": "".join(pieces)[:12_000], "frame_id": piece.frame_id, "stop_reason": piece.stop_reason}
             self._reply(sender, request, result=result)
 
-    def _words(self, lane: Lane, frame_id: int, text: str, request: str, last: bool, cut: str) -> None:
-        header = self._header("words", time.monotonic_ns())
+    def _words(self, lane: Lane, frame_id: int, text: str, request: str, final: bool, stop_reason: str) -> None:
+        header = self._header("text", time.monotonic_ns())
         self.link.publish(
-            "words", TextMessage(lane=lane, frame_id=frame_id, text=text, request=request, last=last, cut=cut, **header)
+            "text",
+            TextMessage(
+                lane=lane, frame_id=frame_id, text=text, request=request, final=final, stop_reason=stop_reason, **header
+            ),
         )
 
     def _lose_model(self, reason: str) -> None:
         self._fault("model", reason)
         self.model.lose(f"model: {reason}")
         self.model_ready = False
-        self.watchdog.allow(self.config.watch.model_load_s)
+        self.watchdog.allow(self.config.watchdog.model_load_s)
         for key, (sender, request, _, _) in list(self.asking.items()):
             self._words("answer", 0, "", key, True, "restart")
             self._reply(sender, request, error=f"the model process was lost ({reason}); ask again")
@@ -407,7 +413,7 @@ class Supervisor:
     # -- watching -----------------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        now_ns, watch = time.monotonic_ns(), self.config.watch
+        now_ns, watch = time.monotonic_ns(), self.config.watchdog
         if (seq := self.slot.latest_seq) != self.latest_seq:
             self.latest_seq, self.frame_ns, self.camera.heard_ns = seq, now_ns, now_ns
             if self.camera_open:
@@ -439,7 +445,7 @@ class Supervisor:
             raise Shutdown(EX_UNAVAILABLE, f"camera.source: {reason}; plug it in, or correct camera.source")
 
     def _state(self) -> tuple[DaemonState, str]:
-        now_ns, stall_ns = time.monotonic_ns(), self.config.watch.camera_stall_s * NS_PER_S
+        now_ns, stall_ns = time.monotonic_ns(), self.config.watchdog.camera_stall_s * NS_PER_S
         if self.stopping:
             return "stopping", ""
         if not self.ready:
@@ -476,7 +482,7 @@ class Supervisor:
             model_worker=self.model.seen(),
             last_frame_age_ms=(now_ns - self.frame_ns) / NS_PER_MS if self.frame_ns else None,
             last_action_age_ms=(now_ns - self.action_ns) / NS_PER_MS if self.action_ns else None,
-            vision=self.vision,
+            vision_backend=self.vision,
             mem_available_mib=health.mem_available_mib(),
             temperature_c=health.temperature_c(),
             **self._counts(now_ns),
@@ -492,15 +498,15 @@ class Supervisor:
             "actions": self.actions,
             "refusals": dict(self.refusals),
             "faults": dict(self.faults),
-            "progress": self.progress,
-            "task": self.task,
+            "inference_count": self.inference_count,
+            "instruction": self.instruction,
             "adapter": self.adapter,
         }
 
     def _header(self, stream: str, now_ns: int) -> dict:
         return {
             "v": PROTOCOL_VERSION,
-            "epoch": self.epoch,
+            "session": self.session,
             "seq": self.link.next_seq(stream),
             "t_pub_ns": now_ns,
             "bundle_id": self.bundle.id,
@@ -533,7 +539,9 @@ class Supervisor:
                 ),
             )
             return
-        if request.op == "state":  # comes often, and doing it twice does no harm: it leaves the others' replies alone
+        if (
+            request.op == "vehicle_state"
+        ):  # comes often, and doing it twice does no harm: it leaves the others' replies alone
             self._operate(sender, request)
             return
         key = (sender[0], request.id)
@@ -560,17 +568,17 @@ class Supervisor:
             elif len(self.asking) + len(self.instructing) >= MAX_PENDING_REQUESTS:
                 self._reply(sender, request.id, error=f"{MAX_PENDING_REQUESTS} requests are waiting already; try again")
             elif request.op != "ask":
-                self.instructing[self.next_task_id] = (sender, request.id)
+                self.instructing[self.next_instruction_id] = (sender, request.id)
                 change = {"text" if request.op == "instruct" else "adapter": text}
-                self._command(sender, request.id, SetInstruction(task_id=self.next_task_id, **change))
-                self.next_task_id += 1
+                self._command(sender, request.id, SetInstruction(instruction_id=self.next_instruction_id, **change))
+                self.next_instruction_id += 1
             elif request.id in self.asking:
                 self._reply(sender, request.id, error="id: another controller is asking under it; choose a random one")
             else:
                 self.asking[request.id] = (sender, request.id, [], time.monotonic_ns())
                 self._command(sender, request.id, AskQuestion(request.id, text))
-        elif request.op == "state":
-            if error := check_vehicle_state(request.values, self.space):
+        elif request.op == "vehicle_state":
+            if error := check_vehicle_state(request.values, self.action_space):
                 self._reply(sender, request.id, error=error)
                 return
             now_ns = time.monotonic_ns()
@@ -612,13 +620,13 @@ def log(line: str) -> None:
 
 def run(config: Config) -> int:
     """Verify the bundle, bind the endpoints, serve. Raises ConfigError, BundleError, LinkError before READY."""
-    space = load_action_space(config.task.space)
+    space = load_action_space(config.task.action_space)
     timeline = Trace(config.trace)
     link = Publisher(runtime_dir(config.runtime_dir))
     try:
         notify("STATUS=verifying the bundle")
-        verified = verify_bundle(config.bundle, config.trust)
-        verify_adapters(config.language.adapters, verified, config.trust)
+        verified = verify_bundle(config.bundle, config.trusted_keys)
+        verify_adapters(config.language.adapters, verified, config.trusted_keys)
         model = verified.manifest.model
         log(f"bundle {verified.id}: {model.family} {model.size} {verified.manifest.recipe}")
         return Supervisor(config, verified, space, link, timeline).run()

@@ -19,7 +19,7 @@ from edge_agent.wire.streams import STREAMS, pack
 
 MAX_REQUESTS_PER_TURN = 64
 MAX_SOCKET_PATH_BYTES = 107  # sun_path
-PUBLISH_HWM = {"actions": 8, "words": 1000, "status": 8}  # a slow subscriber loses messages, and sees it in seq
+PUBLISH_HWM = {"actions": 8, "text": 1000, "status": 8}  # a slow subscriber loses messages, and sees it in seq
 
 
 class EndpointError(Exception):

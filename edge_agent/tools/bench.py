@@ -64,7 +64,7 @@ class Bench:
         """Load and warm up. Raises what Engine raises."""
         self.opened = read_manifest(config.bundle)
         self._pieces = self._first_ns = 0
-        self.engine = Engine(config, self.opened, load_action_space(config.task.space), self._hear)
+        self.engine = Engine(config, self.opened, load_action_space(config.task.action_space), self._hear)
         warm_up(self.engine)
         self.engine.emit = self._hear
         self.engine.instruct(instruction)
@@ -80,14 +80,14 @@ class Bench:
         engine = self.engine
         calls, rows, self._pieces = engine.language.n_calls, engine.language.n_rows, 0
         start_ns = time.monotonic_ns()
-        text, cut, stages = engine.act(engine.preprocessor.image(frame), 1, start_ns + 10**13)
+        text, stop_reason, stages = engine.act(engine.preprocessor.image(frame), 1, start_ns + 10**13)
         ms = (time.monotonic_ns() - start_ns) / 1e6
         return FrameTiming(
             ms=ms,
             first_word_ms=(self._first_ns - start_ns) / 1e6,
             calls=engine.language.n_calls - calls,
             rows=engine.language.n_rows - rows,
-            text=text if not cut else f"{cut}: {text}",
+            text=text if not stop_reason else f"{stop_reason}: {text}",
             **stages,
         )
 
@@ -248,7 +248,7 @@ def table(figures: dict) -> list[tuple[str, str]]:
         ("the same answer again", f"{figures['repeat_ms']:g} ms; encoding and one decode of its rows "
                                   f"{figures['repeat_floor_ms']:g} ms"),
         ("actions", f"{figures['actions_per_s']:g} a second"),
-        ("words", f"{figures['words_tok_per_s'] or 0:g} tokens a second"),
+        ("text", f"{figures['words_tok_per_s'] or 0:g} tokens a second"),
         ("  of the bandwidth", f"{share('decode_share_of_bandwidth')} of a copy's, {figures['copy_gb_s']:g} GB/s"),
         ("  of the arithmetic", f"{share('prefill_share_of_arithmetic')} of a float32 product's, {figures['gflops']:g} "
                                 "Gflop/s, in prefill"),

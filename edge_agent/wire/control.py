@@ -10,7 +10,7 @@ from edge_agent.wire.codec import make_decoder
 
 # Control: a request is one map, the answer one map with the same id. Repeating an id returns the first answer.
 
-Operation = Literal["instruct", "adapter", "ask", "state", "pause", "resume", "stats"]
+Operation = Literal["instruct", "adapter", "ask", "vehicle_state", "pause", "resume", "stats"]
 StateValue = bool | int | float | str  # a value that a controller pushes about its vehicle
 
 

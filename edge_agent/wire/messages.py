@@ -4,8 +4,8 @@ Three families, all msgpack maps written by msgspec: what leaves on the wire (PR
 for (control), and what the three processes tell each other. Nothing here opens a socket or a file, and nothing here
 needs numpy: a controller on a small board imports this file.
 
-    >>> header = dict(v=1, epoch=7, seq=0, t_pub_ns=0, bundle_id="ab")
-    >>> unpack("words", pack("words", Words(lane="describe", frame_id=3, text="a", **header))).text
+    >>> header = dict(v=1, session=7, seq=0, t_pub_ns=0, bundle_id="ab")
+    >>> unpack("text", pack("text", TextMessage(lane="describe", frame_id=3, text="a", **header))).text
     'a'
 """
 
@@ -24,7 +24,7 @@ NS_PER_MS = 1_000_000
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):
     v: int  # PROTOCOL_VERSION
-    epoch: int  # random per start of the daemon: a new one means that seq starts again
+    session: int  # random per start of the daemon: a new one means that seq starts again
     seq: int  # counts every message of this stream: a gap is a loss
     t_pub_ns: int  # CLOCK_MONOTONIC of this boot
     bundle_id: str  # first 16 hex digits of the sha256 of bundle.json; empty while none is verified
@@ -37,7 +37,7 @@ class StageTimes(msgspec.Struct, frozen=True, kw_only=True):
     encode: float  # resize, normalise and vision encoder
     prefill: float  # frame rows and closing text through the language model
     decode: float  # the answer, token by token
-    post: float  # text to checked action
+    check: float  # text to checked action
 
 
 CaptureClock = Literal[
@@ -56,25 +56,25 @@ class Action(Header, frozen=True, kw_only=True, tag_field="kind", tag="action"):
     stages_ms: StageTimes
     valid_for_ms: int
     valid_until_ns: int  # t_pub_ns + valid_for_ms
-    space: str  # name of the action space: what the names in values mean
-    action: str
+    action_space: str  # name of the action space: what the names in values mean
+    type: str
     values: dict[str, float | int | str | bool]  # SI units as the action space names them, inside its ranges
     clamped: dict[str, float]  # field -> what the model had asked for, where the envelope changed it
-    task: str  # the instruction this answers
+    instruction: str  # the instruction this answers
     dropped_frames: int  # frames the camera delivered since the previous answer and nobody looked at
     adapter: str = ""  # under which the model answered; empty: none
-    later: list[dict[str, float | int | str | bool]] = []  # values of the steps after this one, where the space has any
-    step_ms: int = 0  # from one of them to the next; 0: there is one
+    chunk: list[dict[str, float | int | str | bool]] = []  # values of the steps after this one, where the space has any
+    chunk_step_ms: int = 0  # from one of them to the next; 0: there is one
 
 
 RefusalReason = Literal[
     "late",  # ready only after deadline_ms
     "invalid",  # the text is no action of this space
-    "cut",  # the answer ended before it was complete
+    "truncated",  # the answer ended before it was complete
     "not-finite",  # the model's numbers were NaN or infinite
     "paused",  # control paused the daemon while this frame was on its way
-    "stale-task",  # the frame was answered under an instruction that has since been replaced
-    "clock",  # the frame claims to be from the future
+    "stale-instruction",  # the frame was answered under an instruction that has since been replaced
+    "future-timestamp",  # the frame claims to be from the future
 ]
 
 
@@ -88,14 +88,14 @@ class Refusal(Header, frozen=True, kw_only=True, tag_field="kind", tag="refusal"
     age_ms: float
     reason: RefusalReason
     detail: str
-    task: str
+    instruction: str
     dropped_frames: int
 
 
-Lane = Literal["describe", "answer", "action", "thought"]
+Lane = Literal["describe", "answer", "action", "reasoning"]
 
 
-class TextMessage(Header, frozen=True, kw_only=True, tag_field="kind", tag="words"):
+class TextMessage(Header, frozen=True, kw_only=True, tag_field="kind", tag="text"):
     """A piece of language as it is decoded. Pieces of one sentence share lane, frame_id and request."""
 
     # describe: the running description; answer: to a question; thought: what a reasoning model thinks before either;
@@ -104,8 +104,8 @@ class TextMessage(Header, frozen=True, kw_only=True, tag_field="kind", tag="word
     frame_id: int
     text: str
     request: str = ""  # id of the question this answers
-    last: bool = False
-    cut: str = ""  # with last: why the sentence ended early (PROTOCOL.md lists them)
+    final: bool = False
+    stop_reason: str = ""  # with last: why the sentence ended early (PROTOCOL.md lists them)
 
 
 DaemonState = Literal["starting", "running", "paused", "no-frames", "stalled", "fault", "stopping"]
@@ -119,7 +119,7 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Status(Header, frozen=True, kw_only=True, tag_field="kind", tag="status"):
-    """What the daemon is doing. Numbers count since this epoch began; None means unknown, never 0."""
+    """What the daemon is doing. Numbers count since this session began; None means unknown, never 0."""
 
     state: DaemonState
     reason: str  # why it is not running; empty when it is
@@ -134,9 +134,9 @@ class Status(Header, frozen=True, kw_only=True, tag_field="kind", tag="status"):
     faults: dict[str, int]  # by "camera: reason" or "model: reason"
     last_frame_age_ms: float | None
     last_action_age_ms: float | None  # since the last action was published
-    progress: int  # grows with every inference; what the watchdog looks at
-    task: str
-    vision: str  # which backend and provider really run, e.g. "onnxruntime CPUExecutionProvider"
+    inference_count: int  # grows with every inference; what the watchdog looks at
+    instruction: str
+    vision_backend: str  # which backend and provider really run, e.g. "onnxruntime CPUExecutionProvider"
     mem_available_mib: float | None
     temperature_c: float | None
     adapter: str = ""  # that is on; empty: none

@@ -23,7 +23,7 @@ class Stream(msgspec.Struct, frozen=True):
 
 STREAMS = {
     "actions": Stream(b"A", "PUB", "SUB", "one per frame", newest=True),
-    "words": Stream(b"W", "PUB", "SUB", "one per decoded piece", newest=False),
+    "text": Stream(b"T", "PUB", "SUB", "one per decoded piece", newest=False),
     "status": Stream(b"S", "XPUB", "SUB", "5 Hz, on change, and the last value on subscribing", newest=True),
     "control": Stream(b"", "ROUTER", "DEALER", "on request", newest=False),
 }
@@ -31,7 +31,7 @@ STREAMS = {
 
 _DECODERS = {
     "actions": make_decoder(Action | Refusal),
-    "words": make_decoder(TextMessage),
+    "text": make_decoder(TextMessage),
     "status": make_decoder(Status),
 }
 
@@ -42,7 +42,7 @@ def pack(stream: str, message: Header) -> bytes:
     Raises ValueError when the message is too large or an action's number is not finite: neither may leave.
     """
     if isinstance(message, Action) and not _is_finite(message):
-        raise ValueError(f"action {message.action!r} of frame {message.frame_id} holds a number that is not finite")
+        raise ValueError(f"action {message.type!r} of frame {message.frame_id} holds a number that is not finite")
     payload = STREAMS[stream].topic + _encoder.encode(message)
     if len(payload) > MAX_MESSAGE_BYTES:
         raise ValueError(f"{stream}: message of {len(payload)} bytes, the limit is {MAX_MESSAGE_BYTES}")
@@ -54,7 +54,7 @@ def _is_finite(action: Action) -> bool:
         action.age_ms,
         *action.values.values(),
         *action.clamped.values(),
-        *(number for values in action.later for number in values.values()),
+        *(number for values in action.chunk for number in values.values()),
         *msgspec.structs.astuple(action.stages_ms),
     ]
     return all(math.isfinite(number) for number in numbers if isinstance(number, float))

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from edge_agent.apps import terminal
-from edge_agent.client.client import Client, RequestRefused
+from edge_agent.client import Client, RequestRefused
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = Path(__file__).parent / "checkpoint"

@@ -27,7 +27,7 @@ import cv2
 import numpy as np
 import zmq
 
-from edge_agent.client.client import Client
+from edge_agent.client import Client
 from edge_agent.wire.messages import Action, Refusal
 from edge_agent.wire.pushed_frame import pack_pushed_frame
 from models.pad_pilot import task
@@ -198,7 +198,7 @@ def _one_order(
             world.fly(*before, min(thought_s, good_s))  # the world did not wait for the model
             world.fly(0.0, 0.0, 0.0, 0.0, max(0.0, thought_s - good_s))  # and the answer before has run out
         on_step(Step(time_s, pose, instruction, answer, picture))
-        asked = answer.action if isinstance(answer, Action) else ""
+        asked = answer.type if isinstance(answer, Action) else ""
         held = held + 1 if asked == "hold" else 0
         landing = landing or asked == "land"
         if landing or asked not in ("move", "search"):  # land, hold, a refusal, or silence
@@ -244,9 +244,7 @@ def caption(step: Step) -> str:
     """One line."""
     a = step.answer
     if isinstance(a, Action):
-        said = " ".join(
-            [a.action, *(f"{name.split('_')[0]} {value:+.2f}" for name, value in a.values.items() if value)]
-        )
+        said = " ".join([a.type, *(f"{name.split('_')[0]} {value:+.2f}" for name, value in a.values.items() if value)])
     else:
         said = "landing" if a is None else f"none: {a.reason}"
     return f"{step.time_s:5.1f} s  {said}"
@@ -265,7 +263,7 @@ def path_map(ground: np.ndarray, steps: list[Step]) -> np.ndarray:
     xy = np.round(places[:, :2] / places[:, 2:]).astype(int)
     cv2.polylines(image, [xy], False, (0, 0, 0), 4, cv2.LINE_AA)
     for i in range(1, len(xy)):
-        asked = steps[i].answer.action if isinstance(steps[i].answer, Action) else ""
+        asked = steps[i].answer.type if isinstance(steps[i].answer, Action) else ""
         cv2.line(image, xy[i - 1].tolist(), xy[i].tolist(), PATH_COLOURS.get(asked, (255, 255, 255)), 2, cv2.LINE_AA)
     cv2.circle(image, xy[0].tolist(), 5, (255, 255, 255), -1, cv2.LINE_AA)
     cv2.drawMarker(image, xy[-1].tolist(), (255, 255, 255), cv2.MARKER_TILTED_CROSS, 14, 2, cv2.LINE_AA)
@@ -318,7 +316,7 @@ def as_json(steps: list[Step], results: list[Result], world: World) -> dict:
                 "time_s": round(s.time_s, 2),
                 "pose": {k: round(float(v), 3) for k, v in s.pose._asdict().items()},
                 "instruction": s.instruction,
-                "action": s.answer.action if isinstance(s.answer, Action) else None,
+                "action": s.answer.type if isinstance(s.answer, Action) else None,
                 "values": s.answer.values if isinstance(s.answer, Action) else {},
                 "refusal": s.answer.reason if isinstance(s.answer, Refusal) else None,
                 "age_ms": s.answer.age_ms if s.answer is not None else None,

@@ -30,7 +30,7 @@ class _Init(ctypes.Structure):
 
 
 class GgmlTensor(ctypes.Structure):
-    """ggml_tensor, as ggml.h of the llama.cpp in LLAMA_CPP_PYTHON has it (edge_agent.model.llama checks the version)."""
+    """ggml_tensor of ggml.h, at the llama.cpp version that edge_agent.model.llama checks."""
 
     _fields_ = [
         ("type", ctypes.c_int),

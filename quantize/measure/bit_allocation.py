@@ -146,7 +146,12 @@ class SensitivityProbe:
             self.llm = LlamaContext(
                 made.path(LANGUAGE),
                 LanguageConfig(
-                    context=perplexity.CHUNK, gpu_layers=0, flash_attention=True, exact=False, repack=False, mmap=False
+                    context=perplexity.CHUNK,
+                    gpu_layers=0,
+                    flash_attention=True,
+                    reproducible=False,
+                    repack=False,
+                    mmap=False,
                 ),  # copied: its weights are written to
                 model.embedding,
             )

@@ -51,7 +51,7 @@ class CalibrationData(msgspec.Struct, frozen=True):
     text: Path = TEXT
     frames: Path | None = None  # a folder of pictures, or a video (a flight's recording)
     instructions: tuple[str, ...] = INSTRUCTIONS
-    space: str = "velocity_body"
+    action_space: str = "velocity_body"
     max_chunks: int = 0  # of text; 0: all of it
     max_frames: int = 64
 
@@ -119,7 +119,7 @@ def _read(
     """The text in chunks, each from an empty cache and begun by <s>; every position is asked for an answer, or the
     last layer would be computed for the last one only."""
     model, found = made.manifest.model, collector.into
-    config = LanguageConfig(context=CHUNK, flash_attention=True, exact=False, repack=False)  # as llama-imatrix
+    config = LanguageConfig(context=CHUNK, flash_attention=True, reproducible=False, repack=False)  # as llama-imatrix
     with LlamaContext(made.path(LANGUAGE), config, model.embedding) as llm:
         bos = model.special["bos"]
         tokens = [bos, *llm.tokens(text)]
@@ -143,10 +143,13 @@ def _answer(
     made: Bundle, frames: list[np.ndarray], sources: CalibrationData, collector: Collector, report: Report
 ) -> None:
     config = Config(
-        bundle="", camera=CameraConfig(source=""), task=TaskConfig(space=sources.space, deadline_ms=10**9),
-        language=LanguageConfig(words=False, max_words_tokens=32, exact=False, draft=False),  # or their rows count too
-    )  # fmt: skip
-    engine = Engine(config, made, load_action_space(sources.space), lambda event: None)
+        bundle="",
+        camera=CameraConfig(source=""),
+        task=TaskConfig(action_space=sources.action_space, deadline_ms=10**9),
+        # Padding and drafts would be counted as inputs of the model.
+        language=LanguageConfig(stream_action_text=False, max_text_tokens=32, reproducible=False, speculative=False),
+    )
+    engine = Engine(config, made, load_action_space(sources.action_space), lambda event: None)
     try:
         for i, frame in enumerate(frames):
             report("frames", f"frame {i + 1} of {len(frames)}", i, len(frames))

@@ -94,8 +94,8 @@ def evaluate(folders: list[Path], reference: Path, material: CalibrationData, re
         path = folder / "reference.kld"
         with _language(full) as llm:
             bos = full.manifest.model.special["bos"]
-            cut = perplexity.chunks(llm, bos, text, material.max_chunks)
-            perplexity.write_reference(llm, bos, cut, path, lambda *step: report("reference text", *step))
+            chunks = perplexity.chunks(llm, bos, text, material.max_chunks)
+            perplexity.write_reference(llm, bos, chunks, path, lambda *step: report("reference text", *step))
         seen = _answers(full, frames, material, lambda *step: report("reference frames", *step)) if frames else []
         return [_against(one, full, path, frames, seen, material, report) for one in opened]
 
@@ -156,7 +156,7 @@ def _check_pair(one: Bundle, full: Bundle) -> None:
 def _language(one: Bundle) -> LlamaContext:
     """As the runtime loads it, repacked weights included: their kernels round otherwise, and llama-perplexity's figures
     are theirs too."""
-    config = LanguageConfig(context=perplexity.CHUNK, flash_attention=True, exact=False)  # as llama-perplexity
+    config = LanguageConfig(context=perplexity.CHUNK, flash_attention=True, reproducible=False)  # as llama-perplexity
     return LlamaContext(one.path(LANGUAGE), config, one.manifest.model.embedding)
 
 
@@ -170,10 +170,13 @@ def _answers(
     if one.manifest.vision is None:
         raise EvaluateError(f"{one.folder}: a text-only model; leave --frames out")
     config = Config(
-        bundle="", camera=CameraConfig(source=""), vision=VisionConfig(max_tokens=MAX_TOKENS),
-        task=TaskConfig(space=material.space, deadline_ms=10**9), language=LanguageConfig(words=False),
-    )  # fmt: skip
-    space, found = load_action_space(material.space), []
+        bundle="",
+        camera=CameraConfig(source=""),
+        vision=VisionConfig(max_image_tokens=MAX_TOKENS),
+        task=TaskConfig(action_space=material.action_space, deadline_ms=10**9),
+        language=LanguageConfig(stream_action_text=False),
+    )
+    space, found = load_action_space(material.action_space), []
     engine = Engine(config, one, space, lambda event: None)
     try:
         for i, frame in enumerate(frames):
@@ -182,9 +185,7 @@ def _answers(
             image = engine.preprocessor.image(frame)
             text, _, _ = engine.act(image, i, 2**62)
             said = parse_answer(text, space)
-            answer = (
-                EvaluatedAnswer("", {}) if isinstance(said, Rejection) else EvaluatedAnswer(said.action, said.values)
-            )
+            answer = EvaluatedAnswer("", {}) if isinstance(said, Rejection) else EvaluatedAnswer(said.type, said.values)
             found.append((answer, np.array(engine.encoder.encode(image))))
         report("", len(frames), len(frames))
     finally:

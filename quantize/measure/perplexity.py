@@ -116,7 +116,7 @@ class Reference:
                 f"{path}: expected {expected} bytes with chunks of {CHUNK}, found {path.stat().st_size} with {context}"
             )
         self.path = path
-        self.cut = np.fromfile(path, np.int32, context * n, offset=len(head)).reshape(n, context)
+        self.chunks = np.fromfile(path, np.int32, context * n, offset=len(head)).reshape(n, context)
 
     def rows(self, i: int) -> Iterator[tuple[int, np.ndarray]]:
         """Of chunk i: (first position, (up to ROWS_AT_ONCE, n_vocab) float32 log-probabilities)."""
@@ -149,8 +149,8 @@ def compare(llm: LlamaContext, bos: int, reference: Reference, report: Report) -
     """A model against the reference, on the reference's own text. Raises MeasureError."""
     if llm.n_vocab != reference.n_vocab:
         raise MeasureError(f"{reference.path}: of a vocabulary of {reference.n_vocab}, but the model has {llm.n_vocab}")
-    n, judged = len(reference.cut), []
-    for i, chunk in enumerate(reference.cut):
+    n, judged = len(reference.chunks), []
+    for i, chunk in enumerate(reference.chunks):
         report(f"chunk {i + 1} of {n}", i, n)
         judged.append(score_chunk(logits(llm, bos, chunk), chunk, reference.rows(i)))
     report("", n, n)

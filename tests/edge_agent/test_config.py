@@ -14,7 +14,7 @@ from edge_agent.wire.endpoints import endpoint, runtime_dir
 from tests.harness import ROOT
 
 GOOD = "bundle: /b\ncamera: {source: clip.mp4}\n"
-SECTIONS = ("camera", "vision", "language", "task", "watch")
+SECTIONS = ("camera", "vision", "language", "task", "watchdog")
 
 
 def error_of(text: str) -> str:
@@ -28,22 +28,24 @@ def error_of(text: str) -> str:
 def test_what_is_written_is_what_is_loaded():
     loaded = load_config_text(
         "bundle: /bundles/3b\n"
-        "trust: [/etc/ours.pub, theirs.pub]\n"
+        "trusted_keys: [/etc/ours.pub, theirs.pub]\n"
         "camera: {source: /dev/video2, name: nose, width: 1280, height: 720, fps: 29.97, realtime: false, loop: no}\n"
-        "vision: {backend: mtmd, max_tokens: 64, threads: 3, overlap: true, tensorrt: true}\n"
-        "language: {context: 4096, threads: 2, gpu_layers: 0, describe: 'What?', max_words_tokens: 5, words: false,\n"
-        "           repack: false, flash_attention: true, exact: false, draft: false, mmap: true, mlock: true,\n"
-        "           kv: q8_0, max_thought_tokens: 99,\n"
+        "vision: {backend: mtmd, max_image_tokens: 64, threads: 3, overlap: true, tensorrt: true}\n"
+        "language: {context: 4096, threads: 2, gpu_layers: 0, describe_prompt: 'What?', max_text_tokens: 5,\n"
+        "           stream_action_text: false,\n"
+        "           repack: false, flash_attention: true, reproducible: false,\n"
+        "           speculative: false, mmap: true, mlock: true,\n"
+        "           kv_cache_type: q8_0, max_reasoning_tokens: 99,\n"
         "           adapters: {night: /n.gguf, rain-2: r.gguf}, adapter: night}\n"
-        "task: {space: waypoint, instruction: 'Land.', deadline_ms: 700}\n"
-        "watch: {model_stall_s: 1, model_load_s: 2.5, camera_stall_s: 0.5}\n"
+        "task: {action_space: waypoint, instruction: 'Land.', deadline_ms: 700}\n"
+        "watchdog: {model_stall_s: 1, model_load_s: 2.5, camera_stall_s: 0.5}\n"
         "trace: /t.json\n"
         "runtime_dir: /run/x\n",
         "agent.yaml",
     )
     assert msgspec.to_builtins(loaded) == {
         "bundle": "/bundles/3b",
-        "trust": ("/etc/ours.pub", "theirs.pub"),
+        "trusted_keys": ("/etc/ours.pub", "theirs.pub"),
         "camera": {
             "source": "/dev/video2",
             "name": "nose",
@@ -53,7 +55,7 @@ def test_what_is_written_is_what_is_loaded():
             "realtime": False,
             "loop": False,
         },
-        "vision": {"backend": "mtmd", "max_tokens": 64, "threads": 3, "tensorrt": True, "overlap": True},
+        "vision": {"backend": "mtmd", "max_image_tokens": 64, "threads": 3, "tensorrt": True, "overlap": True},
         "language": {
             "context": 4096,
             "threads": 2,
@@ -61,19 +63,19 @@ def test_what_is_written_is_what_is_loaded():
             "repack": False,
             "mmap": True,
             "mlock": True,
-            "kv": "q8_0",
+            "kv_cache_type": "q8_0",
             "flash_attention": True,
-            "exact": False,
-            "draft": False,
-            "describe": "What?",
-            "max_words_tokens": 5,
-            "max_thought_tokens": 99,
-            "words": False,
+            "reproducible": False,
+            "speculative": False,
+            "describe_prompt": "What?",
+            "max_text_tokens": 5,
+            "max_reasoning_tokens": 99,
+            "stream_action_text": False,
             "adapters": {"night": "/n.gguf", "rain-2": "r.gguf"},
             "adapter": "night",
         },
-        "task": {"space": "waypoint", "instruction": "Land.", "deadline_ms": 700},
-        "watch": {"model_stall_s": 1.0, "model_load_s": 2.5, "camera_stall_s": 0.5},
+        "task": {"action_space": "waypoint", "instruction": "Land.", "deadline_ms": 700},
+        "watchdog": {"model_stall_s": 1.0, "model_load_s": 2.5, "camera_stall_s": 0.5},
         "trace": "/t.json",
         "runtime_dir": "/run/x",
     }
@@ -82,7 +84,7 @@ def test_what_is_written_is_what_is_loaded():
 def test_defaults():
     assert msgspec.to_builtins(load_config_text(GOOD, "agent.yaml")) == {
         "bundle": "/b",
-        "trust": (),
+        "trusted_keys": (),
         "camera": {
             "source": "clip.mp4",
             "name": "front",
@@ -92,7 +94,7 @@ def test_defaults():
             "realtime": True,
             "loop": True,
         },
-        "vision": {"backend": "onnxruntime", "max_tokens": 256, "threads": 0, "tensorrt": False, "overlap": None},
+        "vision": {"backend": "onnxruntime", "max_image_tokens": 256, "threads": 0, "tensorrt": False, "overlap": None},
         "language": {
             "context": 1024,
             "threads": 0,
@@ -100,19 +102,19 @@ def test_defaults():
             "repack": True,
             "mmap": None,
             "mlock": False,
-            "kv": "f16",
+            "kv_cache_type": "f16",
             "flash_attention": None,
-            "exact": True,
-            "draft": True,
-            "describe": "",
-            "max_words_tokens": 96,
-            "max_thought_tokens": 0,
-            "words": True,
+            "reproducible": True,
+            "speculative": True,
+            "describe_prompt": "",
+            "max_text_tokens": 96,
+            "max_reasoning_tokens": 0,
+            "stream_action_text": True,
             "adapters": {},
             "adapter": "",
         },
-        "task": {"space": "velocity_body", "instruction": "Hold position.", "deadline_ms": 2000},
-        "watch": {"model_stall_s": 10.0, "model_load_s": 120.0, "camera_stall_s": 3.0},
+        "task": {"action_space": "velocity_body", "instruction": "Hold position.", "deadline_ms": 2000},
+        "watchdog": {"model_stall_s": 10.0, "model_load_s": 120.0, "camera_stall_s": 3.0},
         "trace": "",
         "runtime_dir": "",
     }
@@ -127,10 +129,10 @@ def test_defaults():
         (GOOD + "vison: {}", "top level: unknown key 'vison'", "vision"),
         (GOOD + "runtime-dir: /x", "top level: unknown key 'runtime-dir'", "runtime_dir"),
         ("bundle: /b\ncamera: {source: x, widht: 3}", "camera: unknown key 'widht'", "width"),
-        (GOOD + "vision: {max_token: 3}", "vision: unknown key 'max_token'", "max_tokens"),
+        (GOOD + "vision: {max_image_token: 3}", "vision: unknown key 'max_image_token'", "max_image_tokens"),
         (GOOD + "language: {contex: 512}", "language: unknown key 'contex'", "context"),
         (GOOD + "task: {instructions: Go}", "task: unknown key 'instructions'", "instruction"),
-        (GOOD + "watch: {camera_stal_s: 3}", "watch: unknown key 'camera_stal_s'", "camera_stall_s"),
+        (GOOD + "watchdog: {camera_stal_s: 3}", "watchdog: unknown key 'camera_stal_s'", "camera_stall_s"),
     ],
 )
 def test_an_unknown_key_is_named_with_its_path_and_the_nearest_known(text, where, near):
@@ -140,7 +142,7 @@ def test_an_unknown_key_is_named_with_its_path_and_the_nearest_known(text, where
 
 def test_an_unknown_key_like_no_other_lists_the_known_ones():
     line = error_of(GOOD + "task: {zzz: 1}")
-    assert line == "agent.yaml: task: unknown key 'zzz'; expected one of space, instruction, deadline_ms"
+    assert line == "agent.yaml: task: unknown key 'zzz'; expected one of action_space, instruction, deadline_ms"
 
 
 @pytest.mark.parametrize(
@@ -167,16 +169,16 @@ WRONG_TYPES = [
     ("camera.realtime", "1", "`bool`", "1"),
     ("camera.loop", "'yes'", "`bool`", "'yes'"),
     ("vision", "", "`object`", "None"),
-    ("vision.max_tokens", "'256'", "`int`", "'256'"),
-    ("vision.max_tokens", "3.5", "`int`", "3.5"),
+    ("vision.max_image_tokens", "'256'", "`int`", "'256'"),
+    ("vision.max_image_tokens", "3.5", "`int`", "3.5"),
     ("vision.threads", "two", "`int`", "'two'"),
     ("language.context", "2k", "`int`", "'2k'"),
     ("language.gpu_layers", "all", "`int`", "'all'"),
-    ("language.words", "0", "`bool`", "0"),
-    ("language.describe", "false", "`str`", "False"),
+    ("language.stream_action_text", "0", "`bool`", "0"),
+    ("language.describe_prompt", "false", "`str`", "False"),
     ("task.instruction", "null", "`str`", "None"),
     ("task.deadline_ms", "2.5", "`int`", "2.5"),
-    ("watch.model_stall_s", "10s", "`float`", "'10s'"),
+    ("watchdog.model_stall_s", "10s", "`float`", "'10s'"),
     ("runtime_dir", "[]", "`str`", "[]"),
 ]
 OUT_OF_RANGE = [
@@ -190,22 +192,22 @@ OUT_OF_RANGE = [
     ("camera.fps", "1001", "<= 1000", "1001"),
     ("camera.fps", ".nan", "> 0", "nan"),
     ("vision.backend", "tensorrt", "onnxruntime", "'tensorrt'"),
-    ("vision.max_tokens", "3", ">= 8", "3"),
-    ("vision.max_tokens", "1025", "<= 1024", "1025"),
+    ("vision.max_image_tokens", "3", ">= 8", "3"),
+    ("vision.max_image_tokens", "1025", "<= 1024", "1025"),
     ("vision.threads", "-1", ">= 0", "-1"),
     ("language.context", "255", ">= 256", "255"),
     ("language.context", "262145", "<= 262144", "262145"),
     ("language.threads", "-1", ">= 0", "-1"),
     ("language.gpu_layers", "-2", ">= -1", "-2"),
-    ("language.max_words_tokens", "0", ">= 1", "0"),
+    ("language.max_text_tokens", "0", ">= 1", "0"),
     ("task.instruction", "a" * 2001, "<= 2000", repr("a" * 2001)),
     ("task.deadline_ms", "0", ">= 1", "0"),
-    ("watch.model_stall_s", "0", "> 0", "0"),
-    ("watch.model_load_s", "-1", "> 0", "-1"),
-    ("watch.camera_stall_s", ".nan", "> 0", "nan"),
-    ("watch.model_stall_s", ".inf", "expected", "inf"),
-    ("watch.model_load_s", ".inf", "expected", "inf"),
-    ("watch.camera_stall_s", ".inf", "expected", "inf"),
+    ("watchdog.model_stall_s", "0", "> 0", "0"),
+    ("watchdog.model_load_s", "-1", "> 0", "-1"),
+    ("watchdog.camera_stall_s", ".nan", "> 0", "nan"),
+    ("watchdog.model_stall_s", ".inf", "expected", "inf"),
+    ("watchdog.model_load_s", ".inf", "expected", "inf"),
+    ("watchdog.camera_stall_s", ".inf", "expected", "inf"),
 ]
 
 
@@ -235,7 +237,7 @@ def test_every_choice_is_named_when_the_value_is_none_of_them():
         ("camera: {source: x, width: %s}", ("1", "7680", "null")),
         ("camera: {source: x, height: %s}", ("1", "4320", "null")),
         ("camera: {source: x, fps: %s}", ("0.01", "30", "1000", "null")),
-        ("camera: {source: x}\nvision: {max_tokens: %s}", ("8", "1024")),
+        ("camera: {source: x}\nvision: {max_image_tokens: %s}", ("8", "1024")),
         ("camera: {source: x}\nlanguage: {context: %s}", ("256", "262144")),
         ("camera: {source: x}\nlanguage: {gpu_layers: %s}", ("-1", "0", "99")),
     ],
@@ -333,5 +335,5 @@ def test_runtime_dir_prefers_what_is_configured_then_systemd_then_the_user(monke
 
 
 def test_the_configuration_survives_the_way_to_the_workers():
-    loaded = load_config_text(GOOD + "vision: {max_tokens: 64}\n", "agent.yaml")
+    loaded = load_config_text(GOOD + "vision: {max_image_tokens: 64}\n", "agent.yaml")
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(loaded), type=Config) == loaded

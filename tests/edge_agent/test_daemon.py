@@ -17,12 +17,12 @@ import pytest
 import zmq
 
 from edge_agent.actions.space import load_action_space
-from edge_agent.client.client import RequestRefused
+from edge_agent.client import RequestRefused
 from edge_agent.wire.endpoints import endpoint
 from edge_agent.wire.messages import Action, TextMessage
 from tests.harness import ROOT, rig, toy
 
-LANGUAGE = {"context": 1024, "max_words_tokens": 12}
+LANGUAGE = {"context": 1024, "max_text_tokens": 12}
 
 
 @pytest.fixture
@@ -34,9 +34,9 @@ def config(bundle: Path, source: str, **more: object) -> dict:
     return {
         "bundle": str(bundle),
         "camera": {"source": source},
-        "vision": {"max_tokens": 32},
+        "vision": {"max_image_tokens": 32},
         "language": LANGUAGE,
-        "watch": {"camera_stall_s": 0.5},
+        "watchdog": {"camera_stall_s": 0.5},
     } | more
 
 
@@ -71,13 +71,13 @@ def test_from_checkpoint_to_controller(kind, toy_bf16, toy_fp8, runtime, tmp_pat
         status = client.status()
     for action in seen:
         assert pusher.sent[action.frame_id] == action.t_capture_ns
-        verb = space.actions[action.action]
+        verb = space.actions[action.type]
         assert action.values.keys() == {field.name for field in verb.fields.values()}
         assert not action.clamped  # the grammar had kept it inside already
         stages = action.stages_ms
         assert min(stages.encode, stages.prefill, stages.decode) > 0
         assert stages.queue + stages.encode + stages.prefill + stages.decode <= action.age_ms + 1
-    assert status.vision.startswith("onnxruntime ")
+    assert status.vision_backend.startswith("onnxruntime ")
     assert seen[0].bundle_id == status.bundle_id != ""
 
 
@@ -94,7 +94,7 @@ def test_both_encoders_answer_alike(toy_bundle, runtime, tmp_path_factory):
             found = {}
             until_s = time.monotonic() + 20
             while len(found) < 6 and time.monotonic() < until_s:
-                if isinstance(words := client.next_words(0.2), TextMessage) and words.lane == "action":
+                if isinstance(words := client.next_text(0.2), TextMessage) and words.lane == "action":
                     found[words.frame_id] = found.get(words.frame_id, "") + words.text
         answers.append(found)
     assert len(answers[0]) >= 5  # the first may have gone before we listened
@@ -104,20 +104,20 @@ def test_both_encoders_answer_alike(toy_bundle, runtime, tmp_path_factory):
 
 
 def test_words_stream_in_pieces_and_ask_collects_them(toy_bundle, runtime, video):
-    setting = config(toy_bundle, str(video)) | {"language": LANGUAGE | {"describe": "What do you see?"}}
+    setting = config(toy_bundle, str(video)) | {"language": LANGUAGE | {"describe_prompt": "What do you see?"}}
     with rig.daemon(runtime, setting) as running, running.client() as client:
         lanes, until_s = set(), time.monotonic() + 10
         while lanes < {"describe", "action"} and time.monotonic() < until_s:
-            if (words := client.next_words(0.5)) is not None:
+            if (words := client.next_text(0.5)) is not None:
                 lanes.add(words.lane)
         assert lanes >= {"describe", "action"}
-        assert "".join(client.ask_in_pieces("Is there a pad?"))
+        assert "".join(client.ask_stream("Is there a pad?"))
         with running.client() as other:
-            other.next_words(0.5)  # subscribed before the question
+            other.next_text(0.5)  # subscribed before the question
             answer = client.ask("Is there a pad?")
             pieces: list[TextMessage] = []
-            while not (pieces and pieces[-1].last):
-                words = other.next_words(5.0)
+            while not (pieces and pieces[-1].final):
+                words = other.next_text(5.0)
                 assert words is not None, pieces
                 pieces += [words] if words.lane == "answer" else []
         assert len(pieces) > 2 and "".join(piece.text for piece in pieces) == answer
@@ -134,7 +134,7 @@ def test_an_instruction_too_long_is_refused_and_the_old_one_stands(toy_bundle, r
     with rig.daemon(runtime, small) as running, running.client() as client:
         with pytest.raises(RequestRefused, match=r"language\.context"):
             client.instruct("very " * 390)
-        assert next(client.actions()).task == "Hold position."
+        assert next(client.actions()).instruction == "Hold position."
 
 
 def test_a_context_too_small_for_a_frame_is_said_before_ready(toy_bundle, runtime, video):
@@ -142,7 +142,7 @@ def test_a_context_too_small_for_a_frame_is_said_before_ready(toy_bundle, runtim
     with rig.daemon(runtime, tiny, wait=False) as running:
         assert running.process.wait(20) == os.EX_CONFIG
         last = running.log.read_text().splitlines()[-1]
-    assert last.startswith("edge-agent: language.context:") and "vision.max_tokens" in last
+    assert last.startswith("edge-agent: language.context:") and "vision.max_image_tokens" in last
 
 
 def test_a_camera_that_ends_is_survived(toy_bundle, runtime, video):
@@ -155,7 +155,7 @@ def test_a_camera_that_ends_is_survived(toy_bundle, runtime, video):
         time.sleep(1.5)
         later = running.wait("no-frames")
         assert later.actions == status.actions  # nothing is repeated
-        assert later.progress > status.progress  # and the model is still kept warm
+        assert later.inference_count > status.inference_count  # and the model is still kept warm
 
 
 def test_killed_model_and_stopped_subscriber_are_survived(toy_bundle, runtime, video):
@@ -173,7 +173,7 @@ def test_killed_model_and_stopped_subscriber_are_survived(toy_bundle, runtime, v
         killed_ns = time.monotonic_ns()
         assert "SIGKILL" in running.wait("fault", timeout_s=10).reason
         after = next(action for action in client.actions() if action.t_capture_ns > killed_ns)
-        assert after.epoch == before.epoch and after.seq > before.seq
+        assert after.session == before.session and after.seq > before.seq
         stopped.close(0)
 
 

@@ -1,8 +1,9 @@
 """A model process that fails on request: the real worker, socket and messages, no model behind them.
 
 $FAKE_MODEL is JSON: {"text": what it answers, "delay_ms": how long it takes, "after": answers until it misbehaves,
-"then": hang | abort | segv | exit | garbage | silent, "cut": …, "task_id": a wrong one, "future": true, "note": true:
-the slot's note is said as words, in hex, "timed": true: stages_ms.queue is all the time until the answer was ready}.
+"then": hang | abort | segv | exit | garbage | silent, "stop_reason": …, "instruction_id": a wrong one, "future": true,
+"note": true: the slot's note is published as text, in hex, "timed": true: stages_ms.queue is all the time until the
+answer was ready}.
 """
 
 from __future__ import annotations
@@ -36,29 +37,29 @@ def main() -> None:
         events.send(encode(event))
 
     emit(ModelReady(vision="fake", load_s=0.0, warmup_ms=0.0))
-    seen, answered, task_id, paused = 0, 0, -1, False
+    seen, answered, instruction_id, paused = 0, 0, -1, False
     text, adapter = "", ""
     events.setblocking(False)
     while True:
         try:
             command = decode_model_command(events.recv(MAX_EVENT_BYTES))
             if isinstance(command, SetInstruction):
-                task_id = command.task_id
+                instruction_id = command.instruction_id
                 error = "too long" if command.text == "refuse this" else ""
                 if not error:
                     text = text if command.text is None else command.text
                     adapter = adapter if command.adapter is None else command.adapter
-                emit(InstructionApplied(task_id=task_id, text=text, adapter=adapter, error=error))
+                emit(InstructionApplied(instruction_id=instruction_id, text=text, adapter=adapter, error=error))
             elif isinstance(command, SetPaused):
                 paused = command.paused
             else:
                 for piece in ("a ", "pad"):
                     emit(TextDelta(lane="answer", frame_id=seen, text=piece, request=command.request))
-                emit(TextDelta(lane="answer", frame_id=seen, text="", request=command.request, last=True))
+                emit(TextDelta(lane="answer", frame_id=seen, text="", request=command.request, final=True))
         except BlockingIOError:
             pass
         frame = slot.newest(seen)
-        if frame is None or task_id < 0:
+        if frame is None or instruction_id < 0:
             slot.wait(0.05)
             emit(Heartbeat("idle"))
             continue
@@ -78,10 +79,10 @@ def main() -> None:
                 t_capture_ns=frame.t_capture_ns + (10**9 if law.get("future") else 0),
                 capture_clock=frame.capture_clock,
                 frame_seq=frame.seq,
-                task_id=law.get("task_id", task_id),
+                instruction_id=law.get("instruction_id", instruction_id),
                 text=texts[answered % len(texts)],
-                cut=law.get("cut", ""),
-                stages_ms=StageTimes(queue=waited_ms, encode=0, prefill=0, decode=0, post=0),
+                stop_reason=law.get("stop_reason", ""),
+                stages_ms=StageTimes(queue=waited_ms, encode=0, prefill=0, decode=0, check=0),
             )
         )
         answered += 1

@@ -21,7 +21,7 @@ import yaml
 import zmq
 
 from edge_agent.actions.space import READY_SPACES
-from edge_agent.client.client import Client
+from edge_agent.client import Client
 from edge_agent.config import CameraConfig, Config, LanguageConfig, TaskConfig, VisionConfig
 from edge_agent.wire.messages import Status
 from edge_agent.wire.pushed_frame import pack_pushed_frame
@@ -33,9 +33,9 @@ TASK = "Find the red box."
 def config_of(folder: Path, **changes) -> Config:
     """For an engine or a model process on a toy."""
     defaults = {
-        "vision": VisionConfig(max_tokens=64, threads=1),
-        "language": LanguageConfig(context=1024, threads=1, gpu_layers=0, max_words_tokens=24),
-        "task": TaskConfig(deadline_ms=60_000),
+        "vision": VisionConfig(max_image_tokens=64, threads=1),
+        "language": LanguageConfig(context=1024, threads=1, gpu_layers=0, max_text_tokens=24),
+        "instruction": TaskConfig(deadline_ms=60_000),
     }
     return Config(bundle=str(folder), camera=CameraConfig(source="none"), **(defaults | changes))
 

@@ -87,7 +87,7 @@ def test_it_flies_to_one_pad_and_lands_on_another(eyes: fly.Eyes, tmp_path: Path
     assert world.down and world.offset_m(world.nearest()) <= world.nearest().radius_m
     assert {step.instruction for step in steps} == {instruction for instruction, _ in mission}
     answered = [step for step in steps if step.answer is not None]
-    assert all(step.answer.task == step.instruction for step in answered)  # each under its own order
+    assert all(step.answer.instruction == step.instruction for step in answered)  # each under its own order
     record = json.loads(json.dumps(fly.as_json(steps, results, world)))
     assert len(record["steps"]) == len(steps) == sum(result["steps"] for result in record["results"])
     page = fly.draw(world, steps, results)
@@ -160,10 +160,10 @@ class Told:
 def said(action: str, **values: float) -> Action:
     space = {"forward_m_s": 0.0, "right_m_s": 0.0, "down_m_s": 0.0, "yaw_rate_rad_s": 0.0} if action == "move" else {}
     stages = {"queue": 0.0, "encode": 0.0, "prefill": 0.0, "decode": 0.0, "post": 0.0}
-    header = {"v": 1, "epoch": 1, "seq": 1, "t_pub_ns": 1, "bundle_id": "", "camera": "c", "frame_id": 1}
+    header = {"v": 1, "session": 1, "seq": 1, "t_pub_ns": 1, "bundle_id": "", "camera": "c", "frame_id": 1}
     times = {"t_capture_ns": 1, "capture_clock": "sender", "age_ms": 1.0, "valid_for_ms": 500, "valid_until_ns": 2}
-    more = {"space": "velocity_body", "clamped": {}, "task": "", "dropped_frames": 0}
-    return Action(**header, **times, **more, stages_ms=stages, action=action, values=space | values)
+    more = {"action_space": "velocity_body", "clamped": {}, "instruction": "", "dropped_frames": 0}
+    return Action(**header, **times, **more, stages_ms=stages, type=action, values=space | values)
 
 
 @pytest.mark.parametrize("answer", [None, said("hold")], ids=["silence", "hold"])

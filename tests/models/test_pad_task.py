@@ -183,7 +183,7 @@ def test_any_action_passes_the_runtimes_reader_unchanged(kind, right, down, radi
     if answer is None:
         return
     asked = parse_answer(spell(answer), VELOCITY)
-    assert isinstance(asked, CheckedAction) and asked.action == answer["action"] and not asked.clamped
+    assert isinstance(asked, CheckedAction) and asked.type == answer["action"] and not asked.clamped
     if answer["action"] != "move":
         assert spell(answer) == f'{{"action":"{answer["action"]}"}}'
         return

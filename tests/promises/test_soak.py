@@ -48,7 +48,7 @@ def test_faults(toy_bundle, runtime, capsys):
     config = {
         "bundle": str(toy_bundle),
         "camera": {"source": f"zmq:ipc://{runtime}/frames"},
-        "watch": {"model_stall_s": 0.6, "camera_stall_s": 0.5},
+        "watchdog": {"model_stall_s": 0.6, "camera_stall_s": 0.5},
     }
     reason_ms, silence_ms = [], []
     with (
@@ -94,8 +94,8 @@ def test_memory_is_flat(toy_bundle, runtime, tmp_path_factory, capsys):
     config = {
         "bundle": str(toy_bundle),
         "camera": {"source": f"zmq:ipc://{runtime}/frames"},
-        "vision": {"max_tokens": 16},
-        "language": {"context": 1024, "describe": "What do you see?", "max_words_tokens": 8},
+        "vision": {"max_image_tokens": 16},
+        "language": {"context": 1024, "describe_prompt": "What do you see?", "max_text_tokens": 8},
     }
     with rig.Pusher(f"ipc://{runtime}/frames", rate_hz=200), rig.daemon(runtime, config) as running:
         status = running.wait("running")
@@ -128,7 +128,7 @@ def beside_the_model_ms(toy_bundle: Path, runtime: Path, n_frames: int) -> list[
     trace = runtime / "trace.json"
     config = {
         "bundle": str(toy_bundle), "camera": {"source": f"zmq:ipc://{runtime}/frames"}, "trace": str(trace),
-        "vision": {"max_tokens": 144}, "language": {"gpu_layers": 0}, "task": {"deadline_ms": 5000},
+        "vision": {"max_image_tokens": 144}, "language": {"gpu_layers": 0}, "task": {"deadline_ms": 5000},
     }  # fmt: skip
     pusher = rig.Pusher(f"ipc://{runtime}/frames", rate_hz=8.0, height=480, width=640)
     with pusher, rig.daemon(runtime, config) as running:

@@ -19,8 +19,6 @@ import msgspec
 import numpy as np
 import onnxruntime
 import pytest
-from conftest import silent
-from test_quantize_language import reader, tensors_of
 
 import quantize.build
 import quantize.build_folder
@@ -33,6 +31,8 @@ from quantize.formats import ggml_kernels
 from quantize.source import checkpoint, hf_config
 from quantize.standard_recipes import RECIPES, weigh_recipes
 from tests.harness import ROOT, toy
+from tests.harness.case import silent
+from tests.harness.gguf_reading import reader, tensors_of
 
 FILES = {"bundle.json", "language.gguf", "mmproj.gguf", "report.json", "vision.onnx"}
 

@@ -19,69 +19,8 @@ import pytest
 
 from edge_agent.bundle.manifest import LANGUAGE, MANIFEST, MMPROJ, VISION
 from edge_agent.bundle.verify import verify_bundle
-from quantize.cli import main
 from tests.harness import ROOT, toy
-
-PROGRESS = re.compile(r"[\w ]+: (done|\d+ %)")
-
-
-@pytest.fixture
-def run(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
-) -> Callable[..., tuple[int, str, list[str]]]:
-    """run("inspect", folder) -> (exit status, stdout, lines of stderr that are not progress), in this process.
-
-    In the lines tmp_path is written ~: it holds the name of the test, whose words are looked for.
-    """
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-    def run(*arguments: object) -> tuple[int, str, list[str]]:
-        monkeypatch.setattr(sys, "argv", ["edge-quantize", *map(str, arguments)])
-        monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # main may set its own, and handlers
-        handlers, status = [signal.getsignal(number) for number in numbers], 0
-        try:
-            main()
-        except SystemExit as stop:
-            status = stop.code
-        finally:
-            for number, handler in zip(numbers, handlers, strict=True):
-                signal.signal(number, handler)
-        out, err = capfd.readouterr()
-        return status, out, said(err, tmp_path)
-
-    return run
-
-
-def said(err: str, tmp_path: Path) -> list[str]:
-    return [line.replace(str(tmp_path), "~") for line in err.splitlines() if not PROGRESS.fullmatch(line)]
-
-
-def refused(result: tuple[int, str, list[str]], words: tuple[str, ...], status: int = 1) -> None:
-    """One line on stderr, in our name, that says all of `words`."""
-    found, out, lines = result
-    assert (found, out, len(lines)) == (status, "", 1), lines
-    assert lines[0].startswith("edge-quantize: ")
-    for word in words:
-        assert word in lines[0]
-
-
-# -- checkpoints that are none ----------------------------------------------------------------------------------------
-
-
-def configure(*path: str, **values: Any) -> Callable[[Path], None]:
-    """Change config.json, or a table inside it. None removes a key."""
-
-    def change(folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text())
-        table = config
-        for key in path:
-            table = table[key]
-        table.update(values)
-        for key in [key for key, value in values.items() if value is None]:
-            del table[key]
-        (folder / "config.json").write_text(json.dumps(config))
-
-    return change
+from tests.harness.quantize_cli import PROGRESS, configure, refused, remove, said
 
 
 def rewrite(change: Callable[[dict[str, list]], None]) -> Callable[[Path], None]:
@@ -126,10 +65,6 @@ def overwrite(name: str, data: bytes | Callable[[bytes], bytes]) -> Callable[[Pa
         path.write_bytes(data(path.read_bytes()) if callable(data) else data)
 
     return apply
-
-
-def remove(*names: str) -> Callable[[Path], None]:
-    return lambda folder: [(folder / name).unlink() for name in names]
 
 
 def together(*changes: Callable[[Path], Any]) -> Callable[[Path], None]:
@@ -579,7 +514,7 @@ def test_an_interrupt_that_arrives_inside_llama_cpp_is_not_lost(toy_small: Path,
     """A signal's handler may run in a callback that llama.cpp calls, and no exception comes out of one."""
     code = """if True:
         import signal
-        from edge_agent import language
+        from edge_agent.model import llama as language
         from quantize import cli
         real, left = language.log_to, [signal.SIGINT]
         def log_to(receiver):

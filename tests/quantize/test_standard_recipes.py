@@ -14,13 +14,13 @@ import gguf
 import llama_cpp.llama_cpp as ll
 import numpy as np
 import pytest
-from test_quantize_language import reader, tensors_of
 
 from edge_agent.bundle.manifest import LANGUAGE
 from quantize.formats import ggml_kernels
 from quantize.source.checkpoint import read_checkpoint
 from quantize.standard_recipes import BOARDS, RECIPES, kv_bytes_per_token, memory_bytes, weigh_recipes
 from tests.harness import toy
+from tests.harness.gguf_reading import reader, tensors_of
 
 
 class Release(NamedTuple):

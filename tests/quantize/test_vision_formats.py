@@ -10,10 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from conftest import silent
 from onnx import numpy_helper
-from test_quantize_cli import refused, run  # noqa: F401
-from test_quantize_language import values
 
 from edge_agent.bundle.manifest import MMPROJ, REPORT, VISION
 from edge_agent.bundle.verify import verify_bundle
@@ -24,6 +21,9 @@ from quantize.build_folder import BuildError
 from quantize.source.checkpoint import read_checkpoint
 from quantize.validate import MIN_COSINE
 from tests.harness import toy
+from tests.harness.case import silent
+from tests.harness.gguf_reading import values
+from tests.harness.quantize_cli import refused
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_a_fixed_size_is_the_only_one(made):
         ("2800x140", 1, ("up to 1540", "found 2800x140")),
     ],
 )
-def test_a_size_that_cannot_be_is_one_line(run, toy_small: Path, tmp_path: Path, sides, status, words):  # noqa: F811
+def test_a_size_that_cannot_be_is_one_line(run, toy_small: Path, tmp_path: Path, sides, status, words):
     refused(run("build", toy_small, tmp_path / "out", "--fixed", sides), words, status)
     assert not any(tmp_path.iterdir())
 

@@ -16,13 +16,13 @@ from edge_agent.actions.envelope import CheckedAction, Rejection, parse_answer
 from edge_agent.actions.space import READY_SPACES, ActionField, ActionSpace, ActionType, load_action_space
 from edge_agent.errors import ConfigError
 
-READY = load_action_space("velocity_body_bins")
+READY = load_action_space("velocity_body_action_tokens")
 FIELDS = {
     "x": ActionField(name="forward_m", min=-3.0, max=5.0, step=0.5, q01=-1.0, q99=3.0),
     "pace": ActionField(one_of=["slow", "normal", "fast"]),
 }
 CHUNK = ActionSpace(
-    name="chunk", valid_for_ms=800, codec="bins", horizon=4, step_ms=200,
+    name="chunk", valid_for_ms=800, codec="action_tokens", horizon=4, chunk_step_ms=200,
     actions={"go": ActionType(fields=FIELDS), "stop": ActionType()},
 )  # fmt: skip
 
@@ -70,9 +70,9 @@ def test_numbers_are_discretised_as_openvla_does():
 def test_there_and_back_is_at_most_half_a_bin_off_inside_and_at_the_end_outside(steps):
     ids = action_tokens.encode(CHUNK, "go", [{"x": x, "pace": pace} for x, pace in steps])
     asked = parse_answer(action_tokens.decode(CHUNK, ids), CHUNK)
-    assert isinstance(asked, CheckedAction) and len(asked.later) == 3 and asked.clamped == {}
+    assert isinstance(asked, CheckedAction) and len(asked.chunk) == 3 and asked.clamped == {}
     half = (3.0 - -1.0) / 255 / 2
-    for (x, pace), values in zip(steps, [asked.values, *asked.later], strict=True):
+    for (x, pace), values in zip(steps, [asked.values, *asked.chunk], strict=True):
         assert abs(values["forward_m"] - min(max(x, -1.0), 3.0)) <= half + 1e-6 and values["pace"] == pace
 
 
@@ -135,19 +135,19 @@ def test_a_vocabulary_that_uses_these_tokens_is_refused():
 # -- the space --------------------------------------------------------------------------------------------------------
 
 
-def changed(tmp_path, name: str = "velocity_body_bins", **changes) -> str:
+def changed(tmp_path, name: str = "velocity_body_action_tokens", **changes) -> str:
     space = yaml.safe_load((READY_SPACES / f"{name}.yaml").read_text()) | changes
     (tmp_path / "space.yaml").write_text(yaml.safe_dump(space, sort_keys=False))
     return str(tmp_path / "space.yaml")
 
 
 def test_a_horizon_must_end_while_its_answer_stands(tmp_path):
-    assert load_action_space(changed(tmp_path, horizon=5, step_ms=100)).horizon == 5
-    for wrong in ({"horizon": 6, "step_ms": 100}, {"horizon": 5}, {"step_ms": 100}):
-        with pytest.raises(ConfigError, match="step_ms: expected one with a horizon"):
+    assert load_action_space(changed(tmp_path, horizon=5, chunk_step_ms=100)).horizon == 5
+    for wrong in ({"horizon": 6, "chunk_step_ms": 100}, {"horizon": 5}, {"chunk_step_ms": 100}):
+        with pytest.raises(ConfigError, match="chunk_step_ms: expected one with a horizon"):
             load_action_space(changed(tmp_path, **wrong))
     with pytest.raises(ConfigError, match="horizon: expected 1 with codec json, found 5"):
-        load_action_space(changed(tmp_path, codec="json", horizon=5, step_ms=100))
+        load_action_space(changed(tmp_path, codec="json", horizon=5, chunk_step_ms=100))
 
 
 @pytest.mark.parametrize(
@@ -162,23 +162,23 @@ def test_quantiles_come_in_pairs_and_in_order(tmp_path, ends):
 def test_a_number_beyond_the_envelope_is_clamped_in_every_step():
     """q01 and q99 come from recordings, the envelope from the vehicle: the narrower counts."""
     wide = ActionSpace(
-        name="wide", valid_for_ms=500, codec="bins", horizon=2, step_ms=100,
+        name="wide", valid_for_ms=500, codec="action_tokens", horizon=2, chunk_step_ms=100,
         actions={"go": ActionType(fields={"x": ActionField(name="x_m", min=-1, max=1, step=0.1, q01=-4.0, q99=4.0)})},
     )  # fmt: skip
     asked = parse_answer(action_tokens.decode(wide, action_tokens.encode(wide, "go", [{"x": 4.0}, {"x": -4.0}])), wide)
-    assert asked.values == {"x_m": 1.0} and asked.later == [{"x_m": -1.0}]
-    assert asked.clamped == pytest.approx({"x_m": 4.0, "later.0.x_m": -4.0}, abs=0.02)
+    assert asked.values == {"x_m": 1.0} and asked.chunk == [{"x_m": -1.0}]
+    assert asked.clamped == pytest.approx({"x_m": 4.0, "chunk.0.x_m": -4.0}, abs=0.02)
 
 
 @pytest.mark.parametrize(
     "text",
     [
         '{"action":"go","x":1,"pace":"slow"}',
-        '{"action":"go","x":1,"pace":"slow","later":[]}',
-        '{"action":"go","x":1,"pace":"slow","later":{}}',
-        '{"action":"go","x":1,"pace":"slow","later":[1,2,3]}',
-        '{"action":"go","x":1,"pace":"slow","later":[{"x":1,"pace":"slow"},{"x":1,"pace":"slow"},{"x":1}]}',
-        '{"action":"stop","later":[{},{},{}]}',
+        '{"action":"go","x":1,"pace":"slow","chunk":[]}',
+        '{"action":"go","x":1,"pace":"slow","chunk":{}}',
+        '{"action":"go","x":1,"pace":"slow","chunk":[1,2,3]}',
+        '{"action":"go","x":1,"pace":"slow","chunk":[{"x":1,"pace":"slow"},{"x":1,"pace":"slow"},{"x":1}]}',
+        '{"action":"stop","chunk":[{},{},{}]}',
     ],
 )
 def test_steps_that_are_not_those_of_the_space_are_rejected_whole(text):

@@ -27,7 +27,7 @@ from edge_agent.actions.vehicle_state import check_vehicle_state, max_vehicle_st
 from edge_agent.errors import ConfigError
 from edge_agent.wire.messages import RefusalReason
 
-READY = ("velocity_body", "velocity_body_bins", "waypoint")
+READY = ("velocity_body", "velocity_body_action_tokens", "waypoint")
 VELOCITY, WAYPOINT = load_action_space("velocity_body"), load_action_space("waypoint")
 STILL = '{"action":"move","vx":0,"vy":0,"vz":0,"yaw":0}'
 
@@ -177,7 +177,11 @@ def test_no_such_space_lists_the_ready_ones(tmp_path):
         with pytest.raises(ConfigError) as caught:
             load_action_space(name)
         line = str(caught.value)
-        assert "task.space" in line and "velocity_body, velocity_body_bins, waypoint" in line and repr(name) in line
+        assert (
+            "task.action_space" in line
+            and "velocity_body, velocity_body_action_tokens, waypoint" in line
+            and repr(name) in line
+        )
 
 
 def test_files_that_are_no_space(tmp_path):
@@ -358,10 +362,10 @@ def test_any_text_is_a_finite_request_inside_the_envelope_or_a_refusal(space, te
     if isinstance(result, Rejection):
         assert result.reason in get_args(RefusalReason)
         return
-    fields = {field.name or key: field for key, field in space.actions[result.action].fields.items()}
+    fields = {field.name or key: field for key, field in space.actions[result.type].fields.items()}
     assert result.values.keys() == fields.keys() and result.clamped.keys() <= fields.keys()
     answer = json.loads(text)
-    asked = {field.name or key: answer[key] for key, field in space.actions[result.action].fields.items()}
+    asked = {field.name or key: answer[key] for key, field in space.actions[result.type].fields.items()}
     for name, field in fields.items():
         value = result.values[name]
         if field.one_of is not None:
@@ -400,7 +404,7 @@ S_NS = 1_000_000_000
 
 
 def with_state(tmp_path, **changes) -> ActionSpace:
-    space = yaml.safe_load((READY_SPACES / "waypoint.yaml").read_text()) | {"state": STATE | changes}
+    space = yaml.safe_load((READY_SPACES / "waypoint.yaml").read_text()) | {"vehicle_state": STATE | changes}
     (tmp_path / "state.yaml").write_text(yaml.safe_dump(space, sort_keys=False))
     return load_action_space(str(tmp_path / "state.yaml"))
 

@@ -11,20 +11,20 @@ from rich.console import Console
 from edge_agent.apps import terminal
 from edge_agent.wire.messages import Action, Lane, Refusal, StageTimes, TextMessage
 
-HEADER = {"v": 1, "epoch": 1, "seq": 0, "t_pub_ns": 10**9, "bundle_id": "ab"}
+HEADER = {"v": 1, "session": 1, "seq": 0, "t_pub_ns": 10**9, "bundle_id": "ab"}
 SEEN = {"camera": "c", "frame_id": 7, "t_capture_ns": 10**9, "capture_clock": "arrival", "dropped_frames": 0}
 
 
-def action(age_ms: float, task: str = "go", **more: object) -> Action:
+def action(age_ms: float, instruction: str = "go", **more: object) -> Action:
     return Action(
-        **HEADER, **SEEN, age_ms=age_ms, task=task, space="s", action="move", clamped={},
-        stages_ms=StageTimes(queue=1, encode=2, prefill=3, decode=age_ms, post=5),
+        **HEADER, **SEEN, age_ms=age_ms, instruction=instruction, action_space="s", type="move", clamped={},
+        stages_ms=StageTimes(queue=1, encode=2, prefill=3, decode=age_ms, check=5),
         valid_for_ms=500, valid_until_ns=2 * 10**9, values={"forward_m_s": 1.5, "pace": "slow"} | more,
     )  # fmt: skip
 
 
 def refusal(detail: str) -> Refusal:
-    return Refusal(**HEADER, **SEEN, age_ms=1, reason="invalid", detail=detail, task="go")
+    return Refusal(**HEADER, **SEEN, age_ms=1, reason="invalid", detail=detail, instruction="go")
 
 
 def shown(heard: terminal.WireLog, note: str = "") -> str:
@@ -61,20 +61,24 @@ def test_screen_shows_action_words_and_note():
 def test_every_lane_is_heard_and_answers_come_before_thoughts(capsys):
     heard = terminal.WireLog()
     for lane in get_args(Lane):
-        message = TextMessage(**HEADER, lane=lane, frame_id=7, text=f"<{lane}>", last=True)
+        message = TextMessage(**HEADER, lane=lane, frame_id=7, text=f"<{lane}>", final=True)
         heard.take(message)
         terminal._print_line(message, as_json=False)
     assert capsys.readouterr().out == "<describe>\n<answer>\n"
     assert heard.words == {lane: f"<{lane}>\n" for lane in get_args(Lane)}
     thinking = terminal.WireLog()
-    thinking.take(TextMessage(**HEADER, lane="thought", frame_id=7, text="let me see"))
+    thinking.take(TextMessage(**HEADER, lane="reasoning", frame_id=7, text="let me see"))
     assert "let me see" in shown(thinking)
 
 
 @pytest.mark.parametrize("evil", ["\x1b[2J\x1b]0;owned\x07", "[/INST] [bold", "\x9b31m", "a\rb\x00"])
 def test_no_message_takes_over_the_terminal(evil, capsys):
     heard = terminal.WireLog()
-    messages = [action(1.0, task=evil), TextMessage(**HEADER, lane="describe", frame_id=7, text=evil), refusal(evil)]
+    messages = [
+        action(1.0, instruction=evil),
+        TextMessage(**HEADER, lane="describe", frame_id=7, text=evil),
+        refusal(evil),
+    ]
     for message in messages:
         heard.take(message)
         assert not set(shown(heard)) & set("\x1b\x07\x9b\x00\r")

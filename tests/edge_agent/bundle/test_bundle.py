@@ -14,8 +14,6 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from test_precheck import CLIP, GOOD
-from test_precheck import model as onnx_model
 
 from edge_agent.bundle.files import BundleFile, hash_file, write_durably
 from edge_agent.bundle.manifest import (
@@ -32,6 +30,8 @@ from edge_agent.bundle.manifest import (
 from edge_agent.bundle.verify import verify_bundle
 from edge_agent.errors import BundleError
 from tests.harness import ROOT
+from tests.harness.native_files import CLIP, GOOD
+from tests.harness.native_files import model as onnx_model
 
 NAMES = (LANGUAGE, VISION, MMPROJ, REPORT)
 CONTENT = dict(zip(NAMES, (GOOD, onnx_model().SerializeToString(), CLIP, b"content " * 50), strict=True))
@@ -372,7 +372,7 @@ def test_a_folder_without_a_manifest_or_no_folder_says_what_to_do(folder, tmp_pa
 
 def test_verifying_loads_no_native_parser(toy_bundle):
     code = (
-        "import sys; from edge_agent import bundle; bundle.verify(sys.argv[1])\n"
+        "import sys; from edge_agent.bundle.verify import verify_bundle; verify_bundle(sys.argv[1])\n"
         "bad = {'llama_cpp', 'onnxruntime', 'onnx', 'cv2', 'gguf', 'numpy'} & set(sys.modules)\n"
         "sys.exit(f'loaded {sorted(bad)}' if bad else 0)"
     )

@@ -19,6 +19,7 @@ from edge_agent.bundle.files import hash_file
 from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, VISION, read_manifest, write_manifest
 from edge_agent.bundle.verify import verify_bundle
 from edge_agent.errors import BundleError
+from tests.harness.native_files import ARCHITECTURE, CLIP, GOOD, file, key, model, string, tensor  # noqa: F401
 
 ARCHITECTURES = ("mistral3", "llama")
 
@@ -45,34 +46,6 @@ def test_every_operator_we_write_is_known(toy_bundle: Path):
     assert OPS - used == {"DequantizeLinear"}  # for weights of 8 bits
 
 
-# -- GGUF --------------------------------------------------------------------------------------------------------------
-
-
-def string(text: bytes) -> bytes:
-    return struct.pack("<Q", len(text)) + text
-
-
-def key(name: bytes, kind: int, value: bytes) -> bytes:
-    return string(name) + struct.pack("<I", kind) + value
-
-
-ARCHITECTURE = key(b"general.architecture", 8, string(b"llama"))
-
-
-def tensor(name: bytes = b"a.weight", shape: tuple[int, ...] = (32, 2), kind: int = 0, offset: int = 0) -> bytes:
-    return string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
-
-
-def file(keys: list[bytes], tensors: list[bytes], data: int = 4096, version: int = 3, **said: int) -> bytes:
-    """said: n_tensors, n_keys: what the header claims."""
-    n_tensors, n_keys = said.get("n_tensors", len(tensors)), said.get("n_keys", len(keys))
-    head = b"GGUF" + struct.pack("<IQQ", version, n_tensors, n_keys)
-    raw = head + b"".join(keys) + b"".join(tensors)
-    return raw + bytes(-len(raw) % 32) + bytes(data)
-
-
-GOOD = file([ARCHITECTURE], [tensor(), tensor(b"b.weight", offset=256)])
-CLIP = file([key(b"general.architecture", 8, string(b"clip"))], [tensor()])
 BAD = {
     "empty": (b"", "empty"),
     "another format": (b"PK\3\4" + bytes(100), "GGUF version 3"),
@@ -137,16 +110,6 @@ def test_no_gguf_raises_anything_but_suspect(tmp_path: Path, changes, cut):
         check_gguf(path, ARCHITECTURES)
     except UnsafeFileError:
         return
-
-
-# -- ONNX --------------------------------------------------------------------------------------------------------------
-
-
-def model(nodes=None, initializers=(), opset: int = 17, domain: str = "", ir: int = 8, **more):
-    nodes = nodes or [helper.make_node("Identity", ["x"], ["y"])]
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
-    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], initializer=list(initializers), **more)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid(domain, opset)], ir_version=ir)
 
 
 def elsewhere():

@@ -42,7 +42,7 @@ def test_the_parts_are_those_of_arithmetic(toy):
     pages = needed_mib(mapped, shape_3b(toy))["its file's pages"]
     assert pages == pytest.approx((1_469_988_864 + 661_708_800) / 2**20)
     assert parts["cache"] == 2 * 1024 * 106496 / 2**20 == 208
-    small = msgspec.structs.replace(CONFIG, language=LanguageConfig(kv="q8_0"))
+    small = msgspec.structs.replace(CONFIG, language=LanguageConfig(kv_cache_type="q8_0"))
     assert needed_mib(small, shape_3b(toy))["cache"] == 208 * 8.5 / 16  # blocks of 32 bytes, and a scale of two
     language = 1_469_988_864 // 144 * 256 + 661_708_800 // 210 * 256 + 651_264 // 4
     float32 = (3_849_090_048 - language) * 4 / 2**20
@@ -75,12 +75,12 @@ def test_things_are_given_up_in_order_and_no_more_than_needed(toy):
         assert planned.mib <= free_mib
         if planned.given_up not in seen:
             seen.append(planned.given_up)
-    order = ["language.mmap", "language.kv", "vision.backend", "vision.max_tokens", "language.context"]
+    order = ["language.mmap", "language.kv_cache_type", "vision.backend", "vision.max_image_tokens", "language.context"]
     names = [list(given_up) for given_up in seen]
     assert {len(some) for some in names} == set(range(6)), "each is a step of its own"
     assert all(some == order[: len(some)] for some in names) and names == sorted(names, key=len)
     assert seen[-1] == dict(zip(order, (False, "q8_0", "mtmd", 64, 640), strict=True))
-    assert seen[4]["vision.max_tokens"] == 192
+    assert seen[4]["vision.max_image_tokens"] == 192
 
 
 def test_a_cache_in_8_bit_is_not_offered_where_flash_attention_is_forbidden(toy):

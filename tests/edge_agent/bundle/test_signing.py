@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import silent
 
 from edge_agent.bundle import signing
 from edge_agent.bundle.manifest import MANIFEST
@@ -19,6 +18,7 @@ from edge_agent.bundle.verify import verify_bundle
 from edge_agent.errors import BundleError
 from quantize.build import build
 from quantize.source.checkpoint import read_checkpoint
+from tests.harness.case import silent
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_what_is_no_public_key_stops_the_start(signed: Path, keys: Path):
 
 def test_the_commands(signed: Path, toy_small: Path, tmp_path: Path, edge_quantize):
     def edge_agent(*arguments: object) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "edge_agent.cli", *map(str, arguments)]
+        command = [sys.executable, "-m", "edge_agent.cli.main", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
     made = edge_agent("keygen", tmp_path / "drone")

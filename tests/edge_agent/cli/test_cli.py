@@ -83,7 +83,7 @@ def test_bundle_that_is_none(tmp_path, pictures, runtime):
 
 def test_action_space_that_is_none(toy_bundle, pictures, tmp_path):
     path = write(tmp_path / "a.yaml", f"bundle: {toy_bundle}\ncamera: {{source: {pictures}}}\ntask: {{space: fly}}\n")
-    one_line(run("run", "--config", path), os.EX_CONFIG, "task.space", "velocity_body", "'fly'")
+    one_line(run("run", "--config", path), os.EX_CONFIG, "task.action_space", "velocity_body", "'fly'")
 
 
 def test_runtime_folder_too_long(toy_bundle, pictures, tmp_path):
@@ -128,8 +128,8 @@ def test_against_a_daemon(toy_bundle, pictures, runtime):
     config = {
         "bundle": str(toy_bundle),
         "camera": {"source": str(pictures), "fps": 20},
-        "vision": {"max_tokens": 32},
-        "language": {"context": 1024, "max_words_tokens": 8},
+        "vision": {"max_image_tokens": 32},
+        "language": {"context": 1024, "max_text_tokens": 8},
     }
     at = ("--runtime-dir", str(runtime))
     with rig.daemon(runtime, config):
@@ -137,7 +137,7 @@ def test_against_a_daemon(toy_bundle, pictures, runtime):
         assert status.returncode == 0 and "running" in status.stdout
         assert json.loads(run("status", "--json", *at).stdout)["state"] == "running"
         heard = [json.loads(line) for line in run("listen", "--json", "--seconds", "1", *at).stdout.splitlines()]
-        assert {message["kind"] for message in heard} >= {"action", "words", "status"}
+        assert {message["kind"] for message in heard} >= {"action", "text", "status"}
         assert "frame" in run("listen", "--seconds", "1", *at).stdout
         answer = run("ask", "What is there?", *at)
         assert answer.returncode == 0 and len(answer.stdout) > 1

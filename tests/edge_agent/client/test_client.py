@@ -45,7 +45,7 @@ def action(seq: int = 0, age_ms: float = 20, valid_ms: int = 500, **changes) -> 
     return msgspec.structs.replace(
         Action(
             v=1,
-            epoch=1,
+            session=1,
             seq=seq,
             t_pub_ns=now_ns,
             bundle_id="ab",
@@ -54,14 +54,14 @@ def action(seq: int = 0, age_ms: float = 20, valid_ms: int = 500, **changes) -> 
             t_capture_ns=now_ns - round(age_ms * MS),
             capture_clock="driver",
             age_ms=age_ms,
-            stages_ms=StageTimes(queue=1.0, encode=1.0, prefill=1.0, decode=1.0, post=0.1),
+            stages_ms=StageTimes(queue=1.0, encode=1.0, prefill=1.0, decode=1.0, check=0.1),
             valid_for_ms=valid_ms,
             valid_until_ns=now_ns + valid_ms * MS,
-            space="velocity_body",
-            action="hold",
+            action_space="velocity_body",
+            type="hold",
             values={},
             clamped={},
-            task="Hold position.",
+            instruction="Hold position.",
             dropped_frames=0,
         ),
         **changes,
@@ -73,9 +73,9 @@ def refusal(seq: int, **changes) -> Refusal:
     return Refusal(**fields | {"reason": "late", "detail": "2100 ms old"} | changes)
 
 
-def words(seq: int, text: str, request: str = "", last: bool = False) -> TextMessage:
-    header = {"v": 1, "epoch": 1, "seq": seq, "t_pub_ns": time.monotonic_ns(), "bundle_id": "ab"}
-    return TextMessage(lane="answer", frame_id=1, text=text, request=request, last=last, **header)
+def words(seq: int, text: str, request: str = "", final: bool = False) -> TextMessage:
+    header = {"v": 1, "session": 1, "seq": seq, "t_pub_ns": time.monotonic_ns(), "bundle_id": "ab"}
+    return TextMessage(lane="answer", frame_id=1, text=text, request=request, final=final, **header)
 
 
 def join(link: Publisher, client: Client) -> None:
@@ -83,7 +83,7 @@ def join(link: Publisher, client: Client) -> None:
     until_s = time.monotonic() + 5
     while client.next_answer(0.02) is None:
         assert time.monotonic() < until_s, "never joined"
-        link.publish("actions", refusal(0, epoch=0))
+        link.publish("actions", refusal(0, session=0))
     while client.next_answer(0.05) is not None:
         pass
     client.expired = client.missed = 0
@@ -225,9 +225,9 @@ def test_a_slow_controller_gets_the_newest_and_knows_what_it_missed(link, client
 def test_a_daemon_that_starts_again_counts_from_the_beginning(link, client):
     join(link, client)
     assert exchange(link, client, action(900)).seq == 900
-    assert exchange(link, client, action(0, epoch=77)).seq == 0
+    assert exchange(link, client, action(0, session=77)).seq == 0
     assert client.missed == 0
-    assert exchange(link, client, action(3, epoch=77)).seq == 3
+    assert exchange(link, client, action(3, session=77)).seq == 3
     assert client.missed == 2
 
 
@@ -275,15 +275,15 @@ def test_silence_is_counted_from_the_last_action_and_not_from_the_last_message(l
 
 
 def test_without_a_daemon_there_is_silence_and_no_error(client):
-    assert client.next_answer(0.05) is None and client.next_words(0.05) is None and client.status(0.05) is None
+    assert client.next_answer(0.05) is None and client.next_text(0.05) is None and client.status(0.05) is None
     assert next(client.actions(silence_s=0.1)) is None
 
 
-@pytest.mark.parametrize("stream", ["actions", "words", "status"])
+@pytest.mark.parametrize("stream", ["actions", "text", "status"])
 def test_garbage_on_a_stream_is_skipped(tmp_path, client, stream):
     topic = STREAMS[stream].topic
-    make_good = {"actions": lambda: action(1), "words": lambda: words(1, "good"), "status": lambda: None}[stream]
-    hear = {"actions": client.next_answer, "words": client.next_words, "status": client.status}[stream]
+    make_good = {"actions": lambda: action(1), "text": lambda: words(1, "good"), "status": lambda: None}[stream]
+    hear = {"actions": client.next_answer, "text": client.next_text, "status": client.status}[stream]
     with zmq.Context() as context, context.socket(zmq.PUB) as publisher:
         publisher.setsockopt(zmq.LINGER, 0)
         publisher.bind(f"ipc://{tmp_path}/{stream}")
@@ -303,14 +303,14 @@ def test_garbage_on_a_stream_is_skipped(tmp_path, client, stream):
 
 def test_words_come_all_and_in_their_order(link, client):
     until_s = time.monotonic() + 5
-    while client.next_words(0.02) is None:
+    while client.next_text(0.02) is None:
         assert time.monotonic() < until_s
-        link.publish("words", words(0, "join"))
-    while client.next_words(0.05) is not None:
+        link.publish("text", words(0, "join"))
+    while client.next_text(0.05) is not None:
         pass
     for seq in range(300):
-        link.publish("words", words(seq, f"word {seq} "))
-    stream = client.words()
+        link.publish("text", words(seq, f"word {seq} "))
+    stream = client.text()
     assert [next(stream).text for _ in range(300)] == [f"word {seq} " for seq in range(300)]
 
 
@@ -381,7 +381,7 @@ def test_without_a_daemon_a_request_is_a_timeout(client):
     with pytest.raises(TimeoutError):
         client.pause(timeout_s=0.1)
     with pytest.raises(TimeoutError):
-        list(client.ask_in_pieces("What?", timeout_s=0.1))
+        list(client.ask_stream("What?", timeout_s=0.1))
 
 
 def test_a_request_that_was_given_up_is_not_carried_out_later(tmp_path, client):
@@ -430,14 +430,14 @@ def pieces_of(link: Publisher, client: Client, published: list[str], whole: str,
 
     def answer(request: Request) -> list[bytes]:
         time.sleep(0.2)  # the subscription to words is as new as the question
-        link.publish("words", words(0, "of somebody else", request="other"))
+        link.publish("text", words(0, "of somebody else", request="other"))
         for n, text in enumerate(published, 1):
-            link.publish("words", words(n, text, request=request.id, last=n == len(published)))
+            link.publish("text", words(n, text, request=request.id, final=n == len(published)))
         time.sleep(wait_s)
         return [reply(request, text=whole)]
 
     with answering(link, answer):
-        return list(client.ask_in_pieces("What?", timeout_s=5))
+        return list(client.ask_stream("What?", timeout_s=5))
 
 
 def test_pieces_together_are_the_answer(link, client):
@@ -459,7 +459,7 @@ def test_a_question_that_is_refused_is_refused_in_pieces_too(link, client):
         answering(link, lambda request: [reply(request, error="not ready")]),
         pytest.raises(RequestRefused, match="not ready"),
     ):
-        list(client.ask_in_pieces("What?", timeout_s=2))
+        list(client.ask_stream("What?", timeout_s=2))
 
 
 # -- what it costs to import ------------------------------------------------------------------------------------------

@@ -35,7 +35,10 @@ def publish(slot: Slot, value: int, height: int = 4, width: int = 6) -> int:
 
 def writer(slot: Slot, body: str) -> subprocess.Popen:
     """Another process, attached to the slot as `slot`, that prints a line when `body` says so."""
-    code = f"import time\nfrom edge_agent.frames import Slot\nslot = Slot.attach({slot.fd}, {slot.wake_fd})\n{body}"
+    code = (
+        "import time\nfrom edge_agent.ipc.frame_slot import Slot\n"
+        f"slot = Slot.attach({slot.fd}, {slot.wake_fd})\n{body}"
+    )
     fds = (slot.fd, slot.wake_fd)
     return subprocess.Popen([sys.executable, "-c", code], pass_fds=fds, env=ENV, stdout=subprocess.PIPE, text=True)
 
@@ -264,7 +267,10 @@ def test_writers_killed_at_random_moments(slot):
 
 
 def test_needs_numpy_and_the_standard_library_only():
-    code = "import sys, edge_agent.frames\nprint([m for m in ('cv2', 'msgspec', 'zmq', 'yaml') if m in sys.modules])"
+    code = (
+        "import sys, edge_agent.ipc.frame_slot\n"
+        "print([m for m in ('cv2', 'msgspec', 'zmq', 'yaml') if m in sys.modules])"
+    )
     assert subprocess.check_output([sys.executable, "-c", code], env=ENV, text=True) == "[]\n"
 
 

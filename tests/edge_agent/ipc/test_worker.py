@@ -15,8 +15,8 @@ from edge_agent.ipc.worker import Worker
 from tests.harness import ROOT, rig
 
 ECHO = """
-from edge_agent import worker
-slot, events, first = worker.attach()
+from edge_agent.ipc import worker
+slot, events, first = worker.attach_to_supervisor()
 events.send(b"first " + first)
 while message := events.recv(worker.MAX_EVENT_BYTES):
     events.send(b"again " + message)

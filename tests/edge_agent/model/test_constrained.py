@@ -79,7 +79,7 @@ def test_every_answer_is_whole_inside_its_space_and_short(language, grammar, pie
         longest = max(longest, len(tokens))
         asked = parse_answer(text, space)
         assert isinstance(asked, CheckedAction) and not asked.clamped, (text, asked)
-        fields = space.actions[asked.action].fields
+        fields = space.actions[asked.type].fields
         written = json.loads(text, parse_float=Decimal, parse_int=Decimal)
         assert list(written) == ["action", *fields]
         for key, field in fields.items():
@@ -87,7 +87,7 @@ def test_every_answer_is_whole_inside_its_space_and_short(language, grammar, pie
                 assert written[key] % Decimal(str(field.step)) == 0, text
         assert text == text.strip() and " " not in text
         wordings.add(text)
-    assert {parse_answer(text, space).action for text in wordings} == set(space.actions)
+    assert {parse_answer(text, space).type for text in wordings} == set(space.actions)
     assert len(wordings) > 500 and 40 <= longest <= MAX_TOKENS
 
 

@@ -59,8 +59,8 @@ def picture(engine: Engine, seed: int, height: int = 160, width: int = 200) -> n
 
 
 def act(engine: Engine, image: np.ndarray, frame_id: int = 1) -> str:
-    text, cut, _ = engine.act(image, frame_id, time.monotonic_ns() + FAR_NS)
-    assert cut == ""
+    text, stop_reason, _ = engine.act(image, frame_id, time.monotonic_ns() + FAR_NS)
+    assert stop_reason == ""
     return text
 
 
@@ -104,7 +104,7 @@ def plain_answer(language: LlamaContext, engine: Engine, image: np.ndarray) -> t
     """The same question without any art: the whole prompt in one batch from an empty cache for every token, the
     likeliest token that the grammar allows, nothing pinned and nothing forced. Also returns by how much the closest
     choice was won, as a part of the largest logit."""
-    special, space = engine.special, engine.space
+    special, space = engine.special, engine.action_space
     role = SYSTEM_PROMPT.format(space=describe_action_space(space), instruction=TASK)
     prompt = [
         language.embed([special["bos"], special["system"], *language.tokens(role), special["system_end"]]),
@@ -184,8 +184,10 @@ def test_an_answer_depends_on_the_image_and_the_task_and_on_nothing_before(toy_b
 
 def test_answers_are_actions_and_times_are_told(engine, events):
     for seed in range(10):
-        text, cut, stages = engine.act(picture(engine, seed, 100 + 20 * seed), seed, time.monotonic_ns() + FAR_NS)
-        assert isinstance(parse_answer(text, engine.space), CheckedAction) and cut == ""
+        text, stop_reason, stages = engine.act(
+            picture(engine, seed, 100 + 20 * seed), seed, time.monotonic_ns() + FAR_NS
+        )
+        assert isinstance(parse_answer(text, engine.action_space), CheckedAction) and stop_reason == ""
         assert stages.keys() == {"encode", "prefill", "decode"} and min(stages.values()) > 0
 
 
@@ -196,12 +198,12 @@ def test_pieces_together_are_the_answer(engine, events):
         assert all(isinstance(piece, TextDelta) and piece.lane == "action" for piece in events)
         assert {piece.frame_id for piece in events} == {seed}
         assert "".join(piece.text for piece in events) == text
-        assert [piece.last for piece in events] == [False] * (len(events) - 1) + [True]
+        assert [piece.final for piece in events] == [False] * (len(events) - 1) + [True]
         assert len(events) > 2 and all(piece.text for piece in events[:-1])
 
 
 def test_without_words_an_answer_is_not_streamed(toy_bundle):
-    language = LanguageConfig(context=1024, threads=1, gpu_layers=0, words=False)
+    language = LanguageConfig(context=1024, threads=1, gpu_layers=0, stream_action_text=False)
     with engine_of(toy_bundle, "velocity_body", language=language) as (engine, events):
         assert act(engine, picture(engine, 1)).startswith('{"action":"')
         assert events == []
@@ -210,7 +212,7 @@ def test_without_words_an_answer_is_not_streamed(toy_bundle):
 @pytest.mark.parametrize("pieces", [1, 2])
 def test_an_answer_that_is_not_done_by_its_deadline_is_cut(toy_bundle, tmp_path, pieces):
     """The deadline passes while the answer is on its way: after so many pieces this receiver is slow."""
-    language = LanguageConfig(context=1024, threads=1, gpu_layers=0, draft=False)  # or it is there at once
+    language = LanguageConfig(context=1024, threads=1, gpu_layers=0, speculative=False)  # or it is there at once
     with engine_of(toy_bundle, numbers_only(tmp_path), language=language) as (engine, _):
         image, heard = picture(engine, 1), []
         whole = act(engine, image)
@@ -221,10 +223,10 @@ def test_an_answer_that_is_not_done_by_its_deadline_is_cut(toy_bundle, tmp_path,
                 time.sleep(0.5)
 
         engine.emit = slow
-        text, cut, _ = engine.act(image, 1, time.monotonic_ns() + 400_000_000)
-        assert cut == "late" and heard[-1].last and heard[-1].cut == "late"
+        text, stop_reason, _ = engine.act(image, 1, time.monotonic_ns() + 400_000_000)
+        assert stop_reason == "late" and heard[-1].final and heard[-1].stop_reason == "late"
         assert whole.startswith(text) and text != whole and len(heard) == pieces + 1
-        assert parse_answer(text, engine.space).reason == "invalid"
+        assert parse_answer(text, engine.action_space).reason == "invalid"
         engine.emit = lambda event: None
         assert act(engine, image) == whole  # nothing of it stays
 
@@ -252,12 +254,12 @@ def test_rows_that_are_not_finite_never_become_an_action(engine, events, value, 
     before = act(engine, image)
     engine.encoder = Broken(encoder, value, rows)
     try:
-        cut = engine.act(image, 2, time.monotonic_ns() + FAR_NS)[1]
+        stop_reason = engine.act(image, 2, time.monotonic_ns() + FAR_NS)[1]
     except NonFiniteError:
-        cut = "not-finite"  # as good, where the loop knows it
+        stop_reason = "not-finite"  # as good, where the loop knows it
     finally:
         engine.encoder = encoder
-    assert cut == "not-finite"
+    assert stop_reason == "not-finite"
     assert act(engine, image) == before
 
 
@@ -271,28 +273,28 @@ def test_logits_that_are_not_finite_never_become_an_action_or_a_word(engine, eve
             return np.full_like(real(*arguments, **more), np.nan)
 
         monkeypatch.setattr(engine.language, name, broken)
-    text, cut, _ = engine.act(image, 2, time.monotonic_ns() + FAR_NS)
-    assert (cut, text) == ("not-finite", '{"action":"')
+    text, stop_reason, _ = engine.act(image, 2, time.monotonic_ns() + FAR_NS)
+    assert (stop_reason, text) == ("not-finite", '{"action":"')
     engine.begin("answer", "r1", "What?")
     assert engine.sentence is None
-    assert events[-1].request == "r1" and (events[-1].last, events[-1].cut) == (True, "not-finite")
+    assert events[-1].request == "r1" and (events[-1].final, events[-1].stop_reason) == (True, "not-finite")
     monkeypatch.undo()
     assert act(engine, image) == before
 
 
 def test_an_answer_without_an_end_is_cut(engine, events, monkeypatch):
     monkeypatch.setattr("edge_agent.model.MAX_ANSWER_TOKENS", len(engine.opening) - 1)
-    text, cut, _ = engine.act(picture(engine, 1), 1, time.monotonic_ns() + FAR_NS)
-    assert (cut, text) == ("length", '{"action":"')
-    assert (events[-1].last, events[-1].cut) == (True, "length")
+    text, stop_reason, _ = engine.act(picture(engine, 1), 1, time.monotonic_ns() + FAR_NS)
+    assert (stop_reason, text) == ("length", '{"action":"')
+    assert (events[-1].final, events[-1].stop_reason) == (True, "length")
 
 
 def test_frames_of_any_size_in_any_order_are_answered(engine, events):
     sizes = [(1, 1), (4320, 7680), (1, 3000), (480, 640), (3000, 1), (27, 29), (480, 640)]
     answers = []
     for n, (height, width) in enumerate(sizes):
-        text, cut, _ = engine.act(picture(engine, 3, height, width), n, time.monotonic_ns() + FAR_NS)
-        assert cut == "" and isinstance(parse_answer(text, engine.space), CheckedAction)
+        text, stop_reason, _ = engine.act(picture(engine, 3, height, width), n, time.monotonic_ns() + FAR_NS)
+        assert stop_reason == "" and isinstance(parse_answer(text, engine.action_space), CheckedAction)
         answers.append(text)
     assert answers[3] == answers[6], "what came before leaves no trace"
 
@@ -303,7 +305,7 @@ def test_eyes_of_another_width_are_refused_when_loading(toy_bundle, convert, tmp
     shutil.copytree(toy_bundle, tmp_path / "b")
     for name in (VISION, MMPROJ):
         shutil.copy(convert(other, "bf16") / name, tmp_path / "b" / name)
-    vision = VisionConfig(backend=backend, max_tokens=64, threads=1)
+    vision = VisionConfig(backend=backend, max_image_tokens=64, threads=1)
     with pytest.raises(VisionError) as caught, engine_of(tmp_path / "b", "waypoint", vision=vision):
         pass
     assert "\n" not in str(caught.value)
@@ -340,7 +342,7 @@ def test_the_longest_instruction_that_fits_leaves_room_for_all_that_may_come(toy
             act(engine, engine.preprocessor.image(strips[n % 3]))
             if engine.sentence is not None:
                 engine.step()
-        assert engine.sentence is None and events[-1].cut == ""
+        assert engine.sentence is None and events[-1].stop_reason == ""
 
 
 def test_an_instruction_with_control_tokens_in_it_changes_no_layout(engine, events):
@@ -372,7 +374,7 @@ QUESTIONS = ("What do you see?", "Describe it.", "Where is the dog", "Is it red?
 
 def test_a_sentence_is_what_greedy_decoding_says(engine, events, toy_bundle):
     """Against another context that does it token by token on one sequence."""
-    limit, special, said = engine.config.language.max_words_tokens, engine.special, set()
+    limit, special, said = engine.config.language.max_text_tokens, engine.special, set()
     embedding = read_manifest(toy_bundle).manifest.model.embedding
     config = LanguageConfig(context=1024, threads=1, gpu_layers=0)
     with LlamaContext(toy_bundle / LANGUAGE, config, embedding) as language:
@@ -383,8 +385,8 @@ def test_a_sentence_is_what_greedy_decoding_says(engine, events, toy_bundle):
             events.clear()
             assert sentence_to_its_end(engine, question) == limit - 1
             assert {(piece.lane, piece.request, piece.frame_id) for piece in events} == {("answer", "r1", seed)}
-            assert [piece.last for piece in events] == [False] * (len(events) - 1) + [True]
-            assert events[-1].cut == "length"
+            assert [piece.final for piece in events] == [False] * (len(events) - 1) + [True]
+            assert events[-1].stop_reason == "length"
 
             language.forget(ACTION_SEQ, 0)
             language.decode_tokens(engine.prefix, 0)
@@ -430,7 +432,7 @@ def test_the_end_token_ends_a_sentence(engine, events, monkeypatch):
     monkeypatch.setattr(engine.language, "is_end", lambda token: next(asked))
     events.clear()
     assert sentence_to_its_end(engine, "What?") == 4
-    assert events[-1].last and events[-1].cut == "" and [piece.last for piece in events].count(True) == 1
+    assert events[-1].final and events[-1].stop_reason == "" and [piece.final for piece in events].count(True) == 1
 
 
 def test_a_sentence_can_be_cut_and_says_why(engine, events):
@@ -438,7 +440,7 @@ def test_a_sentence_can_be_cut_and_says_why(engine, events):
     engine.begin("describe", "", "Describe.")
     engine.step()
     engine.end("asked")
-    assert events[-1] == TextDelta(lane="describe", frame_id=1, text=events[-1].text, last=True, cut="asked")
+    assert events[-1] == TextDelta(lane="describe", frame_id=1, text=events[-1].text, final=True, stop_reason="asked")
 
 
 def test_a_frame_can_be_looked_at_without_an_answer(engine, events):
@@ -484,17 +486,17 @@ def test_warming_up_says_nothing_and_leaves_no_trace(toy_bundle):
 
 def wrong_drafts(rng: np.random.Generator, answer: list[list[int]], others: list[list[list[int]]]) -> dict:
     """What may stand where the answer before should."""
-    cut = int(rng.integers(len(answer)))
+    at = int(rng.integers(len(answer)))
     swapped = [list(step) for step in answer]
-    swapped[cut][0] = int(rng.integers(1000, 4096))
+    swapped[at][0] = int(rng.integers(1000, 4096))
     return {
         "right": answer,
         "empty": [],
         "another frame's": others[int(rng.integers(len(others)))],
-        "shorter": answer[:cut],
+        "shorter": answer[:at],
         "longer": [*answer, *answer],
-        "a step left out": answer[:cut] + answer[cut + 1 :],
-        "a step twice": answer[: cut + 1] + answer[cut:],
+        "a step left out": answer[:at] + answer[at + 1 :],
+        "a step twice": answer[: at + 1] + answer[at:],
         "one token wrong": swapped,
         "noise": [[int(token)] for token in rng.integers(1000, 4096, rng.integers(1, 40))],
     }
@@ -503,7 +505,7 @@ def wrong_drafts(rng: np.random.Generator, answer: list[list[int]], others: list
 def drafted(bundle_folder: Path, space: str, n_frames: int) -> int:
     """Frames answered under every kind of draft and, between, under words; each answer that of none. Returns runs."""
     rng, runs, others = np.random.default_rng(5), 0, [[[1000]]]
-    language = LanguageConfig(context=1024, threads=1, gpu_layers=0, max_words_tokens=24)
+    language = LanguageConfig(context=1024, threads=1, gpu_layers=0, max_text_tokens=24)
     with engine_of(bundle_folder, space, language=language) as (engine, _):
         for seed in range(n_frames):
             image = picture(engine, seed, 60 + seed % 90, 150 + seed % 70)
@@ -561,22 +563,22 @@ def test_thousands_of_drafts_change_nothing(toy_bundle, exact_bundle):
 
 
 def test_an_answer_nobody_wants_any_more_ends_within_a_step(toy_bundle, tmp_path):
-    language = LanguageConfig(context=1024, threads=1, gpu_layers=0, draft=False)
+    language = LanguageConfig(context=1024, threads=1, gpu_layers=0, speculative=False)
     with engine_of(toy_bundle, numbers_only(tmp_path), language=language) as (engine, events):
         whole, n_calls = act(engine, picture(engine, 1)), engine.language.n_calls
         asked = iter([False, True])
         engine.cancelled = lambda: next(asked)
-        text, cut, _ = engine.act(picture(engine, 1), 2, time.monotonic_ns() + FAR_NS)
-        assert cut == "cancelled" and whole.startswith(text) and text != whole
-        assert engine.language.n_calls == n_calls + 2 and events[-1].cut == "cancelled"
+        text, stop_reason, _ = engine.act(picture(engine, 1), 2, time.monotonic_ns() + FAR_NS)
+        assert stop_reason == "cancelled" and whole.startswith(text) and text != whole
+        assert engine.language.n_calls == n_calls + 2 and events[-1].stop_reason == "cancelled"
 
 
 # -- bins, state, thoughts, riding -------------------------------------------------------------------------------------
 
 
 def with_horizon(tmp_path: Path, horizon: int) -> str:
-    space = yaml.safe_load((READY_SPACES / "velocity_body_bins.yaml").read_text())
-    space |= {"actions": {"move": space["actions"]["move"]}, "horizon": horizon, "step_ms": 100 * (horizon > 1)}
+    space = yaml.safe_load((READY_SPACES / "velocity_body_action_tokens.yaml").read_text())
+    space |= {"actions": {"move": space["actions"]["move"]}, "horizon": horizon, "chunk_step_ms": 100 * (horizon > 1)}
     (tmp_path / "bins.yaml").write_text(yaml.safe_dump(space, sort_keys=False))
     return str(tmp_path / "bins.yaml")
 
@@ -590,9 +592,9 @@ def test_bins_are_answered_by_the_same_machinery(toy_bundle, tmp_path, horizon):
             image = picture(engine, seed)
             events.clear()
             text = act(engine, image)
-            asked = parse_answer(text, engine.space)
-            assert isinstance(asked, CheckedAction) and len(asked.later) == horizon - 1
-            assert "".join(piece.text for piece in events) == text and events[-1].last
+            asked = parse_answer(text, engine.action_space)
+            assert isinstance(asked, CheckedAction) and len(asked.chunk) == horizon - 1
+            assert "".join(piece.text for piece in events) == text and events[-1].final
 
             rows, ids, start = np.array(engine.encoder.encode(image)), list(engine.opening), len(engine.prefix)
             engine.language.forget(ACTION_SEQ, start)
@@ -609,7 +611,7 @@ def test_bins_are_answered_by_the_same_machinery(toy_bundle, tmp_path, horizon):
                 )
                 logits = engine.language.decode_tokens(ids[-1:], position)
                 position += 1
-            assert text == action_tokens.decode(engine.space, ids)
+            assert text == action_tokens.decode(engine.action_space, ids)
             seen.add(text)
             n_calls = engine.language.n_calls
             assert act(engine, image) == text and engine.language.n_calls == n_calls + 1  # its own draft
@@ -627,14 +629,14 @@ def test_a_horizon_whose_answers_could_never_end_is_refused(toy_bundle, monkeypa
 
 def test_state_stands_behind_the_frame_and_changes_the_answer(toy_bundle, tmp_path):
     space = yaml.safe_load((READY_SPACES / "waypoint.yaml").read_text())
-    space["state"] = {"text": "Altitude {altitude_m}. ", "values": {"altitude_m": {"unit": "m"}}}
+    space["vehicle_state"] = {"text": "Altitude {altitude_m}. ", "values": {"altitude_m": {"unit": "m"}}}
     (tmp_path / "state.yaml").write_text(yaml.safe_dump(space, sort_keys=False))
     with engine_of(toy_bundle, str(tmp_path / "state.yaml")) as (engine, _):
         image, found = picture(engine, 1), {}
         for facts in ({}, {"altitude_m": (3.0, 1)}, {"altitude_m": (30.0, 1)}, {}):
-            state = render_vehicle_state(engine.space, facts, 1)
-            text, cut, _ = engine.act(image, 1, time.monotonic_ns() + FAR_NS, state)
-            assert cut == "" and isinstance(parse_answer(text, engine.space), CheckedAction)
+            state = render_vehicle_state(engine.action_space, facts, 1)
+            text, stop_reason, _ = engine.act(image, 1, time.monotonic_ns() + FAR_NS, state)
+            assert stop_reason == "" and isinstance(parse_answer(text, engine.action_space), CheckedAction)
 
             special, start = engine.special, len(engine.prefix)
             tokens = [special["img_end"], *engine.language.tokens(f"{state}Action?"), special["inst_end"]]
@@ -649,7 +651,7 @@ def test_state_stands_behind_the_frame_and_changes_the_answer(toy_bundle, tmp_pa
 
 
 def thoughtful(limit: int) -> dict:
-    return {"language": LanguageConfig(context=1024, threads=1, max_words_tokens=8, max_thought_tokens=limit)}
+    return {"language": LanguageConfig(context=1024, threads=1, max_text_tokens=8, max_reasoning_tokens=limit)}
 
 
 @pytest.mark.parametrize("limit", [1, 5])
@@ -661,8 +663,8 @@ def test_thoughts_are_apart_from_the_answer_and_bounded(toy_bundle, limit):
         sentence_to_its_end(engine, "What?")
         lanes = [piece.lane for piece in events]
         n = lanes.index("answer")
-        assert lanes == ["thought"] * n + ["answer"] * (len(lanes) - n)
-        assert [i for i, piece in enumerate(events) if piece.last] == [n - 1, len(lanes) - 1]
+        assert lanes == ["reasoning"] * n + ["answer"] * (len(lanes) - n)
+        assert [i for i, piece in enumerate(events) if piece.final] == [n - 1, len(lanes) - 1]
         assert {piece.request for piece in events} == {"r1"}
         thought = "".join(piece.text for piece in events[:n])
 
@@ -694,9 +696,9 @@ def test_a_model_that_stops_thinking_by_itself_is_not_forced(toy_bundle, monkeyp
         said = iter([a, b, engine.special["think_end"], c, d, engine.special["eos"]])
         monkeypatch.setattr("edge_agent.model.engine.greedy", lambda logits: next(said))
         assert sentence_to_its_end(engine, "What?") == 5
-        texts = {lane: "".join(p.text for p in events if p.lane == lane) for lane in ("thought", "answer")}
-        assert texts == {"thought": "ab", "answer": "cd"}
-        assert events[-1].lane == "answer" and events[-1].cut == ""
+        texts = {lane: "".join(p.text for p in events if p.lane == lane) for lane in ("reasoning", "answer")}
+        assert texts == {"reasoning": "ab", "answer": "cd"}
+        assert events[-1].lane == "answer" and events[-1].stop_reason == ""
 
 
 def test_thoughts_that_nobody_asked_for_are_closed_at_once_and_cannot_fill_the_context(toy_bundle, monkeypatch):
@@ -705,7 +707,7 @@ def test_thoughts_that_nobody_asked_for_are_closed_at_once_and_cannot_fill_the_c
         events.clear()
         monkeypatch.setattr("edge_agent.model.engine.greedy", lambda logits: engine.special["think"])
         sentence_to_its_end(engine, "What?")
-        assert events[-1].cut == "length" and events[-1].lane == "answer"
+        assert events[-1].stop_reason == "length" and events[-1].lane == "answer"
         assert not any(piece.text for piece in events)
 
 
@@ -716,8 +718,8 @@ def test_a_sentence_cut_while_it_thinks_ends_both_lanes(toy_bundle):
         engine.begin("describe", "", "What?")
         engine.step()
         engine.end("asked")
-        ends = [(piece.lane, piece.cut) for piece in events if piece.last]
-        assert ends == [("thought", ""), ("describe", "asked")]
+        ends = [(piece.lane, piece.stop_reason) for piece in events if piece.final]
+        assert ends == [("reasoning", ""), ("describe", "asked")]
 
 
 def test_thinking_needs_a_model_that_can(toy_bundle, tmp_path):
@@ -726,12 +728,15 @@ def test_thinking_needs_a_model_that_can(toy_bundle, tmp_path):
     special = {name: token for name, token in manifest.model.special.items() if not name.startswith("think")}
     changed = msgspec.structs.replace(manifest.model, special=special)
     write_manifest(tmp_path / "b", msgspec.structs.replace(manifest, model=changed))
-    with pytest.raises(ConfigError, match="max_thought_tokens"), engine_of(tmp_path / "b", "waypoint", **thoughtful(5)):
+    with (
+        pytest.raises(ConfigError, match="max_reasoning_tokens"),
+        engine_of(tmp_path / "b", "waypoint", **thoughtful(5)),
+    ):
         pass
 
 
 def riding(**more) -> dict:
-    language = LanguageConfig(context=1024, threads=1, gpu_layers=0, max_words_tokens=24, exact=False, **more)
+    language = LanguageConfig(context=1024, threads=1, gpu_layers=0, max_text_tokens=24, reproducible=False, **more)
     return {"language": language}
 
 
@@ -781,17 +786,21 @@ def test_a_sentence_that_ends_while_it_rides_harms_nothing(exact_bundle, monkeyp
         engine.begin("answer", "r1", "What?")
         monkeypatch.setattr(engine.language, "is_end", lambda token: True)
         assert act(engine, picture(engine, 2)) == expected
-        assert engine.sentence is None and [piece.cut for piece in events if piece.last and piece.request] == [""]
+        assert engine.sentence is None and [piece.stop_reason for piece in events if piece.final and piece.request] == [
+            ""
+        ]
 
 
 def test_a_cache_in_8_bit_answers(toy_bundle):
     """Half the memory; nearly the same logits."""
     found = {}
     for kv in ("f16", "q8_0"):
-        language = LanguageConfig(context=1024, threads=1, gpu_layers=0, kv=kv, flash_attention=True, exact=False)
+        language = LanguageConfig(
+            context=1024, threads=1, gpu_layers=0, kv_cache_type=kv, flash_attention=True, reproducible=False
+        )
         with engine_of(toy_bundle, "velocity_body", language=language) as (engine, _):
             text = act(engine, picture(engine, 1))
-            assert isinstance(parse_answer(text, engine.space), CheckedAction)
+            assert isinstance(parse_answer(text, engine.action_space), CheckedAction)
             engine.language.forget(ACTION_SEQ, len(engine.prefix))
             rows = np.array(engine.encoder.encode(picture(engine, 1)))
             found[kv] = engine.language.decode_rows(rows, len(engine.prefix)).copy()
@@ -804,7 +813,7 @@ def test_native_code_does_not_hold_the_interpreters_lock(toy_bundle, what):
     """Or nothing could overlap: a thread that notes the time must go on while a long native call runs."""
     backend = what if what != "language" else "onnxruntime"
     changes = {
-        "vision": VisionConfig(backend=backend, max_tokens=1024, threads=1),
+        "vision": VisionConfig(backend=backend, max_image_tokens=1024, threads=1),
         "language": LanguageConfig(context=4096, threads=1, gpu_layers=0),
     }
     with engine_of(toy_bundle, "velocity_body", **changes) as (engine, _):

@@ -16,7 +16,7 @@ from edge_agent.model.frame_encoder import EncodedFrame, FrameEncoder
 
 DEADLINE_MS = 2000
 CONFIG = Config(
-    bundle="", camera=CameraConfig(source=""), vision=VisionConfig(max_tokens=64),
+    bundle="", camera=CameraConfig(source=""), vision=VisionConfig(max_image_tokens=64),
     task=TaskConfig(deadline_ms=DEADLINE_MS),
 )  # fmt: skip
 
@@ -83,7 +83,7 @@ def test_the_newest_frame_is_seen_once(slot, made, overlap):
     for frame_id in (1, 2, 3):
         publish(slot, frame_id)
     glance = wait_for(eyes)
-    assert glance.frame.frame_id == 3 and (glance.rows == 3).all() and glance.cut == "" and glance.n_tokens == 2
+    assert glance.frame.frame_id == 3 and (glance.rows == 3).all() and glance.stop_reason == "" and glance.n_tokens == 2
     assert glance.deadline_ns == glance.frame.t_capture_ns + DEADLINE_MS * 1_000_000
     time.sleep(0.05)
     assert eyes.next(0.0) is None
@@ -130,7 +130,7 @@ def test_what_came_too_late_is_not_looked_at(slot, made, overlap):
     engine = Engine()
     publish(slot, 1, age_ms=DEADLINE_MS + 1)
     glance = wait_for(made(engine, overlap))
-    assert (glance.cut, glance.rows, engine.looks) == ("late", None, [])
+    assert (glance.stop_reason, glance.rows, engine.looks) == ("late", None, [])
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -140,7 +140,7 @@ def test_rows_that_are_not_finite_are_none_and_errors_reach_who_asks(slot, made,
     engine.fails = NonFiniteError()
     publish(slot, 1)
     glance = wait_for(eyes)
-    assert (glance.cut, glance.rows) == ("not-finite", None)
+    assert (glance.stop_reason, glance.rows) == ("not-finite", None)
     engine.fails = RuntimeError("the encoder is gone")
     publish(slot, 2)
     with pytest.raises(RuntimeError, match="the encoder is gone"):

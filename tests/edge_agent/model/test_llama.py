@@ -31,19 +31,21 @@ def embedding_of(path: Path) -> EmbeddingInfo:
 
 def load(folder: Path, exact: bool = False, **config) -> LlamaContext:
     path = folder / LANGUAGE
-    return LlamaContext(path, LanguageConfig(context=CONTEXT, threads=1, exact=exact, **config), embedding_of(path))
+    return LlamaContext(
+        path, LanguageConfig(context=CONTEXT, threads=1, reproducible=exact, **config), embedding_of(path)
+    )
 
 
 @pytest.fixture(scope="module")
 def language(toy_bundle):
-    with load(toy_bundle, exact=True) as loaded:
+    with load(toy_bundle, reproducible=True) as loaded:
         yield loaded
 
 
 @pytest.fixture(scope="module")
 def fresh(toy_bundle):
     """Another model and context, for what is evaluated from scratch."""
-    with load(toy_bundle, exact=True) as loaded:
+    with load(toy_bundle, reproducible=True) as loaded:
         yield loaded
 
 
@@ -269,7 +271,7 @@ def test_each_sequence_has_the_whole_context(language):
 def test_the_same_rows_give_the_same_bits_however_they_are_cut(toy_bundle, cut):
     """Of a 4-bit model; where the logits are asked for and whether rows are tokens or embeddings changes nothing."""
     tokens = some_tokens(40)
-    with load(toy_bundle, exact=True) as language:
+    with load(toy_bundle, reproducible=True) as language:
         expected = [row.copy() for row in language.decode_tokens(tokens, 0, want=list(range(40)))]
         for kind in ("tokens", "rows"):
             language.forget(ACTION_SEQ, 0)
@@ -290,7 +292,7 @@ def test_the_same_rows_give_the_same_bits_however_they_are_cut(toy_bundle, cut):
 
 
 def test_rows_that_fill_up_are_forgotten(toy_bundle):
-    with load(toy_bundle, exact=True) as language:
+    with load(toy_bundle, reproducible=True) as language:
         most = language.n_ctx
         language.decode_tokens(some_tokens(most - 3), 0)
         language.decode_tokens(some_tokens(3), most - 3)
@@ -328,12 +330,12 @@ def test_closing_twice_is_closing_once(toy_bundle):
 BROKEN = """
 import sys
 from pathlib import Path
-from edge_agent import bundle
+from edge_agent.bundle.manifest import EmbeddingInfo
 from edge_agent.config import LanguageConfig
-from edge_agent.language import Language, LanguageError
+from edge_agent.model.llama import LlamaContext, LlamaError
 
 good, path = Path(sys.argv[1]).read_bytes(), Path(sys.argv[2])
-embedding = bundle.Embedding(offset=0, ggml_type="Q6_K", row_bytes=210)
+embedding = EmbeddingInfo(offset=0, ggml_type="Q6_K", row_bytes=210)
 def overwritten(at, data):
     return good[:at] + data + good[at + len(data):]
 contents = [b"", b"\\n", b"GGUF", b"GGUF" + b"\\xff" * 4000, bytes(10_000), b"\\x7fELF" + good[4:]]
@@ -344,16 +346,16 @@ contents.append(good.replace(b"blk.0.attn_q.weight", b"blk.0.attn_x.weight"))
 for content in contents:
     path.write_bytes(content)
     try:
-        Language(path, LanguageConfig(context=256), embedding).close()
-    except LanguageError as error:
+        LlamaContext(path, LanguageConfig(context=256), embedding).close()
+    except LlamaError as error:
         print(str(error).replace("\\n", "<newline>"))
     else:
         print("loaded")
 path.unlink()
 for missing in (path, path.parent):
     try:
-        Language(missing, LanguageConfig(context=256), embedding)
-    except LanguageError as error:
+        LlamaContext(missing, LanguageConfig(context=256), embedding)
+    except LlamaError as error:
         print(str(error).replace("\\n", "<newline>"))
 """
 
@@ -372,7 +374,7 @@ def test_a_file_that_is_no_model_is_one_line_and_never_a_crash(toy_bundle, tmp_p
 
 
 def test_another_release_of_llama_cpp_python_is_refused():
-    code = "import llama_cpp; llama_cpp.__version__ = '0.3.99'\nimport edge_agent.language"
+    code = "import llama_cpp; llama_cpp.__version__ = '0.3.99'\nimport edge_agent.model.llama"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "expected 0.3.36, found 0.3.99" in done.stderr.splitlines()[-1]

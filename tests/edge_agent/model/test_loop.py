@@ -104,8 +104,8 @@ def shared(toy_bundle):
 @pytest.fixture
 def process(shared):
     shared.send(SetPaused(False))
-    shared.send(SetInstruction(task_id=0, text=TASK))
-    assert shared.wait(InstructionApplied, task_id=0).error == ""
+    shared.send(SetInstruction(instruction_id=0, text=TASK))
+    assert shared.wait(InstructionApplied, instruction_id=0).error == ""
     shared.listen(0.1)
     shared.events.clear()
     shared.taken = 0
@@ -122,8 +122,8 @@ def start(toy_bundle, monkeypatch):
         made.append(Rig(toy_bundle, **changes))
         if instruct:
             made[0].wait(ModelReady)
-            made[0].send(SetInstruction(task_id=0, text=TASK))
-            assert made[0].wait(InstructionApplied, task_id=0).error == ""
+            made[0].send(SetInstruction(instruction_id=0, text=TASK))
+            assert made[0].wait(InstructionApplied, instruction_id=0).error == ""
         return made[0]
 
     yield start
@@ -138,9 +138,9 @@ def test_it_says_that_it_loads_then_that_it_is_ready_and_answers_nothing_before_
     assert ready.vision == "onnxruntime CPUExecutionProvider" and ready.load_s > 0 and ready.warmup_ms > 0
     process.publish(1)
     assert not any(isinstance(event, Proposal) for event in process.listen(0.5))
-    process.send(SetInstruction(task_id=7, text=TASK))
-    assert process.wait(InstructionApplied) == InstructionApplied(task_id=7, text=TASK, adapter="")
-    assert process.wait(Proposal).task_id == 7
+    process.send(SetInstruction(instruction_id=7, text=TASK))
+    assert process.wait(InstructionApplied) == InstructionApplied(instruction_id=7, text=TASK, adapter="")
+    assert process.wait(Proposal).instruction_id == 7
 
 
 def test_a_frame_comes_back_as_a_proposal_with_its_own_number_and_stamp(process):
@@ -149,11 +149,11 @@ def test_a_frame_comes_back_as_a_proposal_with_its_own_number_and_stamp(process)
         t_ns = process.publish(1000 + 7 * n, age_ms=30, seed=n, clock=clock)
         proposal = process.wait(Proposal)
         assert (proposal.frame_id, proposal.t_capture_ns, proposal.capture_clock) == (1000 + 7 * n, t_ns, clock)
-        assert (proposal.frame_seq, proposal.task_id, proposal.cut) == (process.slot.latest_seq, 0, "")
+        assert (proposal.frame_seq, proposal.instruction_id, proposal.stop_reason) == (process.slot.latest_seq, 0, "")
         assert isinstance(parse_answer(proposal.text, space), CheckedAction)
-        assert proposal.stages_ms.queue >= 30 and proposal.stages_ms.encode > 0 and proposal.stages_ms.post == 0
+        assert proposal.stages_ms.queue >= 30 and proposal.stages_ms.encode > 0 and proposal.stages_ms.check == 0
         pieces = [e for e in process.events if isinstance(e, TextDelta) and e.frame_id == proposal.frame_id]
-        assert "".join(piece.text for piece in pieces) == proposal.text and pieces[-1].last
+        assert "".join(piece.text for piece in pieces) == proposal.text and pieces[-1].final
 
 
 def test_the_newest_frame_wins_and_none_is_answered_twice(process):
@@ -173,15 +173,15 @@ def test_a_frame_that_is_too_old_is_not_looked_at(start):
     process = start(task=TaskConfig(deadline_ms=500))
     process.publish(3, age_ms=600)
     proposal = process.wait(Proposal)
-    assert (proposal.frame_id, proposal.cut, proposal.text) == (3, "late", "")
+    assert (proposal.frame_id, proposal.stop_reason, proposal.text) == (3, "late", "")
     assert proposal.stages_ms.prefill == proposal.stages_ms.decode == 0
     process.publish(4)
-    assert process.wait(Proposal).cut == ""
+    assert process.wait(Proposal).stop_reason == ""
 
 
 def test_frames_get_fewer_tokens_when_answers_would_be_late(start):
     """Frames that were captured so long ago that six tenths of what a whole one takes are left to them."""
-    process = start(vision=VisionConfig(max_tokens=256, threads=1))
+    process = start(vision=VisionConfig(max_image_tokens=256, threads=1))
 
     def shown(frame_id: int, age_ms: float) -> StageTimes:
         process.slot.write(480, 640)[:] = toy.toy_image(480, 640, seed=1)
@@ -198,17 +198,17 @@ def test_frames_get_fewer_tokens_when_answers_would_be_late(start):
 
 
 def test_a_new_task_counts_from_the_next_frame_and_one_too_long_leaves_the_old(process):
-    process.send(SetInstruction(task_id=1, text="Land on the blue square."))
+    process.send(SetInstruction(instruction_id=1, text="Land on the blue square."))
     assert process.wait(InstructionApplied) == InstructionApplied(
-        task_id=1, text="Land on the blue square.", adapter=""
+        instruction_id=1, text="Land on the blue square.", adapter=""
     )
     process.publish(1)
-    assert process.wait(Proposal).task_id == 1
-    process.send(SetInstruction(task_id=2, text="Look. " * 1000))
+    assert process.wait(Proposal).instruction_id == 1
+    process.send(SetInstruction(instruction_id=2, text="Look. " * 1000))
     refused = process.wait(InstructionApplied)
-    assert refused.task_id == 2 and "language.context" in refused.error
+    assert refused.instruction_id == 2 and "language.context" in refused.error
     process.publish(2)
-    assert process.wait(Proposal).task_id == 1
+    assert process.wait(Proposal).instruction_id == 1
 
 
 def test_an_adapter_changes_the_answer_and_back(start, switchable):
@@ -216,11 +216,11 @@ def test_an_adapter_changes_the_answer_and_back(start, switchable):
     process = start(language=LanguageConfig(adapters={"night": str(switchable)}))
     answers = []
     for n, name in enumerate(("", "night", "")):
-        process.send(SetInstruction(task_id=n + 1, adapter=name))
-        assert process.wait(InstructionApplied) == InstructionApplied(task_id=n + 1, text=TASK, adapter=name)
+        process.send(SetInstruction(instruction_id=n + 1, adapter=name))
+        assert process.wait(InstructionApplied) == InstructionApplied(instruction_id=n + 1, text=TASK, adapter=name)
         process.publish(n + 1, seed=4)
         proposal = process.wait(Proposal)
-        assert (proposal.task_id, proposal.cut) == (n + 1, "")
+        assert (proposal.instruction_id, proposal.stop_reason) == (n + 1, "")
         answers.append(proposal.text)
     assert answers[0] == answers[2] != answers[1]
 
@@ -241,21 +241,21 @@ def test_while_paused_there_is_no_proposal_and_after_it_there_is(process):
 
 
 def answer_to(process: Rig, request: str) -> list[TextDelta]:
-    process.wait(TextDelta, request=request, last=True)
+    process.wait(TextDelta, request=request, final=True)
     return [event for event in process.events if isinstance(event, TextDelta) and event.request == request]
 
 
-@pytest.mark.parametrize("command", [SetPaused(True), SetInstruction(task_id=1, text="Land.")])
+@pytest.mark.parametrize("command", [SetPaused(True), SetInstruction(instruction_id=1, text="Land.")])
 def test_an_answer_under_way_is_given_up_for_what_came_since(command, toy_bundle, tmp_path):
     """In this process, so that the command comes between two steps and not before or after."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     said: list = []
-    config = config_of(toy_bundle, language=LanguageConfig(context=1024, threads=1, draft=False))
+    config = config_of(toy_bundle, language=LanguageConfig(context=1024, threads=1, speculative=False))
     engine = Engine(config, read_manifest(toy_bundle), load_action_space(numbers_only(tmp_path)), said.append)
     slot = Slot.create()
     loop = ModelLoop(engine, slot, ours)
     try:
-        theirs.send(encode(SetInstruction(task_id=0, text=TASK)))
+        theirs.send(encode(SetInstruction(instruction_id=0, text=TASK)))
         loop.turn()
         slot.write(120, 160)[:] = 5
         slot.publish(1, time.monotonic_ns(), "driver")
@@ -272,9 +272,9 @@ def test_an_answer_under_way_is_given_up_for_what_came_since(command, toy_bundle
         engine.cancelled = cancelled
         loop.turn()
         assert asked == [False, False, True]
-        assert next(event for event in said if isinstance(event, Proposal)).cut == "cancelled"
+        assert next(event for event in said if isinstance(event, Proposal)).stop_reason == "cancelled"
         loop.turn()  # now it is carried out
-        assert loop.paused or loop.task_id == 1
+        assert loop.paused or loop.instruction_id == 1
         heard = [event for event in said if isinstance(event, TextDelta) and event.request == "q"]
         assert heard or loop.questions, "the question was not lost"
     finally:
@@ -286,7 +286,7 @@ def test_an_answer_under_way_is_given_up_for_what_came_since(command, toy_bundle
 def test_state_is_read_from_the_slot_when_the_frame_is_answered(toy_bundle, tmp_path):
     (tmp_path / "climb.yaml").write_text(
         "name: climb\nvalid_for_ms: 500\nactions: {up: {}, down: {}}\n"
-        "state: {text: 'At {altitude_m}. ', values: {altitude_m: {unit: m, max_age_ms: 200}}}\n"
+        "vehicle_state: {text: 'At {altitude_m}. ', values: {altitude_m: {unit: m, max_age_ms: 200}}}\n"
     )
     ours, _theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     space = load_action_space(str(tmp_path / "climb.yaml"))
@@ -298,7 +298,7 @@ def test_state_is_read_from_the_slot_when_the_frame_is_answered(toy_bundle, tmp_
     loop = ModelLoop(engine, slot, ours)
     try:
         engine.instruct(TASK)
-        loop.task_id = 0
+        loop.instruction_id = 0
         for n, altitude in enumerate((None, 3.25, None)):
             if altitude is not None:
                 slot.write_note(encode({"altitude_m": (altitude, time.monotonic_ns())}))
@@ -320,7 +320,7 @@ def test_a_question_is_answered_about_the_newest_frame(process):
     process.send(AskQuestion("q1", "What do you see?"))
     pieces = answer_to(process, "q1")
     assert {piece.lane for piece in pieces} == {"answer"} and {piece.frame_id for piece in pieces} == {5}
-    assert "".join(piece.text for piece in pieces) and pieces[-1].cut == "length"
+    assert "".join(piece.text for piece in pieces) and pieces[-1].stop_reason == "length"
     for request in ("q2", "q3"):
         process.send(AskQuestion(request, "And now?"))
     assert answer_to(process, "q2") and answer_to(process, "q3")
@@ -344,7 +344,7 @@ def test_a_question_too_long_for_the_context_costs_no_more_than_its_answer(start
     process.publish(1)
     process.wait(Proposal)
     process.send(AskQuestion("long", "What? " * 333))
-    assert answer_to(process, "long")[-1].last
+    assert answer_to(process, "long")[-1].final
     process.publish(2)
     process.wait(Proposal, frame_id=2)
     process.send(AskQuestion("short", "What?"))
@@ -352,28 +352,30 @@ def test_a_question_too_long_for_the_context_costs_no_more_than_its_answer(start
 
 
 def test_frames_are_answered_while_a_sentence_is_spoken(start):
-    process = start(language=LanguageConfig(context=1024, threads=1, gpu_layers=0, max_words_tokens=200))
+    process = start(language=LanguageConfig(context=1024, threads=1, gpu_layers=0, max_text_tokens=200))
     process.publish(1)
     process.wait(Proposal)
     process.send(AskQuestion("q", "What do you see?"))
     process.wait(TextDelta, request="q")
     process.publish(2)
     process.wait(Proposal, frame_id=2)
-    assert not any(isinstance(e, TextDelta) and e.request == "q" and e.last for e in process.events)
+    assert not any(isinstance(e, TextDelta) and e.request == "q" and e.final for e in process.events)
     assert {piece.frame_id for piece in answer_to(process, "q")} == {1}
 
 
 def test_a_description_gives_way_to_a_question(start):
-    language = LanguageConfig(context=2048, threads=1, gpu_layers=0, max_words_tokens=300, describe="Describe it.")
+    language = LanguageConfig(
+        context=2048, threads=1, gpu_layers=0, max_text_tokens=300, describe_prompt="Describe it."
+    )
     process = start(language=language)
     process.publish(1)
     process.wait(TextDelta, lane="describe")
     process.send(AskQuestion("q", "What is it?"))
-    assert process.wait(TextDelta, lane="describe", last=True).cut == "asked"
+    assert process.wait(TextDelta, lane="describe", final=True).stop_reason == "asked"
     process.wait(TextDelta, request="q")
-    process.send(SetInstruction(task_id=1, text="Land."))
-    assert process.wait(TextDelta, request="q", last=True).cut == "instruct"
-    process.wait(InstructionApplied, task_id=1)
+    process.send(SetInstruction(instruction_id=1, text="Land."))
+    assert process.wait(TextDelta, request="q", final=True).stop_reason == "instruct"
+    process.wait(InstructionApplied, instruction_id=1)
 
 
 def test_without_frames_it_shows_that_it_could(process):
@@ -404,12 +406,12 @@ def test_it_leaves_when_the_supervisor_closes_its_end(start):
 def test_it_dies_with_its_parent(toy_bundle, when):
     parent = textwrap.dedent(f"""
         import sys, time
-        from edge_agent import messages as m
-        from edge_agent.frames import Slot
-        from edge_agent.worker import Worker
+        from edge_agent.ipc import events
+        from edge_agent.ipc.frame_slot import Slot
+        from edge_agent.ipc.worker import Worker
         worker = Worker("edge_agent.model", Slot.create(), sys.stdin.buffer.read())
-        kind = {"m.Progress" if when == "loading" else "m.Ready"}
-        while not any(isinstance(m.decode_model_event(p), kind) for p in worker.receive()):
+        kind = {"events.Heartbeat" if when == "loading" else "events.ModelReady"}
+        while not any(isinstance(events.decode_model_event(p), kind) for p in worker.receive()):
             time.sleep(0.01)
         print(worker.process.pid, flush=True)
         time.sleep(60)

@@ -234,7 +234,7 @@ def test_break_rows_are_finite_whatever_was_in_memory_before(mtmd, break_row):
 @pytest.mark.parametrize("size", [(1, 1), (480, 640), (448, 448), (8000, 10), (4320, 7680)])
 def test_every_frame_gives_the_rows_of_its_grid(opened, language, break_row, backend, max_tokens, size):
     preprocessor = Preprocessor(opened.manifest.vision, max_tokens)
-    config = VisionConfig(backend=backend, max_tokens=max_tokens, threads=1)
+    config = VisionConfig(backend=backend, max_image_tokens=max_tokens, threads=1)
     encoder = open_encoder(opened, config, preprocessor, language.model, break_row, gpu=False)
     try:
         rows = encoder.encode(preprocessor.image(noise(*size)))

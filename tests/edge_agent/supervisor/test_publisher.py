@@ -19,7 +19,7 @@ from edge_agent.wire.messages import TextMessage
 from edge_agent.wire.streams import STREAMS, unpack
 from tests.harness import ROOT
 
-HEADER = {"v": 1, "epoch": 1, "t_pub_ns": 0, "bundle_id": ""}
+HEADER = {"v": 1, "session": 1, "t_pub_ns": 0, "bundle_id": ""}
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def connect(folder):
             socket.close()
 
 
-def words(link: Publisher, text: str = "", stream: str = "words") -> TextMessage:
+def words(link: Publisher, text: str = "", stream: str = "text") -> TextMessage:
     return TextMessage(lane="describe", frame_id=1, text=text, seq=link.next_seq(stream), **HEADER)
 
 
@@ -62,7 +62,7 @@ def received(socket: zmq.Socket, wait_ms: int = 200) -> list[TextMessage]:
     """Everything that comes until nothing came for so long."""
     found = []
     while socket.poll(wait_ms):
-        found.append(unpack("words", socket.recv()))
+        found.append(unpack("text", socket.recv()))
     return found
 
 
@@ -71,7 +71,7 @@ def joined(link: Publisher, socket: zmq.Socket) -> None:
     until_s = time.monotonic() + 5
     while not socket.poll(20):
         assert time.monotonic() < until_s, "the subscriber never joined"
-        link.publish("words", words(link))
+        link.publish("text", words(link))
     received(socket, 50)
 
 
@@ -79,15 +79,18 @@ def joined(link: Publisher, socket: zmq.Socket) -> None:
 
 
 def test_a_second_daemon_on_the_same_folder_is_refused_and_the_first_goes_on(link, folder, connect):
-    subscriber = connect("words", zmq.SUB)
+    subscriber = connect("text", zmq.SUB)
     joined(link, subscriber)
     with pytest.raises(EndpointError, match=r"another edge-agent runs there; stop it") as caught:
         Publisher(folder)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
-    other = f"from pathlib import Path; from edge_agent.link import Link; Link(Path({str(folder)!r}))"
+    other = (
+        "from pathlib import Path; from edge_agent.supervisor.publisher import Publisher\n"
+        f"Publisher(Path({str(folder)!r}))"
+    )
     done = subprocess.run([sys.executable, "-c", other], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "another edge-agent runs there" in done.stderr.splitlines()[-1]
-    link.publish("words", words(link, "still here"))
+    link.publish("text", words(link, "still here"))
     assert subscriber.recv() and not received(subscriber)
 
 
@@ -95,7 +98,7 @@ def test_after_close_everything_can_be_bound_again_and_nothing_is_left(folder, c
     fds = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
         link = Publisher(folder)
-        assert sorted(os.listdir(folder)) == ["actions", "control", "lock", "status", "words"]
+        assert sorted(os.listdir(folder)) == ["actions", "control", "lock", "status", "text"]
         start_s = time.monotonic()
         link.close()
         assert time.monotonic() - start_s < 1
@@ -105,26 +108,26 @@ def test_after_close_everything_can_be_bound_again_and_nothing_is_left(folder, c
 
 def test_sockets_that_a_killed_daemon_left_are_taken_over(folder, connect):
     code = (
-        "import os, signal; from pathlib import Path; from edge_agent.link import Link\n"
-        f"Link(Path({str(folder)!r})); os.kill(os.getpid(), signal.SIGKILL)"
+        "import os, signal; from pathlib import Path; from edge_agent.supervisor.publisher import Publisher\n"
+        f"Publisher(Path({str(folder)!r})); os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == -9
     assert (folder / "actions").is_socket()
     with contextlib.closing(Publisher(folder)) as link:
-        joined(link, connect("words", zmq.SUB))
+        joined(link, connect("text", zmq.SUB))
 
 
 def test_an_endpoint_that_cannot_be_bound_is_one_line_and_soon(folder):
     """In a process of its own, which must not hang either."""
-    (folder / "words").mkdir(parents=True)
+    (folder / "text").mkdir(parents=True)
     code = (
-        "from pathlib import Path; from edge_agent.link import Link, LinkError\n"
-        f"try: Link(Path({str(folder)!r}))\n"
-        "except LinkError as error: print(error)"
+        "from pathlib import Path; from edge_agent.supervisor.publisher import Publisher, EndpointError\n"
+        f"try: Publisher(Path({str(folder)!r}))\n"
+        "except EndpointError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=10)
-    assert f"ipc://{folder}/words: cannot be bound" in done.stdout and done.stdout.count("\n") == 1
-    (folder / "words").rmdir()
+    assert f"ipc://{folder}/text: cannot be bound" in done.stdout and done.stdout.count("\n") == 1
+    (folder / "text").rmdir()
     Publisher(folder).close()
 
 
@@ -179,56 +182,56 @@ def test_a_path_too_long_for_a_socket_is_refused_by_its_length(tmp_path):
 
 
 def test_a_message_arrives_as_one_frame_with_its_topic(link, connect):
-    subscriber = connect("words", zmq.SUB)
+    subscriber = connect("text", zmq.SUB)
     joined(link, subscriber)
-    link.publish("words", words(link, "hello"))
+    link.publish("text", words(link, "hello"))
     frames = subscriber.recv_multipart()
-    assert len(frames) == 1 and frames[0][:1] == b"W"
+    assert len(frames) == 1 and frames[0][:1] == b"T"
     assert msgspec.msgpack.decode(frames[0][1:])["text"] == "hello"
 
 
 def test_every_stream_counts_for_itself(link):
     assert [link.next_seq(stream) for stream in STREAMS] == [0, 0, 0, 0]
     for _ in range(3):
-        link.publish("words", words(link))
-    assert (link.next_seq("words"), link.next_seq("actions")) == (3, 0)
+        link.publish("text", words(link))
+    assert (link.next_seq("text"), link.next_seq("actions")) == (3, 0)
 
 
 def test_a_message_that_may_not_leave_is_not_counted(link):
     with pytest.raises(ValueError, match="the limit is 65536"):
-        link.publish("words", words(link, "x" * 70_000))
-    assert link.next_seq("words") == 0
+        link.publish("text", words(link, "x" * 70_000))
+    assert link.next_seq("text") == 0
 
 
 def test_a_stalled_subscriber_never_makes_us_wait_and_sees_what_it_lost(link, connect):
     n = 100_000
-    stalled, healthy = connect("words", zmq.SUB, RCVHWM=100), connect("words", zmq.SUB, CONFLATE=1)
+    stalled, healthy = connect("text", zmq.SUB, RCVHWM=100), connect("text", zmq.SUB, CONFLATE=1)
     for subscriber in (stalled, healthy):
         joined(link, subscriber)
     received(stalled)
-    first, slowest_s, start_s = link.next_seq("words"), 0.0, time.monotonic()
+    first, slowest_s, start_s = link.next_seq("text"), 0.0, time.monotonic()
     for _ in range(n):
         message = words(link, "a word")
         before_s = time.monotonic()
-        link.publish("words", message)
+        link.publish("text", message)
         slowest_s = max(slowest_s, time.monotonic() - before_s)
     assert time.monotonic() - start_s < 20 and slowest_s < 0.5
-    assert link.next_seq("words") == first + n
+    assert link.next_seq("text") == first + n
 
     kept = [message.seq for message in received(stalled)]
     assert 0 < len(kept) < n / 2 and kept == sorted(set(kept))
-    link.publish("words", words(link, "the last"))
+    link.publish("text", words(link, "the last"))
     last = received(stalled)[-1].seq
     assert last == first + n  # so the reader sees: of what was sent since, it has len(kept) and lost the rest
     assert received(healthy)[-1].seq == first + n
 
 
 def test_a_subscriber_that_is_gone_is_no_error(link, connect):
-    subscriber = connect("words", zmq.SUB)
+    subscriber = connect("text", zmq.SUB)
     joined(link, subscriber)
     subscriber.close()
     for _ in range(1000):
-        link.publish("words", words(link))
+        link.publish("text", words(link))
 
 
 # -- the last status --------------------------------------------------------------------------------------------------
@@ -363,6 +366,6 @@ def test_garbage_on_a_socket_is_not_heard(link, folder, connect):
     dealer = connect("control", zmq.DEALER)
     dealer.send(b"hello")
     assert requests(link, 1)[0][1] == b"hello"
-    joined(link, connect("words", zmq.SUB))
+    joined(link, connect("text", zmq.SUB))
     for peer in hanging:
         peer.close()

@@ -17,7 +17,7 @@ import yaml
 import zmq
 
 from edge_agent.actions.space import READY_SPACES
-from edge_agent.client.client import RequestRefused
+from edge_agent.client import RequestRefused
 from edge_agent.wire.codec import encode
 from edge_agent.wire.control import Request, decode_reply
 from edge_agent.wire.endpoints import endpoint
@@ -34,7 +34,7 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(bundle: Path, runtime: Path, **more: object) -> dict:
-    return {"bundle": str(bundle), "camera": {"source": f"zmq:ipc://{runtime}/frames"}, "watch": WATCH} | more
+    return {"bundle": str(bundle), "camera": {"source": f"zmq:ipc://{runtime}/frames"}, "watchdog": WATCH} | more
 
 
 def listen(client, seconds: float) -> list[Action | Refusal]:
@@ -71,10 +71,10 @@ def test_ids_and_times_come_out_as_they_went_in(toy_bundle, runtime):
         ({"text": ['{"action":"explode"}']}, "invalid"),
         ({"text": ['{"action":"move","vx":1}']}, "invalid"),
         ({"text": ['{"action":"move","vx":NaN,"vy":0,"vz":0,"yaw":0}']}, "invalid"),
-        ({"cut": "length"}, "cut"),
-        ({"cut": "late"}, "late"),
-        ({"cut": "not-finite"}, "not-finite"),
-        ({"task_id": 99}, "stale-task"),
+        ({"stop_reason": "length"}, "truncated"),
+        ({"stop_reason": "late"}, "late"),
+        ({"stop_reason": "not-finite"}, "not-finite"),
+        ({"instruction_id": 99}, "stale-instruction"),
         ({"future": True}, "clock"),
     ],
 )
@@ -180,10 +180,10 @@ def test_adapters_are_switched_by_name(toy_bundle, runtime, switchable):
                 client.adapter(name)
         client.instruct("Land on the red disc.")  # keeps the adapter
         answer = next(client.actions())
-        assert (answer.adapter, answer.task) == ("night", "Land on the red disc.")
+        assert (answer.adapter, answer.instruction) == ("night", "Land on the red disc.")
         client.adapter("")  # keeps the instruction
         answer = next(client.actions())
-        assert (answer.adapter, answer.task) == ("", "Land on the red disc.")
+        assert (answer.adapter, answer.instruction) == ("", "Land on the red disc.")
         assert running.wait("running").adapter == ""
 
 
@@ -194,7 +194,7 @@ def test_instruct_and_ask(toy_bundle, runtime):
         running.client() as client,
     ):
         client.instruct("Go to the red disc.")
-        assert next(client.actions()).task == "Go to the red disc."
+        assert next(client.actions()).instruction == "Go to the red disc."
         with pytest.raises(RequestRefused, match="too long"):
             client.instruct("refuse this")
         assert client.stats()["task"] == "Go to the red disc."
@@ -202,20 +202,20 @@ def test_instruct_and_ask(toy_bundle, runtime):
             with pytest.raises(RequestRefused, match="1 to 2000"):
                 client.instruct(text)
         assert client.ask("what?") == "a pad"
-        assert "".join(client.ask_in_pieces("what?")) == "a pad"
+        assert "".join(client.ask_stream("what?")) == "a pad"
 
 
 STATE_SPACE = """
 name: climb
 valid_for_ms: 500
-state: {text: "Altitude {altitude_m}, {mode}. ", values: {altitude_m: {unit: m}, mode: {}}}
+vehicle_state: {text: "Altitude {altitude_m}, {mode}. ", values: {altitude_m: {unit: m}, mode: {}}}
 actions: {up: {}, down: {}}
 """
 
 
 def test_what_a_controller_says_of_its_vehicle_reaches_the_model_newest_first(toy_bundle, runtime, tmp_path):
     (tmp_path / "climb.yaml").write_text(STATE_SPACE)
-    task = {"space": str(tmp_path / "climb.yaml")}
+    task = {"action_space": str(tmp_path / "climb.yaml")}
     fake = {"text": ['{"action":"up"}'], "note": True}
     with (
         rig.Pusher(f"ipc://{runtime}/frames"),
@@ -223,12 +223,12 @@ def test_what_a_controller_says_of_its_vehicle_reaches_the_model_newest_first(to
         running.client() as client,
     ):
         before_ns = time.monotonic_ns()
-        client.state(altitude_m=3.5)
-        client.state(altitude_m=4, mode="offboard")
+        client.vehicle_state(altitude_m=3.5)
+        client.vehicle_state(altitude_m=4, mode="offboard")
         after_ns = time.monotonic_ns()
         facts = {}
         while set(facts) != {"altitude_m", "mode"}:
-            if words := client.next_words(2.0).text:
+            if words := client.next_text(2.0).text:
                 facts = msgspec.msgpack.decode(bytes.fromhex(words))
         assert {key: value for key, (value, _) in facts.items()} == {"altitude_m": 4, "mode": "offboard"}
         assert all(before_ns <= then_ns <= after_ns for _, then_ns in facts.values())
@@ -239,10 +239,10 @@ def test_what_a_controller_says_of_its_vehicle_reaches_the_model_newest_first(to
             ({}, "expected at least one"),
         ):
             with pytest.raises(RequestRefused, match=expected):
-                client.state(**wrong)
+                client.vehicle_state(**wrong)
         client.instruct("Climb.")
         for n in range(300):  # more than the replies that are remembered
-            client.state(altitude_m=n)
+            client.vehicle_state(altitude_m=n)
         assert client.request("instruct", "Climb.", 5.0, request_id="same")["task"] == "Climb."
 
 
@@ -253,7 +253,7 @@ def test_without_state_in_the_space_none_is_taken(toy_bundle, runtime):
         running.client() as client,
         pytest.raises(RequestRefused, match="this action space has no state"),
     ):
-        client.state(altitude_m=3.5)
+        client.vehicle_state(altitude_m=3.5)
 
 
 def test_from_the_models_answer_to_the_wire_takes_less_than_a_millisecond(toy_bundle, runtime):
@@ -277,20 +277,23 @@ def test_from_the_models_answer_to_the_wire_takes_less_than_a_millisecond(toy_bu
 
 
 def test_a_horizon_of_steps_goes_out_whole(toy_bundle, runtime, tmp_path):
-    space = yaml.safe_load((READY_SPACES / "velocity_body_bins.yaml").read_text()) | {"horizon": 3, "step_ms": 100}
+    space = yaml.safe_load((READY_SPACES / "velocity_body_action_tokens.yaml").read_text()) | {
+        "horizon": 3,
+        "chunk_step_ms": 100,
+    }
     (tmp_path / "chunk.yaml").write_text(yaml.safe_dump(space, sort_keys=False))
     step = '"vx":%s,"vy":0,"vz":0,"yaw":0'
-    text = '{"action":"move",' + step % 1 + ',"later":[{' + step % 9 + "},{" + step % -1 + "}]}"
-    task = {"space": str(tmp_path / "chunk.yaml")}
+    text = '{"action":"move",' + step % 1 + ',"chunk":[{' + step % 9 + "},{" + step % -1 + "}]}"
+    task = {"action_space": str(tmp_path / "chunk.yaml")}
     with (
         rig.Pusher(f"ipc://{runtime}/frames"),
         rig.daemon(runtime, config(toy_bundle, runtime, task=task), fake={"text": [text]}) as running,
         running.client() as client,
     ):
         action = next(client.actions())
-        assert (action.values["forward_m_s"], action.step_ms) == (1.0, 100)
-        assert [values["forward_m_s"] for values in action.later] == [2.0, -1.0]
-        assert action.clamped == {"later.0.forward_m_s": 9.0}
+        assert (action.values["forward_m_s"], action.chunk_step_ms) == (1.0, 100)
+        assert [values["forward_m_s"] for values in action.chunk] == [2.0, -1.0]
+        assert action.clamped == {"chunk.0.forward_m_s": 9.0}
 
 
 def test_questions_do_not_pile_up(toy_bundle, runtime):
@@ -312,7 +315,7 @@ def test_questions_do_not_pile_up(toy_bundle, runtime):
         refused = [reply for reply in replies if not reply.ok]
         assert len(refused) >= 15 and all("waiting already" in reply.error for reply in refused)
         assert sum(reply.ok for reply in replies) >= 8
-        dealer.send(encode(Request(v=1, id="later", op="ask", text="what?")))
+        dealer.send(encode(Request(v=1, id="chunk", op="ask", text="what?")))
         assert dealer.poll(5000) and decode_reply(dealer.recv()).ok
 
 
@@ -393,14 +396,14 @@ def test_clean_stop_leaves_nothing(toy_bundle, runtime):
 def test_kill_9_leaves_no_orphans_and_no_lock(toy_bundle, runtime):
     with rig.Pusher(f"ipc://{runtime}/frames"), rig.daemon(runtime, config(toy_bundle, runtime), fake={}) as running:
         pids = rig.children(running.process.pid)
-        epoch = running.wait("running").epoch
+        session = running.wait("running").session
         running.process.kill()
         until = time.monotonic() + 3
         while any(rig.alive(pid) for pid in pids) and time.monotonic() < until:
             time.sleep(0.02)
         assert not any(rig.alive(pid) for pid in pids)
         with rig.daemon(runtime, config(toy_bundle, runtime), fake={}) as second:
-            assert second.wait("running").epoch != epoch
+            assert second.wait("running").session != session
 
 
 def test_systemd_hears_ready_and_the_watchdog_only_with_progress(toy_bundle, runtime):
@@ -409,7 +412,7 @@ def test_systemd_hears_ready_and_the_watchdog_only_with_progress(toy_bundle, run
         manager.bind(str(runtime / "notify"))
         manager.settimeout(0.1)
         env = {"NOTIFY_SOCKET": str(runtime / "notify"), "WATCHDOG_USEC": "400000"}
-        patient = config(toy_bundle, runtime) | {"watch": {"model_stall_s": 30.0, "camera_stall_s": 0.5}}
+        patient = config(toy_bundle, runtime) | {"watchdog": {"model_stall_s": 30.0, "camera_stall_s": 0.5}}
         with (
             rig.daemon(runtime, patient, fake={"after": 60, "then": "hang"}, env=env) as running,
             running.client() as client,

@@ -61,7 +61,7 @@ def test_a_run_shows_what_was_done_when(toy_bundle, tmp_path_factory, overlap):
     path = runtime / "trace.json"
     config = {
         "bundle": str(toy_bundle), "camera": {"source": f"zmq:ipc://{runtime}/frames"}, "trace": str(path),
-        "vision": {"max_tokens": 256, "overlap": overlap}, "language": {"gpu_layers": 0, "draft": False},
+        "vision": {"max_image_tokens": 256, "overlap": overlap}, "language": {"gpu_layers": 0, "speculative": False},
         "task": {"deadline_ms": 20_000},
     }  # fmt: skip
     with (

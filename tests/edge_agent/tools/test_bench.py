@@ -31,7 +31,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess:
 
 def test_figures_hang_together(toy_bundle: Path, frames: Path):
     config = Config(
-        bundle=str(toy_bundle), camera=CameraConfig(source="none"), vision=VisionConfig(max_tokens=16, threads=1),
+        bundle=str(toy_bundle), camera=CameraConfig(source="none"), vision=VisionConfig(max_image_tokens=16, threads=1),
         language=LanguageConfig(threads=1),
     )  # fmt: skip
     done = []
@@ -52,18 +52,20 @@ def test_figures_hang_together(toy_bundle: Path, frames: Path):
 
 def test_the_command(toy_bundle: Path, tmp_path: Path):
     common = ("--bundle", toy_bundle, "--max-tokens", 16, "-n", 3)
-    made = run("-m", "edge_agent.cli", "bench", *common, "--plot", tmp_path / "plot.png", "--space", "waypoint")
+    made = run(
+        "-m", "edge_agent.cli.main", "bench", *common, "--plot", tmp_path / "plot.png", "--action-space", "waypoint"
+    )
     assert made.returncode == 0, made.stderr
     assert json.loads(made.stdout)["frames"] == 3 and "frame to action" in made.stderr
     assert cv2.imread(str(tmp_path / "plot.png")).shape[1] == 900
     for arguments, status, words in (
         (("--bundle", tmp_path), 78, "bundle.json: missing"),
-        ((*common, "--space", "dance"), 78, "dance"),
+        ((*common, "--action-space", "dance"), 78, "dance"),
         ((*common, "--frames", tmp_path / "none"), 1, "expected a folder of pictures or a video"),
-        (("--bundle", toy_bundle, "--max-tokens", 3), 78, "vision.max_tokens"),
+        (("--bundle", toy_bundle, "--max-tokens", 3), 78, "vision.max_image_tokens"),
         (("--bundle", toy_bundle, "-n", 0), 2, "expected 1 or more"),
     ):
-        wrong = run("-m", "edge_agent.cli", "bench", *arguments)
+        wrong = run("-m", "edge_agent.cli.main", "bench", *arguments)
         assert (wrong.returncode, len(wrong.stderr.splitlines())) == (status, 1), wrong.stderr
         assert words in wrong.stderr
 

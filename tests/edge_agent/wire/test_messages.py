@@ -35,23 +35,25 @@ from edge_agent.wire.messages import (
 )
 from edge_agent.wire.streams import STREAMS, pack, unpack
 
-HEADER = {"v": 1, "epoch": 7, "seq": 3, "t_pub_ns": 2_000_000, "bundle_id": "0123456789abcdef"}
+HEADER = {"v": 1, "session": 7, "seq": 3, "t_pub_ns": 2_000_000, "bundle_id": "0123456789abcdef"}
 FRAME = {"camera": "front", "frame_id": 41, "t_capture_ns": 1_000_000, "capture_clock": "driver", "age_ms": 1.0}
 ACTION = Action(
     **HEADER,
     **FRAME,
-    stages_ms=StageTimes(queue=1.0, encode=2.0, prefill=3.0, decode=4.0, post=0.5),
+    stages_ms=StageTimes(queue=1.0, encode=2.0, prefill=3.0, decode=4.0, check=0.5),
     valid_for_ms=500,
     valid_until_ns=502_000_000,
-    space="velocity_body",
-    action="move",
+    action_space="velocity_body",
+    type="move",
     values={"forward_m_s": 2.0, "count": 2, "pace": "slow", "lights": True},
     clamped={"forward_m_s": 9.5},
-    task="Hold position.",
+    instruction="Hold position.",
     dropped_frames=2,
 )
-REFUSAL = Refusal(**HEADER, **FRAME, reason="late", detail="2100 ms old", task="Hold position.", dropped_frames=0)
-WORDS = TextMessage(**HEADER, lane="answer", frame_id=41, text="ein Würfel ", request="4f", last=False)
+REFUSAL = Refusal(
+    **HEADER, **FRAME, reason="late", detail="2100 ms old", instruction="Hold position.", dropped_frames=0
+)
+WORDS = TextMessage(**HEADER, lane="answer", frame_id=41, text="ein Würfel ", request="4f", final=False)
 WORKER = WorkerStatus(alive=True, pid=None, restarts=0, rss_mib=None)
 STATUS = Status(
     **HEADER,
@@ -68,14 +70,14 @@ STATUS = Status(
     faults={"camera: stalled": 2},
     last_frame_age_ms=None,
     last_action_age_ms=20.0,
-    progress=8,
-    task="Hold position.",
-    vision="onnxruntime CPUExecutionProvider",
+    inference_count=8,
+    instruction="Hold position.",
+    vision_backend="onnxruntime CPUExecutionProvider",
     mem_available_mib=None,
     temperature_c=None,
 )
-WIRE = [("actions", ACTION), ("actions", REFUSAL), ("words", WORDS), ("status", STATUS)]
-EACH = pytest.mark.parametrize(("stream", "message"), WIRE, ids=["action", "refusal", "words", "status"])
+WIRE = [("actions", ACTION), ("actions", REFUSAL), ("text", WORDS), ("status", STATUS)]
+EACH = pytest.mark.parametrize(("stream", "message"), WIRE, ids=["action", "refusal", "text", "status"])
 
 
 # -- what leaves ------------------------------------------------------------------------------------------------------
@@ -136,18 +138,18 @@ def test_an_action_with_a_number_that_is_not_finite_does_not_leave(place, number
         "values": {"forward_m_s": 0.0, "right_m_s": number},
         "clamped": {"forward_m_s": number},
         "age_ms": number,
-        "stages_ms": StageTimes(queue=1.0, encode=number, prefill=3.0, decode=4.0, post=0.5),
+        "stages_ms": StageTimes(queue=1.0, encode=number, prefill=3.0, decode=4.0, check=0.5),
     }[place]
     with pytest.raises(ValueError, match=r"frame 41.*not finite"):
         pack("actions", msgspec.structs.replace(ACTION, **{place: changed}))
 
 
 def test_a_message_of_64_kib_leaves_and_a_larger_one_does_not():
-    room = 64 * 1024 - len(pack("words", msgspec.structs.replace(WORDS, text="x" * 40_000))) + 40_000
-    payload = pack("words", msgspec.structs.replace(WORDS, text="x" * room))
+    room = 64 * 1024 - len(pack("text", msgspec.structs.replace(WORDS, text="x" * 40_000))) + 40_000
+    payload = pack("text", msgspec.structs.replace(WORDS, text="x" * room))
     assert len(payload) == 65536
     with pytest.raises(ValueError, match=r"words: message of 65537 bytes, the limit is 65536"):
-        pack("words", msgspec.structs.replace(WORDS, text="x" * (room + 1)))
+        pack("text", msgspec.structs.replace(WORDS, text="x" * (room + 1)))
 
 
 # -- what arrives -----------------------------------------------------------------------------------------------------
@@ -174,7 +176,7 @@ def test_control_and_worker_messages_ignore_unknown_keys_too():
 
 @EACH
 def test_a_missing_key_is_an_error(stream, message):
-    optional = {"request", "last", "cut", "adapter", "later", "step_ms"}
+    optional = {"request", "final", "stop_reason", "adapter", "chunk", "chunk_step_ms"}
     for name in {"kind", *message.__struct_fields__} - optional:
         fields = msgspec.to_builtins(message)
         if name == "kind" and stream != "actions":
@@ -216,7 +218,7 @@ def test_changed_bytes_give_a_message_or_a_decode_error(stream, message, changes
         assert isinstance(unpack(stream, bytes(payload)), Header)
 
 
-@pytest.mark.parametrize("stream", ["actions", "words", "status"])
+@pytest.mark.parametrize("stream", ["actions", "text", "status"])
 @settings(deadline=None)
 @given(garbage=st.binary(max_size=200))
 def test_garbage_is_a_decode_error(stream, garbage):
@@ -238,9 +240,9 @@ READERS |= {
 def test_text_that_is_no_utf8_is_a_decode_error(reader):
     """Found in every reader's own keys, and in one that nobody reads."""
     first = {"request": "id", "reply": "id"}.get(reader, "kind").encode()
-    if reader in ("actions", "words", "status"):
+    if reader in ("actions", "text", "status"):
         first = b"bundle_id"
-    for key in (first, b"later"):
+    for key in (first, b"chunk"):
         data = b"\x81" + bytes([0xA0 + len(key)]) + key + b"\xa2\xff\xff"
         with pytest.raises(msgspec.DecodeError):
             READERS[reader](data)
@@ -258,25 +260,25 @@ def test_a_key_nested_for_ever_is_a_decode_error(reader):
 count = st.integers(0, 2**63 - 1)
 number = st.floats(allow_nan=False, allow_infinity=False)
 text = st.text(max_size=50)
-header = {"v": st.just(1), "epoch": count, "seq": count, "t_pub_ns": count, "bundle_id": text}
+header = {"v": st.just(1), "session": count, "seq": count, "t_pub_ns": count, "bundle_id": text}
 frame = {
     "camera": text,
     "frame_id": count,
     "t_capture_ns": count,
     "capture_clock": st.sampled_from(["driver", "arrival", "sender"]),
     "age_ms": number,
-    "task": text,
+    "instruction": text,
     "dropped_frames": count,
 }
 any_action = st.builds(
     Action,
     **header,
     **frame,
-    stages_ms=st.builds(StageTimes, queue=number, encode=number, prefill=number, decode=number, post=number),
+    stages_ms=st.builds(StageTimes, queue=number, encode=number, prefill=number, decode=number, check=number),
     valid_for_ms=count,
     valid_until_ns=count,
-    space=text,
-    action=text,
+    action_space=text,
+    type=text,
     values=st.dictionaries(text, number | count | text | st.booleans(), max_size=5),
     clamped=st.dictionaries(text, number, max_size=5),
 )
@@ -288,8 +290,8 @@ any_words = st.builds(
     frame_id=count,
     text=text,
     request=text,
-    last=st.booleans(),
-    cut=text,
+    final=st.booleans(),
+    stop_reason=text,
 )
 worker = st.builds(WorkerStatus, alive=st.booleans(), pid=st.none() | count, restarts=count, rss_mib=st.none() | number)
 any_status = st.builds(
@@ -308,9 +310,9 @@ any_status = st.builds(
     faults=st.dictionaries(text, count, max_size=3),
     last_frame_age_ms=st.none() | number,
     last_action_age_ms=st.none() | number,
-    progress=count,
-    task=text,
-    vision=text,
+    inference_count=count,
+    instruction=text,
+    vision_backend=text,
     mem_available_mib=st.none() | number,
     temperature_c=st.none() | number,
 )
@@ -318,8 +320,8 @@ any_status = st.builds(
 
 @pytest.mark.parametrize(
     ("stream", "messages"),
-    [("actions", any_action), ("actions", any_refusal), ("words", any_words), ("status", any_status)],
-    ids=["action", "refusal", "words", "status"],
+    [("actions", any_action), ("actions", any_refusal), ("text", any_words), ("status", any_status)],
+    ids=["action", "refusal", "text", "status"],
 )
 @settings(deadline=None)
 @given(data=st.data())

@@ -11,9 +11,6 @@ import gguf
 import llama_cpp.llama_cpp as ll
 import numpy as np
 import pytest
-from conftest import silent
-from test_quantize_cli import refused, run  # noqa: F401
-from test_quantize_language import tensors_of
 
 from edge_agent.bundle.manifest import LANGUAGE
 from edge_agent.tools import stills
@@ -23,6 +20,9 @@ from quantize.measure import collect_imatrix
 from quantize.source.checkpoint import read_checkpoint
 from quantize.standard_recipes import RECIPES
 from tests.harness import toy
+from tests.harness.case import silent
+from tests.harness.gguf_reading import tensors_of
+from tests.harness.quantize_cli import refused
 
 TEXT = 'Follow the road and stop at the gate. Halte Abstand. 빨간 원반으로 가세요. {"action":"hold"}\n' * 60
 
@@ -76,7 +76,7 @@ def test_the_first_layer_gets_what_arithmetic_says(collected, toy_bf16: Path, te
 
 
 def read_by_hand(folder: Path) -> dict[str, np.ndarray]:
-    from test_quantize_language import values
+    from tests.harness.gguf_reading import values
 
     return {
         "token_embd.weight": values(folder, "language_model.model.embed_tokens.weight"),
@@ -197,7 +197,7 @@ def rewritten(path: Path, out: Path, change) -> Path:
 
 
 DAMAGED = {
-    "cut": lambda raw: raw[:-50],
+    "stop_reason": lambda raw: raw[:-50],
     "garbage": lambda raw: b"GGUF" + bytes(200),
     "empty": lambda raw: b"",
 }
@@ -227,7 +227,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize(("model", "words"), OTHERS.values(), ids=OTHERS)
-def test_the_matrix_of_another_model_is_refused(collected, run, tmp_path: Path, model, words):  # noqa: F811
+def test_the_matrix_of_another_model_is_refused(collected, run, tmp_path: Path, model, words):
     folder = toy.write_checkpoint(tmp_path / "checkpoint", **model)
     refused(run("build", folder, tmp_path / "out", "--imatrix", collected[1]), ("toy.gguf", *words))
     assert not (tmp_path / "out").exists()
@@ -280,7 +280,7 @@ def test_columns_that_count_more_are_kept_better(toy_bf16: Path, convert, tmp_pa
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_writes_what_collect_gives(run, toy_bf16: Path, text: Path, tmp_path: Path, collected):  # noqa: F811
+def test_the_command_writes_what_collect_gives(run, toy_bf16: Path, text: Path, tmp_path: Path, collected):
     out = tmp_path / "toy.gguf"
     status, said, _ = run("imatrix", toy_bf16, out, "--calibration", text, "--chunks", 2)
     assert status == 0 and "toy.gguf: 15 weights, 2 chunks" in said
@@ -305,7 +305,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("arguments", "words"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_used_is_one_line(run, toy_bf16: Path, tmp_path: Path, arguments, words):  # noqa: F811
+def test_what_cannot_be_used_is_one_line(run, toy_bf16: Path, tmp_path: Path, arguments, words):
     (tmp_path / "short.txt").write_text("Follow the road.")
     (tmp_path / "blank.txt").write_text("\n \n")
     (tmp_path / "empty").mkdir()
@@ -316,7 +316,7 @@ def test_what_cannot_be_used_is_one_line(run, toy_bf16: Path, tmp_path: Path, ar
     assert not (tmp_path / "out.gguf").exists()
 
 
-def test_a_text_only_model_takes_no_frames(run, pictures: Path, tmp_path: Path):  # noqa: F811
+def test_a_text_only_model_takes_no_frames(run, pictures: Path, tmp_path: Path):
     folder = toy.write_checkpoint(tmp_path / "toy", vision=False, prefix="text")
     refused(run("imatrix", folder, tmp_path / "out.gguf", "--frames", pictures), ("text-only", "leave --frames out"))
     shutil.rmtree(folder)

@@ -10,13 +10,13 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from conftest import Case
-from test_quantize_language import interleaved, reader, stored, tensors_of, values
 
 from edge_agent.bundle.manifest import MMPROJ, VISION, VisionInfo
 from edge_agent.model.preprocess import Preprocessor
 from edge_agent.model.vision_encoder import MtmdEncoder, OnnxEncoder
 from tests.harness import toy
+from tests.harness.case import Case
+from tests.harness.gguf_reading import interleaved, reader, stored, tensors_of, values
 
 CASES = ("bf16_tied", "bf16_untied", "fp8_tied", "fp8_untied", "short_context")
 IMAGES = ("112x112", "140x196", "224x84")

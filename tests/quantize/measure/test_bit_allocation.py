@@ -8,9 +8,6 @@ from pathlib import Path
 
 import gguf
 import pytest
-from conftest import silent
-from test_quantize_cli import refused, run  # noqa: F401
-from test_quantize_measure import opened, quiet
 
 from edge_agent.bundle.manifest import LANGUAGE, REPORT
 from edge_agent.bundle.verify import verify_bundle
@@ -21,6 +18,9 @@ from quantize.measure.collect_imatrix import TEXT, CalibrationData, collect_imat
 from quantize.source.checkpoint import read_checkpoint
 from quantize.standard_recipes import BOARDS, budget_bytes, bytes_by_type, memory_bytes, plan_recipe
 from tests.harness import ROOT, toy
+from tests.harness.case import silent
+from tests.harness.language_model import opened, quiet
+from tests.harness.quantize_cli import refused
 
 PAD = ROOT / "models" / "pad_pilot" / "checkpoint"
 TEXT = TEXT.read_text(encoding="utf-8")
@@ -209,7 +209,7 @@ def test_on_hulls_the_choice_is_the_best_there_is(tmp_path: Path):
         assert loss <= 1.02 * min(other for bytes_, other in everything if bytes_ <= size)
 
 
-def test_a_budget_below_the_floor_says_the_floor(pad: Fixture, run, tmp_path: Path):  # noqa: F811
+def test_a_budget_below_the_floor_says_the_floor(pad: Fixture, run, tmp_path: Path):
     result = run("build", PAD, tmp_path / "out", "--imatrix", pad.imatrix, "--budget", "1MB",
                  "--sensitivity", pad.sensitivity, "--chunks", 1)  # fmt: skip
     refused(result, ("--budget: 1.000 MB is below the floor of 1.", "every matrix at Q2_K"))
@@ -219,7 +219,7 @@ def test_a_budget_below_the_floor_says_the_floor(pad: Fixture, run, tmp_path: Pa
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-def test_a_fitted_bundle_says_what_was_chosen_and_why(pad: Fixture, run, tmp_path: Path):  # noqa: F811
+def test_a_fitted_bundle_says_what_was_chosen_and_why(pad: Fixture, run, tmp_path: Path):
     out = tmp_path / "out"
     status, said, _ = run("build", PAD, out, "--imatrix", pad.imatrix, "--budget", "2.4MB",
                           "--sensitivity", pad.sensitivity, "--chunks", 1)  # fmt: skip
@@ -244,7 +244,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("arguments", "words", "status"), WRONG.values(), ids=WRONG)
-def test_wrong_arguments_are_one_line(pad: Fixture, run, tmp_path: Path, arguments, words, status):  # noqa: F811
+def test_wrong_arguments_are_one_line(pad: Fixture, run, tmp_path: Path, arguments, words, status):
     out = tmp_path / "out"
     if arguments[-1] == "THERE":
         out.mkdir()

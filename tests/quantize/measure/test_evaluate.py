@@ -10,9 +10,6 @@ import cv2
 import msgspec
 import numpy as np
 import pytest
-from conftest import silent
-from test_quantize_cli import refused, run  # noqa: F401
-from test_quantize_measure import opened, quiet
 
 from edge_agent.bundle.manifest import LANGUAGE
 from quantize.build import build
@@ -22,6 +19,9 @@ from quantize.measure.evaluate import EvaluatedAnswer, EvaluateError, Evaluation
 from quantize.measure.html_report import html_report
 from quantize.source.checkpoint import read_checkpoint
 from tests.harness import toy
+from tests.harness.case import silent
+from tests.harness.language_model import opened, quiet
+from tests.harness.quantize_cli import refused
 
 ORDERS = ("Go to the red disc.", "Hold position.")
 
@@ -153,7 +153,7 @@ def test_the_page_stands_alone_and_escapes_what_comes_from_outside(found: list[E
     assert html_report([found[0]], frames).count("<svg") == 1  # nothing differs: no lines to draw
 
 
-def test_the_command(run, toy_bundle: Path, toy_bf16: Path, full: Path, pictures: Path, tmp_path: Path):  # noqa: F811
+def test_the_command(run, toy_bundle: Path, toy_bf16: Path, full: Path, pictures: Path, tmp_path: Path):
     status, said, _ = run("evaluate", toy_bundle, "--reference", full, "--chunks", 1, "--frames", pictures,
                           "--html", tmp_path / "page.html")  # fmt: skip
     assert status == 0 and "KL divergence   mean" in said and "same action" in said
@@ -165,7 +165,7 @@ def test_the_command(run, toy_bundle: Path, toy_bf16: Path, full: Path, pictures
     refused(run("evaluate", toy_bundle, "--reference", toy_bundle), ("recipe: expected BF16",))
 
 
-def test_what_cannot_be_shown_is_one_line(run, toy_bundle: Path, full: Path, tmp_path: Path):  # noqa: F811
+def test_what_cannot_be_shown_is_one_line(run, toy_bundle: Path, full: Path, tmp_path: Path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 900)
     against = ("evaluate", toy_bundle, "--reference", full)
     refused(run(*against, "--calibration", tmp_path / "latin.txt"), ("latin.txt: not readable as UTF-8 text",))

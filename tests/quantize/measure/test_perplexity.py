@@ -7,23 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_agent.bundle.manifest import LANGUAGE, read_manifest
-from edge_agent.config import LanguageConfig
-from edge_agent.model.llama import LlamaContext
 from quantize.measure import perplexity
 from quantize.measure.collect_imatrix import TEXT
 from quantize.measure.perplexity import MeasureError
-
-
-def quiet(what: str, done: int, total: int) -> None:
-    pass
-
-
-def opened(folder: Path) -> tuple[LlamaContext, int]:
-    made = read_manifest(folder)
-    config = LanguageConfig(context=perplexity.CHUNK, threads=1, gpu_layers=0, flash_attention=True, exact=False)
-    model = made.manifest.model
-    return LlamaContext(made.path(LANGUAGE), config, model.embedding), model.special["bos"]
+from tests.harness.language_model import opened, quiet
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +44,12 @@ def test_the_figures_are_those_of_the_long_way(full: Path, toy_bundle: Path, ref
         llm, bos = opened(folder)
         with llm:
             rows[name] = np.concatenate(
-                [log_softmax(perplexity.logits(llm, bos, chunk)[:-1].copy()) for chunk in reference.cut]
+                [log_softmax(perplexity.logits(llm, bos, chunk)[:-1].copy()) for chunk in reference.stop_reason]
             )
             if name == "q":
                 found = perplexity.compare(llm, bos, reference, quiet)
     p, q = rows["p"], rows["q"]
-    right = np.concatenate([chunk[257:] for chunk in reference.cut])
+    right = np.concatenate([chunk[257:] for chunk in reference.stop_reason])
     at = np.arange(len(right))
     kl = (np.exp(p) * (p - q)).sum(1)
     assert found.perplexity == pytest.approx(np.exp(-q[at, right].mean()), rel=1e-4)
@@ -91,11 +78,11 @@ def test_what_is_stored_comes_back_within_a_step():
 def test_every_chunk_begins_with_bos_and_is_read_from_an_empty_cache(full: Path, reference: perplexity.Reference):
     llm, bos = opened(full)
     with llm:
-        one = perplexity.logits(llm, bos, reference.cut[1]).copy()
-        perplexity.logits(llm, bos, reference.cut[0])
-        again = perplexity.logits(llm, bos, reference.cut[1])
+        one = perplexity.logits(llm, bos, reference.stop_reason[1]).copy()
+        perplexity.logits(llm, bos, reference.stop_reason[0])
+        again = perplexity.logits(llm, bos, reference.stop_reason[1])
         np.testing.assert_array_equal(one, again)
-        other = reference.cut[1].copy()
+        other = reference.stop_reason[1].copy()
         other[0] = 7  # the text's own token there is never read
         np.testing.assert_array_equal(one, perplexity.logits(llm, bos, other))
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_quantize_language import stored, values
 
 from quantize.source import checkpoint
 from quantize.source.hf_config import TextConfig, VisionTowerConfig
 from quantize.source.tensor_names import Yarn
 from tests.harness import toy
+from tests.harness.gguf_reading import stored, values
 
 
 def test_every_number_of_the_configuration_is_read(tmp_path: Path):

@@ -9,8 +9,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import silent
-from test_quantize_cli import configure, refused, remove, run  # noqa: F401
 
 from edge_agent.bundle.manifest import LANGUAGE, MANIFEST, MMPROJ, REPORT, VISION, read_manifest
 from edge_agent.bundle.verify import verify_bundle
@@ -20,6 +18,8 @@ from quantize.source.checkpoint import read_checkpoint
 from quantize.source.hf_config import PIXEL_MEAN, PIXEL_STD
 from quantize.source.tensor_names import FAMILIES, Yarn
 from tests.harness import toy
+from tests.harness.case import silent
+from tests.harness.quantize_cli import configure, refused, remove
 
 LAYOUTS = {
     "hf": {},
@@ -93,7 +93,7 @@ def test_a_folder_with_both_layouts_is_read_as_hf_and_with_half_of_one_as_the_ot
     assert read_checkpoint(folder).layout == "consolidated"
 
 
-def test_parts_without_an_index_need_be_all_there(run, tmp_path: Path):  # noqa: F811
+def test_parts_without_an_index_need_be_all_there(run, tmp_path: Path):
     folder = toy.write_checkpoint(tmp_path / "toy", **SMALL, layout="consolidated", shards=3)
     (folder / "consolidated.safetensors.index.json").unlink()
     assert run("inspect", folder)[0] == 0
@@ -167,14 +167,14 @@ def consolidated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("damage", "words"), REFUSED.values(), ids=REFUSED)
-def test_a_damaged_consolidated_checkpoint_is_one_line(consolidated: Path, run, damage, words, tmp_path: Path):  # noqa: F811
+def test_a_damaged_consolidated_checkpoint_is_one_line(consolidated: Path, run, damage, words, tmp_path: Path):
     folder = shutil.copytree(consolidated, tmp_path / "checkpoint")
     damage(folder)
     refused(run("build", folder, tmp_path / "out"), words)
     assert not (tmp_path / "out").exists()
 
 
-def test_plain_rotary_positions_take_no_scaling(run, tmp_path: Path):  # noqa: F811
+def test_plain_rotary_positions_take_no_scaling(run, tmp_path: Path):
     folder = toy.write_checkpoint(tmp_path / "toy", **SMALL, family="mistral")
     configure("text_config", "rope_parameters", rope_type="yarn", factor=4.0)(folder)
     refused(run("inspect", folder), ("rope_type: expected none", "found 'yarn'"))

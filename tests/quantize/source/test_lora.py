@@ -11,8 +11,6 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from conftest import silent
-from test_quantize_language import interleaved, tensors_of, values
 
 from edge_agent.bundle import signing
 from edge_agent.bundle.lora_check import verify_adapters
@@ -25,6 +23,8 @@ from quantize.source.checkpoint import read_checkpoint
 from quantize.source.hf_config import CheckpointError
 from quantize.source.lora import merged, read_adapter, write_adapter
 from tests.harness import toy
+from tests.harness.case import silent
+from tests.harness.gguf_reading import interleaved, tensors_of, values
 
 HIDDEN, FFN = 256, 512  # of toy_bf16
 TEXT = "model.language_model.layers.{n}."

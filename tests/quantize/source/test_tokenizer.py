@@ -9,7 +9,6 @@ from pathlib import Path
 
 import gguf
 import pytest
-from conftest import Case
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 from edge_agent.bundle.manifest import LANGUAGE, EmbeddingInfo
@@ -17,6 +16,7 @@ from edge_agent.config import LanguageConfig
 from edge_agent.model.llama import LlamaContext
 from quantize.source.tokenizer import read_tokenizer
 from tests.harness import toy
+from tests.harness.case import Case
 
 CORPUS = {
     "english": "The quick brown fox jumps over 13 lazy dogs, doesn't it? I'LL SEE. HelloWorld fooBarBAZ, don't WE'VE",

@@ -1,0 +1,64 @@
+"""What a GGUF file holds, read with the gguf package: the tests compare with it."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from tests.harness import toy
+
+# -- the file ---------------------------------------------------------------------------------------------------------
+
+
+def stored(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """A checkpoint's tensors read by hand: name -> (safetensors type, shape, bytes)."""
+    raw = (folder / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start])
+    return {
+        name: (
+            entry["dtype"],
+            tuple(entry["shape"]),
+            raw[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]],
+        )
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def values(folder: Path, name: str) -> np.ndarray:
+    """One tensor in float32, FP8 scale applied, by the number formats of toy.py."""
+    tensors = stored(folder)
+    kind, shape, raw = tensors[name]
+    if kind == "BF16":
+        return toy.from_bf16_bits(np.frombuffer(raw, np.uint16)).reshape(shape)
+    scale = toy.from_bf16_bits(np.frombuffer(tensors[name + "_scale_inv"][2], np.uint16))[0]
+    return toy.e4m3_value(np.frombuffer(raw, np.uint8)).reshape(shape) * scale
+
+
+reader = functools.cache(gguf.GGUFReader)  # slow to open; no file of a session's fixtures changes
+
+
+def tensors_of(path: Path) -> dict[str, np.ndarray]:
+    """A GGUF file's tensors as the `gguf` package reads them, dequantised: name -> float32 in numpy's order of axes."""
+    out = {}
+    for tensor in reader(path).tensors:
+        data = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        out[tensor.name] = data.reshape(tuple(int(n) for n in reversed(tensor.shape)))
+    return out
+
+
+def interleaved(matrix: np.ndarray, heads: int) -> np.ndarray:
+    """HF's half-split rotary rows -> pairs side by side, row by row: the slow and obvious way."""
+    per_head = len(matrix) // heads
+    out = np.empty_like(matrix)
+    for head in range(heads):
+        for pair in range(per_head // 2):
+            first = head * per_head + pair
+            out[head * per_head + 2 * pair] = matrix[first]
+            out[head * per_head + 2 * pair + 1] = matrix[first + per_head // 2]
+    return out
