@@ -61,7 +61,7 @@ class Ours:
 
     def __init__(self, config: Config, name: str) -> None:
         if name == "plain":
-            language = msgspec.structs.replace(config.language, draft=False)
+            language = msgspec.structs.replace(config.language, speculative=False)
             config = msgspec.structs.replace(config, language=language)
         if name == "action_tokens":
             space = msgspec.structs.replace(load_action_space(config.task.action_space), codec="action_tokens")

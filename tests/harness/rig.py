@@ -35,7 +35,7 @@ def config_of(folder: Path, **changes) -> Config:
     defaults = {
         "vision": VisionConfig(max_image_tokens=64, threads=1),
         "language": LanguageConfig(context=1024, threads=1, gpu_layers=0, max_text_tokens=24),
-        "instruction": TaskConfig(deadline_ms=60_000),
+        "task": TaskConfig(deadline_ms=60_000),
     }
     return Config(bundle=str(folder), camera=CameraConfig(source="none"), **(defaults | changes))
 

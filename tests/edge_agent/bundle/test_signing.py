@@ -122,7 +122,8 @@ def test_the_commands(signed: Path, toy_small: Path, tmp_path: Path, edge_quanti
     for trusted, words in (("drone.pub", "every hash right, signed"), ("other.pub", "No such file")):
         config = tmp_path / "config.yaml"
         config.write_text(
-            f"bundle: {tmp_path / 'out'}\ntrust: [{tmp_path / trusted}]\ncamera: {{source: {tmp_path / 'none'}}}\n"
+            f"bundle: {tmp_path / 'out'}\ntrusted_keys: [{tmp_path / trusted}]\n"
+            f"camera: {{source: {tmp_path / 'none'}}}\n"
         )
         checked = edge_agent("check", "--config", config)
         assert words in checked.stdout

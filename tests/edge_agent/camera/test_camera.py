@@ -782,7 +782,7 @@ def test_v4l2_a_black_flash_is_not_frozen(device):
 
 
 def test_v4l2_buffers_without_an_image(device, monkeypatch):
-    monkeypatch.setattr("edge_agent.camera.source.STALL_S", 0.1)
+    monkeypatch.setattr("edge_agent.camera.v4l2.STALL_S", 0.1)
     items, broken = device(FakeCapture(paced([*noise(1), *["bad jpeg"] * 20, *noise(1)], 0.01)))
     assert len(items) == 2 and broken.reason == "unreadable" and "no image in 0.1 s" in broken.detail
 
@@ -809,7 +809,7 @@ def test_probe_says_what_is_there(tmp_path):
 
 
 def test_probe_waits_for_a_pusher_but_not_for_ever(tmp_path, monkeypatch):
-    monkeypatch.setattr("edge_agent.camera.source.STALL_S", 0.1)
+    monkeypatch.setattr("edge_agent.camera.pushed.STALL_S", 0.1)
     config = CameraConfig(source=f"zmq:ipc://{tmp_path}/f")
     with pytest.raises(source.SourceError, match="stalled"):
         process.probe(config, timeout_s=0.25)

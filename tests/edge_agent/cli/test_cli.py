@@ -55,7 +55,7 @@ def test_help_teaches():
     assert done.returncode == 0
     for word in ("run", "check", "listen", "ask", "instruct", "status", "examples:"):
         assert word in done.stdout
-    for command in ("run", "check", "listen", "ask", "instruct", "status", "state", "pause", "resume"):
+    for command in ("run", "check", "listen", "ask", "instruct", "status", "vehicle-state", "pause", "resume"):
         assert run(command, "--help").returncode == 0
 
 
@@ -82,7 +82,8 @@ def test_bundle_that_is_none(tmp_path, pictures, runtime):
 
 
 def test_action_space_that_is_none(toy_bundle, pictures, tmp_path):
-    path = write(tmp_path / "a.yaml", f"bundle: {toy_bundle}\ncamera: {{source: {pictures}}}\ntask: {{space: fly}}\n")
+    text = f"bundle: {toy_bundle}\ncamera: {{source: {pictures}}}\ntask: {{action_space: fly}}\n"
+    path = write(tmp_path / "a.yaml", text)
     one_line(run("run", "--config", path), os.EX_CONFIG, "task.action_space", "velocity_body", "'fly'")
 
 
@@ -158,8 +159,9 @@ def test_state_by_hand_and_a_timeline(toy_bundle, pictures, runtime):
     )
     config = write(
         runtime / "config.yaml",
-        f"bundle: {toy_bundle}\ncamera: {{source: {pictures}}}\ntask: {{space: {space}}}\nruntime_dir: {runtime}\n"
-        "language: {gpu_layers: 0}\nvision: {max_tokens: 64}\n",
+        f"bundle: {toy_bundle}\ncamera: {{source: {pictures}}}\n"
+        f"task: {{action_space: {space}}}\nruntime_dir: {runtime}\n"
+        "language: {gpu_layers: 0}\nvision: {max_image_tokens: 64}\n",
     )
     command = [
         sys.executable,
@@ -174,13 +176,12 @@ def test_state_by_hand_and_a_timeline(toy_bundle, pictures, runtime):
     daemon = subprocess.Popen(list(map(str, command)), env=os.environ | {"PYTHONPATH": str(ROOT)})
     try:
         rig.Daemon(daemon, runtime, runtime / "log").wait("running")
-        told = run("state", "--runtime-dir", runtime, "altitude_m=3.5", "armed=true", "mode=offboard")
+        told = run("vehicle-state", "--runtime-dir", runtime, "altitude_m=3.5", "armed=true", "mode=offboard")
         assert (told.returncode, told.stdout, told.stderr) == (0, "", "")
-        one_line(
-            run("state", "--runtime-dir", runtime, "altitude=3.5"), 1, "values.altitude", "altitude_m, armed, mode"
-        )
-        one_line(run("state", "--runtime-dir", runtime, "altitude_m"), 2, "KEY=VALUE")
-        one_line(run("state", "--runtime-dir", runtime, "mode=[1]"), 1, "values.mode", "'[1]'")
+        unknown = run("vehicle-state", "--runtime-dir", runtime, "altitude=3.5")
+        one_line(unknown, 1, "values.altitude", "altitude_m, armed, mode")
+        one_line(run("vehicle-state", "--runtime-dir", runtime, "altitude_m"), 2, "KEY=VALUE")
+        one_line(run("vehicle-state", "--runtime-dir", runtime, "mode=[1]"), 1, "values.mode", "'[1]'")
     finally:
         daemon.terminate()
         assert daemon.wait(10) == 0

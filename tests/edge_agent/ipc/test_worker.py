@@ -79,8 +79,8 @@ def test_the_child_dies_with_its_parent(tmp_path):
     (tmp_path / "echo_worker.py").write_text(ECHO)
     parent = textwrap.dedent("""
         import time
-        from edge_agent.frames import Slot
-        from edge_agent.worker import Worker
+        from edge_agent.ipc.frame_slot import Slot
+        from edge_agent.ipc.worker import Worker
         worker = Worker("echo_worker", Slot.create(), b"hello")
         while not worker.receive():
             time.sleep(0.01)

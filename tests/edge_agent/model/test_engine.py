@@ -743,7 +743,7 @@ def riding(**more) -> dict:
 def test_words_ride_in_the_batches_of_answers(exact_bundle):
     """At full precision: every llama_decode of an answer carries the sentence a token further, and neither changes the
     other. Only where answers need not be the same to the bit."""
-    with engine_of(exact_bundle, "velocity_body", **riding(draft=False)) as (engine, events):
+    with engine_of(exact_bundle, "velocity_body", **riding(speculative=False)) as (engine, events):
         answers = {seed: act(engine, picture(engine, seed)) for seed in range(1, 9)}
         act(engine, picture(engine, 1), frame_id=1)
         events.clear()
@@ -780,7 +780,7 @@ def test_words_do_not_ride_where_answers_are_exact(engine, events):
 
 
 def test_a_sentence_that_ends_while_it_rides_harms_nothing(exact_bundle, monkeypatch):
-    with engine_of(exact_bundle, "velocity_body", **riding(draft=False)) as (engine, events):
+    with engine_of(exact_bundle, "velocity_body", **riding(speculative=False)) as (engine, events):
         expected = act(engine, picture(engine, 2))
         act(engine, picture(engine, 1))
         engine.begin("answer", "r1", "What?")
