@@ -24,7 +24,7 @@ _libc = ctypes.CDLL(None)
 
 
 class Worker:
-    """Owns one child process and our end of its socket. kill() always works, also on a child stuck in a driver."""
+    """Owns one child process and our end of its socket. No method waits for the child."""
 
     def __init__(self, module: str, slot: Slot, first_message: bytes) -> None:
         """Start `python -m module`. Call from a thread that stays: the kernel ties the child's life to it."""
@@ -61,8 +61,11 @@ class Worker:
         return self.process.poll()
 
     def kill(self) -> None:
+        """Send SIGKILL, close the socket, do not wait: a child inside a driver call can stay in the kernel for ever.
+
+        Ask `exit_status` until it is not None; only then is the process gone, with its memory and its devices.
+        """
         self.process.kill()
-        self.process.wait()
         self.socket.close()
 
 

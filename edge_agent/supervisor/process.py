@@ -72,6 +72,8 @@ STATUS_INTERVAL_NS = 200_000_000
 CAMERA_WAIT_S = 15.0
 CAMERA_HUNG_S = 8.0  # beyond camera_stall_s without a frame or a word: its process hangs in the driver
 BACKOFF_S, MAX_BACKOFF_S = 0.2, 5.0
+GOOD_PERIOD_S = 10.0  # a worker that delivered for so long is restarted quickly again
+SHUTDOWN_WAIT_S = 2.0  # for killed children; the unit's TimeoutStopSec is longer
 MAX_CONSECUTIVE_FAILURES = 5  # of a model that never gets ready again: let systemd start everything afresh
 MAX_ID_CHARS = 64
 MAX_REMEMBERED_REPLIES = 256
@@ -97,7 +99,10 @@ class ManagedWorker:
         self._module, self._slot, self._first = module, slot, first_message
         self.worker: Worker | None = None
         self.restarts = -1
-        self.in_a_row = 0  # failures since it last worked
+        self.in_a_row = 0  # failures since it last worked for a while
+        self.starts_failed = 0  # failures since it was last ready
+        self.working_since_ns = 0  # when it first delivered after its last failure; 0: not yet
+        self.dying: list[Worker] = []  # killed, and not yet gone: a process in a driver call can stay in the kernel
         self.heard_ns = 0
         self.due_ns = 0  # when to start it; meaningful while there is no worker
         self.reason = "starting"  # why it gives nothing; empty when it works
@@ -109,16 +114,31 @@ class ManagedWorker:
 
     def lose(self, reason: str) -> None:
         """Kill what is left, and start again after a pause that grows while it keeps failing."""
-        if self.worker:
-            self.worker.kill()
-        self.worker, self.reason = None, reason
+        self.end()
+        self.reason = reason
         self.due_ns = time.monotonic_ns() + round(min(BACKOFF_S * 2**self.in_a_row, MAX_BACKOFF_S) * NS_PER_S)
-        self.in_a_row += 1
+        self.in_a_row, self.starts_failed, self.working_since_ns = self.in_a_row + 1, self.starts_failed + 1, 0
+
+    def delivered(self) -> None:
+        """A frame arrived or was answered. Only after a good period is the next failure the first one again."""
+        now_ns = time.monotonic_ns()
+        self.working_since_ns = self.working_since_ns or now_ns
+        if now_ns - self.working_since_ns > GOOD_PERIOD_S * NS_PER_S:
+            self.in_a_row = 0
 
     def end(self) -> None:
         if self.worker:
             self.worker.kill()
+            self.dying.append(self.worker)
             self.worker = None
+
+    def reap(self) -> None:
+        self.dying = [worker for worker in self.dying if worker.exit_status is None]
+
+    def why(self) -> str:
+        """The reason, and which killed process still holds the device."""
+        stuck = f"; the old process {self.dying[0].process.pid} is still in the kernel" if self.dying else ""
+        return self.reason + stuck if self.reason else ""
 
     def seen(self) -> WorkerStatus:
         pid = self.worker.process.pid if self.worker else None
@@ -186,6 +206,11 @@ class Supervisor:
             signal.set_wakeup_fd(-1)
             self.camera.end()
             self.model.end()
+            until_s = time.monotonic() + SHUTDOWN_WAIT_S
+            while (self.camera.dying or self.model.dying) and time.monotonic() < until_s:
+                self.camera.reap()
+                self.model.reap()
+                time.sleep(0.01)
             self.slot.close()
             self.trace.close()
 
@@ -248,6 +273,7 @@ class Supervisor:
                 if not self.ready:
                     raise Shutdown(EX_CONFIG if event.configured else 1, event.reason)
                 self._lose_model(event.reason)
+            if self.model.worker is not worker:
                 return
         if worker.exit_status is not None:
             self._lose_model(_describe_exit(worker.exit_status))
@@ -269,15 +295,18 @@ class Supervisor:
     def _instructed(self, event: InstructionApplied) -> None:
         sender, request = self.instructing.pop(event.instruction_id, (None, ""))
         if event.error:
-            if sender is None:
+            if sender is not None:
+                self._reply(sender, request, error=event.error)
+            elif not self.ready:
                 raise Shutdown(EX_CONFIG, event.error)
-            self._reply(sender, request, error=event.error)
+            else:  # a later start can have less memory and a smaller context; systemd never retries after 78
+                self._lose_model(event.error)
             return
         self.instruction_id, self.instruction, self.adapter = event.instruction_id, event.text, event.adapter
         if sender is not None:
             self._reply(sender, request, result={"instruction": self.instruction, "adapter": self.adapter})
         if not self.model_ready:
-            self.model_ready, self.model.reason, self.model.in_a_row = True, "", 0
+            self.model_ready, self.model.reason, self.model.starts_failed = True, "", 0
             slow = STALL_FACTOR * self.frame_s * 1e6 > self.watchdog.interval_us
             self.watchdog.allow(STALL_FACTOR * self.frame_s if slow else None)
 
@@ -317,6 +346,7 @@ class Supervisor:
             **common,
         )
         self.link.publish("actions", message)
+        self.model.delivered()
         self.actions, self.action_ns = self.actions + 1, now_ns
         self.trace.span(f"frame {p.frame_id} out", "supervisor", start_ns, time.monotonic_ns())
 
@@ -366,8 +396,8 @@ class Supervisor:
             self._reply(sender, request, error=f"the model process was lost ({reason}); all stays as it was before")
         self.asking.clear()
         self.instructing.clear()
-        if self.model.in_a_row > MAX_CONSECUTIVE_FAILURES:
-            raise Shutdown(1, f"model: {reason}; it failed {self.model.in_a_row} times in a row")
+        if self.model.starts_failed > MAX_CONSECUTIVE_FAILURES:
+            raise Shutdown(1, f"model: {reason}; it failed {self.model.starts_failed} times in a row")
 
     # -- the camera's events ------------------------------------------------------------------------------------------
 
@@ -383,7 +413,7 @@ class Supervisor:
                 return
             self.camera.heard_ns = time.monotonic_ns()
             if isinstance(event, CameraOpened):
-                self.camera_open, self.camera.reason, self.camera.in_a_row = True, "", 0
+                self.camera_open, self.camera.reason = True, ""
                 rate = f" at {event.fps:g} fps" if event.fps else ""
                 log(f"camera {self.config.camera.name}: {event.description}, {event.width}x{event.height}{rate}")
             elif isinstance(event, CameraEnded):
@@ -416,9 +446,11 @@ class Supervisor:
         now_ns, watch = time.monotonic_ns(), self.config.watchdog
         if (seq := self.slot.latest_seq) != self.latest_seq:
             self.latest_seq, self.frame_ns, self.camera.heard_ns = seq, now_ns, now_ns
+            self.camera.delivered()
             if self.camera_open:
                 self.camera.reason = ""  # one unreadable frame among good ones is counted, and no more
         for child in (self.camera, self.model):
+            child.reap()
             if child.worker is None and now_ns >= child.due_ns and not (child is self.camera and self.camera_ended):
                 self._start_model() if child is self.model else child.start()
         model_s = max(watch.model_stall_s, STALL_FACTOR * self.frame_s) if self.model_ready else watch.model_load_s
@@ -451,11 +483,11 @@ class Supervisor:
         if not self.ready:
             return "starting", self.model.reason or self.camera.reason
         if self.model.worker is None or not self.model_ready:
-            return ("stalled" if "stalled" in self.model.reason else "fault"), self.model.reason or "model: starting"
+            return ("stalled" if "stalled" in self.model.reason else "fault"), self.model.why() or "model: starting"
         if self.paused:
             return "paused", "by control"
         if not self.camera_open or (self.camera.reason and now_ns - self.frame_ns > NS_PER_S):
-            return "no-frames", self.camera.reason
+            return "no-frames", self.camera.why()
         slow_ns = 2 * NS_PER_S / self.config.camera.fps if self.config.camera.fps else 0
         if self.config.camera.realtime and now_ns - self.frame_ns > max(stall_ns, slow_ns):
             return "no-frames", f"camera: no frame for {(now_ns - self.frame_ns) / NS_PER_S:.0f} s"
@@ -568,15 +600,15 @@ class Supervisor:
             elif len(self.asking) + len(self.instructing) >= MAX_PENDING_REQUESTS:
                 self._reply(sender, request.id, error=f"{MAX_PENDING_REQUESTS} requests are waiting already; try again")
             elif request.op != "ask":
-                self.instructing[self.next_instruction_id] = (sender, request.id)
                 change = {"text" if request.op == "instruct" else "adapter": text}
-                self._command(sender, request.id, SetInstruction(instruction_id=self.next_instruction_id, **change))
-                self.next_instruction_id += 1
+                command = SetInstruction(instruction_id=self.next_instruction_id, **change)
+                if self._command(sender, request.id, command):
+                    self.instructing[self.next_instruction_id] = (sender, request.id)
+                    self.next_instruction_id += 1
             elif request.id in self.asking:
                 self._reply(sender, request.id, error="id: another controller is asking under it; choose a random one")
-            else:
+            elif self._command(sender, request.id, AskQuestion(request.id, text)):
                 self.asking[request.id] = (sender, request.id, [], time.monotonic_ns())
-                self._command(sender, request.id, AskQuestion(request.id, text))
         elif request.op == "vehicle_state":
             if error := check_vehicle_state(request.values, self.action_space):
                 self._reply(sender, request.id, error=error)
@@ -593,9 +625,12 @@ class Supervisor:
                 worker.send(encode(SetPaused(self.paused)))
             self._reply(sender, request.id, result={"paused": self.paused})
 
-    def _command(self, sender: list[bytes], request: str, command: ModelCommand) -> None:
-        if not self.model.worker.send(encode(command)):
+    def _command(self, sender: list[bytes], request: str, command: ModelCommand) -> bool:
+        """Whether the command was sent. If not, the controller has been told so, and nothing may be left waiting."""
+        sent = self.model.worker.send(encode(command))
+        if not sent:
             self._reply(sender, request, error="the model process takes no commands now; try again")
+        return sent
 
     def _reply(self, sender: list[bytes], request: str, result: dict | None = None, error: str = "") -> None:
         payload = encode(Reply(v=PROTOCOL_VERSION, id=request, ok=not error, error=error, result=result or {}))

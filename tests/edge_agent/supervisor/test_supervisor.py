@@ -75,7 +75,7 @@ def test_ids_and_times_come_out_as_they_went_in(toy_bundle, runtime):
         ({"stop_reason": "late"}, "late"),
         ({"stop_reason": "not-finite"}, "not-finite"),
         ({"instruction_id": 99}, "stale-instruction"),
-        ({"future": True}, "clock"),
+        ({"future": True}, "future-timestamp"),
     ],
 )
 def test_what_is_no_action_is_refused_with_its_reason(toy_bundle, runtime, fake, reason):
@@ -197,7 +197,7 @@ def test_instruct_and_ask(toy_bundle, runtime):
         assert next(client.actions()).instruction == "Go to the red disc."
         with pytest.raises(RequestRefused, match="too long"):
             client.instruct("refuse this")
-        assert client.stats()["task"] == "Go to the red disc."
+        assert client.stats()["instruction"] == "Go to the red disc."
         for text in ("", " ", "x" * 2001):
             with pytest.raises(RequestRefused, match="1 to 2000"):
                 client.instruct(text)
@@ -243,7 +243,7 @@ def test_what_a_controller_says_of_its_vehicle_reaches_the_model_newest_first(to
         client.instruct("Climb.")
         for n in range(300):  # more than the replies that are remembered
             client.vehicle_state(altitude_m=n)
-        assert client.request("instruct", "Climb.", 5.0, request_id="same")["task"] == "Climb."
+        assert client.request("instruct", "Climb.", 5.0, request_id="same")["instruction"] == "Climb."
 
 
 def test_without_state_in_the_space_none_is_taken(toy_bundle, runtime):
