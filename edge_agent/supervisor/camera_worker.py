@@ -11,7 +11,7 @@ from collections.abc import Callable
 import msgspec
 
 from edge_agent.config import CameraConfig
-from edge_agent.ipc.events import CameraEnded, CameraEvent, CameraFault, CameraOpened, decode_camera_event
+from edge_agent.ipc.events import CameraEnded, CameraEvent, CameraOpened, decode_camera_event
 from edge_agent.ipc.frame_slot import Slot
 from edge_agent.ipc.worker import Worker
 from edge_agent.supervisor.log import log_line
@@ -72,7 +72,7 @@ class CameraWorker(ManagedWorker):
         elif isinstance(event, CameraEnded):
             self.readiness = Readiness.ENDED
             self.reason = Reason("camera", ReasonKind.ENDED, "the source has ended")
-        elif isinstance(event, CameraFault):
+        else:
             self.reason = Reason("camera", ReasonKind.SOURCE, event.reason, event.detail)
             self.record_fault(self.reason)
 

@@ -72,6 +72,14 @@ def test_a_camera_that_was_opened_waits_for_a_model_that_loads_longer(running):
     assert running.state == ("starting", "model: starting")
 
 
+def test_a_frame_before_the_camera_is_reported_open_does_not_make_it_ready(running):
+    running.push_frame()
+    running.turn()
+    assert running.supervisor.camera.readiness is Readiness.STARTING
+    assert running.supervisor.camera.last_frame_ns == running.clock()
+    assert running.state[0] == "starting"
+
+
 # -- after READY ------------------------------------------------------------------------------------------------------
 
 
@@ -129,6 +137,19 @@ def test_a_camera_process_that_dies_is_started_again_after_growing_pauses(runnin
         running.open_camera()
         turn_with_model(running, 0.0)
     assert pauses_s == pytest.approx([0.2, 0.4, 0.8, 1.6], abs=0.051)
+
+
+def test_after_a_good_period_the_pause_is_short_again(running):
+    running.make_ready()
+    for _ in range(3):
+        for _ in range(11):
+            running.push_frame()
+            turn_with_model(running, 1.0)
+        running.camera.exit_status = -11
+        turn_with_model(running, 0.0)
+        turn_with_model(running, 0.21)
+        assert running.camera is not None
+        running.open_camera()
 
 
 def test_garbage_costs_the_camera_process(running):

@@ -130,8 +130,10 @@ def test_an_endpoint_that_cannot_be_bound_is_one_line(folder):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert f"ipc://{folder}/text: cannot be bound" in done.stdout and done.stdout.count("\n") == 1
+    with pytest.raises(EndpointError, match="cannot be bound"):
+        Publisher(folder)
     (folder / "text").rmdir()
-    Publisher(folder).close()
+    Publisher(folder).close()  # the lock was released
 
 
 # -- private ----------------------------------------------------------------------------------------------------------
