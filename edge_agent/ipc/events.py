@@ -7,7 +7,7 @@ from typing import Literal
 import msgspec
 
 from edge_agent.wire.codec import make_decoder
-from edge_agent.wire.messages import CaptureClock, Lane, StageTimes
+from edge_agent.wire.messages import CaptureClock, Lane, StageTimes, TextStopReason
 
 # Between the processes: camera and model -> supervisor.
 
@@ -93,7 +93,7 @@ class TextDelta(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag
     text: str
     request: str = ""
     final: bool = False
-    stop_reason: str = ""
+    stop_reason: TextStopReason = ""
 
 
 class TraceSpan(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="span"):

@@ -61,6 +61,7 @@ from edge_agent.wire.messages import (
     Refusal,
     Status,
     TextMessage,
+    TextStopReason,
     WorkerStatus,
 )
 
@@ -345,7 +346,9 @@ class Supervisor:
             result = {"text": "".join(pieces)[:12_000], "frame_id": piece.frame_id, "stop_reason": piece.stop_reason}
             self._reply(sender, request, result=result)
 
-    def _words(self, lane: Lane, frame_id: int, text: str, request: str, final: bool, stop_reason: str) -> None:
+    def _words(
+        self, lane: Lane, frame_id: int, text: str, request: str, final: bool, stop_reason: TextStopReason
+    ) -> None:
         header = self._header("text", time.monotonic_ns())
         self.link.publish(
             "text",
@@ -360,7 +363,7 @@ class Supervisor:
         self.model_ready = False
         self.watchdog.allow(self.config.watchdog.model_load_s)
         for key, (sender, request, _, _) in list(self.asking.items()):
-            self._words("answer", 0, "", key, True, "restart")
+            self._words("answer", 0, "", key, True, "model-restart")
             self._reply(sender, request, error=f"the model process was lost ({reason}); ask again")
         for sender, request in self.instructing.values():
             self._reply(sender, request, error=f"the model process was lost ({reason}); all stays as it was before")
