@@ -24,7 +24,7 @@ def check_vehicle_state(values: Mapping[str, StateValue], space: ActionSpace) ->
         if isinstance(value, str):
             if not _WORD.fullmatch(value):
                 return (
-                    f"values.{key}: expected a number, a bool, or a word of 1 to 32 characters from a-z, 0-9, _ and -; "
+                    f"values.{key}: expected a number, a bool or a word of 1 to 32 characters (a-z, 0-9, _ and -); "
                     f"found {value[:40]!r}"
                 )
         elif not abs(value) <= MAX_STATE_NUMBER:  # true for NaN as well

@@ -251,7 +251,7 @@ def test_without_state_in_the_space_none_is_taken(toy_bundle, runtime):
         rig.Pusher(f"ipc://{runtime}/frames"),
         rig.daemon(runtime, config(toy_bundle, runtime), fake={}) as running,
         running.client() as client,
-        pytest.raises(RequestRefused, match="this action space has no state"),
+        pytest.raises(RequestRefused, match="this action space has no vehicle_state"),
     ):
         client.vehicle_state(altitude_m=3.5)
 
