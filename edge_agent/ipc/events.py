@@ -7,7 +7,7 @@ from typing import Literal
 import msgspec
 
 from edge_agent.wire.codec import make_decoder
-from edge_agent.wire.messages import CaptureClock, Lane, StageTimes
+from edge_agent.wire.messages import CaptureClock, Lane, StageTimes, TextStopReason
 
 # -- camera process -> supervisor -------------------------------------------------------------------------------------
 
@@ -102,7 +102,7 @@ class TextDelta(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag
     text: str
     request: str = ""  # of AskQuestion, if the text answers a question
     final: bool = False  # the last piece of this text
-    stop_reason: str = ""
+    stop_reason: TextStopReason = ""
 
 
 class TraceSpan(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="span"):

@@ -67,7 +67,7 @@ class ModelLoop:
             self._answer(glance)
             self.idle_since = time.monotonic()
         if self.questions and engine.sentence is not None and engine.sentence.lane == "describe":
-            engine.end("asked")  # somebody waits for an answer; nobody waits for a description
+            engine.end("new-question")  # somebody waits for an answer; nobody waits for a description
         if engine.sentence is None:
             self._begin()
         if engine.sentence is not None:

@@ -53,6 +53,7 @@ class Rig:
     def close(self) -> None:
         if self.worker.exit_status is None:
             self.worker.kill()
+            self.worker.process.wait()
         self.slot.close()
 
     def send(self, command: object) -> None:
@@ -371,10 +372,10 @@ def test_a_description_gives_way_to_a_question(start):
     process.publish(1)
     process.wait(TextDelta, lane="describe")
     process.send(AskQuestion("q", "What is it?"))
-    assert process.wait(TextDelta, lane="describe", final=True).stop_reason == "asked"
+    assert process.wait(TextDelta, lane="describe", final=True).stop_reason == "new-question"
     process.wait(TextDelta, request="q")
     process.send(SetInstruction(instruction_id=1, text="Land."))
-    assert process.wait(TextDelta, request="q", final=True).stop_reason == "instruct"
+    assert process.wait(TextDelta, request="q", final=True).stop_reason == "new-instruction"
     process.wait(InstructionApplied, instruction_id=1)
 
 

@@ -332,7 +332,7 @@ def test_what_waits_for_a_lost_model_is_answered(running):
     assert "killed by SIGABRT" in errors[asked] and "ask again" in errors[asked]
     assert "the instruction and the adapter before stay in force" in errors[instructed]
     last = running.publisher.stream("text")[-1]
-    assert (last.request, last.lane, last.final, last.stop_reason) == (asked, "answer", True, "restart")
+    assert (last.request, last.lane, last.final, last.stop_reason) == (asked, "answer", True, "model-restart")
     for op in ("ask", "instruct"):
         assert "the model is not ready (model: killed by SIGABRT); try again" in request(running, op, "what?").error
 
@@ -370,7 +370,8 @@ def test_vehicle_state_is_written_beside_the_frames_with_its_time(tmp_path):
 
 
 def test_an_action_space_without_vehicle_state_takes_none(running):
-    assert not request(running, "vehicle_state", values={"altitude_m": 3.5}).ok
+    error = request(running, "vehicle_state", values={"altitude_m": 3.5}).error
+    assert "this action space has no vehicle_state" in error
 
 
 def test_stats_are_the_counters_and_the_state(running):
