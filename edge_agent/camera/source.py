@@ -84,7 +84,7 @@ def sleep_until(due_ns: int) -> None:
 
 def wait_for_reader(slot: Slot) -> int:
     """Wait until the model asks for another frame; returns that time, which stands for a file's time of capture."""
-    while not slot.wanted():
+    while not slot.reader_is_idle():
         time.sleep(0.001)
     return time.monotonic_ns()
 

@@ -93,6 +93,7 @@ class Engine:
         manifest = model_bundle.manifest
         self.special = manifest.model.special
         self.action_space, self.emit, self.config = space, emit, config
+        self.trace = False  # whether span() emits
         if config.language.max_reasoning_tokens and "think" not in self.special:
             raise ConfigError("language.max_reasoning_tokens: expected 0 for a model without [THINK]")
         self.language = LlamaContext(
@@ -404,7 +405,7 @@ class Engine:
 
     def span(self, name: str, thread: str, start_ns: int, stop_ns: int | None = None) -> None:
         """For the timeline, if one is asked for: what was done from when to when, or to now."""
-        if self.config.trace:
+        if self.trace:
             stop_ns = time.monotonic_ns() if stop_ns is None else stop_ns
             self.emit(TraceSpan(name=name, thread=thread, start_ns=start_ns, stop_ns=stop_ns))
 

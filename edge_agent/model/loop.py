@@ -151,7 +151,7 @@ class ModelLoop:
         """What the controller last said of its vehicle, in the words of the action space."""
         if self.engine.action_space.vehicle_state is None:
             return ""
-        facts = _decode_vehicle_state(self.slot.read_note() or encode({}))
+        facts = _decode_vehicle_state(self.slot.read_vehicle_state() or encode({}))
         return render_vehicle_state(self.engine.action_space, facts, now_ns)
 
     def _begin(self) -> None:

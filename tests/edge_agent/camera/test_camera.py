@@ -77,13 +77,13 @@ class Rig:
         """The newest frame not seen yet, or None; its image is a copy, checked to be whole."""
         end_s = time.monotonic() + time_s
         while (left_s := end_s - time.monotonic()) > 0:
-            frame = self.slot.newest(self.seq)
+            frame = self.slot.take_newest(self.seq)
             if frame is None:
                 self.slot.wait(left_s)
                 continue
             self.seq = frame.seq
             frame = frame._replace(image=frame.image.copy())
-            if self.slot.still_valid(frame):
+            if self.slot.was_not_overwritten(frame):
                 return frame
         return None
 
@@ -159,7 +159,7 @@ def test_every_frame_of_a_video_arrives_once(rig, tmp_path):
     assert [f.seq for f in frames] == [f.frame_id for f in frames] == list(range(1, 31))
     opened = one.event()
     assert opened == CameraOpened(160, 120, 30.0, f"video {one.config.source}")
-    assert one.slot.newest(one.seq) is None  # done with the last one
+    assert one.slot.take_newest(one.seq) is None  # done with the last one
     assert one.event() == CameraEnded() and one.process.wait(5) == 0
     assert all(a.t_capture_ns < b.t_capture_ns for a, b in itertools.pairwise(frames))
     assert frames[-1].t_capture_ns < time.monotonic_ns() and {f.capture_clock for f in frames} == {"arrival"}

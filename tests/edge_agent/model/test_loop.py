@@ -301,7 +301,7 @@ def test_state_is_read_from_the_slot_when_the_frame_is_answered(toy_bundle, tmp_
         loop.instruction_id = 0
         for n, altitude in enumerate((None, 3.25, None)):
             if altitude is not None:
-                slot.write_note(encode({"altitude_m": (altitude, time.monotonic_ns())}))
+                slot.write_vehicle_state(encode({"altitude_m": (altitude, time.monotonic_ns())}))
             else:
                 time.sleep(0.25)
             slot.write(120, 160)[:] = 5
