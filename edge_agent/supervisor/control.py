@@ -27,7 +27,7 @@ from edge_agent.supervisor.publisher import Publisher, Sender
 from edge_agent.supervisor.status import StatusReporter
 from edge_agent.wire.codec import encode
 from edge_agent.wire.control import Operation, Reply, Request, StateValue, decode_request
-from edge_agent.wire.messages import PROTOCOL_VERSION, TextMessage
+from edge_agent.wire.messages import PROTOCOL_VERSION, TextMessage, TextStopReason
 
 MAX_ID_CHARS = 64
 MAX_TEXT_CHARS = 2000  # of an instruction or a question
@@ -276,7 +276,7 @@ class Control:
             if self.clock() - pending.started_ns > ASK_TIMEOUT_S * NS_PER_S:
                 self._abandon(number, "late", f"no answer in {ASK_TIMEOUT_S:g} s ({why})")
 
-    def _abandon(self, number: str, stop_reason: str, error: str) -> None:
+    def _abandon(self, number: str, stop_reason: TextStopReason, error: str) -> None:
         """End the text of a question, and refuse its request."""
         pending = self._questions.pop(number)
         self.publisher.send(
