@@ -19,7 +19,7 @@ import msgspec
 
 from edge_agent.bundle.manifest import Manifest
 from edge_agent.config import CameraConfig, Config, load_config
-from edge_agent.errors import BundleError, ConfigError
+from edge_agent.errors import BundleError, ConfigError, UserError
 from edge_agent.strict_yaml import convert
 from edge_agent.wire.endpoints import runtime_dir
 
@@ -39,8 +39,8 @@ def main() -> None:
     arguments = _parser().parse_args()
     try:
         sys.exit(arguments.run(arguments))
-    except (ConfigError, BundleError) as error:
-        _fail(str(error), os.EX_CONFIG)
+    except UserError as error:
+        _fail(str(error), error.exit_status)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
