@@ -77,7 +77,7 @@ def parse_yaml(text: str, file: str) -> object:
 
 
 def convert(value: object, kind: type[T], file: str, path: str = "") -> T:
-    """Plain values -> `kind`. Raises ConfigError. `path`: where in the file the value stands; "" is the top level."""
+    """Plain values -> `kind`. Raises ConfigError. `path`: place of the value in the file; "" is the top level."""
     if value is None:
         raise ConfigError(f"{file}: {path or 'top level'}: empty; expected keys {_key_list(kind)}")
     try:

@@ -52,7 +52,7 @@ ORDER: dict[str, list[str]] = {
     "actions": ["space", "prompt", "grammar", "action_tokens", "vehicle_state", "envelope"],
     "bundle": ["files", "file_check", "signing", "manifest", "verify", "lora_check", "memory_plan"],
     "ipc": ["backoff", "frame_slot", "events", "worker"],
-    "camera": ["__init__", "source", "v4l2", "gstreamer", "files", "pushed", "process", "__main__"],
+    "camera": ["__init__", "clock", "source", "v4l2", "gstreamer", "files", "pushed", "process", "__main__"],
     "model": [
         "preprocess", "token_budget", "vision_encoder", "llama", "constrained", "engine", "frame_encoder", "loop",
         "__main__",

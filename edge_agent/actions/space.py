@@ -74,7 +74,7 @@ class VehicleStateField(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
 class VehicleStatePrompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The text that tells the model the vehicle state, and the values that the text shows."""
 
-    text: Annotated[str, Meta(min_length=1, max_length=500)]  # stands before "Action?"; {key} becomes the value
+    text: Annotated[str, Meta(min_length=1, max_length=500)]  # before "Action?" in the prompt; {key} becomes the value
     values: Annotated[dict[Annotated[str, _NAME], VehicleStateField], Meta(min_length=1, max_length=64)]
 
 

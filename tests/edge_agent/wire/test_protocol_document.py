@@ -8,9 +8,31 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import msgspec
 import pytest
 
+from edge_agent.actions.space import MAX_VALID_FOR_MS
+from edge_agent.actions.vehicle_state import MAX_STATE_NUMBER
+from edge_agent.client.client import MAX_AHEAD_NS, MAX_VALID_NS
+from edge_agent.ipc.frame_slot import MAX_IMAGE_BYTES
+from edge_agent.supervisor import control as control_of_supervisor
+from edge_agent.supervisor.control import MAX_PENDING_REQUESTS, MAX_TEXT_CHARS, OPERATIONS
+from edge_agent.supervisor.process import MAX_DETAIL_CHARS
+from edge_agent.supervisor.publisher import PUBLISH_HWM
+from edge_agent.supervisor.status import MAX_REASON_CHARS, STATUS_INTERVAL_NS
 from edge_agent.wire import control, messages, pushed_frame, streams
-from edge_agent.wire.messages import NS_PER_MS, Action, Header, Refusal, StageTimes, Status, TextMessage, WorkerStatus
+from edge_agent.wire.messages import (
+    MAX_MESSAGE_BYTES,
+    NS_PER_MS,
+    PROTOCOL_VERSION,
+    Action,
+    Header,
+    Refusal,
+    StageTimes,
+    Status,
+    TextMessage,
+    WorkerStatus,
+)
 from tests.harness import ROOT
+
+TEXT = (ROOT / "PROTOCOL.md").read_text(encoding="utf-8")
 
 TABLES: dict[str, type[msgspec.Struct]] = {
     "Header": Header,
@@ -53,7 +75,7 @@ def read_sections() -> dict[str, list[list[str]]]:
     """Heading -> the rows of the table below it, without its head. The rows above the first heading have the key ""."""
     sections: dict[str, list[list[str]]] = {}
     heading = ""
-    for line in (ROOT / "PROTOCOL.md").read_text(encoding="utf-8").splitlines():
+    for line in TEXT.splitlines():
         if line.startswith("#") and not line.startswith("# "):
             heading = line.lstrip("#").strip()
         elif line.startswith("|"):
@@ -134,9 +156,8 @@ def test_a_field_with_a_list_of_values_names_the_list_or_the_values(name):
 
 
 def test_the_kinds_are_those_of_the_structs():
-    text = (ROOT / "PROTOCOL.md").read_text(encoding="utf-8")
     for name in ("Action", "Refusal", "Text", "Status"):
-        section = text.split(f"\n### {name}\n")[1].split("\n### ")[0]
+        section = TEXT.split(f"\n### {name}\n")[1].split("\n### ")[0]
         assert f'`kind` is `"{TABLES[name].__struct_config__.tag}"`' in section
 
 
@@ -151,12 +172,36 @@ def test_the_table_of_endpoints_is_that_of_the_streams():
     assert (binds, connects, topic) == ("PULL", "PUSH", f"`{pushed_frame.TOPIC.decode()}`")
 
 
-def test_the_limits_are_those_of_the_code():
-    from edge_agent.actions.space import MAX_VALID_FOR_MS
-    from edge_agent.actions.vehicle_state import MAX_STATE_NUMBER
+def test_the_operations_are_those_of_the_supervisor():
+    for name, text, _, _, comes, again in SECTIONS["Operations"]:
+        rule = OPERATIONS[name.strip("`")]
+        assert (f"1 to {MAX_TEXT_CHARS} characters" in text) == rule.needs_text
+        assert comes.startswith("when " if rule.answered_later else "at once")
+        assert again == ("carried out again" if rule.idempotent else "the same reply")
+    limited = ", ".join(f"`{name}`" for name, rule in OPERATIONS.items() if rule.answered_later)
+    limited = " and ".join(limited.rsplit(", ", 1))
+    assert f"At most {MAX_PENDING_REQUESTS} requests {limited} can be in progress" in TEXT
 
-    text = (ROOT / "PROTOCOL.md").read_text(encoding="utf-8")
-    assert f"at most {messages.MAX_MESSAGE_BYTES:_} bytes".replace("_", " ") in text
-    assert f"| 1 to {MAX_VALID_FOR_MS} |" in text and NS_PER_MS == 10**6
-    assert MAX_STATE_NUMBER == 1e9 and "number within ±10⁹" in text
-    assert messages.PROTOCOL_VERSION == 1 and text.startswith("# The wire protocol, version 1\n")
+
+def test_the_limits_are_those_of_the_code():
+    for part in [
+        f"A message has at most {65_536:_} bytes".replace("_", " "),
+        f"| {PROTOCOL_VERSION} |",
+        f"| 1 to {MAX_VALID_FOR_MS} |",
+        "number within ±10⁹",
+        f"`id` | str | – | yes | 1 to {control_of_supervisor.MAX_ID_CHARS} characters",
+        f"at most {control_of_supervisor.MAX_ANSWER_CHARS:_} characters".replace("_", " "),
+        f"one line of at most {control_of_supervisor.MAX_ERROR_CHARS} characters",
+        f"the last {control_of_supervisor.MAX_REMEMBERED_REPLIES} replies",
+        f"an error after {control_of_supervisor.ASK_TIMEOUT_S:g} s",
+        f"for people; at most {MAX_DETAIL_CHARS} characters",
+        f"is not `running`; at most {MAX_REASON_CHARS} characters",
+        f"(8 messages; {PUBLISH_HWM['text']} on text)",
+        f"more than\n   {MAX_AHEAD_NS // NS_PER_MS} ms in the future",
+        f"`t_pub_ns` > {MAX_VALID_NS // 10**9} s",
+        f"{MAX_IMAGE_BYTES // 3:_} (7680 × 4320)".replace("_", " "),
+    ]:
+        assert part in TEXT, part
+    assert MAX_MESSAGE_BYTES == 65_536 and MAX_STATE_NUMBER == 1e9 and STATUS_INTERVAL_NS == 10**9 // 5
+    assert PUBLISH_HWM["actions"] == PUBLISH_HWM["status"] == 8
+    assert TEXT.startswith(f"# The wire protocol, version {PROTOCOL_VERSION}\n")
