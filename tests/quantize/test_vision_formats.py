@@ -16,12 +16,14 @@ from edge_agent.bundle.manifest import MMPROJ, REPORT, VISION
 from edge_agent.bundle.verify import verify_bundle
 from edge_agent.model.preprocess import Preprocessor, image_grid
 from edge_agent.model.vision_encoder import OnnxEncoder
-from quantize.build import VisionFormat, build
+from quantize.build import build
 from quantize.build_folder import BuildError
+from quantize.formats.build_plan import VisionFormat
+from quantize.progress import SILENT
 from quantize.source.checkpoint import read_checkpoint
+from quantize.standard_recipes import plan_bundle
 from quantize.validate import MIN_COSINE
 from tests.harness import toy
-from tests.harness.case import silent
 from tests.harness.gguf_reading import values
 from tests.harness.quantize_cli import refused
 
@@ -32,11 +34,11 @@ def made(toy_small: Path, tmp_path_factory: pytest.TempPathFactory):
     known: dict[VisionFormat, Path] = {}
 
     def make(*arguments: object) -> tuple[Path, dict]:
-        eyes = VisionFormat(*arguments)
-        if eyes not in known:
-            known[eyes] = tmp_path_factory.mktemp("eyes") / "bundle"
-            build(read_checkpoint(toy_small), known[eyes], "Q4_0", False, silent, eyes=eyes)
-        return known[eyes], json.loads((known[eyes] / REPORT).read_text())
+        vision = VisionFormat(*arguments)
+        if vision not in known:
+            known[vision] = tmp_path_factory.mktemp("vision") / "bundle"
+            build(plan_bundle(read_checkpoint(toy_small), "Q4_0", vision=vision), known[vision], SILENT)
+        return known[vision], json.loads((known[vision] / REPORT).read_text())
 
     return make
 
@@ -52,7 +54,9 @@ def test_vision_onnx_in_other_types_sees_the_same(made, kind: str, least: float)
     plain, _ = made()
     folder, report = made(kind, "bf16")
     assert report["vision"] == {"vision.onnx": kind, "mmproj.gguf": "bf16"}
-    assert report["tried"]["vision_min_cosine"] >= least - 1e-4 and report["tried"]["mmproj_min_cosine"] >= 0.999
+    assert (
+        report["validation"]["vision_min_cosine"] >= least - 1e-4 and report["validation"]["mmproj_min_cosine"] >= 0.999
+    )
     image = toy.toy_image(112, 140, 3)
     a, b = rows(plain, image), rows(folder, image)
     cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
@@ -95,7 +99,7 @@ def test_int8_is_symmetric_with_a_scale_for_each_channel(made, toy_small: Path):
 @pytest.mark.parametrize("kind", ["f16", "q8_0", "f32"])
 def test_mmproj_in_other_types_sees_the_same(made, kind: str):
     folder, report = made("bf16", kind)
-    assert report["tried"]["mmproj_min_cosine"] >= MIN_COSINE[kind]
+    assert report["validation"]["mmproj_min_cosine"] >= MIN_COSINE[kind]
     types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(folder / MMPROJ).tensors}
     assert types["v.blk.0.ffn_up.weight"] == kind.upper()
     assert types["v.patch_embd.weight"] == ("F32" if kind == "f32" else "F16")
@@ -112,7 +116,7 @@ def test_a_fixed_size_is_the_only_one(made):
         assert image_grid(height, width, 1024, opened.manifest.vision) == (3, 5)
     image = toy.toy_image(84, 140, 3)
     np.testing.assert_allclose(rows(folder, image), rows(made()[0], image), atol=1e-4)
-    assert report["tried"]["mmproj_min_cosine"] >= 0.999
+    assert report["validation"]["mmproj_min_cosine"] >= 0.999
     with pytest.raises(Exception, match="84"):
         session.run(None, {"pixel_values": np.zeros((1, 3, 112, 140), np.float32)})
 
@@ -135,7 +139,8 @@ def test_an_encoder_that_lost_too_much_is_not_built(toy_small: Path, tmp_path: P
 
     monkeypatch.setattr("quantize.formats.vision_onnx._scales", lambda rows: np.abs(rows).max(1) / np.float32(3))
     with pytest.raises(BuildError, match=r"vision at int8: cosine 0\.\d+ with the reference, expected 0\.98"):
-        build(read_checkpoint(toy_small), tmp_path / "out", "Q4_0", False, silent, eyes=VisionFormat("int8"))
+        plan = plan_bundle(read_checkpoint(toy_small), "Q4_0", vision=VisionFormat("int8"))
+        build(plan, tmp_path / "out", SILENT)
     assert not any(tmp_path.iterdir())
 
 

@@ -83,10 +83,12 @@ def test_values_come_scaled_and_in_whole_units(source: str, block_bytes: int, re
     monkeypatch.setattr(checkpoint, "BLOCK_BYTES", block_bytes)
     folder = request.getfixturevalue(source)
     found = checkpoint.read_checkpoint(folder)
-    rows = [row for row in [*found.text_rows, *found.vision_rows] if "embed" not in row.hf and "lm_head" not in row.hf]
+    rows = [
+        row for row in [*found.text_tensors, *found.vision_tensors] if "embed" not in row.hf and "lm_head" not in row.hf
+    ]
     for row in rows if block_bytes > 5000 else rows[:12]:
         unit = found.shape(row)[0] // found.dims[row.rope] if row.rope else 1
-        blocks = list(found.float_blocks(row, unit))
+        blocks = list(found.dequantised_blocks(row, unit))
         assert all(block.dtype == np.float32 and len(block) % unit == 0 for block in blocks)
         largest = max(block.nbytes for block in blocks)
         assert largest <= max(block_bytes, 4 * unit * math.prod(found.shape(row)[1:]))
@@ -99,8 +101,8 @@ def test_a_folder_of_links_as_in_a_download_cache(toy_bf16: Path, tmp_path: Path
     for file in toy_bf16.iterdir():
         (tmp_path / file.name).symlink_to(file)
     plain, linked = checkpoint.read_checkpoint(toy_bf16), checkpoint.read_checkpoint(tmp_path)
-    row = plain.text_rows[0]
-    np.testing.assert_array_equal(linked.rows(row, 5, 9), plain.rows(row, 5, 9))
+    row = plain.text_tensors[0]
+    np.testing.assert_array_equal(linked.read_rows(row, 5, 9), plain.read_rows(row, 5, 9))
 
 
 @pytest.mark.parametrize(
