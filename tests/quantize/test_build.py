@@ -1,4 +1,4 @@
-"""Whole bundles: complete or not there at all, described truthfully, the same every time, in bounded memory."""
+"""Complete bundles: all or nothing, described correctly, and the same bytes from every build."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_the_quantised_model_is_the_converted_one_rounded(toy_bf16: Path, toy_bu
         assert np.linalg.norm(value - before[name]) <= 0.1 * np.linalg.norm(before[name]), name
 
 
-def test_the_manifest_tells_the_truth(toy_bf16: Path, tmp_path: Path):
+def test_the_manifest_describes_the_files(toy_bf16: Path, tmp_path: Path):
     folder = shutil.copytree(toy_bf16, tmp_path / "checkpoint")
     (folder / "README.md").write_text("---\nlibrary_name: vllm\nlicense: apache-2.0\n---\n# Card\n")
     (folder / "chat_template.jinja").write_text("{{ '[INST]' }}")
@@ -156,7 +156,7 @@ def test_the_manifest_comes_last_and_the_bundle_appears_at_once(toy_small: Path,
         ("hash source", KeyboardInterrupt),
     ],
 )
-def test_a_build_that_stops_keeps_what_was_there_and_leaves_only_what_can_be_gone_on_from(
+def test_a_stopped_build_keeps_the_old_bundle_and_leaves_only_resumable_files(
     toy_small: Path, build: Callable[..., Path], tmp_path: Path, stage: str, error: BaseException
 ):
     out = tmp_path / "bundle"
@@ -209,7 +209,7 @@ def test_force_replaces_only_what_this_tool_made(
     assert sorted(str(path) for path in tmp_path.rglob("*")) == before
 
 
-def test_a_file_system_that_cannot_exchange_two_folders(toy_small: Path, tmp_path: Path, monkeypatch):
+def test_replacing_on_a_file_system_without_rename_exchange(toy_small: Path, tmp_path: Path, monkeypatch):
     out = converted(toy_small, tmp_path / "full", "bf16")
 
     class Plain:
@@ -262,7 +262,7 @@ class Stopped(RecordedProgress):
         ("validate", 1.0, {manifest.LANGUAGE, manifest.MMPROJ, manifest.VISION}, set()),
     ],
 )
-def test_an_interrupted_build_goes_on_where_it_was(
+def test_an_interrupted_build_is_continued(
     toy_small: Path, tmp_path: Path, monkeypatch, stage: str, share: float, left: set[str], again: set[str]
 ):
     monkeypatch.setattr("quantize.build_folder.JOURNAL_INTERVAL_S", 0.0)
@@ -289,7 +289,7 @@ def test_an_interrupted_build_goes_on_where_it_was(
 
 
 @pytest.mark.parametrize("how", ["recipe", "checkpoint", "journal", "cut"])
-def test_what_is_left_of_other_work_is_not_used(toy_small: Path, tmp_path: Path, how: str):
+def test_files_of_other_work_are_not_used(toy_small: Path, tmp_path: Path, how: str):
     folder = shutil.copytree(toy_small, tmp_path / "toy")
     with pytest.raises(KeyboardInterrupt):
         built(folder, tmp_path / "out", progress=Stopped("mmproj"))
@@ -311,7 +311,7 @@ def test_what_is_left_of_other_work_is_not_used(toy_small: Path, tmp_path: Path,
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
-def test_a_failed_build_leaves_nothing_to_go_on_from(toy_small: Path, tmp_path: Path, monkeypatch):
+def test_a_failed_build_leaves_no_resumable_files(toy_small: Path, tmp_path: Path, monkeypatch):
     def broken(*_: object) -> None:
         raise BuildError("as if the files could not be used")
 
@@ -321,7 +321,7 @@ def test_a_failed_build_leaves_nothing_to_go_on_from(toy_small: Path, tmp_path: 
     assert not any(tmp_path.iterdir())
 
 
-def test_two_builds_of_one_target_do_not_meet(toy_small: Path, tmp_path: Path):
+def test_two_builds_of_one_target_exclude_each_other(toy_small: Path, tmp_path: Path):
     (tmp_path / ".full.part").mkdir()
     (tmp_path / ".full.part" / manifest.LANGUAGE).write_bytes(b"half")
     lock = os.open(tmp_path / ".full.part", os.O_RDONLY)  # as another edge-quantize holds it
@@ -334,7 +334,7 @@ def test_two_builds_of_one_target_do_not_meet(toy_small: Path, tmp_path: Path):
     assert os.listdir(tmp_path) == ["full"]
 
 
-def test_no_room_is_found_before_anything_is_written(toy_small: Path, tmp_path: Path, monkeypatch):
+def test_a_full_disk_is_reported_before_anything_is_written(toy_small: Path, tmp_path: Path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=33 << 20))
     for call in (
@@ -354,7 +354,7 @@ def plan_of(folder: Path, kind: str) -> BuildPlan:
 
 
 @pytest.mark.parametrize("kind", ["bf16", "f32", "bundle"])
-def test_the_room_asked_for_is_the_room_taken(toy_bf16: Path, tmp_path: Path, monkeypatch, kind: str):
+def test_the_required_disk_space_is_the_used_space(toy_bf16: Path, tmp_path: Path, monkeypatch, kind: str):
     """Not less: that would end in a full disk after an hour. The tokenizer is not counted, a toy's tenth."""
     taken = []
 
@@ -381,7 +381,7 @@ def test_the_room_asked_for_is_the_room_taken(toy_bf16: Path, tmp_path: Path, mo
 # -- what a build finds wrong -----------------------------------------------------------------------------------------
 
 
-def test_weights_that_are_not_numbers_never_become_a_bundle(toy_small: Path, tmp_path: Path):
+def test_nan_weights_never_become_a_bundle(toy_small: Path, tmp_path: Path):
     folder, out = tmp_path / "checkpoint", tmp_path / "out" / "bundle"
     shutil.copytree(toy_small, folder)
     out.parent.mkdir()
@@ -395,7 +395,7 @@ def test_weights_that_are_not_numbers_never_become_a_bundle(toy_small: Path, tmp
     assert not any(out.parent.iterdir())
 
 
-def test_rows_looked_up_in_the_wrong_place_never_become_a_bundle(toy_small: Path, tmp_path: Path, monkeypatch):
+def test_a_wrong_embedding_offset_never_becomes_a_bundle(toy_small: Path, tmp_path: Path, monkeypatch):
     """The same trial, with a table that says the embedding begins a row later than it does."""
     real = ggml_kernels.tensor_table
 

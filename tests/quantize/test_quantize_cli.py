@@ -86,7 +86,7 @@ def test_force_replaces_what_this_tool_made(toy_small: Path, run, tmp_path: Path
 
 @pytest.mark.parametrize("command", ["convert", "build"])
 @pytest.mark.parametrize("parent", ["missing", "a file"])
-def test_a_place_that_is_not_there(toy_small: Path, run, tmp_path: Path, command: str, parent: str):
+def test_a_missing_parent_folder_is_one_line(toy_small: Path, run, tmp_path: Path, command: str, parent: str):
     if parent == "a file":
         (tmp_path / "parent").write_text("x")
     refused(run(command, toy_small, tmp_path / "parent" / "out"), ("parent: no such folder", "make it first"))
@@ -113,14 +113,14 @@ def small_disk(tmp_path: Path):
 
 
 @pytest.mark.parametrize("command", ["convert", "build"])
-def test_too_little_room_is_said_before_the_work(toy_small: Path, run, small_disk, command: str):
+def test_too_little_disk_space_is_reported_before_the_work(toy_small: Path, run, small_disk, command: str):
     disk = small_disk(8 << 20)
     refused(run(command, toy_small, disk / "out"), ("~/disk", "GB needed", "0.01 GB free", "make room"))
     assert not any(disk.iterdir())
 
 
 @pytest.mark.parametrize("name", [LANGUAGE, MMPROJ, VISION])
-def test_a_disk_that_fills_up_meanwhile_is_one_line_and_no_file(
+def test_a_disk_that_fills_during_the_build_is_one_line_and_no_file(
     toy_small: Path, build, run, small_disk, name: str, monkeypatch
 ):
     """Another program writes as well: there was room when the build began."""
@@ -171,7 +171,7 @@ def stop_at(stage: str, how: int, folder: Path, out: Path) -> subprocess.Popen:
     ("stage", "how"),
     [("language", signal.SIGINT), ("language", signal.SIGTERM), ("validate", signal.SIGTERM)],
 )
-def test_an_interrupted_build_leaves_nothing_or_what_it_can_go_on_from(
+def test_an_interrupted_build_leaves_nothing_or_resumable_files(
     toy_bf16: Path, tmp_path: Path, edge_quantize, stage: str, how: signal.Signals
 ):
     process = stop_at(stage, how, toy_bf16, tmp_path / "out")
@@ -190,14 +190,14 @@ def test_an_interrupted_build_leaves_nothing_or_what_it_can_go_on_from(
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_a_closed_terminal_ends_a_build_like_an_interrupt(toy_bf16: Path, tmp_path: Path):
+def test_sighup_ends_a_build_like_an_interrupt(toy_bf16: Path, tmp_path: Path):
     """SSH that goes away sends SIGHUP, which by itself would end the process on the spot."""
     process = stop_at("language", signal.SIGHUP, toy_bf16, tmp_path / "out")
     assert process.returncode == 130 and "interrupted" in process.said[-1]
     assert not (tmp_path / "out").exists()
 
 
-def test_under_nohup_the_work_goes_on(toy_small: Path, tmp_path: Path):
+def test_under_nohup_sighup_is_ignored(toy_small: Path, tmp_path: Path):
     command = ["nohup", sys.executable, "-m", "quantize.cli", "convert", str(toy_small), str(tmp_path / "out")]
     process = subprocess.Popen(
         command,
@@ -237,7 +237,7 @@ def test_an_interrupt_that_arrives_inside_llama_cpp_is_not_lost(toy_small: Path,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_killed_build_leaves_only_hidden_things_and_the_next_one_works(toy_bf16: Path, tmp_path: Path, edge_quantize):
+def test_a_killed_build_leaves_only_hidden_files_and_the_next_one_works(toy_bf16: Path, tmp_path: Path, edge_quantize):
     out = tmp_path / "out"
     process = stop_at("language", signal.SIGKILL, toy_bf16, out)
     assert process.returncode == -signal.SIGKILL
@@ -289,7 +289,7 @@ def test_a_command_reads_the_tokenizer_once(command: str, toy_small: Path, run, 
     assert status == 0 and tokenizer_reads == ["tekken.json"]
 
 
-def test_inspect_for_people(run, toy_fp8: Path):
+def test_inspect_as_text(run, toy_fp8: Path):
     status, out, errors = run("inspect", toy_fp8)
     assert (status, errors) == (0, [])
     for words in (
@@ -335,7 +335,7 @@ def test_wrong_input_is_found_before_native_code_is_loaded(edge_quantize, toy_bf
     assert result.stdout == "\n" and "up_proj" in result.stderr
 
 
-def test_a_reader_that_goes_away_is_no_traceback(toy_bf16: Path):
+def test_a_closed_stdout_gives_no_traceback(toy_bf16: Path):
     command = [sys.executable, "-m", "quantize.cli", "inspect", str(toy_bf16)]
     process = subprocess.Popen(
         command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

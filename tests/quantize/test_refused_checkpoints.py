@@ -272,7 +272,7 @@ def test_a_damaged_checkpoint_is_one_line_and_no_file(source: str, damage, words
     assert not any(out.iterdir())
 
 
-def test_a_checkpoint_in_shards_needs_them_all(run, tmp_path: Path):
+def test_a_checkpoint_with_a_missing_shard_is_refused(run, tmp_path: Path):
     folder = toy.write_checkpoint(tmp_path / "toy", shards=3, vocab=2048)
     index, second = folder / "model.safetensors.index.json", "model-00002-of-00003.safetensors"
     sound = index.read_text()
@@ -301,7 +301,7 @@ def test_float16_that_cannot_hold_a_weight_is_one_line(toy_bf16: Path, run, tmp_
 
 
 @pytest.mark.parametrize("command", ["inspect", "convert", "build"])
-def test_a_folder_that_is_not_there(run, tmp_path: Path, command: str):
+def test_a_missing_checkpoint_folder_is_one_line(run, tmp_path: Path, command: str):
     out = () if command == "inspect" else (tmp_path / "out",)
     refused(run(command, tmp_path / "nothing", *out), ("nothing: no such folder", "expected a checkpoint"))
     assert not any(tmp_path.iterdir())

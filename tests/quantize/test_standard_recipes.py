@@ -143,7 +143,7 @@ def test_quantised_values_are_still_those_of_the_model(name: str, toy_small: Pat
         assert error <= most, tensor
 
 
-def test_recipes_are_those_of_the_issue():
+def test_recipes_have_llama_cpps_file_types():
     assert list(RECIPES) == ["Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_XS", "Q5_K_M", "Q6_K", "Q8_0", "BF16"]
     for name, number in RECIPES.items():
         assert gguf.LlamaFileType(number).name == f"MOSTLY_{name}"
@@ -156,7 +156,7 @@ def test_tensor_table_is_that_of_the_gguf_package(kind: str, toy_bf16: Path, toy
     assert [(t.name, t.ggml_type, t.offset, t.n_bytes) for t in ggml_kernels.tensor_table(path)] == expected
 
 
-def test_a_file_that_is_no_gguf_is_one_line(tmp_path: Path):
+def test_a_file_that_is_not_gguf_is_one_line(tmp_path: Path):
     path = tmp_path / "language.gguf"
     path.write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(ggml_kernels.NotGguf, match=r"^[^\n]*language\.gguf[^\n]*$"):

@@ -43,7 +43,7 @@ def validated(validation_request: ValidationRequest) -> subprocess.CompletedProc
     )
 
 
-def test_a_sound_bundle_passes_with_figures(validation_request):
+def test_a_valid_bundle_passes_with_figures(validation_request):
     done = validated(validation_request)
     assert done.returncode == 0, done.stderr
     figures = msgspec.json.decode(done.stdout)
@@ -51,13 +51,13 @@ def test_a_sound_bundle_passes_with_figures(validation_request):
     assert figures["embedding_rows_relative_difference"] <= 1e-3
 
 
-def test_encoders_that_disagree_do_not_pass(validation_request):
+def test_encoders_that_disagree_fail_validation(validation_request):
     validation_request.break_row = [-x for x in validation_request.break_row]
     done = validated(validation_request)
     assert done.returncode == 1 and b"mmproj at bf16: cosine" in done.stderr and done.stderr.count(b"\n") == 1
 
 
-def test_rows_looked_up_in_the_wrong_place_do_not_pass(validation_request):
+def test_a_wrong_embedding_offset_fails_validation(validation_request):
     embedding = msgspec.structs.replace(
         validation_request.model.embedding, offset=validation_request.model.embedding.offset + 210
     )
@@ -66,7 +66,7 @@ def test_rows_looked_up_in_the_wrong_place_do_not_pass(validation_request):
     assert done.returncode == 1 and b"embeddings read" in done.stderr
 
 
-def test_a_file_cut_short_does_not_pass(validation_request):
+def test_a_truncated_file_fails_validation(validation_request):
     path = Path(validation_request.folder) / "language.gguf"
     os.truncate(path, path.stat().st_size // 2)
     done = validated(validation_request)

@@ -50,7 +50,7 @@ def rows(folder: Path, image: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("kind", "least"), [("f32", 0.999999), ("f16", 0.99999), ("int8", 0.995)])
-def test_vision_onnx_in_other_types_sees_the_same(made, kind: str, least: float):
+def test_vision_onnx_in_other_types_gives_the_same_embeddings(made, kind: str, least: float):
     plain, _ = made()
     folder, report = made(kind, "bf16")
     assert report["vision"] == {"vision.onnx": kind, "mmproj.gguf": "bf16"}
@@ -68,7 +68,7 @@ def test_vision_onnx_in_other_types_sees_the_same(made, kind: str, least: float)
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in plain.iterdir())
 
 
-def test_types_weigh_what_they_should(made):
+def test_bytes_of_types(made):
     size = {kind: (made(kind, "bf16")[0] / VISION).stat().st_size for kind in ("bf16", "f16", "f32", "int8")}
     assert size["f16"] == size["bf16"]
     weights = size["f32"] - size["bf16"]  # two bytes of each
@@ -97,7 +97,7 @@ def test_int8_is_symmetric_with_a_scale_for_each_channel(made, toy_small: Path):
 
 
 @pytest.mark.parametrize("kind", ["f16", "q8_0", "f32"])
-def test_mmproj_in_other_types_sees_the_same(made, kind: str):
+def test_mmproj_in_other_types_gives_the_same_embeddings(made, kind: str):
     folder, report = made("bf16", kind)
     assert report["validation"]["mmproj_min_cosine"] >= MIN_COSINE[kind]
     types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(folder / MMPROJ).tensors}
@@ -128,12 +128,12 @@ def test_a_fixed_size_is_the_only_one(made):
         ("2800x140", 1, ("up to 1540", "found 2800x140")),
     ],
 )
-def test_a_size_that_cannot_be_is_one_line(run, toy_small: Path, tmp_path: Path, sides, status, words):
+def test_an_impossible_frame_size_is_one_line(run, toy_small: Path, tmp_path: Path, sides, status, words):
     refused(run("build", toy_small, tmp_path / "out", "--fixed", sides), words, status)
     assert not any(tmp_path.iterdir())
 
 
-def test_an_encoder_that_lost_too_much_is_not_built(toy_small: Path, tmp_path: Path, monkeypatch):
+def test_an_encoder_with_too_low_a_cosine_is_refused(toy_small: Path, tmp_path: Path, monkeypatch):
     """The trial runs in a process of its own: so the weights are spoilt, not the threshold."""
     pass
 

@@ -192,7 +192,7 @@ def test_rotary_rows_worked_out_by_hand():
     assert (turned[:, 0] == turned[:, 1]).all()
 
 
-def test_blocks_cut_a_tensor_nowhere_a_value_notices(toy_fp8: Path, convert, tmp_path: Path, monkeypatch):
+def test_the_size_of_blocks_does_not_change_a_file(toy_fp8: Path, convert, tmp_path: Path, monkeypatch):
     from quantize import build
     from quantize.formats.build_plan import plan_conversion
     from quantize.progress import SILENT
@@ -219,7 +219,9 @@ def test_blocks_cut_a_tensor_nowhere_a_value_notices(toy_fp8: Path, convert, tmp
     ids=str,
 )
 @pytest.mark.parametrize("source", ["toy_bf16", "toy_fp8"])
-def test_the_layout_of_a_checkpoint_leaves_no_trace(source: str, arguments: dict, convert, request, tmp_path: Path):
+def test_the_layout_of_a_checkpoint_does_not_change_the_files(
+    source: str, arguments: dict, convert, request, tmp_path: Path
+):
     same = {} if source == "toy_bf16" else {"dtype": "fp8", "tied": False}
     other = convert(toy.write_checkpoint(tmp_path / source, **same, **arguments))
     plain = convert(request.getfixturevalue(source))
@@ -227,7 +229,7 @@ def test_the_layout_of_a_checkpoint_leaves_no_trace(source: str, arguments: dict
         assert (other / name).read_bytes() == (plain / name).read_bytes(), name
 
 
-def test_a_head_of_its_own_changes_nothing_else(toy_bf16: Path, convert, tmp_path: Path):
+def test_an_untied_head_changes_no_other_tensor(toy_bf16: Path, convert, tmp_path: Path):
     tied = tensors_of(convert(toy_bf16) / "language.gguf")
     untied = tensors_of(convert(toy.write_checkpoint(tmp_path / "untied", tied=False)) / "language.gguf")
     assert untied.keys() - tied.keys() == {"output.weight"}
@@ -235,7 +237,7 @@ def test_a_head_of_its_own_changes_nothing_else(toy_bf16: Path, convert, tmp_pat
         np.testing.assert_array_equal(untied[name], value, err_msg=name)
 
 
-def test_a_head_that_config_ties_is_ignored_and_said_so(toy_bf16: Path, convert, tmp_path: Path):
+def test_a_head_is_ignored_with_a_reason_when_the_configuration_ties_it(toy_bf16: Path, convert, tmp_path: Path):
     from quantize.source import checkpoint
 
     folder = toy.write_checkpoint(tmp_path / "both", tied=False)

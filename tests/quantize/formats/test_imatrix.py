@@ -54,7 +54,7 @@ def collected(toy_bf16: Path, text: Path, tmp_path_factory: pytest.TempPathFacto
 # -- what is added up --------------------------------------------------------------------------------------------------
 
 
-def test_every_weight_is_watched_at_every_position(collected, toy_bf16: Path):
+def test_every_weight_is_counted_at_every_position(collected, toy_bf16: Path):
     found, _ = collected
     rows = [row for row in read_checkpoint(toy_bf16).text_tensors if len(row.shape) == 2]
     assert set(found.sums) == {row.gguf for row in rows}  # tied: the embedding table is the head
@@ -115,7 +115,7 @@ def test_a_video_gives_frames_evenly(tmp_path: Path):
     assert len(shown) == 5 and np.allclose(np.diff(shown), 48, atol=6)
 
 
-def test_activations_that_are_no_numbers_are_refused():
+def test_non_finite_activations_are_refused():
     with pytest.raises(ImatrixError, match="not finite"):
         Imatrix().add("blk.0.attn_q.weight", np.array([[1.0, np.nan]], np.float32))
 
@@ -123,7 +123,7 @@ def test_activations_that_are_no_numbers_are_refused():
 # -- interrupted -------------------------------------------------------------------------------------------------------
 
 
-def test_a_killed_run_goes_on_where_it_was(toy_bf16: Path, text: Path, tmp_path: Path, monkeypatch, collected):
+def test_a_killed_run_is_continued(toy_bf16: Path, text: Path, tmp_path: Path, monkeypatch, collected):
     monkeypatch.setattr("quantize.measure.collect_imatrix.SAVE_EVERY_CHUNKS", 1)
     opened, out, sources = (
         read_checkpoint(toy_bf16),
@@ -146,7 +146,7 @@ def test_a_killed_run_goes_on_where_it_was(toy_bf16: Path, text: Path, tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
 
 
-def test_what_a_kill_9_left_is_cleared_away(toy_bf16: Path, text: Path, tmp_path: Path, collected):
+def test_temporary_files_of_a_killed_run_are_removed(toy_bf16: Path, text: Path, tmp_path: Path, collected):
     left = tmp_path / ".out.gguf.abc.scratch"
     (left / "bf16").mkdir(parents=True)
     (left / "bf16" / "language.gguf").write_bytes(bytes(1000))
@@ -155,7 +155,7 @@ def test_what_a_kill_9_left_is_cleared_away(toy_bf16: Path, text: Path, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
 
 
-def test_what_another_run_left_is_not_taken_up(toy_bf16: Path, text: Path, tmp_path: Path, collected):
+def test_saved_sums_of_other_work_are_not_used(toy_bf16: Path, text: Path, tmp_path: Path, collected):
     out = tmp_path / "out.gguf"
     state = collect_imatrix._SavedSums(tmp_path / ".out.gguf.part.npz", "of something else")
     state.save(Imatrix(sums={"blk.0.attn_q.weight": np.ones(256)}, counts={"blk.0.attn_q.weight": 5}, n_chunks=1))
@@ -213,7 +213,7 @@ def test_a_damaged_file_is_one_line(collected, tmp_path: Path, damage):
         read_imatrix(path)
 
 
-def test_numbers_that_cannot_be_are_refused(collected, tmp_path: Path):
+def test_non_finite_and_negative_sums_are_refused(collected, tmp_path: Path):
     for value in (np.nan, np.inf, -1.0):
         path = rewritten(collected[1], tmp_path / "x.gguf", lambda found: found.sums["blk.0.attn_q.weight"].fill(value))  # noqa: B023
         with pytest.raises(ImatrixError, match=r"blk\.0\.attn_q\.weight\.in_sum2: expected finite"):
@@ -265,7 +265,7 @@ def test_the_bytes_are_those_of_libllama(name: str, collected, toy_bf16: Path, c
     assert any(not np.array_equal(found.data, plain[key].data) for key, found in ours.items())
 
 
-def test_columns_that_count_more_are_kept_better(toy_bf16: Path, convert, tmp_path: Path):
+def test_important_columns_have_smaller_errors(toy_bf16: Path, convert, tmp_path: Path):
     opened = read_checkpoint(toy_bf16)
     weighed = Imatrix()
     for row in opened.text_tensors:
@@ -290,7 +290,7 @@ def test_the_command_writes_what_collect_gives(run, toy_bf16: Path, text: Path, 
     assert out.read_bytes() == collected[1].read_bytes()
 
 
-def test_our_own_text_is_enough_for_several_chunks(toy_bf16: Path):
+def test_the_included_text_has_several_chunks_and_many_languages(toy_bf16: Path):
     words = collect_imatrix.TEXT.read_text(encoding="utf-8")
     assert len(token_ids(toy_bf16, words)) > 4 * collect_imatrix.CHUNK
     for word in ("road", "Fässer", "pasillo", "chemin", "빨간", "青い", "飞到", "Лети", "اذهب", "लाल"):
@@ -308,7 +308,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("arguments", "words"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_used_is_one_line(run, toy_bf16: Path, tmp_path: Path, arguments, words):
+def test_unusable_input_is_one_line(run, toy_bf16: Path, tmp_path: Path, arguments, words):
     (tmp_path / "short.txt").write_text("Follow the road.")
     (tmp_path / "blank.txt").write_text("\n \n")
     (tmp_path / "empty").mkdir()

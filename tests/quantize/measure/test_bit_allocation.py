@@ -1,4 +1,4 @@
-"""A recipe of the model's own: what is measured, what is chosen, and that the files made keep what was promised."""
+"""Bit allocation: the measurements, the choice of types, and the divergence of the files that are built."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def pad(tmp_path_factory: pytest.TempPathFactory) -> Fixture:
 # -- the bar -----------------------------------------------------------------------------------------------------------
 
 
-def test_in_the_bytes_of_q4_k_m_less_is_lost_than_by_q4_k_m(pad: Fixture):
+def test_at_the_size_of_q4_k_m_the_divergence_is_smaller(pad: Fixture):
     """Both as files, measured by the runtime's own loading, with the same importance matrix."""
     assert pad.allocation.n_bytes <= pad.q4_bytes
     ours, theirs = pad.kl("fitted", pad.allocation.types), pad.kl("Q4_K_M", pad.q4.types)
@@ -95,7 +95,7 @@ def test_in_the_bytes_of_q4_k_m_less_is_lost_than_by_q4_k_m(pad: Fixture):
     assert 1 / 3 < allocation.predicted_kl / allocation.measured_kl < 3
 
 
-def test_at_the_loss_of_q4_k_m_it_is_smaller(pad: Fixture):
+def test_at_the_divergence_of_q4_k_m_the_size_is_smaller(pad: Fixture):
     smaller = pad.allocate(round(0.95 * pad.q4_bytes))
     assert smaller.n_bytes <= 0.95 * pad.q4_bytes and smaller.measured_kl <= pad.allocation.standard_kl
 
@@ -117,7 +117,7 @@ def test_every_plan_fills_its_budget_and_more_bytes_lose_less(pad: Fixture):
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
-def test_each_group_is_measured_alone_and_everything_is_put_back(pad: Fixture, tmp_path: Path):
+def test_each_group_is_quantised_alone_and_then_restored(pad: Fixture, tmp_path: Path):
     plan, folder = plan_conversion(pad.checkpoint, "bf16"), tmp_path / "bf16"
     convert(plan, folder, SILENT)
     probe = bit_allocation.SensitivityProbe(pad.checkpoint, unverified_bundle(plan, folder), pad.imatrix, TEXT, 1)
@@ -143,7 +143,7 @@ def test_errors_fall_with_the_bits_and_follow_the_importance(pad: Fixture):
     assert twice["Q8_0"] == pytest.approx(2 * found["Q8_0"], rel=1e-6)
 
 
-def test_what_is_measured_is_kept_and_taken_up(pad: Fixture):
+def test_measurements_are_kept_and_used_again(pad: Fixture):
     known = json.loads(pad.sensitivity.read_text())
     known["kl"].popitem()
     known["errors"].popitem()
@@ -201,13 +201,13 @@ def test_groups_hold_every_matrix_once_and_are_not_too_many(tmp_path: Path):
 # -- choosing ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_hull_keeps_what_pays():
+def test_the_hull_keeps_only_efficient_points():
     q = list(Type)
     points = [(10, 100.0, q[0]), (20, 50.0, q[1]), (30, 49.0, q[2]), (40, 10.0, q[3]), (50, 11.0, q[4])]
     assert [point[0] for point in bit_allocation.hull(points)] == [10, 20, 40]
 
 
-def test_on_hulls_the_choice_is_the_best_there_is(tmp_path: Path):
+def test_on_hulls_the_choice_is_optimal(tmp_path: Path):
     """Every combination, for a model of few matrices, at budgets where a step ends."""
     folder = toy.write_checkpoint(tmp_path / "toy", layers=1, vocab=2048)
     one = read_checkpoint(folder)
@@ -280,7 +280,7 @@ def test_wrong_arguments_are_one_line(pad: Fixture, run, tmp_path: Path, argumen
 
 
 @pytest.mark.parametrize("text", ["2", "two GB", "-1GB", "2TB", "1e9B", ""])
-def test_a_size_that_is_none(text: str, edge_quantize, tmp_path: Path):
+def test_an_invalid_size_ends_with_2(text: str, edge_quantize, tmp_path: Path):
     result = edge_quantize("build", PAD, tmp_path / "out", f"--budget={text}")
     assert result.returncode == 2 and "expected a size such as 2.0GB" in result.stderr
 

@@ -96,14 +96,14 @@ def test_agreement_is_counted_by_hand():
     assert [frame.instruction for frame in one.worst] == ["a", "b", "a", "b"]
 
 
-def test_what_is_no_pair_is_refused(toy_bundle: Path, toy_small: Path, tmp_path: Path):
+def test_a_reference_of_another_model_is_refused(toy_bundle: Path, toy_small: Path, tmp_path: Path):
     with pytest.raises(EvaluateError, match=r"parameters: \d+, but the reference .* has \d+; they are not"):
         evaluate([toy_bundle], toy_small, CalibrationData(max_chunks=1), SILENT)
     with pytest.raises(EvaluateError, match="recipe: expected BF16, found Q4_K_M"):
         evaluate([toy_bundle], toy_bundle, CalibrationData(max_chunks=1), SILENT)
 
 
-def test_a_text_only_model_is_measured_on_text(tmp_path: Path, pictures: Path):
+def test_a_text_only_model_is_evaluated_on_text(tmp_path: Path, pictures: Path):
     folder = toy.write_checkpoint(tmp_path / "toy", vision=False, prefix="text", vocab=2048, layers=1)
     build(plan_bundle(read_checkpoint(folder), "Q4_K_M"), tmp_path / "out", SILENT)
     (one,) = evaluate([tmp_path / "out"], folder, CalibrationData(max_chunks=1), SILENT)
@@ -135,7 +135,7 @@ class Checked(html.parser.HTMLParser):
         self.words.append(data)
 
 
-def test_the_page_stands_alone_and_escapes_what_comes_from_outside(found: list[Evaluation], pictures: Path):
+def test_the_page_is_self_contained_and_escapes_its_input(found: list[Evaluation], pictures: Path):
     from edge_agent.tools.stills import read_stills
 
     frames = list(read_stills(pictures, 64))
@@ -166,7 +166,7 @@ def test_the_command(run, toy_bundle: Path, toy_bf16: Path, full: Path, pictures
     refused(run("evaluate", toy_bundle, "--reference", toy_bundle), ("recipe: expected BF16",))
 
 
-def test_what_cannot_be_shown_is_one_line(run, toy_bundle: Path, full: Path, tmp_path: Path):
+def test_unreadable_calibration_data_is_one_line(run, toy_bundle: Path, full: Path, tmp_path: Path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 900)
     against = ("evaluate", toy_bundle, "--reference", full)
     refused(run(*against, "--calibration", tmp_path / "latin.txt"), ("latin.txt: not readable as UTF-8 text",))

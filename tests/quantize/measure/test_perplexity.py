@@ -1,4 +1,4 @@
-"""Perplexity and divergence: against arithmetic written the long way, and through the file that keeps a reference."""
+"""Perplexity and KL divergence: against a float64 computation, and through the file of the reference."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
-def test_a_model_is_no_way_from_itself(full: Path, reference: perplexity.Reference):
+def test_a_model_has_no_divergence_from_itself(full: Path, reference: perplexity.Reference):
     llm, bos = opened(full)
     with llm:
         found = perplexity.compare(llm, bos, reference, SILENT)
@@ -38,7 +38,7 @@ def test_a_model_is_no_way_from_itself(full: Path, reference: perplexity.Referen
     assert found.delta_p_rms < 1e-4
 
 
-def test_the_figures_are_those_of_the_long_way(full: Path, toy_bundle: Path, reference: perplexity.Reference):
+def test_the_figures_equal_a_float64_computation(full: Path, toy_bundle: Path, reference: perplexity.Reference):
     """All of it again in float64, without the file."""
     rows = {}
     for name, folder in (("p", full), ("q", toy_bundle)):
@@ -65,7 +65,7 @@ def test_the_figures_are_those_of_the_long_way(full: Path, toy_bundle: Path, ref
     assert found.kl_sd == pytest.approx(kl.std() / np.sqrt(len(kl) - 1), rel=1e-2)
 
 
-def test_what_is_stored_comes_back_within_a_step():
+def test_stored_log_probabilities_are_exact_to_one_step():
     logits = np.random.default_rng(0).normal(0, 4, (3, 77)).astype(np.float32)
     logits[1, 5] = 60.0  # then most of the row is more than 16 below
     stored = perplexity._stored(logits)
@@ -76,7 +76,7 @@ def test_what_is_stored_comes_back_within_a_step():
     assert np.abs(back - expected).max() <= 16 / 65535
 
 
-def test_every_chunk_begins_with_bos_and_is_read_from_an_empty_cache(full: Path, reference: perplexity.Reference):
+def test_every_chunk_starts_with_bos_and_an_empty_cache(full: Path, reference: perplexity.Reference):
     llm, bos = opened(full)
     with llm:
         one = perplexity.logits(llm, bos, reference.chunks[1]).copy()

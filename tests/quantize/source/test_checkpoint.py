@@ -1,4 +1,4 @@
-"""Reading a checkpoint: every number in its place, every tensor once. Damaged ones are in test_quantize_cli.py."""
+"""Reading a checkpoint: every value and every tensor once. Damaged ones are in test_refused_checkpoints.py."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_every_tensor_is_used_once_or_named_as_ignored(source: str, request):
 
 @pytest.mark.parametrize("block_bytes", [1 << 26, 300_000, 5000, 1])
 @pytest.mark.parametrize("source", ["toy_bf16", "toy_fp8"])
-def test_values_come_scaled_and_in_whole_units(source: str, block_bytes: int, request, monkeypatch):
+def test_values_are_scaled_and_blocks_hold_whole_heads(source: str, block_bytes: int, request, monkeypatch):
     monkeypatch.setattr(checkpoint, "BLOCK_BYTES", block_bytes)
     folder = request.getfixturevalue(source)
     found = checkpoint.read_checkpoint(folder)
@@ -140,7 +140,7 @@ def test_whether_embeddings_are_tied(tmp_path: Path, outer, inner, has_head: boo
         ("chat_template.jinja", "# HOW YOU SHOULD THINK: draft your reasoning in [THINK]…[/THINK]", "reasoning"),
     ],
 )
-def test_the_variant_is_told_by_the_chat_template(toy_bf16: Path, tmp_path: Path, file, template: str, variant: str):
+def test_the_variant_comes_from_the_chat_template(toy_bf16: Path, tmp_path: Path, file, template: str, variant: str):
     folder = shutil.copytree(toy_bf16, tmp_path / "toy")
     if file == "tokenizer_config.json":
         template = json.dumps({"chat_template": template})

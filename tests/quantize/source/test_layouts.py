@@ -1,4 +1,4 @@
-"""One model, many layouts: HF and consolidated, whole and in parts, with eyes and without, of both families."""
+"""One model, many layouts: HF and consolidated, one file and shards, with and without vision, both families."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_the_released_sizes_have_their_names(tmp_path: Path):
     }
 
 
-def test_a_folder_with_both_layouts_is_read_as_hf_and_with_half_of_one_as_the_other(tmp_path: Path):
+def test_of_two_layouts_in_a_folder_hf_is_read_unless_its_tensors_are_missing(tmp_path: Path):
     folder = toy.write_checkpoint(tmp_path / "both", **SMALL)
     toy.write_checkpoint(folder, **SMALL, layout="consolidated")
     assert read_checkpoint(folder).layout == "HF"
@@ -97,7 +97,7 @@ def test_a_folder_with_both_layouts_is_read_as_hf_and_with_half_of_one_as_the_ot
     assert read_checkpoint(folder).layout == "consolidated"
 
 
-def test_parts_without_an_index_need_be_all_there(run, tmp_path: Path):
+def test_shards_without_an_index_must_be_complete(run, tmp_path: Path):
     folder = toy.write_checkpoint(tmp_path / "toy", **SMALL, layout="consolidated", shards=3)
     (folder / "consolidated.safetensors.index.json").unlink()
     assert run("inspect", folder)[0] == 0

@@ -108,7 +108,7 @@ def test_names_of_any_transformers_release(tmp_path: Path, toy_bf16: Path, prefi
     ]
 
 
-def test_eyes_and_embeddings_are_merged_and_cannot_be_switched(tmp_path: Path, convert):
+def test_vision_and_embedding_adapters_are_merged_and_cannot_be_switched(tmp_path: Path, convert):
     folder = toy.write_checkpoint(tmp_path / "base", tied=False)
     vision = "model.vision_tower.transformer.layers.1.attention.k_proj"
     made = toy.write_adapter(tmp_path / "eyes", {vision: (128, 128)})
@@ -215,7 +215,7 @@ UP = TEXT.format(n=1) + "mlp.up_proj"
         ({"names": ("lora_embedding_A", "lora_embedding_B")}, "only embeddings have lora_embedding matrices"),
     ],
 )  # fmt: skip
-def test_an_adapter_of_something_else_is_refused(tmp_path: Path, toy_bf16: Path, arguments: dict, words: str):
+def test_an_adapter_of_another_model_is_refused(tmp_path: Path, toy_bf16: Path, arguments: dict, words: str):
     toy.write_adapter(tmp_path / "adapter", **({"modules": {UP: (FFN, HIDDEN)}} | arguments))
     with pytest.raises(CheckpointError, match=words):
         read_adapter(tmp_path / "adapter", read_checkpoint(toy_bf16))
@@ -261,7 +261,7 @@ def test_the_command(tmp_path: Path, plain, toy_bf16: Path, edge_quantize: Calla
 # -- on the device -----------------------------------------------------------------------------------------------------
 
 
-def test_an_adapter_is_looked_over_before_native_code_sees_it(
+def test_an_adapter_is_checked_before_native_code_loads_it(
     tmp_path: Path, switchable: Path, toy_bundle: Path, toy_bf16: Path, plain
 ):
     served = read_manifest(toy_bundle)
@@ -286,7 +286,7 @@ def test_an_adapter_is_looked_over_before_native_code_sees_it(
             verify_adapters({"x": str(file)}, served, ())
 
 
-def test_where_trust_is_asked_for_an_adapter_has_to_be_signed(tmp_path: Path, plain, toy_bf16: Path, toy_bundle: Path):
+def test_with_trusted_keys_an_adapter_must_be_signed(tmp_path: Path, plain, toy_bf16: Path, toy_bundle: Path):
     served, found = read_manifest(toy_bundle), read_checkpoint(toy_bf16)
     adapter, out = read_adapter(plain[0], found), tmp_path / "a.gguf"
     public = str(signing.keygen(tmp_path / "key"))
