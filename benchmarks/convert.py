@@ -1,13 +1,13 @@
-"""Conversion at a true shape: peak memory by the operating system's account, speed against a plain copy of the file.
+"""Conversion at the shape of a released model: peak memory as the kernel counts it, speed against a plain copy.
 
-Makes a checkpoint with the shape of a released model and random weights (once, in --work), converts it, builds a bundle
-of it, and ends with one JSON line. Needs about 25 GB of disk for the 3B, 45 GB for the 8B in FP8.
+Makes a checkpoint with random weights (once, in --work), converts it, builds a bundle of it, and prints one JSON line
+at the end. Needs about 25 GB of disk for the 3B, 45 GB for the 8B in FP8.
 
     .venv/bin/python benchmarks/convert.py [--shape 3b] [--dtype bf16] [--only-convert]
-    … --peer llama.cpp/convert_hf_to_gguf.py --peer-python PYTHON     beside it in turn, in the same run
+    … --peer llama.cpp/convert_hf_to_gguf.py --peer-python PYTHON     llama.cpp's converter, in turn with ours
 
-The peer (a Python with torch) makes language.gguf and mmproj.gguf in two runs; its figures are of both together. Ours
-makes vision.onnx besides.
+The peer needs a Python with torch. It writes language.gguf and mmproj.gguf in two runs; its figures are of both runs
+together. edge-quantize writes vision.onnx as well.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 VISION = {"vision_hidden": 1024, "vision_layers": 24, "vision_heads": 16, "vision_ffn": 4096}
@@ -38,15 +39,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="3b")
     parser.add_argument("--dtype", choices=("bf16", "fp8"), default="bf16")
-    parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench", help="where the files go")
-    parser.add_argument("--only-convert", action="store_true", help="no build")
-    parser.add_argument("--repeat", type=int, default=1, help="of the conversions; figures are medians (default 1)")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench", help="folder for the files")
+    parser.add_argument("--only-convert", action="store_true", help="do not build a bundle")
+    parser.add_argument("--repeat", type=int, default=1, help="conversions; the figures are medians (default 1)")
     parser.add_argument("--peer", type=Path, help="llama.cpp's convert_hf_to_gguf.py")
-    parser.add_argument("--peer-python", default=sys.executable, help="a Python that has what it needs")
+    parser.add_argument("--peer-python", default=sys.executable, help="the Python that runs it")
     arguments = parser.parse_args()
     checkpoint = make(arguments.work, arguments.shape, arguments.dtype)
     source_bytes = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
-    figures: dict[str, object] = {"shape": arguments.shape, "dtype": arguments.dtype, "source_gb": source_bytes / 1e9}
+    figures: dict[str, Any] = {"shape": arguments.shape, "dtype": arguments.dtype, "source_gb": source_bytes / 1e9}
     out = arguments.work / "out"
     runs: dict[str, list[tuple[float, float]]] = {"copy": [], "convert": [], "peer": [], "build": []}
     for _ in range(arguments.repeat):
@@ -63,10 +64,10 @@ def main() -> int:
         runs["build"].append(measure([BIN / "edge-quantize", "build", checkpoint, out, "--recipe", "Q4_K_M"]))
         figures |= {"build_bytes": written(out), "language_q4_k_m_bytes": (out / "language.gguf").stat().st_size}
     shutil.rmtree(out)
-    for name, of in runs.items():
-        if of:
-            figures[f"{name}_s"] = round(statistics.median(wall_s for wall_s, _ in of), 1)
-            figures[f"{name}_peak_mib"] = round(max(peak_mib for _, peak_mib in of))
+    for name, results in runs.items():
+        if results:
+            figures[f"{name}_s"] = round(statistics.median(wall_s for wall_s, _ in results), 1)
+            figures[f"{name}_peak_mib"] = round(max(peak_mib for _, peak_mib in results))
     del figures["copy_peak_mib"]
     figures["copy_mb_per_s"] = round(source_bytes / 1e6 / figures["copy_s"], 1)
     for name in ("convert", "peer"):
@@ -77,11 +78,11 @@ def main() -> int:
 
 
 def make(work: Path, shape: str, dtype: str) -> Path:
-    """A checkpoint of this shape; kept for the next run. The last file written marks it complete."""
+    """A checkpoint of this shape, kept for the next run. The file `complete` is written last."""
     folder = work / f"{shape}-{dtype}"
     if not (folder / "complete").is_file():
         print(f"making {folder}: random weights, a few minutes", file=sys.stderr)
-        sys.path.insert(0, str(ROOT / "tests"))
+        sys.path.insert(0, str(ROOT))
         from tests.harness import toy
 
         shutil.rmtree(folder, ignore_errors=True)
@@ -92,13 +93,13 @@ def make(work: Path, shape: str, dtype: str) -> Path:
 
 
 def beside(checkpoint: Path) -> Path:
-    """tokenizer.json, which llama.cpp's converter wants for the vision encoder (to find [IMG_BREAK]) and stumbles over
-    for the language model (transformers takes it for mistral-common's)."""
+    """tokenizer.json. llama.cpp's converter needs it for the vision encoder (to find [IMG_BREAK]) and fails with it for
+    the language model, because transformers then expects mistral-common's tokenizer."""
     return checkpoint.with_name(checkpoint.name + "-tokenizer.json")
 
 
 def copy(checkpoint: Path, work: Path) -> float:
-    """Seconds to read and write the same bytes durably, in this run: the floor for any conversion."""
+    """Seconds to copy the same bytes durably, in this run: no conversion can be faster."""
     start = time.monotonic()
     for path in checkpoint.glob("*.safetensors"):
         target = work / "copy"
@@ -116,7 +117,7 @@ def written(out: Path) -> int:
 
 
 def peer(python: str, script: Path, checkpoint: Path, out: Path) -> tuple[float, float]:
-    """The same by llama.cpp's converter, made durable as ours is."""
+    """(wall seconds, peak MiB) of llama.cpp's converter, with its files synced to disk as ours are."""
     out.mkdir()
     command = [python, script, checkpoint, "--outtype", "bf16", "--outfile"]
     language = measure([*command, out / "language.gguf"])

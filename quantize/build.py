@@ -1,30 +1,25 @@
-"""Checkpoint -> a folder: the three files at source precision, or a whole bundle, checked and with its manifest last.
+"""Checkpoint -> a folder: the three files at source precision, or a complete bundle with its manifest.
 
-Made in a hidden folder that a second run goes on from (work.py). The bundle is tried before it gets its manifest: it is
-loaded by the runtime's own code.
+The files are written to a hidden folder that a second run can continue (build_folder.py). A bundle is loaded and used
+by the runtime's own code before it gets its manifest (validate.py).
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
 import os
 import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-import gguf
 import llama_cpp
 import msgspec
-import numpy as np
 
 import edge_agent
 from edge_agent.bundle import signing
-from edge_agent.bundle.files import hash_file, write_durably
+from edge_agent.bundle.files import BundleFile, hash_file, write_durably
 from edge_agent.bundle.manifest import (
     FORMAT,
     LANGUAGE,
@@ -40,163 +35,167 @@ from edge_agent.bundle.manifest import (
     write_manifest,
 )
 from quantize.build_folder import BuildError, BuildFolder, atomic_folder, resumable_bytes
-from quantize.formats import ggml_kernels
-from quantize.formats.gguf_files import TYPES, img_break, uniform, write_language, write_mmproj
-from quantize.formats.imatrix import Imatrix
-from quantize.formats.vision_onnx import INT8, write_vision
+from quantize.formats.build_plan import BYTES_PER_WEIGHT, BuildPlan, uniform_types
+from quantize.formats.ggml_kernels import row_bytes, tensor_bytes, tensor_table
+from quantize.formats.gguf_files import write_language, write_mmproj
+from quantize.formats.tensor_blocks import img_break_row
+from quantize.formats.vision_onnx import write_vision
+from quantize.progress import Progress
 from quantize.source.checkpoint import Checkpoint
-from quantize.source.tensor_names import TensorSpec
-from quantize.source.tokenizer import read_tokenizer
-from quantize.standard_recipes import bytes_by_type, file_type, kv_bytes_per_token, plan_recipe
+from quantize.standard_recipes import bytes_by_type
 from quantize.validate import REFERENCE, ValidationRequest
 
-Report = Callable[[str, str, int, int], None]  # (stage, what, done, in all); of 0 in all: a remark
+SPARE_BYTES = 32 << 20  # free space beyond the computed size: headers, tokenizer, journal
 
 
-def convert(checkpoint: Checkpoint, out: Path, kind: str, force: bool, report: Report) -> None:
-    """language.gguf, mmproj.gguf and vision.onnx at source precision (or as `kind` says)."""
-    rows = [*checkpoint.text_rows, *checkpoint.vision_rows, *checkpoint.vision_rows]  # vision is written twice
-    _need_space(out, _elements(rows, checkpoint) * {"bf16": 2, "f16": 2, "f32": 4}[kind])
-    types = uniform(checkpoint, checkpoint.text_rows, kind)
-    with atomic_folder(out, force, _key(checkpoint, types, None, VisionFormat(kind, kind))) as work:
-        _write_files(checkpoint, work, types, TYPES[kind][1], None, VisionFormat(kind, kind), report, "language")
-
-
-class VisionFormat(NamedTuple):
-    """How the vision encoder is stored, twice: for onnxruntime and for llama.cpp."""
-
-    vision: str = "bf16"  # bf16, f16, f32 or int8
-    mmproj: str = "bf16"  # bf16, f16, f32 or q8_0
-    fixed: tuple[int, int] | None = None  # height and width in pixels: the only size vision.onnx takes
-
-    @property
-    def lossy(self) -> bool:
-        """Whether vision.onnx needs another one to be held against."""
-        return self.vision in ("f16", INT8)
-
-    @property
-    def bytes_per_weight(self) -> int:
-        """Of all that is written while building."""
-        size = {"bf16": 2, "f16": 2, "f32": 4, INT8: 1, "q8_0": 2}  # of q8_0 a little over one
-        return size[self.vision] + size[self.mmproj] + (2 if self.lossy else 0)
+def convert(plan: BuildPlan, out: Path, progress: Progress, *, force: bool = False) -> None:
+    """language.gguf, mmproj.gguf and vision.onnx, not validated, no manifest. Raises BuildError, CheckpointError."""
+    _check_space(plan, out)
+    with atomic_folder(out, plan.fingerprint(), force) as folder:
+        _write_files(plan, folder, progress)
 
 
 def build(
-    checkpoint: Checkpoint,
-    out: Path,
-    recipe: str,
-    force: bool,
-    report: Report,
-    *,
-    importance: Imatrix | None = None,
-    types: dict[str, gguf.GGMLQuantizationType] | None = None,
-    facts: dict | None = None,
-    key: Path | None = None,
-    eyes: VisionFormat | None = None,
+    plan: BuildPlan, out: Path, progress: Progress, *, force: bool = False, signing_key: Path | None = None
 ) -> Manifest:
-    """The same with a quantised language model, tried and described: a bundle.
+    """A bundle: the three files, validated and hashed, report.json, and the manifest last.
 
-    types: a plan of one's own, by GGUF name; then `recipe` is only what it is called. facts: more for report.json.
-    key: a private key to sign with. Raises BuildError, RecipeError, CheckpointError, TrustError.
+    signing_key: a private key; bundle.sig is written with it. Raises BuildError, CheckpointError, SigningError.
     """
-    eyes = eyes or VisionFormat()
-    if key is not None:
-        signing.sign(b"", key)  # a key that is none shows now
-    if eyes.fixed is not None:
-        _check_fixed(checkpoint, eyes.fixed)
-    if types is None:
-        types = plan_recipe(checkpoint, recipe, importance)
-    vision_bytes = _elements(checkpoint.vision_rows, checkpoint) * eyes.bytes_per_weight
-    _need_space(out, sum(bytes_by_type(checkpoint, types).values()) + vision_bytes)
-    mostly = file_type(recipe, bytes_by_type(checkpoint, types))
-    with atomic_folder(out, force, _key(checkpoint, types, importance, eyes)) as work:
-        _write_files(checkpoint, work, types, mostly, importance, eyes, report, f"language {recipe}")
-        manifest = _validate_and_hash(checkpoint, work.folder, recipe, importance, eyes, facts or {}, report)
-        write_manifest(work.folder, manifest)
-        if key is not None:
-            signature = signing.sign((work / MANIFEST).read_bytes(), key)
-            write_durably(work / signing.SIGNATURE, signature)
+    if signing_key is not None:
+        signing.sign(b"", signing_key)  # an invalid key is reported before any work
+    _check_space(plan, out)
+    with atomic_folder(out, plan.fingerprint(), force) as folder:
+        _write_files(plan, folder, progress)
+        figures = _validate_in_subprocess(plan, folder.folder, progress)
+        manifest = _describe(plan, folder.folder, figures, progress)
+        _publish(manifest, folder.folder, signing_key)
         return manifest
 
 
-def _write_files(
-    checkpoint: Checkpoint,
-    work: BuildFolder,
-    types: dict[str, gguf.GGMLQuantizationType],
-    file_type: int,
-    importance: Imatrix | None,
-    eyes: VisionFormat,
-    report: Report,
-    stage: str,
-) -> None:
-    """What an earlier run has not written yet."""
-    if work.found:
-        report(f"going on: an earlier run left {work.found}", "", 0, 0)
-    if not work.is_whole(LANGUAGE):
-        write_language(checkpoint, work / LANGUAGE, types, file_type, _stage(report, stage), importance, work)
-        work.finish(LANGUAGE)
-    if checkpoint.vision is None:
-        return
-    if not work.is_whole(MMPROJ):
-        write_mmproj(checkpoint, work / MMPROJ, eyes.mmproj, _stage(report, "mmproj"))
-        work.finish(MMPROJ)
-    if not work.is_whole(VISION):
-        write_vision(checkpoint, work / VISION, eyes.vision, _stage(report, "vision"), eyes.fixed)
-        work.finish(VISION)
+# -- refuse ------------------------------------------------------------------------------------------------------------
 
 
-def _key(
-    checkpoint: Checkpoint,
-    types: dict[str, gguf.GGMLQuantizationType],
-    importance: Imatrix | None,
-    eyes: VisionFormat,
-) -> str:
-    """Of everything that the files depend on; of the checkpoint's files names, sizes and times."""
-    files = {path for path in checkpoint.folder.iterdir() if path.suffix in (".json", ".jinja")} | {*checkpoint.files}
-    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(files)]
-    named = {name: kind.name for name, kind in types.items()}
-    digest = hashlib.sha256(repr((edge_agent.__version__, llama_cpp.__version__, stamps, named, eyes)).encode())
-    for name in sorted(importance.sums) if importance is not None else ():
-        digest.update(name.encode() + importance.of(name).tobytes())
-    return digest.hexdigest()
-
-
-def _check_fixed(checkpoint: Checkpoint, fixed: tuple[int, int]) -> None:
-    v = checkpoint.vision
-    if v is None:
-        raise BuildError(f"--fixed: {checkpoint.folder} is a text-only model; leave it out")
-    unit = v.patch * v.merge
-    if any(side % unit or not unit <= side <= v.image_size for side in fixed):
-        raise BuildError(
-            f"--fixed: expected sides that are multiples of {unit}, up to {v.image_size}, found {fixed[0]}x{fixed[1]}"
-        )
-
-
-def _stage(report: Report, stage: str) -> Callable[[str, int, int], None]:
-    return lambda what, done, total: report(stage, what, done, total)
-
-
-def _elements(rows: list[TensorSpec], checkpoint: Checkpoint) -> int:
-    return sum(math.prod(checkpoint.shape(row)) for row in rows)
-
-
-def _need_space(out: Path, n_bytes: int) -> None:
+def _check_space(plan: BuildPlan, out: Path) -> None:
+    """Raises BuildError when the disk has too little room for everything that is written."""
     folder = Path(os.path.abspath(out)).parent
     if not folder.is_dir():
         raise BuildError(f"{folder}: no such folder; make it first")
-    free = shutil.disk_usage(folder).free
-    needed = n_bytes + (32 << 20) - resumable_bytes(out)
+    checkpoint = plan.checkpoint
+    n_vision = checkpoint.n_elements(checkpoint.vision_tensors)
+    written = sum(bytes_by_type(checkpoint, plan.types).values())
+    written += round(n_vision * plan.vision.bytes_per_weight_while_building)
+    free, needed = shutil.disk_usage(folder).free, written + SPARE_BYTES - resumable_bytes(out)
     if free < needed:
         raise BuildError(f"{folder}: {needed / 1e9:.2f} GB needed while building, {free / 1e9:.2f} GB free; make room")
 
 
-def unverified_bundle(checkpoint: Checkpoint, work: Path) -> Bundle:
-    """A folder of files as the runtime's parts want it: facts about the model, nothing checked or hashed."""
-    t, v, table = checkpoint.text, checkpoint.vision, ggml_kernels.tensor_table(work / LANGUAGE)
+# -- write -------------------------------------------------------------------------------------------------------------
+
+
+def _write_files(plan: BuildPlan, folder: BuildFolder, progress: Progress) -> None:
+    """Write what an earlier run has not written yet."""
+    if left := folder.left_by_earlier_run():
+        progress.remark(f"continuing: an earlier run left {left}")
+    if not folder.is_complete(LANGUAGE):
+        write_language(plan, folder, LANGUAGE, progress)
+        folder.mark_complete(LANGUAGE)
+    if plan.checkpoint.vision is None:
+        return
+    if not folder.is_complete(MMPROJ):
+        write_mmproj(plan, folder / MMPROJ, progress)
+        folder.mark_complete(MMPROJ)
+    if not folder.is_complete(VISION):
+        write_vision(plan, folder / VISION, progress)
+        folder.mark_complete(VISION)
+
+
+# -- validate ----------------------------------------------------------------------------------------------------------
+
+
+def _validate_in_subprocess(plan: BuildPlan, folder: Path, progress: Progress) -> dict[str, float]:
+    """Load and use the files in another process, because native code may abort on damaged numbers.
+
+    Returns the figures of validate.py. Raises BuildError.
+    """
+    manifest = unverified_bundle(plan, folder).manifest
+    if manifest.vision is not None and plan.vision.needs_reference:
+        lossless = msgspec.structs.replace(plan, vision=msgspec.structs.replace(plan.vision, onnx="bf16"))
+        write_vision(lossless, folder / REFERENCE, progress, stage="reference")
+    progress.step("validate", "language and vision", 0, 1)
+    request = ValidationRequest(
+        folder=str(folder),
+        model=manifest.model,
+        vision=manifest.vision,
+        vision_kind=plan.vision.onnx,
+        mmproj_kind=plan.vision.mmproj,
+        break_row=img_break_row(plan).tolist(),
+    )
+    completed = subprocess.run(
+        [sys.executable, "-m", "quantize.validate"],
+        input=msgspec.json.encode(request),
+        capture_output=True,
+        env=os.environ | {"PYTHONSAFEPATH": "1"},  # the current folder may hold a module named quantize
+        check=False,
+    )
+    if completed.returncode:
+        lines = completed.stderr.decode(errors="replace").strip().splitlines() or ["the process gave no reason"]
+        raise BuildError(f"validation of the new bundle failed; the checkpoint may be damaged: {lines[-1][:300]}")
+    (folder / REFERENCE).unlink(missing_ok=True)
+    progress.step("validate", "language and vision", 1, 1)
+    return msgspec.json.decode(completed.stdout)
+
+
+# -- describe ----------------------------------------------------------------------------------------------------------
+
+
+def _describe(plan: BuildPlan, folder: Path, figures: dict[str, float], progress: Progress) -> Manifest:
+    """Write report.json, hash every file, and return the manifest. figures: of the validation."""
+    manifest = unverified_bundle(plan, folder).manifest
+    report: dict[str, Any] = {"recipe": plan.name, "bytes_by_type": manifest.bytes_by_type, "validation": figures}
+    report |= plan.facts
+    if manifest.vision is not None:
+        report["vision"] = {VISION: plan.vision.onnx, MMPROJ: plan.vision.mmproj}
+    if plan.imatrix is not None:
+        report["imatrix"] = {"chunks": plan.imatrix.n_chunks, "datasets": plan.imatrix.datasets}
+    write_durably(folder / REPORT, msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+    names = [LANGUAGE, *([VISION, MMPROJ] if manifest.vision else []), REPORT]
+    files = {name: hash_file(folder / name) for name in names}
+    return msgspec.structs.replace(manifest, files=files, source_sha256=_hash_sources(plan.checkpoint, progress))
+
+
+def unverified_bundle(plan: BuildPlan, folder: Path) -> Bundle:
+    """A folder of new files as the runtime's parts take it: facts about the model, nothing hashed or checked."""
+    table = tensor_table(folder / LANGUAGE)
     by_type: Counter[str] = Counter()
     for tensor in table:
         by_type[tensor.ggml_type] += tensor.n_bytes
     embedding = next(tensor for tensor in table if tensor.name == "token_embd.weight")
+    manifest = _manifest(plan, embedding.offset, dict(by_type), {})
+    return Bundle(folder=folder, manifest=manifest, id="")
+
+
+def expected_manifest(plan: BuildPlan) -> Manifest:
+    """The manifest that `build` would write, before anything is written: sizes are estimates, hashes are empty."""
+    checkpoint = plan.checkpoint
+    by_type = bytes_by_type(checkpoint, plan.types)
+    sizes = {LANGUAGE: sum(by_type.values()) + plan.tokenizer.gguf_bytes}
+    if checkpoint.vision is not None:
+        specs = checkpoint.vision_tensors
+        sizes[VISION] = round(checkpoint.n_elements(specs) * BYTES_PER_WEIGHT[plan.vision.onnx])
+        types = uniform_types(checkpoint, specs, plan.vision.mmproj)
+        sizes[MMPROJ] = sum(tensor_bytes(checkpoint.shape(spec), types[spec.gguf]) for spec in specs)
+    files = {name: BundleFile(bytes=n_bytes, sha256="0" * 64) for name, n_bytes in sizes.items()}
+    return _manifest(plan, 0, by_type, files)
+
+
+def _manifest(
+    plan: BuildPlan, embedding_offset: int, types_bytes: dict[str, int], files: dict[str, BundleFile]
+) -> Manifest:
+    """embedding_offset: of token_embd.weight in language.gguf, bytes."""
+    checkpoint = plan.checkpoint
+    t, v = checkpoint.text, checkpoint.vision
+    embedding_type = plan.types["token_embd.weight"]
     model = ModelInfo(
         family=checkpoint.family,
         size=checkpoint.size,
@@ -207,98 +206,67 @@ def unverified_bundle(checkpoint: Checkpoint, work: Path) -> Bundle:
         vocab=t.vocab,
         context=t.context,
         kv_bytes_per_token=kv_bytes_per_token(checkpoint),
-        special=read_tokenizer(checkpoint.folder, t.vocab).special,
+        special=plan.tokenizer.special,
         embedding=EmbeddingInfo(
-            offset=embedding.offset, ggml_type=embedding.ggml_type, row_bytes=embedding.n_bytes // t.vocab
+            offset=embedding_offset, ggml_type=embedding_type.name, row_bytes=row_bytes(embedding_type, t.hidden)
         ),
     )
-    seen = None
+    vision = None
     if v is not None:
-        seen = VisionInfo(patch=v.patch, merge=v.merge, image_size=v.image_size, mean=v.mean, std=v.std)
-    manifest = Manifest(
+        vision = VisionInfo(
+            patch=v.patch, merge=v.merge, image_size=v.image_size, mean=v.mean, std=v.std, fixed=plan.vision.fixed
+        )
+    return Manifest(
         format=FORMAT,
         created_by=f"edge-quantize {edge_agent.__version__}, llama-cpp-python {llama_cpp.__version__}",
-        files={},
+        files=files,
         model=model,
-        vision=seen,
-        recipe="",
-        bytes_by_type=dict(by_type),
+        vision=vision,
+        recipe=plan.name,
+        bytes_by_type=types_bytes,
         source_dtype="FP8" if checkpoint.fp8 else "BF16",
         source_sha256={},
         licence=_licence(checkpoint.folder),
     )
-    return Bundle(folder=work, manifest=manifest, id="")
 
 
-def _validate_and_hash(
-    checkpoint: Checkpoint,
-    work: Path,
-    recipe: str,
-    importance: Imatrix | None,
-    eyes: VisionFormat,
-    facts: dict,
-    report: Report,
-) -> Manifest:
-    """Try the files as the runtime will use them, then hash everything."""
-    manifest = unverified_bundle(checkpoint, work).manifest
-    model, seen = manifest.model, manifest.vision
-    if seen is not None:
-        seen = msgspec.structs.replace(seen, fixed=eyes.fixed)
-        if eyes.lossy:
-            write_vision(checkpoint, work / REFERENCE, "bf16", _stage(report, "reference"), eyes.fixed)
-    report("try", "language and vision", 0, 1)
-    tried = _validate_in_subprocess(work, model, seen, eyes, img_break(checkpoint, model.special["img_break"]))
-    (work / REFERENCE).unlink(missing_ok=True)
-    report("try", "language and vision", 1, 1)
-    facts = {"recipe": recipe, "bytes_by_type": manifest.bytes_by_type, "tried": tried} | facts
-    if seen is not None:
-        facts["vision"] = {"vision.onnx": eyes.vision, "mmproj.gguf": eyes.mmproj}
-    if importance is not None:
-        facts["importance"] = {"chunks": importance.n_chunks, "datasets": importance.datasets}
-    write_durably(work / REPORT, msgspec.json.format(msgspec.json.encode(facts), indent=2) + b"\n")
-    names = [LANGUAGE, *([VISION, MMPROJ] if seen else []), REPORT]
-    files = {name: hash_file(work / name) for name in names}
-    sources = _hash_sources(checkpoint, report)
-    return msgspec.structs.replace(manifest, vision=seen, files=files, recipe=recipe, source_sha256=sources)
+def kv_bytes_per_token(checkpoint: Checkpoint) -> int:
+    """Bytes of the KV cache for one token: keys and values of all layers, 16 bit each."""
+    t = checkpoint.text
+    return 2 * 2 * t.layers * t.kv_heads * t.head_dim
 
 
-def _validate_in_subprocess(
-    work: Path, model: ModelInfo, seen: VisionInfo | None, eyes: VisionFormat, break_row: np.ndarray
-) -> dict[str, float]:
-    """Load and use the files in a process of its own: native code may abort on what a checkpoint holds."""
-    question = ValidationRequest(str(work), model, seen, eyes.vision, eyes.mmproj, break_row.tolist())
-    done = subprocess.run(
-        [sys.executable, "-m", "quantize.validate"],
-        input=msgspec.json.encode(question),
-        capture_output=True,
-        env=os.environ | {"PYTHONSAFEPATH": "1"},  # no module of this name from the folder we happen to stand in
-        check=False,
-    )
-    if done.returncode:
-        said = done.stderr.decode(errors="replace").strip().splitlines() or ["it said nothing"]
-        raise BuildError(f"the files made cannot be used, the checkpoint is damaged: {said[-1][:300]}")
-    return msgspec.json.decode(done.stdout)
-
-
-def _hash_sources(checkpoint: Checkpoint, report: Report) -> dict[str, str]:
+def _hash_sources(checkpoint: Checkpoint, progress: Progress) -> dict[str, str]:
+    """File name -> sha256, of the weights and the configuration."""
     paths = sorted({*checkpoint.files, checkpoint.config.path})
-    total, done, hashes = sum(path.stat().st_size for path in paths), 0, {}
+    total, done = sum(path.stat().st_size for path in paths), 0
+    hashes: dict[str, str] = {}
     for path in paths:
 
-        def advance(n: int, path: Path = path) -> None:
+        def advance(n_bytes: int, path: Path = path) -> None:
             nonlocal done
-            done += n
-            report("hash source", path.name, done, total)
+            done += n_bytes
+            progress.step("hash source", path.name, done, total)
 
         hashes[path.name] = hash_file(path, advance).sha256
     return hashes
 
 
 def _licence(folder: Path) -> str:
-    """The model card's own word for it; released Ministral 3 checkpoints say apache-2.0."""
+    """The licence that the model card names; released Ministral 3 checkpoints have apache-2.0."""
     card = folder / "README.md"
     if card.is_file():
         for line in card.read_text(encoding="utf-8", errors="replace").splitlines()[:60]:
             if line.startswith("license:"):
                 return line.split(":", 1)[1].strip()
     return "unknown"
+
+
+# -- publish -----------------------------------------------------------------------------------------------------------
+
+
+def _publish(manifest: Manifest, folder: Path, signing_key: Path | None) -> None:
+    """Write bundle.json and, with a key, bundle.sig: a folder that holds them is a complete bundle."""
+    write_manifest(folder, manifest)
+    if signing_key is not None:
+        write_durably(folder / signing.SIGNATURE, signing.sign((folder / MANIFEST).read_bytes(), signing_key))

@@ -1,7 +1,7 @@
-"""Where files are made: a hidden folder beside the target, renamed at the end: the target is whole or not there.
+"""Where files are written: a hidden folder beside the target, renamed at the end. The target is complete or absent.
 
-A run that is interrupted or killed leaves the folder with a journal of what is safely on disk; the same work on the
-same input goes on from there, anything else clears it. A run that fails leaves nothing.
+A run that is interrupted or killed leaves the folder, with a journal of what is safely on disk. The same work on the
+same input continues from there; other work empties the folder. A run that fails leaves nothing.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from edge_agent.bundle.files import sync_folder, write_durably
 from edge_agent.bundle.manifest import LANGUAGE, MANIFEST, MMPROJ, REPORT, VISION
 from edge_agent.errors import UserError
 
-OURS = {LANGUAGE, VISION, MMPROJ, REPORT, MANIFEST, signing.SIGNATURE}
+OUR_FILES = {LANGUAGE, VISION, MMPROJ, REPORT, MANIFEST, signing.SIGNATURE}
 JOURNAL = "journal.json"
-JOURNAL_INTERVAL_S = 5.0  # so often what has been written is made safe and noted
+JOURNAL_INTERVAL_S = 5.0  # between two entries in the journal; each one waits for the disk
 
 
 class BuildError(UserError):
@@ -35,86 +35,91 @@ class BuildError(UserError):
 
 class _Journal(msgspec.Struct):
     key: str
-    n_bytes: dict[str, int] = {}  # of each file, from its start, on disk
-    whole: list[str] = []  # files that are complete
+    n_bytes: dict[str, int] = {}  # file -> bytes from its start that are safely on disk
+    complete: list[str] = []  # files
 
 
 class BuildFolder:
-    """The folder, and what an earlier run has left in it that may be used."""
+    """The hidden folder, and what an earlier run of the same work has left in it."""
 
     def __init__(self, folder: Path, key: str) -> None:
-        """key: of everything that the files depend on. Where the folder's journal has another, it is emptied."""
+        """key: fingerprint of everything that the files depend on. Files of another key are removed."""
         self.folder, self._journal = folder, _Journal(key)
         with contextlib.suppress(OSError, msgspec.DecodeError):
-            found = msgspec.json.decode((folder / JOURNAL).read_bytes(), type=_Journal)
-            if found.key == key and all((folder / name).stat().st_size >= n for name, n in found.n_bytes.items()):
-                self._journal = found
+            journal = msgspec.json.decode((folder / JOURNAL).read_bytes(), type=_Journal)
+            if journal.key == key and all((folder / name).stat().st_size >= n for name, n in journal.n_bytes.items()):
+                self._journal = journal
         for path in folder.iterdir():
             if path.name not in (JOURNAL, *self._journal.n_bytes):
                 path.unlink()
-        self._noted_s = time.monotonic()
+        self._journalled_s = time.monotonic()
 
     def __truediv__(self, name: str) -> Path:
         return self.folder / name
 
-    @property
-    def found(self) -> str:
-        """What is there, in words; empty if nothing is."""
+    def left_by_earlier_run(self) -> str:
+        """The files that an earlier run has left, as a list for people; empty: none."""
         return ", ".join(
-            f"{name}{'' if name in self._journal.whole else f' ({n / 1e6:.1f} MB of it)'}"
+            f"{name}{'' if name in self._journal.complete else f' ({n / 1e6:.1f} MB of it)'}"
             for name, n in self._journal.n_bytes.items()
         )
 
-    def n_bytes(self, name: str) -> int:
-        """So many of a file's first bytes are as they should be."""
+    def kept_bytes(self, name: str) -> int:
+        """Bytes from the start of a file that an earlier run has written correctly."""
         return self._journal.n_bytes.get(name, 0)
 
-    def is_whole(self, name: str) -> bool:
-        return name in self._journal.whole
+    def is_complete(self, name: str) -> bool:
+        return name in self._journal.complete
 
-    def note(self, name: str, descriptor: int, n_bytes: int, whole: bool = False) -> None:
-        """So much of a file is written: if it is the whole, or time has passed, it is made safe and noted."""
-        if whole or time.monotonic() - self._noted_s > JOURNAL_INTERVAL_S:
-            os.fdatasync(descriptor)
-            self._journal.n_bytes[name] = n_bytes
-            self._journal.whole += [name] if whole else []
-            write_durably(self.folder / JOURNAL, msgspec.json.encode(self._journal))
-            self._noted_s = time.monotonic()
+    def checkpoint_progress(self, name: str, descriptor: int, n_bytes: int) -> None:
+        """The first n_bytes of a file are written. Every JOURNAL_INTERVAL_S, sync the file and write the journal."""
+        if time.monotonic() - self._journalled_s > JOURNAL_INTERVAL_S:
+            self._write_journal(name, descriptor, n_bytes)
 
-    def finish(self, name: str) -> None:
+    def mark_complete(self, name: str) -> None:
+        """A file is written. Sync it and write the journal."""
         with (self.folder / name).open("rb") as file:
-            self.note(name, file.fileno(), os.fstat(file.fileno()).st_size, whole=True)
+            self._journal.complete.append(name)
+            self._write_journal(name, file.fileno(), os.fstat(file.fileno()).st_size)
+
+    def _write_journal(self, name: str, descriptor: int, n_bytes: int) -> None:
+        os.fdatasync(descriptor)
+        self._journal.n_bytes[name] = n_bytes
+        write_durably(self.folder / JOURNAL, msgspec.json.encode(self._journal))
+        self._journalled_s = time.monotonic()
 
 
 def check_target(out: Path, force: bool) -> Path:
-    """The absolute path of a folder that may be made there. Raises BuildError."""
+    """The absolute path of the target, after a check that a folder may be written there. Raises BuildError."""
     out = Path(os.path.abspath(out))
     if out.is_symlink() or out.exists():
         if not force:
             raise BuildError(f"{out}: exists; give another folder, or --force to replace it")
-        strange = [] if out.is_dir() and not out.is_symlink() else [out.name]
-        strange = strange or sorted(set(os.listdir(out)) - OURS)
-        if strange:
-            raise BuildError(f"{out}: --force replaces only folders made by edge-quantize; found {strange[0]!r} in it")
+        foreign = [] if out.is_dir() and not out.is_symlink() else [out.name]
+        foreign = foreign or sorted(set(os.listdir(out)) - OUR_FILES)
+        if foreign:
+            raise BuildError(f"{out}: --force replaces only folders made by edge-quantize; found {foreign[0]!r} in it")
     if not out.parent.is_dir():
         raise BuildError(f"{out.parent}: no such folder; make it first")
     return out
 
 
 @contextlib.contextmanager
-def atomic_folder(out: Path, force: bool, key: str) -> Iterator[BuildFolder]:
-    """A hidden folder beside `out` that becomes `out` when the block ends well, vanishes when it fails, and stays for
-    the next run of the same key when it is interrupted and the journal holds something."""
+def atomic_folder(out: Path, key: str, force: bool = False) -> Iterator[BuildFolder]:
+    """A hidden folder beside `out`. It becomes `out` when the block ends without error and is removed when the block
+    fails. When the block is interrupted and the journal is not empty, it stays for the next run with the same key.
+
+    Raises BuildError: `out` exists and `force` is not set, another process writes there, or the disk is full.
+    """
     out = check_target(out, force)
     folder = out.with_name(f".{out.name}.part")
     folder.mkdir(mode=0o700, exist_ok=True)
     lock = _locked(folder)
     if lock is None:
-        raise BuildError(f"{out}: another edge-quantize is making it; wait for it, or give another folder")
+        raise BuildError(f"{out}: another edge-quantize is writing it; wait for it, or give another folder")
     keep = False
     try:
-        work = BuildFolder(folder, key)
-        yield work
+        yield BuildFolder(folder, key)
         (folder / JOURNAL).unlink(missing_ok=True)
         for file in folder.iterdir():
             with file.open("rb") as opened:
@@ -129,7 +134,7 @@ def atomic_folder(out: Path, force: bool, key: str) -> Iterator[BuildFolder]:
     except OSError as error:
         if error.filename is not None:
             raise
-        raise BuildError(f"{out}: {error.strerror} while writing it; make room and start again") from None
+        raise BuildError(f"{out}: {error.strerror} while writing it; make room and run the command again") from None
     finally:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
@@ -137,7 +142,7 @@ def atomic_folder(out: Path, force: bool, key: str) -> Iterator[BuildFolder]:
 
 
 def resumable_bytes(out: Path) -> int:
-    """Of what an interrupted run has left there to go on from; 0: nothing."""
+    """Bytes that an interrupted run has left and that the next run of the same work can use; 0: none."""
     folder = Path(os.path.abspath(out)).with_name(f".{out.name}.part")
     if not (folder / JOURNAL).is_file():
         return 0
@@ -146,10 +151,10 @@ def resumable_bytes(out: Path) -> int:
 
 @contextlib.contextmanager
 def temporary_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out`, locked while in use, gone afterwards; what a killed run left is cleared first."""
-    for left in out.parent.glob(f".{glob.escape(out.name)}.*.scratch"):
-        if (lock := _locked(left)) is not None:
-            shutil.rmtree(left, ignore_errors=True)
+    """A hidden folder beside `out`, locked while in use, then removed. Those of killed runs are removed first."""
+    for abandoned in out.parent.glob(f".{glob.escape(out.name)}.*.scratch"):
+        if (lock := _locked(abandoned)) is not None:
+            shutil.rmtree(abandoned, ignore_errors=True)
             os.close(lock)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".scratch", dir=out.parent))
     lock = _locked(folder)
@@ -162,7 +167,7 @@ def temporary_folder(out: Path) -> Iterator[Path]:
 
 
 def _locked(folder: Path) -> int | None:
-    """A descriptor that holds the folder's lock until it is closed or the process ends; None: somebody works in it."""
+    """A descriptor that holds the folder's lock until it is closed. None: another process has the lock."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -173,11 +178,12 @@ def _locked(folder: Path) -> int | None:
 
 
 def _replace(folder: Path, out: Path) -> None:
-    """`folder` becomes `out`. An `out` that was there is exchanged for it in one step and goes with its name."""
+    """Rename `folder` to `out`. An existing `out` is exchanged for it in one step and keeps the hidden name."""
     if not out.exists():
         os.rename(folder, out)
     elif _libc.renameat2(_AT_FDCWD, os.fsencode(folder), _AT_FDCWD, os.fsencode(out), _RENAME_EXCHANGE):
-        old = folder.with_suffix(".old")  # a file system that cannot exchange: killed in between, the old one is here
+        # A file system that cannot exchange names. If we are killed between the two renames, the old folder is here.
+        old = folder.with_suffix(".old")
         os.rename(out, old)
         os.rename(folder, out)
         shutil.rmtree(old)

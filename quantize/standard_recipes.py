@@ -1,28 +1,28 @@
-"""Which tensor gets which type under a standard recipe, what that will weigh, and where it fits.
+"""The standard recipes of llama.cpp: which tensor gets which type, and how many bytes that is.
 
-The rules of a recipe are libllama's own; to know them beforehand they are asked, not copied: libllama plans a file that
-has every header and no weights.
+The rules of a recipe are libllama's own. They are not copied: libllama quantises a small outline of the model (all
+header fields, a few rows of zeros for each matrix), and the types are read from the file that it writes.
+tests/reference/recipe_types.json pins the result for a release of llama-cpp-python.
 """
 
 from __future__ import annotations
 
 import ctypes
-import math
 import os
-import re
 import tempfile
 from collections import Counter
 from pathlib import Path
 
-import gguf
 import llama_cpp.llama_cpp as ll
 
 from edge_agent.errors import UserError
 from edge_agent.model.llama import log_to
-from quantize.formats import ggml_kernels
+from quantize.formats.build_plan import BuildPlan, VisionFormat, check_fixed_size
+from quantize.formats.ggml_kernels import Type, tensor_bytes, tensor_table
 from quantize.formats.gguf_files import write_outline
 from quantize.formats.imatrix import Imatrix
 from quantize.source.checkpoint import Checkpoint
+from quantize.source.tokenizer import Tokenizer, read_tokenizer
 
 RECIPES = {
     "Q4_K_M": ll.LLAMA_FTYPE_MOSTLY_Q4_K_M,
@@ -32,92 +32,8 @@ RECIPES = {
     "Q5_K_M": ll.LLAMA_FTYPE_MOSTLY_Q5_K_M,
     "Q6_K": ll.LLAMA_FTYPE_MOSTLY_Q6_K,
     "Q8_0": ll.LLAMA_FTYPE_MOSTLY_Q8_0,
-    "BF16": ll.LLAMA_FTYPE_MOSTLY_BF16,  # nothing lost: what the others are measured against
+    "BF16": ll.LLAMA_FTYPE_MOSTLY_BF16,  # lossless: the reference for the others
 }
-
-# What we reckon a program can have on a board with a headless JetPack, GiB, and an allowance for buffers beside weights
-# and cache. None of these was measured on a board. On a CPU, llama.cpp's repacked copy of the weights comes on top.
-BOARDS = {
-    "Orin Nano 4GB": 2.7,
-    "Orin Nano 8GB": 6.4,
-    "Orin NX 16GB": 14.3,
-    "AGX Orin 32GB": 29.0,
-    "AGX Orin 64GB": 60.0,
-    "Thor 128GB": 120.0,
-}
-OVERHEAD_BYTES = 450 << 20
-CONTEXT = 2048
-
-
-class RecipeError(UserError):
-    """libllama refused; one line."""
-
-
-def plan_recipe(
-    checkpoint: Checkpoint, recipe: str, importance: Imatrix | None = None
-) -> dict[str, gguf.GGMLQuantizationType]:
-    """GGUF name -> type, for every text tensor. Raises RecipeError.
-
-    libllama says what it would do in its log, a line per tensor. With an importance matrix it chooses otherwise.
-    """
-    params = ll.llama_model_quantize_default_params()
-    params.ftype = RECIPES[recipe]
-    params.dry_run = True
-    known = _imatrix_stub(importance) if importance is not None else None
-    if known is not None:
-        params.imatrix = known
-    said: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="edge-quantize-") as folder:
-        outline = Path(folder) / "outline.gguf"
-        write_outline(checkpoint, outline)
-        log_to(said.append)
-        try:
-            status = ll.llama_model_quantize(os.fsencode(outline), b"none.gguf", ctypes.byref(params))
-        finally:
-            log_to(None)
-    lines = "".join(said).splitlines()
-    if status:
-        errors = [line for line in lines if "error" in line.lower() or "failed" in line.lower()] or ["no reason given"]
-        raise RecipeError(f"{checkpoint.folder}: libllama has no plan for {recipe}: {errors[0].strip()}")
-    types = {}
-    for line in lines:
-        if found := _LINE.match(line):
-            name, before, after = found.groups()
-            types[name] = gguf.GGMLQuantizationType[(after or before).upper()]
-    missing = [row.gguf for row in checkpoint.text_rows if row.gguf not in types]
-    if missing:
-        raise RecipeError(f"{checkpoint.folder}: libllama's plan for {recipe} leaves out {missing[0]}; report this")
-    return types
-
-
-def _imatrix_stub(importance: Imatrix) -> ctypes.Array:
-    """What libllama wants to know of an importance matrix for a plan: that there is one, and sound numbers."""
-    one = (ctypes.c_float * 1)(1.0)
-    entries = [ll.llama_model_imatrix_data(name.encode(), one, 1) for name in importance.sums]
-    return (ll.llama_model_imatrix_data * (len(entries) + 1))(*entries)  # the last one is empty: the end
-
-
-# "[   1/ 236]  token_embd.weight - [ 3072, 131072, 1, 1], type =   bf16, size = 768.00 MiB -> 315.00 MiB (q6_K)"
-_LINE = re.compile(r"\[ *\d+/ *\d+\] +(\S+) .*type = +(\w+), size = .*?(?:\((\w+)\))?$")
-
-
-def bytes_by_type(checkpoint: Checkpoint, types: dict[str, gguf.GGMLQuantizationType]) -> dict[str, int]:
-    """What the text tensors weigh in the types of a plan."""
-    counted: Counter[str] = Counter()
-    for row in checkpoint.text_rows:
-        shape = checkpoint.shape(row)
-        counted[types[row.gguf].name] += math.prod(shape[:-1]) * ggml_kernels.row_bytes(types[row.gguf], shape[-1])
-    return dict(counted)
-
-
-def file_type(recipe: str, by_type: dict[str, int]) -> int:
-    """What a file calls itself: a standard recipe's number, or that of the type that holds most of its bytes."""
-    if recipe in RECIPES:
-        return RECIPES[recipe]
-    most = max((kind for kind in by_type if kind in _FILE_TYPE_BY_QUANT), key=by_type.get, default="Q4_K")
-    return _FILE_TYPE_BY_QUANT[most]
-
-
 _FILE_TYPE_BY_QUANT = {
     "Q2_K": ll.LLAMA_FTYPE_MOSTLY_Q2_K,
     "Q3_K": ll.LLAMA_FTYPE_MOSTLY_Q3_K_M,
@@ -129,25 +45,88 @@ _FILE_TYPE_BY_QUANT = {
 }
 
 
-def weigh_recipes(checkpoint: Checkpoint, recipe: str) -> dict[str, int]:
-    """Bytes by type of the language model under a recipe, without converting anything."""
-    return bytes_by_type(checkpoint, plan_recipe(checkpoint, recipe))
+class RecipeError(UserError):
+    """libllama refused. One line."""
 
 
-def budget_bytes(checkpoint: Checkpoint, board: str) -> int:
-    """What the language model may weigh on a board; may be negative."""
-    return round(BOARDS[board] * 2**30) - memory_bytes(checkpoint, 0)
+def recipe_types(checkpoint: Checkpoint, recipe: str, imatrix: Imatrix | None = None) -> dict[str, Type]:
+    """GGUF name -> type, for every text tensor. With an importance matrix libllama chooses other types.
 
-
-def memory_bytes(checkpoint: Checkpoint, language_bytes: int) -> int:
-    """What serving the model takes: language, vision, cache at 16 bit, buffers.
-
-    onnxruntime computes in float32 and keeps the 16-bit weights beside: measured, 6 bytes a weight. (mtmd takes 2.)
+    Raises RecipeError.
     """
-    vision = 6 * sum(math.prod(checkpoint.shape(row)) for row in checkpoint.vision_rows)
-    return language_bytes + vision + CONTEXT * kv_bytes_per_token(checkpoint) + OVERHEAD_BYTES
+    params = ll.llama_model_quantize_default_params()
+    params.ftype = RECIPES[recipe]
+    stub = _imatrix_stub(checkpoint, imatrix) if imatrix is not None else None
+    if stub is not None:
+        params.imatrix = stub
+    log: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="edge-quantize-") as folder:
+        outline, quantised = Path(folder) / "outline.gguf", Path(folder) / "quantised.gguf"
+        write_outline(checkpoint, outline)
+        log_to(log.append)
+        try:
+            status = ll.llama_model_quantize(os.fsencode(outline), os.fsencode(quantised), ctypes.byref(params))
+        finally:
+            log_to(None)
+        if status:
+            lines = "".join(log).splitlines()
+            errors = [line for line in lines if "error" in line.lower() or "failed" in line.lower()]
+            reason = errors[0].strip() if errors else "no reason given"
+            raise RecipeError(f"{checkpoint.folder}: libllama has no plan for {recipe}: {reason}")
+        types = {tensor.name: Type[tensor.ggml_type] for tensor in tensor_table(quantised)}
+    missing = [spec.gguf for spec in checkpoint.text_tensors if spec.gguf not in types]
+    if missing:
+        raise RecipeError(f"{checkpoint.folder}: libllama's {recipe} leaves out {missing[0]}; please report this")
+    return types
 
 
-def kv_bytes_per_token(checkpoint: Checkpoint) -> int:
-    t = checkpoint.text
-    return 2 * 2 * t.layers * t.kv_heads * t.head_dim
+def _imatrix_stub(checkpoint: Checkpoint, imatrix: Imatrix) -> ctypes.Array[ll.llama_model_imatrix_data]:
+    """What libllama needs of an importance matrix to choose types: the names, and valid numbers of the right count."""
+    widths = {spec.gguf: checkpoint.shape(spec)[-1] for spec in checkpoint.text_tensors}
+    ones = (ctypes.c_float * max(widths.values()))(*[1.0] * max(widths.values()))
+    entries = [
+        ll.llama_model_imatrix_data(name.encode(), ones, widths[name]) for name in imatrix.sums if name in widths
+    ]
+    return (ll.llama_model_imatrix_data * (len(entries) + 1))(*entries)  # an empty entry ends the list
+
+
+def plan_bundle(
+    checkpoint: Checkpoint,
+    recipe: str,
+    *,
+    tokenizer: Tokenizer | None = None,
+    imatrix: Imatrix | None = None,
+    vision: VisionFormat | None = None,
+) -> BuildPlan:
+    """The plan of a bundle by a standard recipe. tokenizer: if it is read already.
+
+    Raises CheckpointError, RecipeError.
+    """
+    vision = vision or VisionFormat()
+    if vision.fixed is not None:
+        check_fixed_size(checkpoint, vision.fixed)
+    if tokenizer is None:
+        tokenizer = read_tokenizer(checkpoint.folder, checkpoint.text.vocab)
+    return BuildPlan(
+        checkpoint=checkpoint,
+        tokenizer=tokenizer,
+        name=recipe,
+        types=recipe_types(checkpoint, recipe, imatrix),
+        file_type=RECIPES[recipe],
+        vision=vision,
+        imatrix=imatrix,
+    )
+
+
+def bytes_by_type(checkpoint: Checkpoint, types: dict[str, Type]) -> dict[str, int]:
+    """Type -> bytes of the text tensors that have it."""
+    n_bytes: Counter[str] = Counter()
+    for spec in checkpoint.text_tensors:
+        n_bytes[types[spec.gguf].name] += tensor_bytes(checkpoint.shape(spec), types[spec.gguf])
+    return dict(n_bytes)
+
+
+def file_type_of(types_bytes: dict[str, int]) -> int:
+    """llama.cpp's file type for a mixture of types: that of the type with the most bytes."""
+    known = [kind for kind in types_bytes if kind in _FILE_TYPE_BY_QUANT]
+    return _FILE_TYPE_BY_QUANT[max(known, key=lambda kind: types_bytes[kind], default="Q4_K")]

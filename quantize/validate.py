@@ -1,9 +1,9 @@
-"""Try a bundle's files as the runtime will use them, before they get their manifest.
+"""Validate the files of a new bundle: load and use them with the runtime's own code, before the manifest is written.
 
-    python -m quantize.validate < question.json > figures.json
+    python -m quantize.validate < request.json > figures.json
 
-A process of its own: llama.cpp aborts on some damaged numbers, and that must not take the builder along. It fails with
-one line on stderr.
+A separate process, because llama.cpp aborts on some damaged numbers and must not end the build with it. A failure is
+one line on stderr and a non-zero status.
 """
 
 from __future__ import annotations
@@ -21,61 +21,64 @@ from edge_agent.model.llama import ACTION_SEQ, LlamaContext, LlamaError
 from edge_agent.model.preprocess import Preprocessor
 from edge_agent.model.vision_encoder import MtmdEncoder, OnnxEncoder, VisionError
 
-# Of each row of a test picture with the reference's, by how the weights are stored.
+# How the weights are stored -> least cosine of each row of a test image with the row of the reference encoder.
 MIN_COSINE = {"f32": 0.9999, "bf16": 0.999, "f16": 0.999, "q8_0": 0.99, "int8": 0.98}
-REFERENCE = "reference.onnx"  # in the folder when vision.onnx itself is not lossless
-MAX_DIFFERENCE = 1e-3  # of the logits, relative to the largest: rows looked up by us against the model's own
+REFERENCE = "reference.onnx"  # in the folder when vision.onnx itself loses precision
+MAX_DIFFERENCE = 1e-3  # of the logits, relative to the largest one: embeddings read by us against libllama's own lookup
 
 
-class ValidationRequest(msgspec.Struct):
-    work: str
+class ValidationRequest(msgspec.Struct, kw_only=True):
+    folder: str
     model: ModelInfo
     vision: VisionInfo | None  # None: a text-only model
-    vision_kind: str
-    mmproj_kind: str
-    break_row: list[float]  # the [IMG_BREAK] embedding
+    vision_kind: str  # how vision.onnx is stored, a key of MIN_COSINE
+    mmproj_kind: str  # how mmproj.gguf is stored
+    break_row: list[float]  # the [IMG_BREAK] embedding, (hidden,)
 
 
 class ValidationFailed(UserError):
     """One line."""
 
 
-def validate_files(question: ValidationRequest) -> dict[str, float]:
-    """Load the parts, the larger ones one after the other: rows looked up must do what tokens do, and the two encoders
-    must agree on a picture. Raises Failed, LanguageError, VisionError."""
-    work, model, seen = Path(question.work), question.model, question.vision
+def validate_files(request: ValidationRequest) -> dict[str, float]:
+    """Load the files, the larger ones one after the other. Embeddings read by us must give the logits of tokens, and
+    the two vision encoders must agree on an image. Returns the figures.
+
+    Raises ValidationFailed, LlamaError, VisionError.
+    """
+    folder, model, vision = Path(request.folder), request.model, request.vision
     config = LanguageConfig(context=256, gpu_layers=0, repack=False)
-    with LlamaContext(work / LANGUAGE, config, model.embedding) as llm:
+    with LlamaContext(folder / LANGUAGE, config, model.embedding) as llm:
         tokens = [model.special["bos"], model.special["inst"], *llm.tokens("Hold position."), model.special["inst_end"]]
         by_token = llm.decode_tokens(tokens, 0).copy()
         llm.forget(ACTION_SEQ, 0)
         by_row = llm.decode_rows(llm.embed(tokens), 0).copy()
-        if seen is not None:
-            unit = seen.patch * seen.merge
-            lines, columns = (side // unit for side in seen.fixed) if seen.fixed else (4, 5)
+        if vision is not None:
+            unit = vision.patch * vision.merge
+            lines, columns = (side // unit for side in vision.fixed) if vision.fixed else (4, 5)
             noise = np.random.default_rng(0).integers(0, 256, (lines, columns, 3), dtype=np.uint8)
             image = np.ascontiguousarray(np.kron(noise, np.ones((unit, unit, 1), np.uint8)))
-            break_row = np.asarray(question.break_row, np.float32)
-            encoder = MtmdEncoder(work / MMPROJ, llm.model, break_row, unit, 0, gpu=False)
+            break_row = np.asarray(request.break_row, np.float32)
+            encoder = MtmdEncoder(folder / MMPROJ, llm.model, break_row, unit, 0, gpu=False)
             by_mtmd = np.array(encoder.encode(image))
             encoder.close()
     if not np.isfinite(by_token).all():
-        raise ValidationFailed("the quantised model gives numbers that are not finite")
+        raise ValidationFailed("the quantised model computes NaN or infinity")
     difference = float(np.abs(by_token - by_row).max() / max(np.abs(by_token).max(), 1e-9))
     if not difference <= MAX_DIFFERENCE:
-        raise ValidationFailed(f"embedding rows looked up differ from the model's own by {difference:.2g}")
-    # Rounded: the last digits depend on the machine, and a bundle is to be the same on each.
+        raise ValidationFailed(f"embeddings read from language.gguf differ from libllama's own by {difference:.2g}")
+    # Rounded, because the last digits depend on the machine and a bundle must be the same on every machine.
     figures = {"embedding_rows_relative_difference": round(difference, 6)}
-    if seen is not None:
-        by_onnx = _reference_rows(work / VISION, seen, image)
-        reference = _reference_rows(work / REFERENCE, seen, image) if (work / REFERENCE).exists() else by_onnx
-        for name, rows, kind in (("vision", by_onnx, question.vision_kind), ("mmproj", by_mtmd, question.mmproj_kind)):
+    if vision is not None:
+        by_onnx = _onnx_rows(folder / VISION, vision, image)
+        reference = _onnx_rows(folder / REFERENCE, vision, image) if (folder / REFERENCE).exists() else by_onnx
+        for name, rows, kind in (("vision", by_onnx, request.vision_kind), ("mmproj", by_mtmd, request.mmproj_kind)):
             figures[f"{name}_min_cosine"] = round(_agreement(name, rows, reference, kind), 4)
     return figures
 
 
-def _reference_rows(path: Path, seen: VisionInfo, image: np.ndarray) -> np.ndarray:
-    encoder = OnnxEncoder(path, Preprocessor(seen, 64), 0)
+def _onnx_rows(path: Path, vision: VisionInfo, image: np.ndarray) -> np.ndarray:
+    encoder = OnnxEncoder(path, Preprocessor(vision, 64), 0)
     try:
         return encoder.encode(image)
     finally:
@@ -83,7 +86,7 @@ def _reference_rows(path: Path, seen: VisionInfo, image: np.ndarray) -> np.ndarr
 
 
 def _agreement(name: str, a: np.ndarray, b: np.ndarray, kind: str) -> float:
-    """Least cosine of an encoder's rows with the reference's. Raises Failed when they are too far apart."""
+    """Least cosine of an encoder's rows with the reference's, (n, hidden) each. Raises ValidationFailed."""
     if a.shape != b.shape:
         raise ValidationFailed(f"{name} gives {a.shape} rows, the reference {b.shape}")
     cosine = float(((a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))).min())

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from tests.harness import toy
-from tests.harness.case import Case, silent
+from tests.harness.case import Case
 
 TESTS = Path(__file__).resolve().parent
 # Hypothesis measures the time of an example and of the generation of data. A busy machine must not fail a test.
@@ -76,11 +76,12 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tup
 @pytest.fixture(scope="session")
 def switchable(plain: tuple[Path, dict], toy_bf16: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same as a GGUF adapter."""
+    from quantize.progress import SILENT
     from quantize.source.checkpoint import read_checkpoint
     from quantize.source.lora import read_adapter, write_adapter
 
     found, out = read_checkpoint(toy_bf16), tmp_path_factory.mktemp("switch") / "plain.gguf"
-    write_adapter(read_adapter(plain[0], found), found, out, lambda *_: None)
+    write_adapter(read_adapter(plain[0], found), found, out, SILENT)
     return out
 
 
@@ -91,11 +92,13 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     def make(folder: Path, recipe: str) -> Path:
         from quantize.build import build
+        from quantize.progress import SILENT
         from quantize.source.checkpoint import read_checkpoint
+        from quantize.standard_recipes import plan_bundle
 
         if (folder, recipe) not in made:
             out = tmp_path_factory.mktemp("bundles") / f"{folder.name}-{recipe}"
-            build(read_checkpoint(folder), out, recipe, False, silent)
+            build(plan_bundle(read_checkpoint(folder), recipe), out, SILENT)
             made[folder, recipe] = out
         return made[folder, recipe]
 
@@ -109,11 +112,13 @@ def convert(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     def make(folder: Path, kind: str = "bf16") -> Path:
         from quantize.build import convert
+        from quantize.formats.build_plan import plan_conversion
+        from quantize.progress import SILENT
         from quantize.source.checkpoint import read_checkpoint
 
         if (folder, kind) not in made:
             out = tmp_path_factory.mktemp("converted") / f"{folder.name}-{kind}"
-            convert(read_checkpoint(folder), out, kind, False, silent)
+            convert(plan_conversion(read_checkpoint(folder), kind), out, SILENT)
             made[folder, kind] = out
         return made[folder, kind]
 

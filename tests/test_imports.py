@@ -64,7 +64,16 @@ ORDER: dict[str, list[str]] = {
     "tools": ["stills", "bench"],
 }  # fmt: skip
 # The same for the toolchain, whose order is the order of a build.
-TOOLCHAIN = ["build_folder", "source", "formats", "standard_recipes", "validate", "build", "measure", "cli"]
+TOOLCHAIN = [
+    "progress", "build_folder", "source", "formats", "standard_recipes", "validate", "build", "boards", "measure",
+    "cli",
+]  # fmt: skip
+TOOLCHAIN_ORDER: dict[str, list[str]] = {
+    "source": ["tensor_names", "hf_config", "safetensors", "checkpoint", "tokenizer", "lora"],
+    "formats": ["ggml_kernels", "gguf_file", "imatrix", "build_plan", "tensor_blocks", "gguf_files", "vision_onnx"],
+    "measure": ["perplexity", "collect_imatrix", "bit_allocation", "evaluate", "html_report"],
+    "cli": ["interrupt", "progress_display", "printed", "commands", "parser", "entry", "__init__", "__main__"],
+}
 TOOLCHAIN_MAY = {"errors", "config", "bundle", "actions", "model", "tools", "wire", "strict_yaml"}
 
 NETWORK_MODULES = {"urllib", "urllib3", "requests", "http", "ftplib", "httpx", "aiohttp", "xmlrpc", "socketserver"}
@@ -173,15 +182,17 @@ def test_a_file_imports_only_the_rooms_that_its_own_room_may(path):
     assert foreign <= ROOMS[room][1], f"{name_of(path)} imports {sorted(foreign - ROOMS[room][1])}"
 
 
-@pytest.mark.parametrize("room", ORDER)
-def test_files_of_a_room_import_only_files_before_them(room):
-    folder, order = ROOT / "edge_agent" / room, ORDER[room]
+ORDERED = [("edge_agent", room, order) for room, order in ORDER.items()]
+ORDERED += [("quantize", room, order) for room, order in TOOLCHAIN_ORDER.items()]
+
+
+@pytest.mark.parametrize(("package", "room", "order"), ORDERED, ids=[f"{row[0]}/{row[1]}" for row in ORDERED])
+def test_files_of_a_room_import_only_files_before_them(package, room, order):
+    folder = ROOT / package / room
     assert {path.stem for path in folder.glob("*.py")} - {"__init__"} == set(order) - {"__init__"}
     for i, name in enumerate(order):
         inside = {
-            found[1]
-            for found in own_imports(parsed(folder / f"{name}.py"), "edge_agent")
-            if found[0] == room and found[1:]
+            found[1] for found in own_imports(parsed(folder / f"{name}.py"), package) if found[0] == room and found[1:]
         }
         assert inside <= set(order[:i]), f"{room}/{name} imports {sorted(inside - set(order[:i]))}"
 

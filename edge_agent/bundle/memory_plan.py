@@ -1,10 +1,16 @@
-"""What serving a bundle will need, added up before anything is loaded, and what to give up where the board has less.
+"""The memory that serving a bundle needs, added up before anything is loaded, and what is reduced if it does not fit.
 
-Estimates from the manifest: they err on the large side. Given up in this order, each only if it is needed: the file's
-pages beside repacked weights (asked for by mmap: true); a cache in 16 bit (with 8, answers may depend on drafts);
-onnxruntime, which keeps the encoder in float32, for mtmd, which does not (the same rows, more slowly on a CPU); image
-tokens, by steps of a quarter down to LEAST_TOKENS (sees less fine); context that the prompt may not need. Then the
-start is refused with the sum.
+The daemon, `edge-agent check`, `edge-quantize inspect` and `edge-quantize build --fit` use this one sum. The numbers
+are estimates from the manifest, rather too large than too small. If memory is short, options are reduced in this order
+until the sum fits:
+
+1. language.mmap: repacked weights are no longer mapped as well
+2. language.kv_cache_type: 8 bit instead of 16; with it, an answer can depend on the draft
+3. vision.backend: mtmd instead of onnxruntime, which holds the encoder in float32; the same embeddings, slower on a CPU
+4. vision.max_image_tokens: in steps of a quarter, down to MIN_IMAGE_TOKENS; small objects are recognised less well
+5. language.context: in steps of a quarter, down to MIN_CONTEXT
+
+If that is not enough, NotEnoughMemoryError names the sum.
 """
 
 from __future__ import annotations
@@ -20,23 +26,25 @@ from edge_agent.config import Config
 from edge_agent.errors import UserError
 
 MIB = 1 << 20
-PROCESS_MIB = 150  # Python, libraries, buffers of frames
+PROCESS_MIB = 150  # Python, libraries, frame buffers
 MIN_IMAGE_TOKENS, MIN_CONTEXT = 64, 640
 ROWS_PER_STEP = 512  # llama.cpp's physical batch
-REPACKED = {"Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "Q2_K"}  # by one architecture's kernels or another's
+REPACKED = {"Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "Q2_K"}  # by the kernels of x86-64 or of ARM
 FLOAT32_BYTES = 4
 KV_CELL_ALIGNMENT = 256  # llama.cpp makes caches of a multiple of this
 Q8_0_SHARE = 34 / 64  # of 16 bit
 
 
 class NotEnoughMemoryError(UserError):
-    """One line, with the sum. It may pass: something else may be using the memory now."""
+    """One line, with the sum. A later start can succeed, when another program has released its memory."""
 
 
 class MemoryPlan(msgspec.Struct, frozen=True):
-    config: Config  # as it can be served
+    """What is served with: the configuration, after the reductions."""
+
+    config: Config
     parts_mib: dict[str, float]
-    given_up: dict[str, object]  # key of the configuration -> what it became
+    given_up: dict[str, object]  # key of the configuration -> its reduced value
 
     @property
     def mib(self) -> float:
@@ -44,20 +52,19 @@ class MemoryPlan(msgspec.Struct, frozen=True):
 
 
 def needed_mib(config: Config, manifest: Manifest, adapters_mib: float = 0.0) -> dict[str, float]:
-    """Part -> MiB."""
+    """Part -> MiB, for this configuration as it is. adapters_mib: of the files of all LoRA adapters."""
     model, size = manifest.model, {name: file.bytes / MIB for name, file in manifest.files.items()}
     language = config.language
     repacked = sum(n for name, n in manifest.bytes_by_type.items() if name in REPACKED) / MIB
     on_cpu = 0.0 if language.gpu_layers > 0 else 1.0
     cells = math.ceil(language.context / KV_CELL_ALIGNMENT) * KV_CELL_ALIGNMENT
-    heads_mib = (
-        model.hidden / 64 * language.context * ROWS_PER_STEP * FLOAT32_BYTES / MIB
-    )  # scores of one layer; 64: a narrow head
+    # Attention scores of one layer. 64: the narrowest head, which makes the most heads.
+    scores_mib = model.hidden / 64 * language.context * ROWS_PER_STEP * FLOAT32_BYTES / MIB
     return {
         "language model": size[LANGUAGE],
         "its file's pages": repacked * on_cpu if language.repack and language.mmap else 0.0,
         "cache": 2 * cells * model.kv_bytes_per_token / MIB * (1.0 if language.kv_cache_type == "f16" else Q8_0_SHARE),
-        "scores and logits": heads_mib + 16 * model.vocab * FLOAT32_BYTES / MIB,
+        "scores and logits": scores_mib + 16 * model.vocab * FLOAT32_BYTES / MIB,
         "vision encoder": _vision_mib(config, manifest),
         "adapters": adapters_mib,
         "the process": PROCESS_MIB,
@@ -65,50 +72,56 @@ def needed_mib(config: Config, manifest: Manifest, adapters_mib: float = 0.0) ->
 
 
 def adapters_mib(config: Config) -> float:
-    """Of the configured adapters' files, those that are there."""
+    """Sizes of the configured adapters' files, added up, MiB. A missing file counts as 0."""
     return sum(Path(path).stat().st_size for path in config.language.adapters.values() if Path(path).is_file()) / MIB
 
 
 def _vision_mib(config: Config, manifest: Manifest) -> float:
     if manifest.vision is None:
         return 0.0
-    rows = 4 * config.vision.max_image_tokens  # patches
-    scores = 16 * rows * rows * FLOAT32_BYTES / MIB  # of one layer's heads
+    patches = 4 * config.vision.max_image_tokens
+    scores_mib = 16 * patches * patches * FLOAT32_BYTES / MIB  # attention scores of one layer with 16 heads
     if config.vision.backend == "mtmd":
-        return manifest.files[MMPROJ].bytes / MIB + scores
-    stored = manifest.files[VISION].bytes / MIB
-    in_float32 = (manifest.model.parameters - _elements(manifest.bytes_by_type)) * FLOAT32_BYTES / MIB
-    # onnxruntime computes in float32 and keeps what it read beside; from float32 it has nothing to make.
-    return max(stored, in_float32) + (stored if stored < 0.9 * in_float32 else 0.0) + scores
+        return manifest.files[MMPROJ].bytes / MIB + scores_mib
+    stored_mib = manifest.files[VISION].bytes / MIB
+    float32_mib = (manifest.model.parameters - _elements(manifest.bytes_by_type)) * FLOAT32_BYTES / MIB
+    # onnxruntime computes in float32 and keeps the stored weights as well, unless they are float32 already.
+    return max(stored_mib, float32_mib) + (stored_mib if stored_mib < 0.9 * float32_mib else 0.0) + scores_mib
 
 
 def _elements(bytes_by_type: dict[str, int]) -> int:
-    """Weights of the language model."""
+    """Number of weights of the language model."""
     sizes = {name: gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]] for name in bytes_by_type}
     return sum(n // sizes[name][1] * sizes[name][0] for name, n in bytes_by_type.items())
 
 
 def plan_memory(config: Config, manifest: Manifest, free_mib: float | None, adapters_mib: float = 0.0) -> MemoryPlan:
-    """The configuration as it fits into free_mib (None: unknown, everything fits). Raises TooLittle."""
+    """The configuration, reduced until it fits into free_mib. Raises NotEnoughMemoryError.
+
+    free_mib: None if it is unknown; then nothing is reduced.
+    """
     given_up: dict[str, object] = {}
     while True:
         parts = needed_mib(config, manifest, adapters_mib)
         if free_mib is None or sum(parts.values()) <= free_mib:
             return MemoryPlan(config, parts, given_up)
-        smaller = _reduce_once(config)
-        if smaller is None:
+        reduced = _reduce_once(config)
+        if reduced is None:
             summed = " + ".join(f"{name} {n:.0f}" for name, n in parts.items() if n >= 1)
             raise NotEnoughMemoryError(
                 f"memory: {sum(parts.values()):.0f} MiB needed ({summed}), {free_mib:.0f} MiB free; use a smaller "
                 "bundle, or vision.backend mtmd"
             )
-        config, key, value = smaller
+        config, key, value = reduced
         given_up[key] = value
 
 
 def _reduce_once(config: Config) -> tuple[Config, str, object] | None:
-    """With the next thing given up, its key and what it became; None: nothing is left."""
+    """(configuration with one more reduction, its key, its new value); None: nothing can be reduced."""
     language, vision = config.language, config.vision
+    table: str
+    key: str
+    value: object
     if language.repack and language.mmap:
         table, key, value = "language", "mmap", False
     elif language.kv_cache_type == "f16" and language.flash_attention is not False:
@@ -116,13 +129,11 @@ def _reduce_once(config: Config) -> tuple[Config, str, object] | None:
     elif vision.backend == "onnxruntime":
         table, key, value = "vision", "backend", "mtmd"
     elif vision.max_image_tokens > MIN_IMAGE_TOKENS:
-        table, key, value = (
-            "vision",
-            "max_image_tokens",
-            max(MIN_IMAGE_TOKENS, math.floor(vision.max_image_tokens * 0.75)),
-        )
+        table, key = "vision", "max_image_tokens"
+        value = max(MIN_IMAGE_TOKENS, math.floor(vision.max_image_tokens * 0.75))
     elif language.context > MIN_CONTEXT:
-        table, key, value = "language", "context", max(MIN_CONTEXT, math.floor(language.context * 0.75))
+        table, key = "language", "context"
+        value = max(MIN_CONTEXT, math.floor(language.context * 0.75))
     else:
         return None
     smaller = msgspec.structs.replace(getattr(config, table), **{key: value})

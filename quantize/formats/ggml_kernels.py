@@ -1,27 +1,32 @@
-"""ggml's own quantisation kernels and GGUF reader, through the libraries that llama-cpp-python carries.
+"""ggml's own quantisation kernels and GGUF reader, called in the libraries that llama-cpp-python installs.
 
-libllama's llama_model_quantize wants a whole file at source precision first, maps it, and so shows its size as resident
-memory. The same kernels called on blocks of rows give the same bytes, straight from the checkpoint.
+libllama's llama_model_quantize needs a whole file at source precision and maps it, so that the file's size counts as
+resident memory. The same kernels, called on blocks of rows, give the same bytes straight from the checkpoint.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import gguf
 import llama_cpp
 import msgspec
 import numpy as np
+from gguf import GGMLQuantizationType as Type
 
 from edge_agent.errors import UserError
 
 _base = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so"))
 
 
-def _function(name: str, result: type | None, *arguments: type):
+def _function(name: str, result: type | None, *arguments: type) -> Callable[..., Any]:
+    """A function of libggml-base with its C types."""
     function = _base[name]
     function.restype, function.argtypes = result, list(arguments)
     return function
@@ -32,7 +37,7 @@ class _Init(ctypes.Structure):
 
 
 class GgmlTensor(ctypes.Structure):
-    """ggml_tensor of ggml.h, at the llama.cpp version that edge_agent.model.llama checks."""
+    """ggml_tensor of ggml.h, of the llama.cpp version that edge_agent.model.llama requires."""
 
     _fields_ = [
         ("type", ctypes.c_int),
@@ -62,9 +67,10 @@ _quantize_chunk = _function(
     _index,  # first element, in both
     _index,  # rows
     _index,  # elements of a row
-    ctypes.c_void_p,  # importance of each column, or null
+    ctypes.c_void_p,  # float32 importance of each column, or null
 )
-_threads = ThreadPoolExecutor(len(os.sched_getaffinity(0)))  # the kernels run without the interpreter's lock
+N_THREADS = len(os.sched_getaffinity(0))
+_threads = ThreadPoolExecutor(N_THREADS)  # the kernels run without the interpreter's lock
 
 
 class TensorInfo(msgspec.Struct, frozen=True):
@@ -78,37 +84,40 @@ class NotGguf(UserError):
     """ggml cannot read the file. One line."""
 
 
-def row_bytes(kind: gguf.GGMLQuantizationType, width: int) -> int:
+def row_bytes(kind: Type, width: int) -> int:
     """Bytes of a row of `width` elements."""
     block, n_bytes = gguf.GGML_QUANT_SIZES[kind]
     return width // block * n_bytes
 
 
-def quantise_rows(
-    rows: np.ndarray, kind: gguf.GGMLQuantizationType, importance: np.ndarray | None = None
-) -> np.ndarray:
+def tensor_bytes(shape: tuple[int, ...], kind: Type) -> int:
+    """Bytes of a tensor, without padding. shape: outermost dimension first."""
+    return math.prod(shape[:-1]) * row_bytes(kind, shape[-1])
+
+
+def quantise_rows(rows: np.ndarray, kind: Type, importance: np.ndarray | None = None) -> np.ndarray:
     """rows: (n, width) float32 -> (n, bytes of a row) uint8, on all cores.
 
-    importance: (width,) float32, how much each column counts.
+    importance: (width,) float32, the weight of each column's squared error.
     """
     n, width = rows.shape
     rows = np.ascontiguousarray(rows, np.float32)
     out = np.empty((n, row_bytes(kind, width)), np.uint8)
-    step = -(-n // _threads._max_workers)
-    weights = None if importance is None else np.ascontiguousarray(importance, np.float32)
-    if weights is not None and weights.shape != (width,):
-        raise ValueError(f"importance: expected {width} numbers, found {weights.shape}")
-    counts = None if weights is None else weights.ctypes.data
+    step = -(-n // N_THREADS)
+    columns = None if importance is None else np.ascontiguousarray(importance, np.float32)
+    if columns is not None and columns.shape != (width,):
+        raise ValueError(f"importance: expected {width} numbers, found {columns.shape}")
+    columns_pointer = None if columns is None else columns.ctypes.data
 
-    def part(start: int) -> None:
+    def quantise_part(start: int) -> None:
         count = min(step, n - start)
-        written = _quantize_chunk(kind, rows.ctypes.data, out.ctypes.data, start * width, count, width, counts)
+        written = _quantize_chunk(kind, rows.ctypes.data, out.ctypes.data, start * width, count, width, columns_pointer)
         if written != count * out.shape[1]:
             raise RuntimeError(
                 f"ggml_quantize_chunk: expected {count * out.shape[1]} bytes of {kind.name}, wrote {written}"
             )
 
-    list(_threads.map(part, range(0, n, step)))
+    list(_threads.map(quantise_part, range(0, n, step)))
     return out
 
 
@@ -122,7 +131,7 @@ def tensor_table(path: Path) -> list[TensorInfo]:
         return [
             TensorInfo(
                 _gguf_name(context, i).decode(),
-                gguf.GGMLQuantizationType(_gguf_type(context, i)).name,
+                Type(_gguf_type(context, i)).name,
                 start + _gguf_offset(context, i),
                 _gguf_size(context, i),
             )
@@ -132,27 +141,27 @@ def tensor_table(path: Path) -> list[TensorInfo]:
         _gguf_free(context)
 
 
-def dequantise_rows(raw: np.ndarray, kind: gguf.GGMLQuantizationType, width: int) -> np.ndarray:
-    """The way back: (n, bytes of a row) uint8 -> (n, width) float32, on all cores."""
+def dequantise_rows(raw: np.ndarray, kind: Type, width: int) -> np.ndarray:
+    """The inverse of quantise_rows: (n, bytes of a row) uint8 -> (n, width) float32, on all cores."""
     n = len(raw)
     out, raw = np.empty((n, width), np.float32), np.ascontiguousarray(raw)
-    step = -(-n // _threads._max_workers)
+    step = -(-n // N_THREADS)
 
-    def part(start: int) -> None:
+    def dequantise_part(start: int) -> None:
         count = min(step, n - start)
         _dequantise(kind)(raw[start:].ctypes.data, out[start:].ctypes.data, count * width)
 
-    list(_threads.map(part, range(0, n, step)))
+    list(_threads.map(dequantise_part, range(0, n, step)))
     return out
 
 
-def _dequantise(kind: gguf.GGMLQuantizationType):
+def _dequantise(kind: Type) -> Callable[..., Any]:
     name = kind.name.lower().replace("_k", "_K")  # dequantize_row_q4_K, dequantize_row_iq4_xs
     return _function(f"dequantize_row_{name}", None, ctypes.c_void_p, ctypes.c_void_p, _index)
 
 
 def write_tensor_data(address: int, data: np.ndarray) -> None:
-    """Put bytes into the ggml_tensor at an address; it must be writable, and as large."""
+    """Overwrite the data of the ggml_tensor at an address. The tensor must be writable and have as many bytes."""
     if _n_bytes(address) != data.nbytes:
         raise ValueError(f"expected {_n_bytes(address)} bytes, found {data.nbytes}")
     _set(address, np.ascontiguousarray(data).ctypes.data, 0, data.nbytes)
@@ -162,7 +171,7 @@ _set = _function("ggml_backend_tensor_set", None, ctypes.c_void_p, ctypes.c_void
 
 
 def read_float32(tensor: GgmlTensor) -> np.ndarray:
-    """A float32 tensor's numbers, wherever they lie: (rows, ne[0]) float32, a copy."""
+    """A copy of a float32 tensor's data, also from a GPU's memory: (rows, ne[0]) float32."""
     out = np.empty(_n_bytes(ctypes.byref(tensor)), np.uint8)
     _get(ctypes.byref(tensor), out.ctypes.data, 0, out.nbytes)
     shape, strides = tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1]

@@ -1,16 +1,17 @@
-"""Checkpoint -> vision.onnx: pixels in, the rows the language model wants out. Built without torch.
+"""Checkpoint -> vision.onnx: pixels in, embeddings for the language model out. Built without torch.
 
     pixel_values (1, 3, H, W) float32, H and W multiples of 28  ->  rows (n, hidden) float32
 
-Rows go line by line over the merged patches; between two lines stands the [IMG_BREAK] embedding, none after the last.
-[IMG_END] is a text token and is not here.
+The rows are in reading order of the merged patches. The [IMG_BREAK] embedding follows every line but the last.
+[IMG_END] is a text token and is not part of this file.
 
-The graph is plain ONNX (opset 17, for onnxruntime >= 1.20). Weights are stored in the asked type and cast to float32 in
-the graph, once, when a session folds its constants. int8: matrices only, symmetric, a scale for each output channel.
-The graph is built by the `onnx` package; the weights are streamed
-behind it, because a protobuf message of this size would have to be held in memory twice: in protobuf's wire format a
-message is the concatenation of its fields, so the weights can simply be appended to the graph field.
-https://protobuf.dev/programming-guides/encoding/
+The graph is plain ONNX (opset 17, for onnxruntime >= 1.20). Weights are stored in the wanted type and cast to float32
+in the graph; a session does that once, when it folds constants. int8: matrices only, symmetric, one scale for each
+output channel.
+
+The `onnx` package builds the graph. The weights are streamed behind it, because a protobuf message of this size would
+be in memory twice. In protobuf's wire format a message is the concatenation of its fields, so weights can be appended
+to the graph field: https://protobuf.dev/programming-guides/encoding/
 """
 
 from __future__ import annotations
@@ -18,72 +19,69 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from quantize.formats.gguf_files import FLOATS, TYPES, Report, img_break, tensor_blocks
+from quantize.formats.build_plan import INT8, BuildPlan
+from quantize.formats.tensor_blocks import BFLOAT16, img_break_row, tensor_blocks
+from quantize.progress import Progress
 from quantize.source.checkpoint import Checkpoint
 from quantize.source.hf_config import CheckpointError
 from quantize.source.tensor_names import TensorSpec
-from quantize.source.tokenizer import read_tokenizer
 
 OPSET, IR_VERSION = 17, 8
 MAX_FILE_BYTES = 2**31 - 1  # protobuf's limit; external data files are refused on the device
-INT8 = "int8"
-STORED = {  # how matrices are stored
-    "bf16": (TensorProto.BFLOAT16, FLOATS[TYPES["bf16"][0]]),
-    "f16": (TensorProto.FLOAT16, FLOATS[TYPES["f16"][0]]),
-    "f32": (TensorProto.FLOAT, FLOATS[TYPES["f32"][0]]),
+STORED = {  # how matrices are stored -> (ONNX data type, numpy dtype)
+    "bf16": (TensorProto.BFLOAT16, BFLOAT16),
+    "f16": (TensorProto.FLOAT16, np.dtype(np.float16)),
+    "f32": (TensorProto.FLOAT, np.dtype(np.float32)),
     INT8: (TensorProto.INT8, np.dtype(np.int8)),
 }
 SCALES = ".scale"
 
 
-def write_vision(
-    checkpoint: Checkpoint, out: Path, kind: str, report: Report, fixed: tuple[int, int] | None = None
-) -> None:
-    """Stream vision.onnx to `out`. Raises CheckpointError when the file would pass protobuf's 2 GB.
+def write_vision(plan: BuildPlan, path: Path, progress: Progress, stage: str = "vision") -> None:
+    """Stream vision.onnx to `path`. Raises CheckpointError when the file would be larger than protobuf's 2 GB."""
+    checkpoint, kind = plan.checkpoint, plan.vision.onnx
+    graph = _Graph(checkpoint, kind, plan.vision.fixed)
+    graph.build(img_break_row(plan))
+    head, small = _model_head(checkpoint), graph.proto().SerializeToString()
+    parts = [part for spec in checkpoint.vision_tensors for part in _parts(checkpoint, spec, kind)]
+    part_heads = [_initializer_head(part) for part in parts]
+    graph_bytes = len(small) + sum(len(prefix) + n_bytes for prefix, n_bytes in part_heads)
+    if len(head) + graph_bytes + 16 > MAX_FILE_BYTES:
+        raise CheckpointError(
+            f"{path.name}: {graph_bytes} bytes as {kind} is over protobuf's 2 GB; use --type bf16 or f16"
+        )
+    done, total = 0, checkpoint.n_elements(checkpoint.vision_tensors)
+    with path.open("wb") as file:
+        file.write(head + _tag(onnx.ModelProto, "graph") + _varint(graph_bytes) + small)
+        for part, (prefix, _) in zip(parts, part_heads, strict=True):
+            file.write(prefix)
+            for block in part.blocks():
+                file.write(block.view(np.uint8).data)
+                done += block.size if not part.name.endswith(SCALES) else 0
+                progress.step(stage, part.name, done, total)
 
-    fixed: height and width in pixels, the only size that the graph then takes (as TensorRT likes best).
-    """
-    rows = checkpoint.vision_rows
-    break_id = read_tokenizer(checkpoint.folder, checkpoint.text.vocab).special["img_break"]
-    graph = _Graph(checkpoint, kind, fixed)
-    graph.build(img_break(checkpoint, break_id))
-    total = sum(math.prod(checkpoint.shape(row)) for row in rows)
 
+def _model_head(checkpoint: Checkpoint) -> bytes:
+    """Everything of the ModelProto but its graph."""
     model = helper.make_model(
         helper.make_graph([], "x", [], []), opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION
     )
     model.ClearField("graph")
     model.producer_name = "edge-quantize"
-    for key, value in (("patch", checkpoint.vision.patch), ("merge", checkpoint.vision.merge)):
+    v = checkpoint.vision_tower
+    for key, value in (("patch", v.patch), ("merge", v.merge)):
         model.metadata_props.add(key=key, value=str(value))
-    head, small = model.SerializeToString(), graph.proto().SerializeToString()
-
-    parts = [part for row in rows for part in _parts(checkpoint, row, kind)]
-    heads = [_initializer_head(part) for part in parts]
-    graph_bytes = len(small) + sum(len(prefix) + n_bytes for prefix, n_bytes in heads)
-    if len(head) + graph_bytes + 16 > MAX_FILE_BYTES:
-        raise CheckpointError(
-            f"{out.name}: {graph_bytes} bytes as {kind} is over protobuf's 2 GB; use --type bf16 or f16"
-        )
-    done = 0
-    with out.open("wb") as file:
-        file.write(head + _tag(onnx.ModelProto, "graph") + _varint(graph_bytes) + small)
-        for part, (prefix, _) in zip(parts, heads, strict=True):
-            file.write(prefix)
-            for block in part.blocks():
-                file.write(block.view(np.uint8).data)
-                done += block.size if not part.name.endswith(SCALES) else 0
-                report(part.name, done, total)
+    return model.SerializeToString()
 
 
 class _Part(NamedTuple):
-    """One initializer: what is written of a tensor."""
+    """One initializer of the graph: a tensor, or the scales of an int8 tensor."""
 
     name: str
     shape: tuple[int, ...]
@@ -91,34 +89,34 @@ class _Part(NamedTuple):
     blocks: Callable[[], Iterator[np.ndarray]]
 
 
-def _parts(checkpoint: Checkpoint, row: TensorSpec, kind: str) -> list[_Part]:
-    """ONNX keeps HF's rotary order."""
-    shape = checkpoint.shape(row)
+def _parts(checkpoint: Checkpoint, spec: TensorSpec, kind: str) -> list[_Part]:
+    """The initializers of one tensor. The graph uses HF's rotary order."""
+    shape = checkpoint.shape(spec)
     width = math.prod(shape[1:])
 
     def values(dtype: np.dtype) -> Iterator[np.ndarray]:
-        return tensor_blocks(checkpoint, row, dtype, interleaved=False)
+        return tensor_blocks(checkpoint, spec, dtype, interleaved=False)
 
     if kind != INT8 or len(shape) == 1:
         stored = "f32" if kind == INT8 else kind
-        return [_Part(row.hf, shape, stored, lambda: values(STORED[stored][1]))]
+        return [_Part(spec.hf, shape, stored, lambda: values(STORED[stored][1]))]
 
     def rows() -> Iterator[np.ndarray]:
         return (block.reshape(-1, width) for block in values(np.dtype(np.float32)))
 
     return [
-        _Part(row.hf, shape, INT8, lambda: (np.rint(b / _scales(b)[:, None]).astype(np.int8) for b in rows())),
-        _Part(row.hf + SCALES, shape[:1], "f32", lambda: (_scales(b) for b in rows())),
+        _Part(spec.hf, shape, INT8, lambda: (np.rint(b / _scales(b)[:, None]).astype(np.int8) for b in rows())),
+        _Part(spec.hf + SCALES, shape[:1], "f32", lambda: (_scales(b) for b in rows())),
     ]
 
 
 def _scales(rows: np.ndarray) -> np.ndarray:
-    """(n, width) float32 -> (n,): the largest of a row becomes 127."""
+    """(n, width) float32 -> (n,) float32: scales with which the largest magnitude of a row becomes 127."""
     return np.maximum(np.abs(rows).max(1), np.float32(1e-20)) / np.float32(127)
 
 
 def _initializer_head(part: _Part) -> tuple[bytes, int]:
-    """Everything of a GraphProto.initializer up to its raw bytes, and how many raw bytes follow."""
+    """(everything of a GraphProto.initializer up to its raw bytes, number of raw bytes that follow)."""
     data_type, dtype = STORED[part.kind]
     tensor = TensorProto(name=part.name, dims=part.shape, data_type=data_type).SerializeToString()
     n_bytes = math.prod(part.shape) * dtype.itemsize
@@ -126,7 +124,7 @@ def _initializer_head(part: _Part) -> tuple[bytes, int]:
     return _tag(onnx.GraphProto, "initializer") + _varint(len(tensor) + len(raw) + n_bytes) + tensor + raw, n_bytes
 
 
-def _tag(message: type, field: str) -> bytes:
+def _tag(message: Any, field: str) -> bytes:
     return _varint(message.DESCRIPTOR.fields_by_name[field].number << 3 | 2)  # 2: length-delimited
 
 
@@ -139,22 +137,22 @@ def _varint(value: int) -> bytes:
 
 
 class _Graph:
-    """Collects nodes and small constants; every method returns the name of the value it made."""
+    """Collects nodes and small constants. Every method returns the name of the value that it adds."""
 
     def __init__(self, checkpoint: Checkpoint, kind: str, fixed: tuple[int, int] | None) -> None:
-        self.v, self.hidden, self.kind, self.fixed = checkpoint.vision, checkpoint.text.hidden, kind, fixed
-        self.matrices = {row.hf for row in checkpoint.vision_rows if len(row.shape) > 1}
+        self.v, self.hidden, self.kind, self.fixed = checkpoint.vision_tower, checkpoint.text.hidden, kind, fixed
+        self.matrices = {spec.hf for spec in checkpoint.vision_tensors if len(spec.shape) > 1}
         self.text_eps = checkpoint.text.rms_eps
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
 
-    def node(self, kind: str, *inputs: str, **attributes: object) -> str:
+    def node(self, kind: str, *inputs: str, **attributes: Any) -> str:
         name = f"{kind.lower()}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(kind, list(inputs), [name], name=name, **attributes))
         return name
 
     def const(self, value: object, dtype: type = np.int64) -> str:
-        array = np.asarray(value, dtype)
+        array: np.ndarray = np.asarray(value, dtype)
         name = f"c_{array.dtype}_{'x'.join(map(str, array.shape))}_{array.tobytes().hex()[:48]}"
         if array.size > 6:
             name = f"c_{len(self.constants)}"
@@ -180,7 +178,7 @@ class _Graph:
         return self.node("Mul", self.node("Div", x, scale), self.weight(name))
 
     def shape(self, *parts: str | int) -> str:
-        """A shape for Reshape or Expand out of one-element vectors and numbers."""
+        """A shape for Reshape or Expand, made of one-element vectors and numbers."""
         return self.node("Concat", *(self.const([p]) if isinstance(p, int) else p for p in parts), axis=0)
 
     def build(self, break_row: np.ndarray) -> None:
@@ -208,9 +206,8 @@ class _Graph:
         self.breaks(self.linear(x, "projector.linear_2.weight"), h, w, break_row)
 
     def rotary(self, h: str, w: str) -> tuple[str, str]:
-        """Axial 2-D rotary tables, (h * w, head_dim): even frequencies turn with the line, odd ones with the column.
-
-        As PixtralVisionRotaryEmbedding in transformers has it.
+        """(cos, sin) of axial 2-D rotary positions, (h * w, head_dim): even frequencies rotate by the line, odd ones by
+        the column, as in PixtralVisionRotaryEmbedding of transformers.
         """
         head_dim = self.v.hidden // self.v.heads
         frequencies = (1.0 / self.v.rope_theta ** (np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
@@ -239,18 +236,18 @@ class _Graph:
             split = self.node("Reshape", projected, self.const([-1, v.heads, head_dim]))
             return self.node("Transpose", split, perm=[1, 0, 2])  # (heads, n, head_dim)
 
-        def turn(z: str) -> str:
+        def rotate(z: str) -> str:
             first = self.node("Slice", z, self.const([0]), self.const([head_dim // 2]), self.const([2]))
             second = self.node("Slice", z, self.const([head_dim // 2]), self.const([head_dim]), self.const([2]))
-            turned = self.node("Concat", self.node("Neg", second), first, axis=2)
-            return self.node("Add", self.node("Mul", z, cos), self.node("Mul", turned, sin))
+            rotated = self.node("Concat", self.node("Neg", second), first, axis=2)
+            return self.node("Add", self.node("Mul", z, cos), self.node("Mul", rotated, sin))
 
-        q = self.node("Mul", turn(heads("q")), self.scalar(head_dim**-0.5))
-        k = self.node("Transpose", turn(heads("k")), perm=[0, 2, 1])
+        q = self.node("Mul", rotate(heads("q")), self.scalar(head_dim**-0.5))
+        k = self.node("Transpose", rotate(heads("k")), perm=[0, 2, 1])
         weights = self.node("Softmax", self.node("MatMul", q, k), axis=-1)  # (heads, n, n)
-        seen = self.node("Transpose", self.node("MatMul", weights, heads("v")), perm=[1, 0, 2])
-        seen = self.node("Reshape", seen, self.const([-1, v.hidden]))
-        x = self.node("Add", x, self.linear(seen, at + "attention.o_proj.weight"))
+        attended = self.node("Transpose", self.node("MatMul", weights, heads("v")), perm=[1, 0, 2])
+        attended = self.node("Reshape", attended, self.const([-1, v.hidden]))
+        x = self.node("Add", x, self.linear(attended, at + "attention.o_proj.weight"))
 
         y = self.rms_norm(x, at + "ffn_norm.weight", v.eps)
         gate = self.linear(y, at + "feed_forward.gate_proj.weight")
@@ -259,7 +256,7 @@ class _Graph:
         return self.node("Add", x, self.linear(y, at + "feed_forward.down_proj.weight"))
 
     def merge(self, x: str, h: str, w: str) -> str:
-        """merge x merge patches become one row, channels outermost as torch's unfold lays them: (n, hidden)."""
+        """merge x merge patches become one row, (n, hidden). Channels are outermost, as torch's unfold orders them."""
         m = self.v.merge
         lines = self.node("Div", h, self.const([m]))
         columns = self.node("Div", w, self.const([m]))
@@ -269,7 +266,7 @@ class _Graph:
         return self.linear(x, "projector.patch_merger.merging_layer.weight")
 
     def breaks(self, x: str, h: str, w: str, break_row: np.ndarray) -> None:
-        """The [IMG_BREAK] row after every line but the last."""
+        """Insert the [IMG_BREAK] row after every line but the last; the result is the graph's output."""
         m = self.v.merge
         lines = self.node("Div", h, self.const([m]))
         columns = self.node("Div", w, self.const([m]))
@@ -278,8 +275,8 @@ class _Graph:
             "Expand", self.const(break_row.reshape(1, 1, -1), np.float32), self.shape(lines, 1, self.hidden)
         )
         x = self.node("Reshape", self.node("Concat", x, row, axis=1), self.const([-1, self.hidden]))
-        cut = self.node("Slice", x, self.const([0]), self.const([-1]), self.const([0]))
-        self.nodes.append(helper.make_node("Identity", [cut], ["rows"], name="rows"))
+        without_last = self.node("Slice", x, self.const([0]), self.const([-1]), self.const([0]))
+        self.nodes.append(helper.make_node("Identity", [without_last], ["rows"], name="rows"))
 
     def proto(self) -> onnx.GraphProto:
         """The graph without its weights, which follow in the file."""

@@ -1,23 +1,23 @@
-"""A type for every tensor, so that the model says what it said, in a given number of bytes.
+"""Choose a quantisation type for each matrix that minimises the change of the model's outputs under a byte budget.
 
-Three things are measured, none is guessed. For each matrix and candidate type, the error of the quantised weights,
-weighted by what they are multiplied with (the importance matrix). For each group of matrices (one role in neighbouring
-layers), how far the whole model's answers move (mean KL divergence on a text) when only this group is quantised: that
-gives the price of its error. And at the end the whole plan, against the best standard recipe of no more bytes.
+Three things are measured:
+1. For each matrix and each candidate type: the squared error of the weights, weighted by the importance matrix.
+2. For each group of matrices (one role in neighbouring layers): the mean KL divergence of the model's outputs on a text
+   when only this group is quantised. Divided by the group's error, this is the KL divergence per unit of error.
+3. At the end: the KL divergence of the whole choice, and of the best standard recipe of at most as many bytes.
 
-In between the divergence is taken to be the sum over matrices of price times error. The least sum under a budget is
-found along the lower convex hulls, steepest step first (Shoham and Gersho, Efficient bit allocation for an arbitrary
-set of quantizers, IEEE Trans. ASSP 36, 1988); what is left of the budget is filled with the steps that still fit.
+The KL divergence of a choice is predicted as the sum over matrices of (KL per error) times error. The least sum under a
+budget is found along the lower convex hulls, largest gain per byte first (Shoham and Gersho, Efficient bit allocation
+for an arbitrary set of quantizers, IEEE Trans. ASSP 36, 1988). The rest of the budget is filled with the steps that
+still fit.
 """
 
 from __future__ import annotations
 
 import bisect
 import contextlib
-import hashlib
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -32,20 +32,22 @@ from edge_agent.model.llama import LLAMA_CPP_PYTHON, LlamaContext, observe_graph
 from quantize.build import convert, unverified_bundle
 from quantize.build_folder import temporary_folder
 from quantize.formats import ggml_kernels
-from quantize.formats.gguf_files import BFLOAT16, tensor_blocks
+from quantize.formats.build_plan import BuildPlan, plan_conversion
+from quantize.formats.ggml_kernels import Type, tensor_bytes
 from quantize.formats.imatrix import Imatrix
+from quantize.formats.tensor_blocks import BFLOAT16, tensor_blocks
 from quantize.measure import perplexity
-from quantize.source.checkpoint import Checkpoint
+from quantize.progress import SILENT, Progress
+from quantize.source.checkpoint import Checkpoint, fingerprint
 from quantize.source.tensor_names import TensorSpec
-from quantize.standard_recipes import RECIPES, bytes_by_type, plan_recipe
+from quantize.source.tokenizer import Tokenizer
+from quantize.standard_recipes import RECIPES, bytes_by_type, recipe_types
 
-Type = gguf.GGMLQuantizationType
-Report = Callable[[str, str, int, int], None]  # (stage, what, done, in all)
 Types = dict[str, Type]  # GGUF name -> type
 CANDIDATES = (Type.Q2_K, Type.Q3_K, Type.IQ4_XS, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.Q8_0)
-PROBE = Type.Q4_K  # what a group is moved to when its price is measured: coarse enough to show, fine enough to be small
+PROBE = Type.Q4_K  # of a group while its KL divergence is measured: a clear effect, small enough to be about linear
 MAX_PROBES = 64
-SAMPLE_ROWS = 1024  # of a matrix, evenly taken, for the errors
+SAMPLE_ROWS = 1024  # of a matrix, at even distances, for its errors
 
 
 class FitError(UserError):
@@ -53,51 +55,53 @@ class FitError(UserError):
 
 
 class Sensitivity(msgspec.Struct):
-    """What was measured. Independent of any budget: one file serves many."""
+    """Measurements. They do not depend on the budget, so one file serves every budget."""
 
-    key: str  # of everything it depends on
-    quantisation_errors: dict[str, dict[str, float]] = {}  # tensor -> type -> sum of importance times squared error
+    key: str  # fingerprint of everything that they depend on
+    errors: dict[str, dict[str, float]] = {}  # tensor -> type -> sum of importance times squared error
     kl: dict[str, float] = {}  # group -> mean KL divergence when it alone is quantised to PROBE
 
-    def price(self, groups: dict[str, list[str]]) -> dict[str, float]:
-        """Tensor -> KL divergence by unit of its error."""
-        prices = {}
-        for group, members in groups.items():
+    def kl_per_error(self, grouped: dict[str, list[str]]) -> dict[str, float]:
+        """Tensor -> KL divergence per unit of its error. grouped: of `groups`."""
+        ratios: dict[str, float] = {}
+        for group, members in grouped.items():
             error = sum(self.errors[name][PROBE.name] for name in members)
-            prices |= dict.fromkeys(members, max(self.kl[group], 1e-12) / max(error, 1e-30))
-        return prices
+            ratios |= dict.fromkeys(members, max(self.kl[group], 1e-12) / max(error, 1e-30))
+        return ratios
 
 
 class Choice(msgspec.Struct, frozen=True):
-    """One row of the table of what was chosen, and why."""
+    """The type of one tensor, and the next better type that was not chosen."""
 
     tensor: str
     type: str
     n_bytes: int
-    kl: float  # its part of the divergence that was reckoned with
-    next_type: str  # the next better one that was not taken, and what a megabyte of it would have brought
-    next_kl_per_mb: float
+    kl: float  # its part of the predicted KL divergence
+    next_type: str  # "": there is no better one
+    next_kl_per_mb: float  # reduction of the KL divergence per MB, if the next type was taken
 
 
 class Allocation(msgspec.Struct, frozen=True):
+    """The chosen types, with the figures that justify them."""
+
     types: Types
     n_bytes: int
-    reckoned_kl: float
+    predicted_kl: float
     measured_kl: float
-    standard: str  # the best standard recipe of no more bytes, and its divergence on the same text; "": none fits
-    standard_kl: float
+    standard: str  # the largest standard recipe within the budget; "": none fits
+    standard_kl: float  # its KL divergence on the same text
     choices: list[Choice]
 
 
-# -- what there is to choose from --------------------------------------------------------------------------------------
+# -- candidates -------------------------------------------------------------------------------------------------------
 
 
 def matrices(checkpoint: Checkpoint) -> list[TensorSpec]:
-    return [row for row in checkpoint.text_rows if len(row.shape) == 2]
+    return [spec for spec in checkpoint.text_tensors if len(spec.shape) == 2]
 
 
 def candidates(width: int) -> list[Type]:
-    """Types whose blocks fit rows of this width."""
+    """Types whose blocks divide a row of this width. Raises FitError when K-quants do not."""
     fitting = [kind for kind in CANDIDATES if width % gguf.GGML_QUANT_SIZES[kind][0] == 0]
     if Type.Q4_K not in fitting:
         raise FitError(f"rows of {width} numbers cannot become K-quants; use a standard recipe")
@@ -105,44 +109,42 @@ def candidates(width: int) -> list[Type]:
 
 
 def groups(checkpoint: Checkpoint) -> dict[str, list[str]]:
-    """One role in neighbouring layers; so many layers together that there are at most MOST_PROBES groups."""
-    rows = matrices(checkpoint)
-    roles = len({re.sub(r"\d+", "", row.gguf) for row in rows if row.gguf.startswith("blk.")})
-    together = math.ceil(checkpoint.text.layers * roles / (MAX_PROBES - 2))
-    found: dict[str, list[str]] = {}
-    for row in rows:
-        name = row.gguf
-        if inside := re.fullmatch(r"blk\.(\d+)\.(.*)\.weight", name):
-            first = int(inside[1]) // together * together
-            last = min(first + together, checkpoint.text.layers) - 1
-            group = f"{inside[2]} {first}" + (f" to {last}" if last > first else "")
+    """Group -> tensor names. A group is one role in neighbouring layers; there are at most MAX_PROBES groups."""
+    specs = matrices(checkpoint)
+    roles = len({re.sub(r"\d+", "", spec.gguf) for spec in specs if spec.gguf.startswith("blk.")})
+    layers_per_group = math.ceil(checkpoint.text.layers * roles / (MAX_PROBES - 2))
+    grouped: dict[str, list[str]] = {}
+    for spec in specs:
+        name = spec.gguf
+        if in_layer := re.fullmatch(r"blk\.(\d+)\.(.*)\.weight", name):
+            first = int(in_layer[1]) // layers_per_group * layers_per_group
+            last = min(first + layers_per_group, checkpoint.text.layers) - 1
+            group = f"{in_layer[2]} {first}" + (f" to {last}" if last > first else "")
         else:
             group = name.removesuffix(".weight")
-        found.setdefault(group, []).append(name)
-    return found
-
-
-def n_bytes(checkpoint: Checkpoint, row: TensorSpec, kind: Type) -> int:
-    shape = checkpoint.shape(row)
-    return math.prod(shape[:-1]) * ggml_kernels.row_bytes(kind, shape[-1])
+        grouped.setdefault(group, []).append(name)
+    return grouped
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
 class SensitivityProbe:
-    """The model at bf16 in memory of its own, where weights can be exchanged for what a type leaves of them."""
+    """The model at bf16 in memory that can be written: weights are replaced by what a type leaves of them."""
 
-    def __init__(self, checkpoint: Checkpoint, made: Bundle, weighed: Imatrix, text: str, chunks: int) -> None:
-        """made: bf16. Writes the reference's log-probabilities beside it. Raises LanguageError, MeasureError."""
-        self.checkpoint, self.weighed = checkpoint, weighed
-        self._places: dict[str, set[int]] = {}  # name -> addresses: a tied table may be there twice
+    def __init__(self, checkpoint: Checkpoint, made: Bundle, imatrix: Imatrix, text: str, max_chunks: int) -> None:
+        """made: the checkpoint at bf16; the reference's log-probabilities are written into its folder.
+
+        Raises LlamaError, MeasureError, FitError.
+        """
+        self.checkpoint, self.imatrix = checkpoint, imatrix
+        self._addresses: dict[str, set[int]] = {}  # tensor -> ggml_tensors; a tied embedding table can be there twice
         model = made.manifest.model
         self.bos = model.special["bos"]
-        self._rows = {row.gguf: row for row in matrices(checkpoint)}
+        self._specs = {spec.gguf: spec for spec in matrices(checkpoint)}
         self._quantised: Types = {}
         path = made.path("reference.kld")
-        observe_graph(self._see)
+        observe_graph(self._record_address)
         try:
             self.llm = LlamaContext(
                 made.path(LANGUAGE),
@@ -153,145 +155,145 @@ class SensitivityProbe:
                     reproducible=False,
                     repack=False,
                     mmap=False,
-                ),  # copied: its weights are written to
+                ),  # not mapped, because its weights are overwritten
                 model.embedding,
             )
-            cut = perplexity.chunks(self.llm, self.bos, text, chunks)
-            perplexity.write_reference(self.llm, self.bos, cut, path, lambda *_: None)
+            chunks = perplexity.divide(self.llm, self.bos, text, max_chunks)
+            perplexity.write_reference(self.llm, self.bos, chunks, path, SILENT)
         finally:
             observe_graph(None)
         self.reference = perplexity.Reference(path)
-        missing = self._rows.keys() - self._places.keys()
+        missing = self._specs.keys() - self._addresses.keys()
         if missing:
-            raise FitError(f"{sorted(missing)[0]}: not found in llama.cpp's graph; report this")
+            raise FitError(f"{sorted(missing)[0]}: not found in llama.cpp's graph; please report this")
 
     def close(self) -> None:
         self.llm.close()
 
     def kl(self, types: Types) -> float:
-        """Mean KL divergence of the model with these matrices quantised and all others as they were."""
+        """Mean KL divergence of the model when these matrices are quantised and all others are at bf16."""
         for name in self._quantised.keys() | types.keys():
             if self._quantised.get(name) != types.get(name):
-                self._put(name, types.get(name))
+                self._replace(name, types.get(name))
         self._quantised = dict(types)
-        return perplexity.compare(self.llm, self.bos, self.reference, lambda *_: None).kl_mean
+        return perplexity.compare(self.llm, self.bos, self.reference, SILENT).kl_mean
 
-    def _see(self, node: int, ask: bool) -> bool:
+    def _record_address(self, node: int, ask: bool) -> bool:
+        """A callback for every node of llama.cpp's graph."""
         tensor = ggml_kernels.GgmlTensor.from_address(node)
         if tensor.op in (ggml_kernels.MUL_MAT, ggml_kernels.GET_ROWS):
             name = ggml_kernels.GgmlTensor.from_address(tensor.src[0]).name.decode()
-            if name in self._rows:
-                self._places.setdefault(name, set()).add(tensor.src[0])
+            if name in self._specs:
+                self._addresses.setdefault(name, set()).add(tensor.src[0])
         return not ask
 
-    def _put(self, name: str, kind: Type | None) -> None:
-        row = self._rows[name]
-        width = self.checkpoint.shape(row)[1]
+    def _replace(self, name: str, kind: Type | None) -> None:
+        """Overwrite a matrix in memory: quantised to `kind` and back, or (None) as in the checkpoint."""
+        spec = self._specs[name]
+        width = self.checkpoint.shape(spec)[1]
         blocks = []
-        for block in tensor_blocks(self.checkpoint, row, BFLOAT16):
+        for block in tensor_blocks(self.checkpoint, spec, BFLOAT16):
             if kind is not None:
                 values = block.astype(np.float32).reshape(-1, width)
-                raw = ggml_kernels.quantise_rows(values, kind, self.weighed.of(name))
+                raw = ggml_kernels.quantise_rows(values, kind, self.imatrix.of(name))
                 block = ggml_kernels.dequantise_rows(raw, kind, width).astype(BFLOAT16)
             blocks.append(block.reshape(-1).view(np.uint16))
         data = np.concatenate(blocks)
-        for address in self._places[name]:
+        for address in self._addresses[name]:
             ggml_kernels.write_tensor_data(address, data)
 
 
-def quantisation_errors(checkpoint: Checkpoint, row: TensorSpec, weighed: Imatrix) -> dict[str, float]:
-    """Type -> sum over the matrix of importance times squared error, from an even sample of its rows."""
-    n, width = checkpoint.shape(row)
-    columns = weighed.of(row.gguf)
-    step, found, seen = max(1, n // SAMPLE_ROWS), {kind.name: 0.0 for kind in candidates(width)}, 0
-    for block in tensor_blocks(checkpoint, row, BFLOAT16):
+def quantisation_errors(checkpoint: Checkpoint, spec: TensorSpec, imatrix: Imatrix) -> dict[str, float]:
+    """Type -> sum over the matrix of importance times squared error, from a sample of rows at even distances."""
+    n, width = checkpoint.shape(spec)
+    columns = imatrix.of(spec.gguf)
+    step, n_sampled = max(1, n // SAMPLE_ROWS), 0
+    errors = {kind.name: 0.0 for kind in candidates(width)}
+    for block in tensor_blocks(checkpoint, spec, BFLOAT16):
         rows = block.reshape(-1, width)[::step].astype(np.float32)
-        seen += len(rows)
+        n_sampled += len(rows)
         for kind in candidates(width):
-            off = ggml_kernels.dequantise_rows(ggml_kernels.quantise_rows(rows, kind, columns), kind, width) - rows
-            squares = np.square(off).sum(0, dtype=np.float64)
-            found[kind.name] += float(squares @ (columns if columns is not None else np.ones(width)))
-    return {kind: value * n / seen for kind, value in found.items()}
+            quantised = ggml_kernels.quantise_rows(rows, kind, columns)
+            squares = np.square(ggml_kernels.dequantise_rows(quantised, kind, width) - rows).sum(0, dtype=np.float64)
+            errors[kind.name] += float(squares @ (columns if columns is not None else np.ones(width)))
+    return {kind: error * n / n_sampled for kind, error in errors.items()}
 
 
-def sensitivity(prober: SensitivityProbe, path: Path, key: str, report: Report) -> Sensitivity:
-    """Measure, writing down every step: killed, the same again goes on where it was."""
-    checkpoint, found = prober.checkpoint, Sensitivity(key)
+def measure_sensitivity(probe: SensitivityProbe, path: Path, key: str, progress: Progress) -> Sensitivity:
+    """Measure, and write every result to `path` at once: after a killed run, the same call continues.
+
+    key: fingerprint of everything that the measurements depend on.
+    """
+    checkpoint, measured = probe.checkpoint, Sensitivity(key)
     with contextlib.suppress(OSError, msgspec.DecodeError):
-        left = msgspec.json.decode(path.read_bytes(), type=Sensitivity)
-        found = left if left.key == key else found
-    rows, grouped = matrices(checkpoint), groups(checkpoint)
-    for i, row in enumerate(rows):
-        report("errors", row.gguf, i, len(rows))
-        if row.gguf not in found.errors:
-            found.errors[row.gguf] = quantisation_errors(checkpoint, row, prober.weighed)
-            write_durably(path, msgspec.json.encode(found))
-    report("errors", "", len(rows), len(rows))
+        earlier = msgspec.json.decode(path.read_bytes(), type=Sensitivity)
+        measured = earlier if earlier.key == key else measured
+    specs, grouped = matrices(checkpoint), groups(checkpoint)
+    for i, spec in enumerate(specs):
+        progress.step("errors", spec.gguf, i, len(specs))
+        if spec.gguf not in measured.errors:
+            measured.errors[spec.gguf] = quantisation_errors(checkpoint, spec, probe.imatrix)
+            write_durably(path, msgspec.json.encode(measured))
+    progress.step("errors", "", len(specs), len(specs))
     for i, (group, members) in enumerate(grouped.items()):
-        report("prices", group, i, len(grouped))
-        if group not in found.kl:
-            found.kl[group] = prober.kl(dict.fromkeys(members, PROBE))
-            write_durably(path, msgspec.json.encode(found))
-    report("prices", "", len(grouped), len(grouped))
-    return found
-
-
-def key(checkpoint: Checkpoint, weighed: Imatrix, text: str, chunks: int) -> str:
-    """Of everything a sensitivity depends on; of the checkpoint its files' names, sizes and times."""
-    digest = hashlib.sha256(repr((LLAMA_CPP_PYTHON, text, chunks, PROBE, CANDIDATES, SAMPLE_ROWS)).encode())
-    for path in checkpoint.files:
-        status = path.stat()
-        digest.update(repr((path.name, status.st_size, status.st_mtime_ns)).encode())
-    for name in sorted(weighed.sums):
-        digest.update(name.encode() + weighed.of(name).tobytes())
-    return digest.hexdigest()
+        progress.step("sensitivity", group, i, len(grouped))
+        if group not in measured.kl:
+            measured.kl[group] = probe.kl(dict.fromkeys(members, PROBE))
+            write_durably(path, msgspec.json.encode(measured))
+    progress.step("sensitivity", "", len(grouped), len(grouped))
+    return measured
 
 
 # -- choosing ----------------------------------------------------------------------------------------------------------
 
 
 class Step(msgspec.Struct, frozen=True):
-    """From one point of a matrix's hull to the next."""
+    """From one point of a matrix's convex hull to the next larger type."""
 
-    gain: float  # divergence saved by byte
+    gain: float  # reduction of the KL divergence per byte
     name: str
     to: Type
-    n_bytes: int  # more
-    kl: float  # less
+    n_bytes: int  # additional
+    kl: float  # reduction of the KL divergence
 
 
 def hull(points: list[tuple[int, float, Type]]) -> list[tuple[int, float, Type]]:
-    """The lower convex hull of (bytes, loss, type): each point on it costs more and loses less than the one before."""
-    best: list[tuple[int, float, Type]] = []
+    """The lower convex hull of (bytes, loss, type): from point to point, bytes increase and the loss decreases."""
+    corners: list[tuple[int, float, Type]] = []
     for point in sorted(points, key=lambda point: (point[0], point[1])):
-        if best and point[1] >= best[-1][1]:
+        if corners and point[1] >= corners[-1][1]:
             continue
-        while len(best) > 1:
-            (b0, l0, _), (b1, l1, _) = best[-2:]
+        while len(corners) > 1:
+            (b0, l0, _), (b1, l1, _) = corners[-2:]
             if (l0 - l1) * (point[0] - b1) > (l1 - point[1]) * (b1 - b0):
                 break
-            best.pop()
-        best.append(point)
-    return best
+            corners.pop()
+        corners.append(point)
+    return corners
 
 
-def allocate(checkpoint: Checkpoint, found: Sensitivity, budget_bytes: int) -> tuple[Types, list[Choice]]:
-    """The least reckoned divergence in budget_bytes of tensors. Raises FitError naming the floor."""
-    prices = found.price(groups(checkpoint))
+def allocate(checkpoint: Checkpoint, measured: Sensitivity, budget_bytes: int) -> tuple[Types, list[Choice]]:
+    """The choice with the least predicted KL divergence whose tensors have at most budget_bytes.
+
+    Raises FitError, which names the smallest possible budget.
+    """
+    ratios = measured.kl_per_error(groups(checkpoint))
     hulls = {}
-    for row in matrices(checkpoint):
-        options = [(n_bytes(checkpoint, row, Type[kind]), prices[row.gguf] * error, Type[kind])
-                   for kind, error in found.errors[row.gguf].items()]  # fmt: skip
-        hulls[row.gguf] = hull(options)
-    exact = {row.gguf: Type.F32 for row in checkpoint.text_rows if len(row.shape) != 2}
-    total = sum(n_bytes(checkpoint, row, Type.F32) for row in checkpoint.text_rows if row.gguf in exact)
+    for spec in matrices(checkpoint):
+        shape, errors = checkpoint.shape(spec), measured.errors[spec.gguf]
+        points = [
+            (tensor_bytes(shape, Type[kind]), ratios[spec.gguf] * error, Type[kind]) for kind, error in errors.items()
+        ]
+        hulls[spec.gguf] = hull(points)
+    vectors = [spec for spec in checkpoint.text_tensors if len(spec.shape) != 2]
+    total = sum(tensor_bytes(checkpoint.shape(spec), Type.F32) for spec in vectors)
     total += sum(points[0][0] for points in hulls.values())
     if total > budget_bytes:
         raise FitError(
             f"--budget: {budget_bytes / 1e6:.3f} MB is below the floor of {total / 1e6:.3f} MB (every matrix at "
             f"{CANDIDATES[0].name}); give more, or take a smaller model"
         )
-    at = dict.fromkeys(hulls, 0)
+    corner = dict.fromkeys(hulls, 0)  # tensor -> index of its current point
     waiting = sorted(
         (_step(name, points, 0) for name, points in hulls.items() if len(points) > 1),
         key=_by_gain,
@@ -299,13 +301,13 @@ def allocate(checkpoint: Checkpoint, found: Sensitivity, budget_bytes: int) -> t
     while waiting:
         step = waiting.pop(0)
         if total + step.n_bytes > budget_bytes:
-            continue  # neither this one nor what lies behind it; others may still fit
+            continue  # this tensor stays as it is; steps of other tensors may still fit
         total += step.n_bytes
-        at[step.name] += 1
-        if at[step.name] + 1 < len(hulls[step.name]):
-            bisect.insort(waiting, _step(step.name, hulls[step.name], at[step.name]), key=_by_gain)
-    types = exact | {name: hulls[name][at[name]][2] for name in hulls}
-    return types, [_choice(name, hulls[name], at[name]) for name in hulls]
+        corner[step.name] += 1
+        if corner[step.name] + 1 < len(hulls[step.name]):
+            bisect.insort(waiting, _step(step.name, hulls[step.name], corner[step.name]), key=_by_gain)
+    types = {spec.gguf: Type.F32 for spec in vectors} | {name: hulls[name][corner[name]][2] for name in hulls}
+    return types, [_choice(name, hulls[name], corner[name]) for name in hulls]
 
 
 def _by_gain(step: Step) -> tuple[float, str]:
@@ -318,63 +320,84 @@ def _step(name: str, points: list[tuple[int, float, Type]], i: int) -> Step:
 
 
 def _choice(name: str, points: list[tuple[int, float, Type]], i: int) -> Choice:
-    more = _step(name, points, i) if i + 1 < len(points) else None
-    return Choice(name, points[i][2].name, points[i][0], points[i][1], more.to.name if more else "",
-                  more.gain * 1e6 if more else 0.0)  # fmt: skip
+    n_bytes, kl, kind = points[i]
+    if i + 1 == len(points):
+        return Choice(name, kind.name, n_bytes, kl, "", 0.0)
+    step = _step(name, points, i)
+    return Choice(name, kind.name, n_bytes, kl, step.to.name, step.gain * 1e6)
 
 
-def plan_allocation(prober: SensitivityProbe, found: Sensitivity, budget_bytes: int, report: Report) -> Allocation:
-    """Choose, then measure the whole: against the best standard recipe of no more bytes, which wins if it is better."""
-    checkpoint = prober.checkpoint
-    types, choices = allocate(checkpoint, found, budget_bytes)
-    standard = {}
+def choose_and_check(
+    probe: SensitivityProbe, measured: Sensitivity, budget_bytes: int, progress: Progress
+) -> Allocation:
+    """Choose types, then measure the whole model. A standard recipe within the budget that measures better wins."""
+    checkpoint = probe.checkpoint
+    types, choices = allocate(checkpoint, measured, budget_bytes)
+    standard: dict[str, tuple[int, Types]] = {}
     for name in RECIPES:
         if name != "BF16":
-            theirs = plan_recipe(checkpoint, name, prober.weighed)
-            if (size := sum(bytes_by_type(checkpoint, theirs).values())) <= budget_bytes:
-                standard[name] = size, theirs
+            of_recipe = recipe_types(checkpoint, name, probe.imatrix)
+            if (n_bytes := sum(bytes_by_type(checkpoint, of_recipe).values())) <= budget_bytes:
+                standard[name] = n_bytes, of_recipe
     best = max(standard, key=lambda name: standard[name][0], default="")
-    report("check", "the plan", 0, 2)
-    measured = prober.kl(_matrices_of(types))
-    report("check", best, 1, 2)
-    standard_kl = prober.kl(_matrices_of(standard[best][1])) if best else math.inf
-    report("check", "", 2, 2)
-    if standard_kl < measured:
-        types, measured = standard[best][1], standard_kl
-        choices = [_taken_over(checkpoint, found, name, kind) for name, kind in _matrices_of(types).items()]
-    size = sum(bytes_by_type(checkpoint, types).values())
-    return Allocation(types, size, sum(choice.kl for choice in choices), measured, best, standard_kl, choices)
+    progress.step("check", "the chosen types", 0, 2)
+    measured_kl = probe.kl(_matrices_of(types))
+    progress.step("check", best, 1, 2)
+    standard_kl = probe.kl(_matrices_of(standard[best][1])) if best else math.inf
+    progress.step("check", "", 2, 2)
+    if standard_kl < measured_kl:
+        types, measured_kl = standard[best][1], standard_kl
+        choices = _choices_of_recipe(checkpoint, measured, types)
+    n_bytes = sum(bytes_by_type(checkpoint, types).values())
+    predicted_kl = sum(choice.kl for choice in choices)
+    return Allocation(types, n_bytes, predicted_kl, measured_kl, best, standard_kl, choices)
 
 
-def _taken_over(checkpoint: Checkpoint, found: Sensitivity, name: str, kind: Type) -> Choice:
-    row = next(row for row in matrices(checkpoint) if row.gguf == name)
-    price = found.price(groups(checkpoint))[name]
-    return Choice(
-        name, kind.name, n_bytes(checkpoint, row, kind), price * found.errors[name].get(kind.name, 0.0), "", 0.0
-    )
+def _choices_of_recipe(checkpoint: Checkpoint, measured: Sensitivity, types: Types) -> list[Choice]:
+    """The table for a standard recipe. It has no next better types."""
+    ratios = measured.kl_per_error(groups(checkpoint))
+    choices = []
+    for spec in matrices(checkpoint):
+        name, kind = spec.gguf, types[spec.gguf]
+        kl = ratios[name] * measured.errors[name].get(kind.name, 0.0)
+        choices.append(Choice(name, kind.name, tensor_bytes(checkpoint.shape(spec), kind), kl, "", 0.0))
+    return choices
 
 
 def _matrices_of(types: Types) -> Types:
     return {name: kind for name, kind in types.items() if kind != Type.F32}
 
 
-def fitted(
-    checkpoint: Checkpoint, weighed: Imatrix, budget_bytes: int, text: str, chunks: int, path: Path, report: Report
-) -> Allocation:
-    """The whole of it. path: the sensitivities, read if they are of this very work, and written.
+class AllocationRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What an allocation is measured with and where its measurements are kept."""
 
-    Raises FitError, MeasureError, LanguageError, BuildError.
+    imatrix: Imatrix
+    budget_bytes: int  # of all text tensors
+    text: str
+    max_chunks: int  # of the text
+    path: Path  # measurements; used if they are of this very work
+
+
+def allocate_types(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, request: AllocationRequest, progress: Progress
+) -> Allocation:
+    """Convert the checkpoint, measure it, choose the types, and check the choice.
+
+    Raises FitError, MeasureError, LlamaError, BuildError.
     """
-    for row in matrices(checkpoint):
-        candidates(checkpoint.shape(row)[1])
-    if not path.parent.is_dir():
-        raise FitError(f"{path.parent}: no such folder; make it first")
-    with temporary_folder(path) as folder:
-        work = folder / "bf16"
-        convert(checkpoint, work, "bf16", False, report)
-        prober = SensitivityProbe(checkpoint, unverified_bundle(checkpoint, work), weighed, text, chunks)
+    for spec in matrices(checkpoint):
+        candidates(checkpoint.shape(spec)[1])
+    if not request.path.parent.is_dir():
+        raise FitError(f"{request.path.parent}: no such folder; make it first")
+    settings = (LLAMA_CPP_PYTHON, request.text, request.max_chunks, PROBE.name, [kind.name for kind in CANDIDATES])
+    key = fingerprint(checkpoint, *settings, SAMPLE_ROWS, request.imatrix.digest())
+    plan: BuildPlan = plan_conversion(checkpoint, "bf16", tokenizer)
+    with temporary_folder(request.path) as folder:
+        convert(plan, folder / "bf16", progress)
+        made = unverified_bundle(plan, folder / "bf16")
+        probe = SensitivityProbe(checkpoint, made, request.imatrix, request.text, request.max_chunks)
         try:
-            found = sensitivity(prober, path, key(checkpoint, weighed, text, chunks), report)
-            return plan_allocation(prober, found, budget_bytes, report)
+            measured = measure_sensitivity(probe, request.path, key, progress)
+            return choose_and_check(probe, measured, request.budget_bytes, progress)
         finally:
-            prober.close()
+            probe.close()

@@ -1,16 +1,14 @@
-"""Collect an importance matrix: the real model, at source precision, reads text and answers frames, and every product's
-input is added up.
+"""Collect an importance matrix: the model, at source precision, evaluates text and answers frames, and the squared
+inputs of every matrix product are added up.
 
-Text is cut into chunks as llama-imatrix cuts it, and gives its numbers. Frames go through the runtime's own engine: the
-prompt it will really see, the answer it gives under the grammar, and a question in words.
+Text is divided into chunks as in llama-imatrix, and gives the same numbers. Frames go through the runtime's own engine:
+its prompt, the action under the grammar, and a question that is answered in text.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -25,13 +23,13 @@ from edge_agent.tools.stills import read_stills
 from quantize.build import convert, unverified_bundle
 from quantize.build_folder import temporary_folder
 from quantize.formats import ggml_kernels
+from quantize.formats.build_plan import BuildPlan, plan_conversion
 from quantize.formats.imatrix import Imatrix, ImatrixError, write_imatrix
-from quantize.source.checkpoint import Checkpoint
+from quantize.progress import Progress
+from quantize.source.checkpoint import Checkpoint, fingerprint
 
-Report = Callable[[str, str, int, int], None]  # (stage, what, done, in all)
-CHUNK = 512  # tokens: one context, read from an empty cache
+CHUNK = 512  # tokens: one context, evaluated with an empty KV cache
 TEXT = Path(__file__).with_name("calibration.txt")
-VIDEOS = (".mp4", ".avi", ".mkv", ".mov", ".webm")
 INSTRUCTIONS = (
     "Hold position.",
     "Go to the nearest open door and wait there.",
@@ -41,15 +39,15 @@ INSTRUCTIONS = (
     "빨간 표시로 천천히 가서 멈추세요.",
 )
 QUESTIONS = ("What do you see?", "Ist der Weg frei?", "Combien de personnes sont visibles ?", "무엇이 보이나요?")
-EVERY_CHUNKS = 16  # so often the work so far is written down
-HEADS = ("output.weight", "token_embd.weight")  # the second where the head is the embedding table
+SAVE_EVERY_CHUNKS = 16  # the sums are saved, so that a killed run can continue
+HEADS = ("output.weight", "token_embd.weight")  # the second one where the head is tied to the embeddings
 
 
 class CalibrationData(msgspec.Struct, frozen=True):
-    """What the model is shown."""
+    """What the model evaluates."""
 
     text: Path = TEXT
-    frames: Path | None = None  # a folder of pictures, or a video (a flight's recording)
+    frames: Path | None = None  # a folder of images, or a video
     instructions: tuple[str, ...] = INSTRUCTIONS
     action_space: str = "velocity_body"
     max_chunks: int = 0  # of text; 0: all of it
@@ -57,11 +55,11 @@ class CalibrationData(msgspec.Struct, frozen=True):
 
 
 class Collector:
-    """Watches the graph: every product of a weight with activations."""
+    """A callback for every node of llama.cpp's graph: adds up the inputs of products of a weight with activations."""
 
     def __init__(self, into: Imatrix) -> None:
         self.into = into
-        self.error: ImatrixError | None = None  # native code calls us: raising there would be lost
+        self.error: ImatrixError | None = None  # native code calls this object; an exception would be lost there
 
     def __call__(self, node: int, ask: bool) -> bool:
         tensor = ggml_kernels.GgmlTensor.from_address(node)
@@ -84,124 +82,120 @@ class Collector:
             raise self.error
 
 
-def collect_imatrix(checkpoint: Checkpoint, out: Path, sources: CalibrationData, report: Report) -> Imatrix:
-    """Convert at bf16 beside `out`, read and answer, write `out`. Killed, the same again goes on where it was.
+def collect_imatrix(checkpoint: Checkpoint, out: Path, data: CalibrationData, progress: Progress) -> Imatrix:
+    """Convert the checkpoint at bf16 beside `out`, evaluate text and frames, write `out`. After a killed run, the same
+    call continues where the run was.
 
-    Raises ImportanceError, BuildError, LanguageError, VisionError.
+    Raises ImatrixError, BuildError, LlamaError, VisionError.
     """
-    text = read_text(sources.text)
-    frames = list(read_stills(sources.frames, sources.max_frames)) if sources.frames else []
+    text = read_text(data.text)
+    frames = list(read_stills(data.frames, data.max_frames)) if data.frames else []
     if frames and checkpoint.vision is None:
         raise ImatrixError(f"{checkpoint.folder}: a text-only model; leave --frames out")
     if not out.parent.is_dir():
         raise ImatrixError(f"{out.parent}: no such folder; make it first")
-    state = _State(out.with_name(f".{out.name}.part.npz"), _key(checkpoint, sources, text))
-    found = state.load()
+    key = fingerprint(checkpoint, LLAMA_CPP_PYTHON, text, data.max_chunks)
+    saved = _SavedSums(out.with_name(f".{out.name}.part.npz"), key)
+    imatrix = saved.load()
+    plan: BuildPlan = plan_conversion(checkpoint, "bf16")
     with temporary_folder(out) as folder:
-        work = folder / "bf16"
-        convert(checkpoint, work, "bf16", False, report)
-        observe_graph(collector := Collector(found))
+        convert(plan, folder / "bf16", progress)
+        made = unverified_bundle(plan, folder / "bf16")
+        observe_graph(collector := Collector(imatrix))
         try:
-            _read(unverified_bundle(checkpoint, work), text, sources, collector, state, report)
+            _evaluate_text(made, text, data, collector, saved, progress)
             if frames:
-                _answer(unverified_bundle(checkpoint, work), frames, sources, collector, report)
+                _answer_frames(made, frames, data, collector, progress)
         finally:
             observe_graph(None)
-    found.datasets = [sources.text.name, *([sources.frames.name] if sources.frames else [])]
-    write_imatrix(found, out)
-    state.path.unlink(missing_ok=True)
-    return found
+    imatrix.datasets = [data.text.name, *([data.frames.name] if data.frames else [])]
+    write_imatrix(imatrix, out)
+    saved.path.unlink(missing_ok=True)
+    return imatrix
 
 
-def _read(
-    made: Bundle, text: str, sources: CalibrationData, collector: Collector, state: _State, report: Report
+def _evaluate_text(
+    made: Bundle, text: str, data: CalibrationData, collector: Collector, saved: _SavedSums, progress: Progress
 ) -> None:
-    """The text in chunks, each from an empty cache and begun by <s>; every position is asked for an answer, or the
-    last layer would be computed for the last one only."""
-    model, found = made.manifest.model, collector.into
+    """The text in chunks, each with an empty KV cache and <s> first. The logits of every position are requested;
+    otherwise llama.cpp would compute the last layer for the last position only."""
+    model, imatrix = made.manifest.model, collector.into
     config = LanguageConfig(context=CHUNK, flash_attention=True, reproducible=False, repack=False)  # as llama-imatrix
     with LlamaContext(made.path(LANGUAGE), config, model.embedding) as llm:
         bos = model.special["bos"]
         tokens = [bos, *llm.tokens(text)]
         n = len(tokens) // CHUNK
         if n == 0:
-            raise ImatrixError(f"{sources.text}: {len(tokens)} tokens; expected {CHUNK} or more")
-        n = min(n, sources.max_chunks or n)
-        for i in range(found.n_chunks, n):
-            report("text", f"chunk {i + 1} of {n}", i, n)
+            raise ImatrixError(f"{data.text}: {len(tokens)} tokens; expected {CHUNK} or more")
+        n = min(n, data.max_chunks or n)
+        for i in range(imatrix.n_chunks, n):
+            progress.step("text", f"chunk {i + 1} of {n}", i, n)
             llm.forget(ACTION_SEQ, 0)
             llm.decode_tokens([bos, *tokens[i * CHUNK + 1 : (i + 1) * CHUNK]], 0, want=list(range(CHUNK)))
             collector.check()
-            found.n_chunks = i + 1
-            if found.n_chunks % EVERY_CHUNKS == 0:
-                state.save(found)
-        report("text", "", n, n)
-    state.save(found)
+            imatrix.n_chunks = i + 1
+            if imatrix.n_chunks % SAVE_EVERY_CHUNKS == 0:
+                saved.save(imatrix)
+        progress.step("text", "", n, n)
+    saved.save(imatrix)
 
 
-def _answer(
-    made: Bundle, frames: list[np.ndarray], sources: CalibrationData, collector: Collector, report: Report
+def _answer_frames(
+    made: Bundle, frames: list[np.ndarray], data: CalibrationData, collector: Collector, progress: Progress
 ) -> None:
+    """Answer each frame, then one question about it. frames: (H, W, 3) uint8, RGB."""
     config = Config(
         bundle="",
         camera=CameraConfig(source=""),
-        task=TaskConfig(action_space=sources.action_space, deadline_ms=10**9),
-        # Padding and drafts would be counted as inputs of the model.
+        task=TaskConfig(action_space=data.action_space, deadline_ms=10**9),
+        # Padding and drafts would be added up as inputs of the model.
         language=LanguageConfig(stream_action_text=False, max_text_tokens=32, reproducible=False, speculative=False),
     )
-    engine = Engine(config, made, load_action_space(sources.action_space), lambda event: None)
+    engine = Engine(config, made, load_action_space(data.action_space), lambda event: None)
     try:
         for i, frame in enumerate(frames):
-            report("frames", f"frame {i + 1} of {len(frames)}", i, len(frames))
-            engine.instruct(sources.instructions[i % len(sources.instructions)])
+            progress.step("frames", f"frame {i + 1} of {len(frames)}", i, len(frames))
+            engine.instruct(data.instructions[i % len(data.instructions)])
             engine.act(engine.preprocessor.image(frame), i, 2**62)
             engine.begin("answer", "", QUESTIONS[i % len(QUESTIONS)])
             while engine.sentence is not None:
                 engine.step()
             collector.check()
-        report("frames", "", len(frames), len(frames))
+        progress.step("frames", "", len(frames), len(frames))
     finally:
         engine.close()
 
 
 def read_text(path: Path) -> str:
-    """Raises ImportanceError."""
+    """The text of a UTF-8 file. Raises ImatrixError."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ImatrixError(f"{path}: not readable as UTF-8 text: {error}") from None
 
 
-# -- what a killed run leaves ------------------------------------------------------------------------------------------
+# -- what a killed run has left ----------------------------------------------------------------------------------------
 
 
-class _State:
-    """The sums so far, exactly, under a key of everything they depend on."""
+class _SavedSums:
+    """The sums so far, in full precision, in a file with the fingerprint of everything that they depend on."""
 
     def __init__(self, path: Path, key: str) -> None:
         self.path, self.key = path, key
 
-    def save(self, found: Imatrix) -> None:
+    def save(self, imatrix: Imatrix) -> None:
         partial = self.path.with_suffix(".new")
-        arrays = {f"sum {name}": value for name, value in found.sums.items()}
-        counts = np.array([found.counts[name] for name in found.sums])
+        arrays = {f"sum {name}": value for name, value in imatrix.sums.items()}
+        counts = np.array([imatrix.counts[name] for name in imatrix.sums])
         with partial.open("wb") as file:
-            np.savez(file, key=np.array(self.key), n_chunks=np.array(found.n_chunks), counts=counts, **arrays)
+            np.savez(file, key=np.array(self.key), n_chunks=np.array(imatrix.n_chunks), counts=counts, **arrays)  # type: ignore[arg-type]
         partial.replace(self.path)
 
     def load(self) -> Imatrix:
-        """What an earlier run of the same work left, or nothing."""
+        """The sums of an earlier run of the same work, or an empty matrix."""
         with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(self.path) as file:
             if str(file["key"]) == self.key:
                 sums = {name.removeprefix("sum "): file[name] for name in file.files if name.startswith("sum ")}
                 counts = dict(zip(sums, map(int, file["counts"]), strict=True))
                 return Imatrix(sums=sums, counts=counts, n_chunks=int(file["n_chunks"]), chunk_size=CHUNK)
         return Imatrix(chunk_size=CHUNK)
-
-
-def _key(checkpoint: Checkpoint, sources: CalibrationData, text: str) -> str:
-    """Of the checkpoint the headers only: names, places, sizes and times of its files."""
-    digest = hashlib.sha256()
-    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.files]
-    digest.update(repr((LLAMA_CPP_PYTHON, stamps, text, sources.max_chunks)).encode())
-    return digest.hexdigest()

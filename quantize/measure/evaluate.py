@@ -1,14 +1,15 @@
-"""A bundle against the model it was made from, at full precision: on text, in what it sees, in what a robot would do.
+"""Compare bundles with the model at full precision: on text, in the vision encoder, and in the actions.
 
-Text: perplexity and KL divergence, cut and counted as llama-perplexity does (measure.py). Eyes: the cosine of each row.
-Actions: the same frames under the same instructions through the runtime's own engine, answer against answer. Weights:
-the relative error of every tensor. One model is in memory at a time. The page made of it is in page.py.
+Text: perplexity and KL divergence, as llama-perplexity counts them (perplexity.py). Vision: the cosine of each
+embedding row. Actions: the same frames and instructions through the runtime's own engine, action against action.
+Weights: the relative error of every tensor. One model is in memory at a time. html_report.py makes a page of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import gguf
 import msgspec
@@ -25,14 +26,15 @@ from edge_agent.tools.stills import read_stills
 from quantize.build import convert, unverified_bundle
 from quantize.build_folder import temporary_folder
 from quantize.formats import ggml_kernels
+from quantize.formats.build_plan import plan_conversion
 from quantize.measure import perplexity
 from quantize.measure.collect_imatrix import CalibrationData, read_text
-from quantize.source.checkpoint import Checkpoint, read_checkpoint
+from quantize.progress import Progress
+from quantize.source.checkpoint import read_checkpoint
 
-Report = Callable[[str, str, int, int], None]  # (stage, what, done, in all)
 MAX_TOKENS = 256  # of an image
-N_WORST = 6
-WITHIN = 0.05  # what counts as the same value of a field
+N_WORST = 6  # frames that the report shows
+WITHIN = 0.05  # the largest difference of a field that counts as the same value
 
 
 class EvaluateError(UserError):
@@ -40,7 +42,9 @@ class EvaluateError(UserError):
 
 
 class EvaluatedAnswer(msgspec.Struct, frozen=True):
-    action: str  # empty: refused
+    """The checked answer of one model to one frame."""
+
+    action: str  # type of the action; empty: the answer was refused
     values: dict[str, float | int | str | bool]
 
 
@@ -51,13 +55,15 @@ class EvaluatedFrame(msgspec.Struct, frozen=True):
     instruction: str
     reference: EvaluatedAnswer
     found: EvaluatedAnswer
-    cosine: float  # least of its rows
+    cosine: float  # least of its embedding rows
 
 
 class Agreement(msgspec.Struct, frozen=True):
-    n: int
-    same_action: float  # share
-    fields_within: float  # share of the numbers of answers of one kind that differ by WITHIN or less
+    """Answers and embeddings of a bundle against those of the reference."""
+
+    n: int  # frames
+    same_action: float  # share of the frames with the same type of action
+    fields_within: float  # share of the fields of these actions that differ by WITHIN or less
     mean_difference: dict[str, float]  # by field
     max_difference: dict[str, float]
     vision_cosine_mean: float
@@ -66,13 +72,17 @@ class Agreement(msgspec.Struct, frozen=True):
 
 
 class TensorDifference(msgspec.Struct, frozen=True):
+    """The error of one quantised tensor."""
+
     name: str
     type: str
     n_bytes: int
-    error: float  # root of the squared error over the squared weights
+    error: float  # relative: square root of (sum of squared errors / sum of squared weights)
 
 
 class Evaluation(msgspec.Struct, frozen=True):
+    """One bundle against the reference."""
+
     bundle: str
     recipe: str
     language_bytes: int
@@ -81,82 +91,92 @@ class Evaluation(msgspec.Struct, frozen=True):
     tensors: list[TensorDifference]
 
 
-def evaluate(folders: list[Path], reference: Path, material: CalibrationData, report: Report) -> list[Evaluation]:
-    """reference: a checkpoint, or a bundle made with --recipe BF16. Raises EvaluateError and what the parts raise."""
-    opened = [read_manifest(folder) for folder in folders]
-    text = read_text(material.text)
-    frames = list(read_stills(material.frames, material.max_frames)) if material.frames else []
-    with temporary_folder(
-        folders[0].absolute()
-    ) as folder:  # gigabytes: beside the bundle, not in a /tmp that may be memory
-        full = _reference(reference, folder, report)
-        for one in opened:
-            _check_pair(one, full)
+class FrameResult(NamedTuple):
+    """What one model computes for one frame."""
+
+    answer: EvaluatedAnswer
+    rows: np.ndarray  # (n, hidden) float32, of the vision encoder
+
+
+def evaluate(folders: list[Path], reference: Path, data: CalibrationData, progress: Progress) -> list[Evaluation]:
+    """reference: a checkpoint, or a bundle made with --recipe BF16.
+
+    Raises EvaluateError, MeasureError, and what opening bundles, checkpoints and images raises.
+    """
+    bundles = [read_manifest(folder) for folder in folders]
+    text = read_text(data.text)
+    frames = list(read_stills(data.frames, data.max_frames)) if data.frames else []
+    # Gigabytes: beside the bundle, because /tmp may be in memory.
+    with temporary_folder(folders[0].absolute()) as folder:
+        full = _reference(reference, folder, progress)
+        for bundle in bundles:
+            _check_pair(bundle, full)
         path = folder / "reference.kld"
         with _language(full) as llm:
             bos = full.manifest.model.special["bos"]
-            chunks = perplexity.chunks(llm, bos, text, material.max_chunks)
-            perplexity.write_reference(llm, bos, chunks, path, lambda *step: report("reference text", *step))
-        seen = _answers(full, frames, material, lambda *step: report("reference frames", *step)) if frames else []
-        return [_against(one, full, path, frames, seen, material, report) for one in opened]
+            chunks = perplexity.divide(llm, bos, text, data.max_chunks)
+            perplexity.write_reference(llm, bos, chunks, path, progress)
+        expected = _frame_results(full, frames, data, progress, "reference frames") if frames else []
+        evaluations = []
+        for bundle in bundles:
+            divergence = _divergence(bundle, path, progress)
+            agreement = None
+            if frames:
+                found = _frame_results(bundle, frames, data, progress, f"{bundle.folder.name} frames")
+                agreement = agree(expected, found, data)
+            evaluations.append(_evaluation(bundle, full, divergence, agreement))
+        return evaluations
 
 
-def _against(
-    one: Bundle,
-    full: Bundle,
-    path: Path,
-    frames: list[np.ndarray],
-    seen: list[tuple[EvaluatedAnswer, np.ndarray]],
-    material: CalibrationData,
-    report: Report,
-) -> Evaluation:
-    name = one.folder.name
-    with _language(one) as llm:
-        reference = perplexity.Reference(path)
-        divergence = perplexity.compare(
-            llm, one.manifest.model.special["bos"], reference, lambda *step: report(f"{name} text", *step)
+def _divergence(bundle: Bundle, reference: Path, progress: Progress) -> perplexity.Divergence:
+    with _language(bundle) as llm:
+        bos = bundle.manifest.model.special["bos"]
+        return perplexity.compare(
+            llm, bos, perplexity.Reference(reference), progress, stage=f"{bundle.folder.name} text"
         )
-    agreement = None
-    if frames:
-        found = _answers(one, frames, material, lambda *step: report(f"{name} frames", *step))
-        agreement = agree(seen, found, material)
-    tensors = list(_tensors(one.path(LANGUAGE), full.path(LANGUAGE)))
+
+
+def _evaluation(
+    bundle: Bundle, full: Bundle, divergence: perplexity.Divergence, agreement: Agreement | None
+) -> Evaluation:
     return Evaluation(
-        bundle=str(one.folder),
-        recipe=one.manifest.recipe,
-        language_bytes=one.path(LANGUAGE).stat().st_size,
+        bundle=str(bundle.folder),
+        recipe=bundle.manifest.recipe,
+        language_bytes=bundle.path(LANGUAGE).stat().st_size,
         text=divergence,
         actions=agreement,
-        tensors=tensors,
+        tensors=list(_tensors(bundle.path(LANGUAGE), full.path(LANGUAGE))),
     )
 
 
-def _reference(folder: Path, work: Path, report: Report) -> Bundle:
+def _reference(folder: Path, work: Path, progress: Progress) -> Bundle:
+    """The lossless model: a BF16 bundle as it is, or a checkpoint converted into `work`."""
     if (folder / MANIFEST).is_file():
-        found = read_manifest(folder)
-        if found.manifest.recipe != "BF16":
+        bundle = read_manifest(folder)
+        if bundle.manifest.recipe != "BF16":
             raise EvaluateError(
-                f"{folder}: recipe: expected BF16, found {found.manifest.recipe}; give the checkpoint, or a bundle of "
+                f"{folder}: recipe: expected BF16, found {bundle.manifest.recipe}; give the checkpoint, or a bundle of "
                 "it made with --recipe BF16"
             )
-        return found
-    checkpoint: Checkpoint = read_checkpoint(folder)
-    convert(checkpoint, work / "bf16", "bf16", False, report)
-    return unverified_bundle(checkpoint, work / "bf16")
+        return bundle
+    plan = plan_conversion(read_checkpoint(folder), "bf16")
+    convert(plan, work / "bf16", progress)
+    return unverified_bundle(plan, work / "bf16")
 
 
-def _check_pair(one: Bundle, full: Bundle) -> None:
+def _check_pair(bundle: Bundle, full: Bundle) -> None:
     for key in ("family", "parameters", "layers", "hidden", "vocab"):
-        found, expected = (getattr(made.manifest.model, key) for made in (one, full))
+        found, expected = (getattr(either.manifest.model, key) for either in (bundle, full))
         if found != expected:
             raise EvaluateError(
-                f"{one.folder}: {key}: {found}, but the reference {full.folder} has {expected}; they are not a pair"
+                f"{bundle.folder}: {key}: {found}, but the reference {full.folder} has {expected}; they are not of "
+                "one model"
             )
 
 
 def _language(one: Bundle) -> LlamaContext:
-    """As the runtime loads it, repacked weights included: their kernels round otherwise, and llama-perplexity's figures
-    are theirs too."""
+    """The language model as the runtime and llama-perplexity load it: repacked weights use kernels that round
+    differently."""
     config = LanguageConfig(context=perplexity.CHUNK, flash_attention=True, reproducible=False)  # as llama-perplexity
     return LlamaContext(one.path(LANGUAGE), config, one.manifest.model.embedding)
 
@@ -164,10 +184,10 @@ def _language(one: Bundle) -> LlamaContext:
 # -- frames ------------------------------------------------------------------------------------------------------------
 
 
-def _answers(
-    one: Bundle, frames: list[np.ndarray], material: CalibrationData, report: perplexity.Report
-) -> list[tuple[EvaluatedAnswer, np.ndarray]]:
-    """What the runtime's engine says to each frame, and the rows it saw."""
+def _frame_results(
+    one: Bundle, frames: list[np.ndarray], material: CalibrationData, progress: Progress, stage: str
+) -> list[FrameResult]:
+    """The answer of the runtime's engine to each frame. frames: (H, W, 3) uint8, RGB. Raises EvaluateError."""
     if one.manifest.vision is None:
         raise EvaluateError(f"{one.folder}: a text-only model; leave --frames out")
     config = Config(
@@ -177,64 +197,69 @@ def _answers(
         task=TaskConfig(action_space=material.action_space, deadline_ms=10**9),
         language=LanguageConfig(stream_action_text=False),
     )
-    space, found = load_action_space(material.action_space), []
+    space, results = load_action_space(material.action_space), []
     engine = Engine(config, one, space, lambda event: None)
     try:
         for i, frame in enumerate(frames):
-            report(f"frame {i + 1} of {len(frames)}", i, len(frames))
+            progress.step(stage, f"frame {i + 1} of {len(frames)}", i, len(frames))
             engine.instruct(material.instructions[i % len(material.instructions)])
             image = engine.preprocessor.image(frame)
             text, _, _ = engine.act(image, i, 2**62)
             said = parse_answer(text, space)
             answer = EvaluatedAnswer("", {}) if isinstance(said, Rejection) else EvaluatedAnswer(said.type, said.values)
-            found.append((answer, np.array(engine.encoder.encode(image))))
-        report("", len(frames), len(frames))
+            results.append(FrameResult(answer, np.array(engine.encoder.encode(image))))
+        progress.step(stage, "", len(frames), len(frames))
     finally:
         engine.close()
-    return found
+    return results
 
 
-def agree(
-    seen: list[tuple[EvaluatedAnswer, np.ndarray]],
-    found: list[tuple[EvaluatedAnswer, np.ndarray]],
-    material: CalibrationData,
-) -> Agreement:
-    """Answers and rows of two models on the same frames."""
-    frames, off = [], {}
-    for i, ((a, rows_a), (b, rows_b)) in enumerate(zip(seen, found, strict=True)):
-        lengths = np.linalg.norm(rows_a, axis=1) * np.linalg.norm(rows_b, axis=1)
-        cosine = (rows_a * rows_b).sum(1) / np.maximum(lengths, 1e-12)
-        frames.append(
-            EvaluatedFrame(i, material.instructions[i % len(material.instructions)], a, b, float(cosine.min()))
-        )
-        if a.action and a.action == b.action:
-            for key, value in a.values.items():
-                if not isinstance(value, str) and key in b.values:
-                    off.setdefault(key, []).append(abs(value - b.values[key]))
-    every = [value for values in off.values() for value in values]
+def agree(expected: list[FrameResult], found: list[FrameResult], data: CalibrationData) -> Agreement:
+    """Answers and embeddings of two models for the same frames."""
+    frames: list[EvaluatedFrame] = []
+    differences: dict[str, list[float]] = {}
+    for i, (a, b) in enumerate(zip(expected, found, strict=True)):
+        lengths = np.linalg.norm(a.rows, axis=1) * np.linalg.norm(b.rows, axis=1)
+        cosine = float(((a.rows * b.rows).sum(1) / np.maximum(lengths, 1e-12)).min())
+        instruction = data.instructions[i % len(data.instructions)]
+        frames.append(EvaluatedFrame(i, instruction, a.answer, b.answer, cosine))
+        if a.answer.action and a.answer.action == b.answer.action:
+            for key, difference in _field_differences(a.answer, b.answer).items():
+                differences.setdefault(key, []).append(difference)
+    every = [value for values in differences.values() for value in values]
     return Agreement(
         n=len(frames),
         same_action=float(np.mean([frame.reference.action == frame.found.action for frame in frames])),
         fields_within=float(np.mean([value <= WITHIN + 1e-9 for value in every])) if every else 1.0,
-        mean_difference={key: float(np.mean(values)) for key, values in off.items()},
-        max_difference={key: float(np.max(values)) for key, values in off.items()},
+        mean_difference={key: float(np.mean(values)) for key, values in differences.items()},
+        max_difference={key: float(np.max(values)) for key, values in differences.items()},
         vision_cosine_mean=float(np.mean([frame.cosine for frame in frames])),
         vision_cosine_min=min(frame.cosine for frame in frames),
         worst=sorted(frames, key=_badness, reverse=True)[:N_WORST],
     )
 
 
+def _field_differences(a: EvaluatedAnswer, b: EvaluatedAnswer) -> dict[str, float]:
+    """Field -> absolute difference, of the numbers that both answers have."""
+    differences = {}
+    for key, value in a.values.items():
+        other = b.values.get(key)
+        if isinstance(value, int | float) and isinstance(other, int | float):
+            differences[key] = float(abs(value - other))
+    return differences
+
+
 def _badness(frame: EvaluatedFrame) -> tuple[bool, float, float]:
-    a, b = frame.reference, frame.found
-    off = [abs(value - b.values[key]) for key, value in a.values.items()
-           if not isinstance(value, str) and isinstance(b.values.get(key), int | float)]  # fmt: skip
-    return a.action != b.action, max(off, default=0.0), -frame.cosine
+    """Key to sort frames by: another action first, then the largest difference of a field, then the least cosine."""
+    largest = max(_field_differences(frame.reference, frame.found).values(), default=0.0)
+    return frame.reference.action != frame.found.action, largest, -frame.cosine
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
 
 
 def _tensors(found: Path, reference: Path) -> Iterator[TensorDifference]:
+    """The error of every tensor of a GGUF file against the same tensor of another file."""
     full = {tensor.name: tensor for tensor in gguf.GGUFReader(reference).tensors}
     for tensor in gguf.GGUFReader(found).tensors:
         squared_error = squared = 0.0
@@ -245,12 +270,12 @@ def _tensors(found: Path, reference: Path) -> Iterator[TensorDifference]:
         yield TensorDifference(tensor.name, tensor.tensor_type.name, int(tensor.n_bytes), error)
 
 
-def _rows(tensor: gguf.ReaderTensor, at_once: int = 4096) -> Iterator[np.ndarray]:
-    """The tensor in float32, in blocks of rows."""
+def _rows(tensor: gguf.ReaderTensor, block_rows: int = 4096) -> Iterator[np.ndarray]:
+    """The tensor in blocks of rows, (up to block_rows, width) float32."""
     width, kind = int(tensor.shape[0]), tensor.tensor_type
     raw = np.asarray(tensor.data).view(np.uint8).reshape(-1, ggml_kernels.row_bytes(kind, width))
-    for start in range(0, len(raw), at_once):
-        block = raw[start : start + at_once]
+    for start in range(0, len(raw), block_rows):
+        block = raw[start : start + block_rows]
         if kind == gguf.GGMLQuantizationType.F32:
             yield np.ascontiguousarray(block).view(np.float32)
         elif kind in (gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.BF16):

@@ -1,13 +1,15 @@
-"""An evaluation as one HTML page that needs nothing else: a table, two plots, and the frames where answers differ most.
+"""An evaluation as one self-contained HTML page: a table, two plots, and the frames where the answers differ most.
 
-Everything that comes from outside (names, instructions) is escaped; pictures are embedded.
+Names and instructions come from outside and are escaped. Images are embedded.
 """
 
 from __future__ import annotations
 
 import base64
+import functools
 import html
 import re
+from collections.abc import Callable, Sequence
 
 import cv2
 import numpy as np
@@ -26,49 +28,51 @@ figure img { width: 100%; image-rendering: pixelated } figcaption { font-size: 1
 
 
 def html_report(evaluations: list[Evaluation], frames: list[np.ndarray]) -> str:
-    """frames: the (H, W, 3) uint8 RGB pictures that were shown, in their order; empty without frames."""
+    """frames: the images that were evaluated, (H, W, 3) uint8 RGB each, in their order; empty without frames."""
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'><title>edge-quantize evaluate</title>",
-        f"<style>{STYLE}</style><h1>What quantising cost</h1>",
+        f"<style>{STYLE}</style><h1>Loss by quantisation</h1>",
         _table(evaluations),
         "<h2>Size against divergence</h2>",
         _sizes(evaluations),
     ]
     for one in evaluations:
-        parts += [f"<h2>{_text(one.recipe)}: error of the weights, by layer</h2>", _layers(one)]
+        parts += [f"<h2>{_escaped(one.recipe)}: error of the weights, by layer</h2>", _layers(one)]
         if one.actions is not None:
-            parts.append(f"<h2>{_text(one.recipe)}: frames where the answers differ most</h2>")
+            parts.append(f"<h2>{_escaped(one.recipe)}: frames where the answers differ most</h2>")
             parts += [_frame(frame, frames[frame.number]) for frame in one.actions.worst]
     return "\n".join(parts) + "</html>\n"
 
 
 def _table(evaluations: list[Evaluation]) -> str:
-    head = ["", *(f"{_text(one.recipe)}" for one in evaluations)]
-    rows = [
+    head = ["", *(f"{_escaped(one.recipe)}" for one in evaluations)]
+    rows: list[tuple[str, Callable[[Evaluation], str | None]]] = [
         ("language model, MB", lambda one: f"{one.language_bytes / 1e6:.1f}"),
         ("perplexity", lambda one: f"{one.text.perplexity:.6g} ± {one.text.perplexity_sd:.4g}"),
-        ("of the reference", lambda one: f"{one.text.reference_perplexity:.6g}"),
+        ("perplexity of the reference", lambda one: f"{one.text.reference_perplexity:.6g}"),
         ("KL divergence, mean", lambda one: f"{one.text.kl_mean:.5f} ± {one.text.kl_sd:.5f}"),
-        ("median", lambda one: f"{one.text.kl_median:.5f}"),
-        ("99 %", lambda one: f"{one.text.kl_p99:.5f}"),
-        ("maximum", lambda one: f"{one.text.kl_max:.5f}"),
+        ("KL divergence, median", lambda one: f"{one.text.kl_median:.5f}"),
+        ("KL divergence, 99 %", lambda one: f"{one.text.kl_p99:.5f}"),
+        ("KL divergence, maximum", lambda one: f"{one.text.kl_max:.5f}"),
         ("same most likely token", lambda one: f"{one.text.same_top:.2%}"),
-        ("frames", lambda one: one.actions and str(one.actions.n)),
-        ("same action", lambda one: one.actions and f"{one.actions.same_action:.1%}"),
-        ("numbers within 0.05", lambda one: one.actions and f"{one.actions.fields_within:.1%}"),
-        ("vision rows, least cosine", lambda one: one.actions and f"{one.actions.vision_cosine_min:.5f}"),
+        ("frames", lambda one: str(one.actions.n) if one.actions else None),
+        ("same action", lambda one: f"{one.actions.same_action:.1%}" if one.actions else None),
+        ("fields within 0.05", lambda one: f"{one.actions.fields_within:.1%}" if one.actions else None),
+        (
+            "vision embeddings, least cosine",
+            lambda one: f"{one.actions.vision_cosine_min:.5f}" if one.actions else None,
+        ),
     ]
     fields = sorted({key for one in evaluations if one.actions for key in one.actions.mean_difference})
-    for key in fields:
-        rows.append((f"{key}, mean difference", lambda one, key=key: _difference(one, key)))
+    rows += [(f"{key}, mean difference", functools.partial(_difference, key)) for key in fields]
     body = [[name, *(value(one) or "" for one in evaluations)] for name, value in rows]
     cells = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in body if any(row[1:]))
     return "<table><tr>" + "".join(f"<th>{cell}</th>" for cell in head) + f"</tr>{cells}</table>"
 
 
-def _difference(one: Evaluation, key: str) -> str:
-    found = one.actions.mean_difference if one.actions else {}
-    return f"{found[key]:.4f}" if key in found else ""
+def _difference(key: str, one: Evaluation) -> str:
+    differences = one.actions.mean_difference if one.actions else {}
+    return f"{differences[key]:.4f}" if key in differences else ""
 
 
 def _sizes(evaluations: list[Evaluation]) -> str:
@@ -76,7 +80,7 @@ def _sizes(evaluations: list[Evaluation]) -> str:
     x, y = _scale([p[0] for p in points], WIDTH, False), _scale([p[1] for p in points], HEIGHT, True)
     marks = [
         f"<circle cx='{x(size):.1f}' cy='{y(kl):.1f}' r='5' fill='{COLOURS[i % len(COLOURS)]}'/>"
-        f"<text x='{x(size) + 8:.1f}' y='{y(kl) - 6:.1f}'>{_text(name)}: {size:.1f} MB, {kl:.4g}</text>"
+        f"<text x='{x(size) + 8:.1f}' y='{y(kl) - 6:.1f}'>{_escaped(name)}: {size:.1f} MB, {kl:.4g}</text>"
         for i, (size, kl, name) in enumerate(points)
     ]
     return _svg("MB of the language model", "mean KL divergence", marks)
@@ -97,11 +101,12 @@ def _layers(one: Evaluation) -> str:
         path = " ".join(f"{x(layer):.1f},{y(error):.1f}" for layer, error in line)
         marks.append(f"<polyline points='{path}' fill='none' stroke='{colour}' stroke-width='2'/>")
         marks += [f"<circle cx='{x(n):.1f}' cy='{y(error):.1f}' r='3' fill='{colour}'/>" for n, error in line]
-        marks.append(f"<text x='{WIDTH + 8}' y='{MARGIN + 16 * i}' fill='{colour}'>{_text(role)}</text>")
+        marks.append(f"<text x='{WIDTH + 8}' y='{MARGIN + 16 * i}' fill='{colour}'>{_escaped(role)}</text>")
     return _svg("layer", "relative error", marks, extra=110)
 
 
-def _scale(values: list[float], length: int, upwards: bool):
+def _scale(values: Sequence[float], length: int, upwards: bool) -> Callable[[float], float]:
+    """Value -> pixels along an axis of `length` pixels. An upwards axis starts at 0."""
     low, high = min([*values, 0.0]) if upwards else min(values), max(values)
     if high <= low:
         low, high = low - 1, high + 1
@@ -123,18 +128,19 @@ def _frame(frame: EvaluatedFrame, picture: np.ndarray) -> str:
     height, width = picture.shape[:2]
     scale = min(1.0, 320 / max(height, width))
     small = cv2.resize(picture, (max(1, round(width * scale)), max(1, round(height * scale))))
-    data = base64.b64encode(cv2.imencode(".png", cv2.cvtColor(small, cv2.COLOR_RGB2BGR))[1]).decode()
+    png = cv2.imencode(".png", cv2.cvtColor(small, cv2.COLOR_RGB2BGR))[1]
+    data = base64.b64encode(png.tobytes()).decode()
     return (
         f"<figure><img alt='frame {frame.number}' src='data:image/png;base64,{data}'><figcaption>"
-        f"{frame.number}: {_text(frame.instruction)}<br>reference: {_said(frame.reference)}<br>"
-        f"here: {_said(frame.found)}<br>least cosine {frame.cosine:.5f}</figcaption></figure>"
+        f"{frame.number}: {_escaped(frame.instruction)}<br>reference: {_answer_text(frame.reference)}<br>"
+        f"this bundle: {_answer_text(frame.found)}<br>least cosine {frame.cosine:.5f}</figcaption></figure>"
     )
 
 
-def _said(answer: EvaluatedAnswer) -> str:
+def _answer_text(answer: EvaluatedAnswer) -> str:
     values = ", ".join(f"{key} {value}" for key, value in answer.values.items())
-    return _text(f"{answer.action or 'refused'} {values}".strip())
+    return _escaped(f"{answer.action or 'refused'} {values}".strip())
 
 
-def _text(text: str) -> str:
+def _escaped(text: str) -> str:
     return html.escape(text, quote=True)

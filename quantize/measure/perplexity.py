@@ -1,15 +1,16 @@
-"""Perplexity of a model on a text, and how far its answers are from a reference's: cut, stored and counted as
-llama-perplexity does it, so that both programs print the same figures.
+"""Perplexity of a model on a text, and KL divergence from a reference model. Text is divided, scores are stored and
+counted as llama-perplexity does it, so that both programs print the same figures.
 
-The text is cut into chunks of 512 tokens, each read from an empty cache and begun by <s>; the second half is judged.
-The reference's log-probabilities go through a file (255 positions by the vocabulary for each chunk): two models need
-not be in memory at once. It is what `llama-perplexity --kl-divergence-base` reads and writes, 16 bits a number.
+The text is divided into chunks of 512 tokens. Each is evaluated with an empty KV cache and starts with <s>; the second
+half of its positions is scored. The reference's log-probabilities are written to a file (255 positions x vocabulary for
+each chunk, 16 bits a number), so that only one model is in memory at a time. The file format is that of
+`llama-perplexity --kl-divergence-base`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,14 +19,13 @@ import numpy as np
 
 from edge_agent.errors import UserError
 from edge_agent.model.llama import ACTION_SEQ, LlamaContext
+from quantize.progress import Progress
 
-CHUNK, FIRST = 512, 256
-JUDGED = CHUNK - 1 - FIRST  # of a chunk: the last position has no next token
+CHUNK, FIRST = 512, 256  # tokens of a chunk; the first position that is scored
+N_SCORED = CHUNK - 1 - FIRST  # positions of a chunk; the last one has no next token
 MAGIC = b"_logits_"
-MIN_LOG_P = -16.0  # less is stored as this, and counts as nothing
-ROWS_AT_ONCE = 16  # of vocabulary size: what is in memory beside the logits
-
-Report = Callable[[str, int, int], None]  # (what, done, in all)
+MIN_LOG_P = -16.0  # smaller log-probabilities are stored as this and do not count
+ROWS_AT_ONCE = 16  # (ROWS_AT_ONCE, n_vocab) float32 is in memory beside the logits
 
 
 class MeasureError(UserError):
@@ -33,9 +33,9 @@ class MeasureError(UserError):
 
 
 class Divergence(msgspec.Struct, frozen=True):
-    """What was counted; *_sd is the standard deviation of the mean."""
+    """Figures over all scored positions. *_sd: standard deviation of the mean."""
 
-    n: int
+    n: int  # positions
     perplexity: float
     perplexity_sd: float
     reference_perplexity: float
@@ -44,12 +44,12 @@ class Divergence(msgspec.Struct, frozen=True):
     kl_median: float
     kl_p99: float
     kl_max: float
-    same_top: float  # share of positions
-    delta_p_rms: float  # of the probability of the text's own next token
+    same_top: float  # share of positions at which both models have the same most likely token
+    delta_p_rms: float  # of the probability of the text's next token
 
 
 class ChunkScores(NamedTuple):
-    """One chunk against the reference, (JUDGED,) each."""
+    """One chunk against the reference, (N_SCORED,) float64 each."""
 
     nll: np.ndarray
     nll_reference: np.ndarray
@@ -57,36 +57,42 @@ class ChunkScores(NamedTuple):
     same_top: np.ndarray
 
 
-def chunks(llm: LlamaContext, bos: int, text: str, at_most: int = 0) -> np.ndarray:
-    """(n, 512) int32. The first token of each is in the text's own; <s> is put there when it is read."""
+def divide(llm: LlamaContext, bos: int, text: str, max_chunks: int = 0) -> np.ndarray:
+    """The text's tokens in chunks, (n, CHUNK) int32. `logits` replaces the first token of each by <s>.
+
+    max_chunks: 0: all. Raises MeasureError when the text is shorter than a chunk.
+    """
     tokens = [bos, *llm.tokens(text)]
-    n = min(len(tokens) // CHUNK, at_most or len(tokens))
+    n = min(len(tokens) // CHUNK, max_chunks or len(tokens))
     if n < 1:
         raise MeasureError(f"the text has {len(tokens)} tokens; expected {CHUNK} or more")
     return np.array(tokens[: n * CHUNK], np.int32).reshape(n, CHUNK)
 
 
 def logits(llm: LlamaContext, bos: int, chunk: np.ndarray) -> np.ndarray:
-    """(JUDGED + 1, n_vocab) float32, a view into llama.cpp's memory."""
+    """(N_SCORED + 1, n_vocab) float32: the logits from position FIRST on."""
     llm.forget(ACTION_SEQ, 0)
     return np.stack(llm.decode_tokens([bos, *map(int, chunk[1:])], 0, want=list(range(FIRST, len(chunk)))))
 
 
-def write_reference(llm: LlamaContext, bos: int, cut: np.ndarray, path: Path, report: Report) -> None:
-    """The reference's log-probabilities of every chunk."""
+def write_reference(llm: LlamaContext, bos: int, chunks: np.ndarray, path: Path, progress: Progress) -> None:
+    """Write the reference's log-probabilities of every chunk. chunks: of `divide`."""
     with path.open("wb") as file:
-        file.write(MAGIC + np.array([CHUNK, llm.n_vocab, len(cut)], np.int32).tobytes() + cut.tobytes())
-        for i, chunk in enumerate(cut):
-            report(f"chunk {i + 1} of {len(cut)}", i, len(cut))
-            found = logits(llm, bos, chunk)
-            for start in range(0, JUDGED, ROWS_AT_ONCE):
-                file.write(_stored(found[start : min(start + ROWS_AT_ONCE, JUDGED)]).tobytes())
-    report("", len(cut), len(cut))
+        file.write(MAGIC + np.array([CHUNK, llm.n_vocab, len(chunks)], np.int32).tobytes() + chunks.tobytes())
+        for i, chunk in enumerate(chunks):
+            progress.step("reference text", f"chunk {i + 1} of {len(chunks)}", i, len(chunks))
+            rows = logits(llm, bos, chunk)
+            for start in range(0, N_SCORED, ROWS_AT_ONCE):
+                file.write(_stored(rows[start : min(start + ROWS_AT_ONCE, N_SCORED)]).tobytes())
+    progress.step("reference text", "", len(chunks), len(chunks))
 
 
 def _stored(rows: np.ndarray) -> np.ndarray:
-    """(n, n_vocab) float32 logits -> (n, n_vocab + 4 or 5) uint16: scale and least log-probability as float32, then
-    steps of scale above it."""
+    """(n, n_vocab) float32 logits -> (n, n_vocab + 4 or 5) uint16.
+
+    A row holds a scale and the least log-probability as two float32, then each log-probability in steps of the scale
+    above the least one.
+    """
     n, n_vocab = rows.shape
     top = rows.max(1, keepdims=True)
     least = np.maximum(rows.min(1, keepdims=True), top + np.float32(MIN_LOG_P))
@@ -100,10 +106,10 @@ def _stored(rows: np.ndarray) -> np.ndarray:
 
 
 class Reference:
-    """A file of log-probabilities, ours or llama-perplexity's."""
+    """A file of log-probabilities, of `write_reference` or of llama-perplexity."""
 
     def __init__(self, path: Path) -> None:
-        """Raises MeasureError."""
+        """Open the file and check its size. Raises MeasureError."""
         with path.open("rb") as file:
             head = file.read(len(MAGIC) + 12)
         if head[: len(MAGIC)] != MAGIC or len(head) < len(MAGIC) + 12:
@@ -111,7 +117,7 @@ class Reference:
         context, self.n_vocab, n = map(int, np.frombuffer(head[len(MAGIC) :], np.int32))
         self._width = 2 * ((self.n_vocab + 1) // 2) + 4
         self._start = len(head) + 4 * context * n
-        expected = self._start + 2 * self._width * JUDGED * n
+        expected = self._start + 2 * self._width * N_SCORED * n
         if context != CHUNK or path.stat().st_size != expected:
             raise MeasureError(
                 f"{path}: expected {expected} bytes with chunks of {CHUNK}, found {path.stat().st_size} with {context}"
@@ -120,46 +126,51 @@ class Reference:
         self.chunks = np.fromfile(path, np.int32, context * n, offset=len(head)).reshape(n, context)
 
     def rows(self, i: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Of chunk i: (first position, (up to ROWS_AT_ONCE, n_vocab) float32 log-probabilities)."""
+        """Yield (first position, log-probabilities) of chunk i; the array is (up to ROWS_AT_ONCE, n_vocab) float32."""
         with self.path.open("rb") as file:
-            file.seek(self._start + 2 * self._width * JUDGED * i)
-            for start in range(0, JUDGED, ROWS_AT_ONCE):
-                n = min(ROWS_AT_ONCE, JUDGED - start)
+            file.seek(self._start + 2 * self._width * N_SCORED * i)
+            for start in range(0, N_SCORED, ROWS_AT_ONCE):
+                n = min(ROWS_AT_ONCE, N_SCORED - start)
                 raw = np.frombuffer(file.read(2 * self._width * n), np.uint16).reshape(n, self._width)
                 scale, least = np.ascontiguousarray(raw[:, :4]).view(np.float32).T[..., None]
                 yield start, scale * raw[:, 4 : 4 + self.n_vocab].astype(np.float32) + least
 
 
-def score_chunk(found: np.ndarray, chunk: np.ndarray, reference: Iterator[tuple[int, np.ndarray]]) -> ChunkScores:
-    """found: logits of a chunk. Kullback and Leibler's divergence of what it says from what the reference says."""
+def score_chunk(
+    chunk_logits: np.ndarray, chunk: np.ndarray, reference: Iterator[tuple[int, np.ndarray]]
+) -> ChunkScores:
+    """Scores of one chunk, with the KL divergence D(reference || model) at each position (Kullback and Leibler 1951).
+
+    chunk_logits: (N_SCORED + 1, n_vocab) float32 of `logits`. chunk: (CHUNK,) tokens. reference: of Reference.rows.
+    """
     parts = []
     for start, base in reference:
-        rows = found[start : start + len(base)]
+        rows = chunk_logits[start : start + len(base)]
         top = rows.max(1, keepdims=True)
         log_sum = np.log(np.exp(rows - top).sum(1, keepdims=True, dtype=np.float64)).astype(np.float32)
-        says = rows - (top + log_sum)
-        p = np.where(base > MIN_LOG_P, np.exp(base), 0)
-        kl = (p * (base - says)).sum(1, dtype=np.float64)
-        right = chunk[FIRST + 1 + start : FIRST + 1 + start + len(base)]
+        log_p = rows - (top + log_sum)
+        p_reference = np.where(base > MIN_LOG_P, np.exp(base), 0)
+        kl = (p_reference * (base - log_p)).sum(1, dtype=np.float64)
+        next_tokens = chunk[FIRST + 1 + start : FIRST + 1 + start + len(base)]
         at = np.arange(len(base))
-        parts.append((-says[at, right], -base[at, right], kl, rows.argmax(1) == base.argmax(1)))
+        parts.append((-log_p[at, next_tokens], -base[at, next_tokens], kl, rows.argmax(1) == base.argmax(1)))
     return ChunkScores(*(np.concatenate(column).astype(np.float64) for column in zip(*parts, strict=True)))
 
 
-def compare(llm: LlamaContext, bos: int, reference: Reference, report: Report) -> Divergence:
-    """A model against the reference, on the reference's own text. Raises MeasureError."""
+def compare(llm: LlamaContext, bos: int, reference: Reference, progress: Progress, stage: str = "text") -> Divergence:
+    """A model against the reference, on the chunks in the reference's file. Raises MeasureError."""
     if llm.n_vocab != reference.n_vocab:
         raise MeasureError(f"{reference.path}: of a vocabulary of {reference.n_vocab}, but the model has {llm.n_vocab}")
-    n, judged = len(reference.chunks), []
+    n, scores = len(reference.chunks), []
     for i, chunk in enumerate(reference.chunks):
-        report(f"chunk {i + 1} of {n}", i, n)
-        judged.append(score_chunk(logits(llm, bos, chunk), chunk, reference.rows(i)))
-    report("", n, n)
-    return summary(judged)
+        progress.step(stage, f"chunk {i + 1} of {n}", i, n)
+        scores.append(score_chunk(logits(llm, bos, chunk), chunk, reference.rows(i)))
+    progress.step(stage, "", n, n)
+    return summary(scores)
 
 
-def summary(judged: list[ChunkScores]) -> Divergence:
-    nll, base, kl, same = (np.concatenate(column) for column in zip(*judged, strict=True))
+def summary(scores: list[ChunkScores]) -> Divergence:
+    nll, base, kl, same = (np.concatenate(column) for column in zip(*scores, strict=True))
     perplexity = math.exp(nll.mean())
     return Divergence(
         n=len(kl),

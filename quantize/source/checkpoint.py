@@ -1,21 +1,18 @@
-"""Open a released checkpoint: configuration, tensors (lazily), missing and extra names. HF and consolidated layouts,
-BF16 and FP8.
+"""Open a released checkpoint: its configuration, its tensors (read later, in blocks), missing and extra tensor names.
+HF and consolidated layouts, BF16 and FP8.
 
-Only headers are read here; tensor bytes are read in blocks of rows into fresh arrays (never mapped, so that resident
-memory stays what it says). Everything that can be wrong with a checkpoint is found before the first tensor byte.
+Only headers are read here. Tensor bytes are read in blocks of rows into new arrays; files are never mapped, because
+mapped pages would count as resident memory. Every error of a checkpoint is found before the first tensor byte is read.
 Raises CheckpointError: one line with file, key, expected, found, next step.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
+import hashlib
 import math
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-import ml_dtypes
 import msgspec
 import numpy as np
 
@@ -28,62 +25,48 @@ from quantize.source.hf_config import (
     read_hf,
     read_table,
 )
+from quantize.source.safetensors import FP8, StoredTensor, read_header, read_rows, read_tensor
 from quantize.source.tensor_names import HEAD, IGNORED, SCALE, TensorSpec, canonical, consolidated, tensor_specs
 
-BLOCK_BYTES = 64 << 20  # float32 bytes of one block of rows
-MAX_HEADER_BYTES = 100 << 20  # the safetensors format's own limit
+BLOCK_BYTES = 64 << 20  # of one block of rows, in float32
 PARAMS = "params.json"
 ADAPTER = "adapter_config.json"  # beside an adapter's adapter_model.safetensors
-LAYOUTS = {"config.json": "model", PARAMS: "consolidated"}  # what says it -> how the files of tensors begin
-DTYPES = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-}
-
-
-class StoredTensor(msgspec.Struct, frozen=True):
-    """Where one tensor's bytes lie."""
-
-    name: str  # as the file spells it
-    file: Path
-    offset: int
-    dtype: str  # safetensors' word for it
-    shape: tuple[int, ...]
-
-    @property
-    def n_bytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+LAYOUTS = {"config.json": "model", PARAMS: "consolidated"}  # configuration file -> how its tensor files begin
 
 
 class LoraDelta(msgspec.Struct, frozen=True):
-    """What an adapter adds to a matrix: scale * up (rows, rank) @ down (rank, columns). Rotary rows in HF's order."""
+    """What a LoRA adapter adds to a matrix: scale * B (rows, rank) @ A (rank, columns). Rotary rows in HF's order."""
 
-    down: StoredTensor
-    up: StoredTensor
+    a: StoredTensor
+    b: StoredTensor
     scale: float
-    flipped: bool = False  # the files hold (up.T, down.T) under each other's names: of embeddings
+    transposed: bool = False  # PEFT's lora_embedding matrices: `a` holds B.T and `b` holds A.T
 
     def factors(self) -> tuple[np.ndarray, np.ndarray]:
-        """(up, down), float32; without the scale."""
-        down, up = read_tensor(self.down), read_tensor(self.up)
-        return (down.T, up.T) if self.flipped else (up, down)
+        """(B, A): (rows, rank) and (rank, columns), float32, without the scale."""
+        a, b = read_tensor(self.a), read_tensor(self.b)
+        return (a.T, b.T) if self.transposed else (b, a)
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
 
 
 class Checkpoint(msgspec.Struct, frozen=True):
+    """A checkpoint whose headers are read and checked."""
+
     folder: Path
     config: CheckpointConfig
-    fp8: bool  # really: some tensors are
+    fp8: bool  # some tensors are stored as FP8
     sources: dict[str, StoredTensor]  # by canonical name
-    ignored: dict[str, str]  # name in the file -> why
-    added: dict[str, LoraDelta] = {}  # by canonical name: an adapter that is merged on the way
+    ignored: dict[str, str]  # name in the file -> why it is not used
+    lora: dict[str, LoraDelta] = {}  # by canonical name: an adapter that is merged while tensors are read
 
     @property
     def files(self) -> list[Path]:
-        """All that weights come from."""
-        adapter = {one.down.file for one in self.added.values()}
-        adapter |= {file.with_name(ADAPTER) for file in adapter}  # its scales
+        """Every file that weights are read from."""
+        adapter = {delta.a.file for delta in self.lora.values()}
+        adapter |= {file.with_name(ADAPTER) for file in adapter}  # it holds the scales
         return sorted({source.file for source in self.sources.values()} | adapter)
 
     @property
@@ -92,6 +75,13 @@ class Checkpoint(msgspec.Struct, frozen=True):
 
     @property
     def vision(self) -> VisionTowerConfig | None:
+        return self.config.vision
+
+    @property
+    def vision_tower(self) -> VisionTowerConfig:
+        """As `vision`, for code that needs a vision encoder. Raises CheckpointError for a text-only model."""
+        if self.config.vision is None:
+            raise CheckpointError(f"{self.folder}: a text-only model; expected one with a vision encoder")
         return self.config.vision
 
     @property
@@ -104,7 +94,7 @@ class Checkpoint(msgspec.Struct, frozen=True):
 
     @property
     def interleaved(self) -> bool:
-        """Whether the rows that rotary positions turn stand in pairs, as GGUF has them; HF's stand in halves."""
+        """Whether rotary row pairs are side by side, as in GGUF. In HF's layout a head's halves follow each other."""
         return self.config.path.name == PARAMS
 
     @property
@@ -116,16 +106,16 @@ class Checkpoint(msgspec.Struct, frozen=True):
         return sum(math.prod(s.shape) for name, s in self.sources.items() if not name.endswith(SCALE))
 
     @property
-    def text_rows(self) -> list[TensorSpec]:
+    def text_tensors(self) -> list[TensorSpec]:
         return _tensor_specs(self.config)[0]
 
     @property
-    def vision_rows(self) -> list[TensorSpec]:
+    def vision_tensors(self) -> list[TensorSpec]:
         return _tensor_specs(self.config)[1]
 
     @property
     def dims(self) -> dict[str, int]:
-        """The words in which the tables of `names` give shapes."""
+        """Sizes by the words that the tables of tensor_names.py use for shapes."""
         t, v = self.text, self.vision
         text = {
             "hidden": t.hidden,
@@ -147,11 +137,14 @@ class Checkpoint(msgspec.Struct, frozen=True):
             "merged": v.hidden * v.merge * v.merge,
         }
 
-    def shape(self, row: TensorSpec) -> tuple[int, ...]:
-        return tuple(self.dims[word] for word in row.shape)
+    def shape(self, spec: TensorSpec) -> tuple[int, ...]:
+        return tuple(self.dims[word] for word in spec.shape)
+
+    def n_elements(self, specs: list[TensorSpec]) -> int:
+        return sum(math.prod(self.shape(spec)) for spec in specs)
 
     def variant(self) -> str:
-        """base, instruct or reasoning: no key says so. The chat template or the system prompt does, else the folder."""
+        """base, instruct or reasoning. No key gives it: the chat template or the system prompt does, or the folder."""
         if template := chat_template(self.folder):
             return "reasoning" if "[THINK]" in template and "reasoning" in template.lower() else "instruct"
         prompt = self.folder / "SYSTEM_PROMPT.txt"
@@ -160,44 +153,35 @@ class Checkpoint(msgspec.Struct, frozen=True):
         name = self.folder.resolve().name.lower()
         return next((variant for variant in ("reasoning", "instruct") if variant in name), "base")
 
-    def rows(self, row: TensorSpec, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop) of a tensor as stored: (stop - start, ...) in the source dtype, not yet scaled."""
-        source = self.sources[row.hf]
-        dtype = DTYPES[source.dtype]
-        width = math.prod(source.shape[1:])
-        out = np.empty((stop - start, *source.shape[1:]), dtype)
-        with source.file.open("rb") as file:
-            file.seek(source.offset + start * width * dtype.itemsize)
-            wanted = out.nbytes
-            if file.readinto(out.view(np.uint8).reshape(-1).data) != wanted:
-                raise CheckpointError(f"{source.file}: {source.name}: file ends early; copy the checkpoint again")
-        return out
+    def read_rows(self, spec: TensorSpec, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) of a tensor as stored: (stop - start, ...) in the stored dtype, not scaled."""
+        return read_rows(self.sources[spec.hf], start, stop)
 
-    def is_plain(self, row: TensorSpec) -> bool:
-        """Whether the stored numbers are those the model computes with."""
-        return self.sources[row.hf].dtype != "F8_E4M3" and row.hf not in self.added
+    def needs_no_conversion(self, spec: TensorSpec) -> bool:
+        """Whether the stored values are those that the model computes with: no FP8 scale, no adapter."""
+        return self.sources[spec.hf].dtype != FP8 and spec.hf not in self.lora
 
-    def float_blocks(self, row: TensorSpec, unit_rows: int = 1) -> Iterator[np.ndarray]:
-        """A tensor in blocks of whole units of rows, float32, FP8 scale and adapter applied: the values the model
-        computes with."""
-        scale, added = self.scale(row), self.added.get(row.hf)
-        if added is not None:
-            up, down = added.factors()
-            if row.rope and self.interleaved:
-                up = interleave(up, len(up) // self.dims[row.rope])
-        for start, stop in row_ranges(self.sources[row.hf].shape, unit_rows):
-            block = self.rows(row, start, stop).astype(np.float32)
+    def dequantised_blocks(self, spec: TensorSpec, rows_per_head: int = 1) -> Iterator[np.ndarray]:
+        """A tensor's values as the model computes with them: blocks of whole heads, (rows, ...) float32, with FP8 scale
+        and adapter applied."""
+        scale, delta = self.scale(spec), self.lora.get(spec.hf)
+        if delta is not None:
+            b, a = delta.factors()
+            if spec.rope and self.interleaved:
+                b = interleave(b, len(b) // self.dims[spec.rope])
+        for start, stop in row_ranges(self.sources[spec.hf].shape, rows_per_head):
+            block = self.read_rows(spec, start, stop).astype(np.float32)
             if scale is not None:
                 np.multiply(block, scale, out=block)
-            if added is not None:
-                block += np.float32(added.scale) * (up[start:stop] @ down)
+            if delta is not None:
+                block += np.float32(delta.scale) * (b[start:stop] @ a)
             yield block
 
-    def scale(self, row: TensorSpec) -> np.float32 | None:
-        """The per-tensor FP8 scale, or None for a tensor that is not FP8."""
-        if self.sources[row.hf].dtype != "F8_E4M3":
+    def scale(self, spec: TensorSpec) -> np.float32 | None:
+        """The per-tensor FP8 scale, or None for a tensor that is not FP8. Raises CheckpointError at a damaged scale."""
+        if self.sources[spec.hf].dtype != FP8:
             return None
-        source = self.sources[row.hf + SCALE]
+        source = self.sources[spec.hf + SCALE]
         value = read_tensor(source).reshape(-1)[0]
         if not (np.isfinite(value) and value > 0):
             raise CheckpointError(
@@ -206,52 +190,52 @@ class Checkpoint(msgspec.Struct, frozen=True):
         return value
 
 
-def interleave(block: np.ndarray, head_rows: int) -> np.ndarray:
-    """HF's rotary order (first halves, then second halves, per head) -> llama.cpp's (half pairs side by side)."""
-    heads = block.reshape(-1, 2, head_rows // 2, *block.shape[1:])
+def interleave(block: np.ndarray, rows_per_head: int) -> np.ndarray:
+    """HF's rotary order (per head: all first halves, then all second halves) -> llama.cpp's (pairs side by side)."""
+    heads = block.reshape(-1, 2, rows_per_head // 2, *block.shape[1:])
     return heads.swapaxes(1, 2).reshape(block.shape)
 
 
-def deinterleave(block: np.ndarray, head_rows: int) -> np.ndarray:
-    """The way back."""
-    heads = block.reshape(-1, head_rows // 2, 2, *block.shape[1:])
+def deinterleave(block: np.ndarray, rows_per_head: int) -> np.ndarray:
+    """The inverse of `interleave`."""
+    heads = block.reshape(-1, rows_per_head // 2, 2, *block.shape[1:])
     return heads.swapaxes(1, 2).reshape(block.shape)
 
 
-def row_ranges(shape: tuple[int, ...], unit_rows: int = 1) -> Iterator[tuple[int, int]]:
-    """[start, stop) over the first dimension in blocks of about BLOCK_BYTES of float32, a multiple of unit_rows."""
+def row_ranges(shape: tuple[int, ...], rows_per_head: int = 1) -> Iterator[tuple[int, int]]:
+    """[start, stop) over the first dimension: blocks of about BLOCK_BYTES of float32, each a number of whole heads."""
     row_bytes = 4 * math.prod(shape[1:])
-    step = max(1, BLOCK_BYTES // (row_bytes * unit_rows)) * unit_rows
+    step = max(1, BLOCK_BYTES // (row_bytes * rows_per_head)) * rows_per_head
     for start in range(0, shape[0], step):
         yield start, min(start + step, shape[0])
 
 
-def read_tensor(source: StoredTensor) -> np.ndarray:
-    """A whole small tensor, float32; FP8 without its scale."""
-    with source.file.open("rb") as file:
-        file.seek(source.offset)
-        raw = np.frombuffer(file.read(source.n_bytes), DTYPES[source.dtype])
-    return raw.astype(np.float32).reshape(source.shape)
+def fingerprint(checkpoint: Checkpoint, *parts: object) -> str:
+    """SHA-256, in hex, of everything that some work on a checkpoint depends on.
+
+    Of the files (weights, configuration, tokenizer, chat template): name, size and modification time, not the content.
+    parts: whatever else the work depends on, with a `repr` that says all of it.
+    """
+    files = {path for path in checkpoint.folder.iterdir() if path.suffix in (".json", ".jinja")} | {*checkpoint.files}
+    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(files)]
+    return hashlib.sha256(repr((stamps, parts)).encode()).hexdigest()
 
 
 def read_checkpoint(folder: str | Path) -> Checkpoint:
     """Open and check a whole checkpoint. Reads headers only. Raises CheckpointError."""
     folder = Path(folder)
-    path, found = _open(folder)
-    head = {HEAD.hf, HEAD.consolidated}
-    has_head = any(canonical(source.name) in head for source in found)
+    path, tensors = _open(folder)
+    head_names = {HEAD.hf, HEAD.consolidated}
+    has_head = any(canonical(tensor.name) in head_names for tensor in tensors)
     config = read_consolidated(path, has_head) if path.name == PARAMS else read_hf(path, has_head)
-    checkpoint = _match(folder, config, found)
-    for row in [*checkpoint.text_rows, *checkpoint.vision_rows]:
-        checkpoint.scale(row)  # a NaN or zero scale shows in the first second too
+    checkpoint = _match(folder, config, tensors)
+    for spec in [*checkpoint.text_tensors, *checkpoint.vision_tensors]:
+        checkpoint.scale(spec)  # a NaN or zero scale is reported now, not in the middle of a conversion
     return checkpoint
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def chat_template(folder: Path) -> str:
-    """The checkpoint's own chat template, or "": carried along as text for other programs, never rendered here."""
+    """The checkpoint's own chat template, or "". It is copied as text for other programs and never rendered here."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         try:
@@ -264,137 +248,74 @@ def chat_template(folder: Path) -> str:
     return ""
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def _tensor_specs(config: CheckpointConfig) -> tuple[list[TensorSpec], list[TensorSpec]]:
     return tensor_specs(config.text.layers, config.vision.layers if config.vision else None, config.text.tied)
 
 
 def _open(folder: Path) -> tuple[Path, list[StoredTensor]]:
-    """Which file says what the model is, and the tensors beside it. Of a folder with both layouts, HF."""
+    """The configuration file, and the tensors that belong to it. In a folder with both layouts, HF is taken."""
     if not folder.is_dir():
         raise CheckpointError(
             f"{folder}: no such folder; expected a checkpoint as downloaded (config.json, *.safetensors)"
         )
-    here = [(folder / file, stem) for file, stem in LAYOUTS.items() if (folder / file).is_file()]
-    if not here:
+    layouts = [(folder / file, stem) for file, stem in LAYOUTS.items() if (folder / file).is_file()]
+    if not layouts:
         raise CheckpointError(
             f"{folder}: no {' or '.join(LAYOUTS)}: not a checkpoint; expected one of them and *.safetensors"
         )
-    path, stem = next((one for one in here if any(folder.glob(f"{one[1]}*.safetensors*"))), here[0])
+    path, stem = next((layout for layout in layouts if any(folder.glob(f"{layout[1]}*.safetensors*"))), layouts[0])
     return path, _headers(folder, stem)
 
 
 def _headers(folder: Path, stem: str) -> list[StoredTensor]:
-    index, one = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
+    """The tensors of a checkpoint in one file, or in shards with or without an index."""
+    index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
     weight_map = None
     if index.is_file():
         weight_map = read_table(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{index}: weight_map: missing; expected tensor name -> file")
         files = sorted(set(weight_map.values()))
-    elif not one.is_file() and (parts := sorted(folder.glob(f"{stem}-*-of-*.safetensors"))):
-        n = parts[0].stem.rpartition("-")[2]
-        files = [f"{stem}-{i:05d}-of-{n}.safetensors" for i in range(1, int(n) + 1)] if n.isdigit() else [one.name]
+    elif not single.is_file() and (shards := sorted(folder.glob(f"{stem}-*-of-*.safetensors"))):
+        n = shards[0].stem.rpartition("-")[2]
+        files = [f"{stem}-{i:05d}-of-{n}.safetensors" for i in range(1, int(n) + 1)] if n.isdigit() else [single.name]
     else:
-        files = [one.name]
-    found: list[StoredTensor] = []
+        files = [single.name]
+    tensors: list[StoredTensor] = []
     for name in files:
         path = folder / name
         if Path(name).name != name or not path.is_file():
             raise CheckpointError(f"{path}: missing; the checkpoint is incomplete, download this file")
-        found += read_header(path)
+        tensors += read_header(path)
     if weight_map is not None:
-        here = {source.name: source.file.name for source in found}
+        file_of = {tensor.name: tensor.file.name for tensor in tensors}
         for name, file in weight_map.items():
-            if here.get(name) != file:
-                raise CheckpointError(f"{index}: {name}: expected in {file}, found in {here.get(name, 'no file')}")
-    return found
+            if file_of.get(name) != file:
+                raise CheckpointError(f"{index}: {name}: expected in {file}, found in {file_of.get(name, 'no file')}")
+    return tensors
 
 
-def read_header(path: Path) -> list[StoredTensor]:
-    """The tensors of one safetensors file. https://github.com/huggingface/safetensors#format"""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if length < 2 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise CheckpointError(f"{path}: not a safetensors file, or cut in its header ({size} bytes); copy it again")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise CheckpointError(f"{path}: safetensors header is not JSON: {error}; copy it again") from None
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: safetensors header: expected an object, found a {type(header).__name__}")
-    header.pop("__metadata__", None)
-    found, end_expected = [], 0
-    for name, entry in header.items():
-        try:
-            dtype, shape, (start_at, end_at) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        except (KeyError, TypeError, ValueError):
-            raise CheckpointError(f"{path}: {name}: header entry is damaged; copy the file again") from None
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise CheckpointError(f"{path}: {name}: dtype: expected one of {', '.join(DTYPES)}, found {dtype}")
-        if any(not isinstance(n, int) or n < 0 for n in (*shape, start_at, end_at)):
-            raise CheckpointError(f"{path}: {name}: header entry is damaged; copy the file again")
-        source = StoredTensor(name, path, 8 + length + start_at, dtype, shape)
-        if end_at - start_at != source.n_bytes:
-            raise CheckpointError(
-                f"{path}: {name}: expected {source.n_bytes} bytes for {shape} {dtype}, found {end_at - start_at}"
-            )
-        end_expected = max(end_expected, 8 + length + end_at)
-        found.append(source)
-    for before, after in itertools.pairwise(sorted(found, key=lambda source: source.offset)):
-        if before.offset + before.n_bytes > after.offset:
-            raise CheckpointError(
-                f"{path}: {before.name} and {after.name} overlap; the header is damaged, copy it again"
-            )
-    if size != end_expected:
-        raise CheckpointError(f"{path}: expected {end_expected} bytes by its header, found {size}; copy the file again")
-    return found
-
-
-def _match(folder: Path, config: CheckpointConfig, found: list[StoredTensor]) -> Checkpoint:
-    """Every tensor is used once or named as ignored; a missing, extra or misshapen one stops here."""
-    sources: dict[str, StoredTensor] = {}
-    ignored: dict[str, str] = {}
-    text_rows, vision_rows = _tensor_specs(config)
-    # The consolidated layout has names of its own; of another layout's names it knows none.
-    ours = consolidated([*text_rows, *vision_rows, HEAD]) if config.path.name == PARAMS else None
-    for source in found:
-        why = next((why for suffix, why in IGNORED if source.name.endswith(suffix)), "")
-        name = canonical(source.name) if ours is None else ours.get(source.name, source.name)
-        if not why and name == HEAD.hf and config.text.tied:
-            why = f"output head: {config.path.name} ties it to the embeddings"
-        if why:
-            ignored[source.name] = why
-        elif name in sources:
-            raise CheckpointError(f"{source.file}: {source.name}: the same tensor as {sources[name].name}")
-        else:
-            sources[name] = source
-    fp8 = any(source.dtype == "F8_E4M3" for source in sources.values())
+def _match(folder: Path, config: CheckpointConfig, tensors: list[StoredTensor]) -> Checkpoint:
+    """Give every tensor its canonical name. Raises CheckpointError at a missing, extra or wrongly shaped tensor."""
+    text, vision = _tensor_specs(config)
+    # The consolidated layout has its own names, and only those.
+    names = consolidated([*text, *vision, HEAD]) if config.path.name == PARAMS else None
+    sources, ignored = _by_canonical_name(config, tensors, names)
+    fp8 = any(source.dtype == FP8 for source in sources.values())
     if fp8 and not config.fp8:
-        key = "quantization_config" if ours is None else "quantization"
+        key = "quantization_config" if names is None else "quantization"
         raise CheckpointError(f"{config.path}: {key}: missing, but the checkpoint holds FP8 tensors")
     checkpoint = Checkpoint(folder, config, fp8, sources, ignored)
-    expected = {row.hf: checkpoint.shape(row) for row in [*checkpoint.text_rows, *checkpoint.vision_rows]}
-    scales = {name + SCALE for name, s in sources.items() if s.dtype == "F8_E4M3"}
+    expected = {spec.hf: checkpoint.shape(spec) for spec in [*text, *vision]}
     for name, shape in expected.items():
         if name not in sources:
-            spelled = name if ours is None else next(theirs for theirs, our in ours.items() if our == name)
-            raise CheckpointError(f"{folder}: {spelled}: missing; {config.path.name} calls for shape {shape}")
-        if sources[name].shape != shape:
-            raise CheckpointError(
-                f"{sources[name].file}: {sources[name].name}: expected shape {shape} by {config.path.name}, "
-                f"found {sources[name].shape}"
-            )
-        if sources[name].dtype == "F8_E4M3" and (not name.startswith("text.layers.") or len(shape) != 2):
-            raise CheckpointError(
-                f"{sources[name].file}: {sources[name].name}: FP8 is known only for the linear layers"
-            )
-    for name in sorted(scales - sources.keys()):
-        raise CheckpointError(f"{folder}: {name}: missing; the FP8 tensor {name.removesuffix(SCALE)} needs it")
-    for name in sorted(scales):
-        if math.prod(sources[name].shape) != 1:
-            raise CheckpointError(f"{folder}: {name}: expected one scale per tensor, found shape {sources[name].shape}")
+            in_file = name if names is None else next(theirs for theirs, ours in names.items() if ours == name)
+            raise CheckpointError(f"{folder}: {in_file}: missing; {config.path.name} calls for shape {shape}")
+        _check_tensor(config.path.name, sources[name], name, shape)
+    scales = _check_scales(folder, sources)
     extra = sorted(sources[name].name for name in sources.keys() - expected.keys() - scales)
     if extra:
         raise CheckpointError(
@@ -402,3 +323,43 @@ def _match(folder: Path, config: CheckpointConfig, found: list[StoredTensor]) ->
             f"{' …' if len(extra) > 4 else ''}"
         )
     return checkpoint
+
+
+def _by_canonical_name(
+    config: CheckpointConfig, tensors: list[StoredTensor], names: dict[str, str] | None
+) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """(tensors by canonical name, ignored names and why). names: of the consolidated layout, or None for HF."""
+    sources: dict[str, StoredTensor] = {}
+    ignored: dict[str, str] = {}
+    for tensor in tensors:
+        why = next((why for suffix, why in IGNORED if tensor.name.endswith(suffix)), "")
+        name = canonical(tensor.name) if names is None else names.get(tensor.name, tensor.name)
+        if not why and name == HEAD.hf and config.text.tied:
+            why = f"output head: {config.path.name} ties it to the embeddings"
+        if why:
+            ignored[tensor.name] = why
+        elif name in sources:
+            raise CheckpointError(f"{tensor.file}: {tensor.name}: the same tensor as {sources[name].name}")
+        else:
+            sources[name] = tensor
+    return sources, ignored
+
+
+def _check_tensor(config_name: str, source: StoredTensor, name: str, shape: tuple[int, ...]) -> None:
+    if source.shape != shape:
+        raise CheckpointError(
+            f"{source.file}: {source.name}: expected shape {shape} by {config_name}, found {source.shape}"
+        )
+    if source.dtype == FP8 and (not name.startswith("text.layers.") or len(shape) != 2):
+        raise CheckpointError(f"{source.file}: {source.name}: FP8 is known only for the linear layers")
+
+
+def _check_scales(folder: Path, sources: dict[str, StoredTensor]) -> set[str]:
+    """The canonical names of the FP8 scales. Raises CheckpointError when one is missing or is not a single number."""
+    scales = {name + SCALE for name, source in sources.items() if source.dtype == FP8}
+    for name in sorted(scales - sources.keys()):
+        raise CheckpointError(f"{folder}: {name}: missing; the FP8 tensor {name.removesuffix(SCALE)} needs it")
+    for name in sorted(scales):
+        if math.prod(sources[name].shape) != 1:
+            raise CheckpointError(f"{folder}: {name}: expected one scale per tensor, found shape {sources[name].shape}")
+    return scales

@@ -1,7 +1,7 @@
-"""What a checkpoint says of itself: config.json (HF layout) or params.json (consolidated) -> Text, Vision, Family.
+"""A checkpoint's configuration: config.json (HF layout) or params.json (consolidated) -> CheckpointConfig.
 
-Nothing is taken on trust that the formats written later have no place for: another activation, a bias, rotary values
-that are not the family's. Tensors are not looked at here. Raises CheckpointError.
+Values for which GGUF and ONNX files have no place are refused: another activation, a bias, rotary values that are not
+the family's. No tensor is read here. Raises CheckpointError.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import msgspec
 from edge_agent.errors import UserError
 from quantize.source.tensor_names import FAMILIES, Family, Yarn
 
-MAX_COUNT = 1 << 20  # of anything in a configuration: layers are written out one by one
-PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # RGB; what the family was trained with
+MAX_COUNT = 1 << 20  # of anything in a configuration, because layers are written out one by one
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # RGB; the family's training values
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 TEXT_ONLY = ("MistralForCausalLM", "Ministral3ForCausalLM")  # HF's names of models without a vision tower
 WITH_VISION = "Mistral3ForConditionalGeneration"
@@ -28,6 +28,8 @@ class CheckpointError(UserError):
 
 
 class TextConfig(msgspec.Struct, frozen=True):
+    """The language model."""
+
     hidden: int
     layers: int
     ffn: int
@@ -43,6 +45,8 @@ class TextConfig(msgspec.Struct, frozen=True):
 
 
 class VisionTowerConfig(msgspec.Struct, frozen=True):
+    """The vision encoder."""
+
     hidden: int
     layers: int
     ffn: int
@@ -58,11 +62,13 @@ class VisionTowerConfig(msgspec.Struct, frozen=True):
 
 
 class CheckpointConfig(msgspec.Struct, frozen=True):
+    """A checked configuration."""
+
     path: Path  # config.json or params.json
     family: Family
     text: TextConfig
     vision: VisionTowerConfig | None  # None: a text-only model
-    fp8: bool  # said to be
+    fp8: bool  # the configuration announces FP8 tensors
 
 
 def read_table(path: Path) -> dict[str, Any]:
@@ -82,17 +88,17 @@ def read_table(path: Path) -> dict[str, Any]:
 def read_hf(path: Path, has_head: bool) -> CheckpointConfig:
     """has_head: whether the files hold an output head."""
     config = read_table(path)
-    found = config.get("architectures") or [config.get("model_type", "none")]
-    if found[0] == WITH_VISION:
+    architecture = (config.get("architectures") or [config.get("model_type", "none")])[0]
+    if architecture == WITH_VISION:
         text, where = config.get("text_config") or {}, f"{path}: text_config"
         if not isinstance(text, dict):
             raise CheckpointError(f"{where}: expected a table, found {text!r}")
-    elif found[0] in TEXT_ONLY:
+    elif architecture in TEXT_ONLY:
         text, where = config, str(path)
     else:
         raise CheckpointError(
-            f"{path}: architectures: expected {WITH_VISION} or {' or '.join(TEXT_ONLY)}, found {found[0]}; this tool "
-            "converts Ministral 3 and Mistral Small checkpoints"
+            f"{path}: architectures: expected {WITH_VISION} or {' or '.join(TEXT_ONLY)}, found {architecture}; this "
+            "tool converts Ministral 3 and Mistral Small checkpoints"
         )
     family = next((family for family in FAMILIES if family.name == text.get("model_type")), None)
     if family is None:
@@ -108,13 +114,16 @@ def read_hf(path: Path, has_head: bool) -> CheckpointConfig:
 
 
 def _tied(config: dict[str, Any], text: dict[str, Any], has_head: bool) -> bool:
-    """Whether the output head is the embedding table. Releases wrote the key outside, inside or nowhere, and an outer
-    `true` may be a default nobody set: a head that is there while the inner key says untied is meant."""
+    """Whether the output head is the embedding table.
+
+    Releases have the key in the outer table, in text_config, or not at all. An outer `true` can be a default that was
+    never set: if the files hold a head and the inner key is false, the inner key is right.
+    """
     outer, inner = config.get("tie_word_embeddings"), text.get("tie_word_embeddings")
     if inner is False and has_head:
         return False
-    said = outer if outer is not None else inner
-    return not has_head if said is None else bool(said)
+    value = outer if outer is not None else inner
+    return not has_head if value is None else bool(value)
 
 
 def _hf_text(t: dict[str, Any], where: str, family: Family, tied: bool) -> TextConfig:
@@ -204,7 +213,7 @@ def _hf_fp8(config: dict[str, Any], path: Path) -> bool:
 
 
 def _processor(folder: Path) -> dict[str, Any]:
-    """Pixel mean and deviation: the newer file wins; without any, the family's values stand."""
+    """Pixel mean and deviation: from the newer of two file names, or {} for the family's values."""
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (folder / name).is_file():
             values = read_table(folder / name)
@@ -220,14 +229,18 @@ def _pixel(processor: dict[str, Any], key: str, default: tuple[float, ...], fold
         raise CheckpointError(f"{folder}: processor_config.json: {key}: expected three numbers, found {value!r}")
     if key == "image_std" and min(value) <= 0:
         raise CheckpointError(f"{folder}: processor_config.json: {key}: expected numbers above 0, found {value!r}")
-    return tuple(map(float, value))
+    red, green, blue = map(float, value)
+    return red, green, blue
 
 
 # -- consolidated: params.json -----------------------------------------------------------------------------------------
 
 
 def read_consolidated(path: Path, has_head: bool) -> CheckpointConfig:
-    """The family is known by its YaRN values: the layout has no name for it."""
+    """The layout does not name the family; whether it has YaRN values tells which one it is.
+
+    has_head: whether the files hold an output head.
+    """
     p, where = read_table(path), str(path)
     if p.get("moe") is not None:
         raise CheckpointError(f"{where}: moe: expected none, found {p['moe']!r}; not of the family")
@@ -267,9 +280,10 @@ def read_consolidated(path: Path, has_head: bool) -> CheckpointConfig:
 
 
 def _params_yarn(y: object, scaling: object, where: str) -> Yarn:
-    for key, table in (("yarn", y), ("llama_4_scaling", scaling)):
-        if not isinstance(table, dict):
-            raise CheckpointError(f"{where}: {key}: expected a table, found {table!r}")
+    if not isinstance(y, dict):
+        raise CheckpointError(f"{where}: yarn: expected a table, found {y!r}")
+    if not isinstance(scaling, dict):
+        raise CheckpointError(f"{where}: llama_4_scaling: expected a table, found {scaling!r}")
     at = f"{where}: yarn"
     return Yarn(
         factor=require(y, "factor", float, at),
@@ -311,9 +325,9 @@ def _params_fp8(p: dict[str, Any], where: str) -> bool:
 # -- both --------------------------------------------------------------------------------------------------------------
 
 
-def require(table: dict[str, Any], key: str, kind: type, where: str, default: Any = None) -> Any:
-    """A number above 0 or another value of this kind. Raises CheckpointError."""
-    value = table.get(key)
+def require(table: dict[str, Any], key: str, kind: type[Any], where: str, default: Any = None) -> Any:
+    """The value of a key: a finite number above 0, or a value of another kind. Raises CheckpointError."""
+    value: Any = table.get(key)
     value = default if value is None else value
     if value is None:
         raise CheckpointError(f"{where}: {key}: missing; expected {kind.__name__}")
@@ -334,7 +348,7 @@ def _require_value(table: dict[str, Any], key: str, expected: object, where: str
 
 
 def _tower(v: dict[str, Any], where: str) -> dict[str, Any]:
-    """What both layouts say of the vision tower, in the same words."""
+    """The values of the vision tower that have the same keys in both layouts."""
     hidden, heads = require(v, "hidden_size", int, where), require(v, "num_attention_heads", int, where)
     if hidden % (4 * heads):
         raise CheckpointError(f"{where}: hidden_size: expected a multiple of 4 x {heads} heads, found {hidden}")

@@ -1,11 +1,11 @@
-"""The tables of Ministral 3 and its relatives: the families, and which tensor a checkpoint must hold, its shape, and
-what it is called in GGUF.
+"""The tables of Ministral 3 and its relatives: the families, and for each tensor its shape and its name in HF
+checkpoints, in consolidated checkpoints and in GGUF.
 
-One row per tensor; `{n}` is the layer. Shapes are given in the words of Checkpoint.dims, so that a row reads like the
+One TensorSpec per tensor; `{n}` is the layer. Shapes use the words of Checkpoint.dims, so that an entry reads like the
 model card. Nothing here opens a file.
 
-Q and K rows: HF stores each head's rotary halves one after the other, llama.cpp wants them interleaved; rows with
-`rope` are permuted from the HF layout. Consolidated checkpoints (second column) are interleaved already.
+Rotary order: HF stores each head's halves one after the other, llama.cpp expects pairs side by side. Tensors with
+`rope` are permuted from the HF layout. Consolidated checkpoints have llama.cpp's order already.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 
 class Yarn(NamedTuple):
-    """Rotary positions beyond the context trained first (Peng et al. 2023), and queries that grow with the position."""
+    """YaRN (Peng et al. 2023): rotary positions beyond the context of the first training, and the scaling of queries
+    by position."""
 
     factor: float
     original_context: int
@@ -25,7 +26,9 @@ class Yarn(NamedTuple):
 
 
 class Family(NamedTuple):
-    name: str  # text_config.model_type, and the manifest's word
+    """Models of one architecture."""
+
+    name: str  # text_config.model_type, and `family` in the manifest
     gguf: str  # architecture
     yarn: Yarn | None
     sizes: dict[tuple[int, int], str]  # (hidden, layers) -> the released size
@@ -43,11 +46,13 @@ FAMILIES = (
 
 
 class TensorSpec(NamedTuple):
+    """One tensor that a checkpoint must hold."""
+
     hf: str  # name in an HF checkpoint, after `canonical`
     consolidated: str  # name in a consolidated checkpoint
     gguf: str
     shape: tuple[str, ...]  # words of Checkpoint.dims, outermost first
-    rope: str = ""  # the count of heads whose rows are permuted
+    rope: str = ""  # word of Checkpoint.dims for the number of heads, of tensors in rotary order
 
 
 TEXT = (
@@ -137,7 +142,7 @@ VISION_LAYER = (
     ),
 )
 
-# HF checkpoints name the same modules in three ways, by the transformers release that saved them; longest first.
+# HF checkpoints have three names for the same module, by the transformers release that saved them; longest first.
 _PREFIXES = (
     ("model.language_model.", "text."),
     ("language_model.model.", "text."),
@@ -150,7 +155,7 @@ _PREFIXES = (
     ("model.", "text."),  # a text-only model
 )
 
-# Tensors a checkpoint may carry that a GGUF or ONNX file has no use for, and why.
+# Tensors of a checkpoint that GGUF and ONNX files do not need, and why.
 IGNORED = (
     (".activation_scale", "static FP8 activation scale: 4-bit kernels quantise activations themselves"),
     (".qscale_act", "static FP8 activation scale: 4-bit kernels quantise activations themselves"),
@@ -161,7 +166,7 @@ CONSOLIDATED_SCALE = "qscale_weight"  # the same in a consolidated checkpoint: X
 
 
 def canonical(name: str) -> str:
-    """A name as any transformers release wrote it -> the name used in the tables above."""
+    """A name of any transformers release -> the name in the tables above."""
     for prefix, ours in _PREFIXES:
         if name.startswith(prefix):
             return ours + name[len(prefix) :]
@@ -169,22 +174,23 @@ def canonical(name: str) -> str:
 
 
 def consolidated(names: list[TensorSpec]) -> dict[str, str]:
-    """Name in a consolidated checkpoint -> the name used in the tables above, scales of FP8 tensors included."""
-    table = {row.consolidated: row.hf for row in names}
+    """Name in a consolidated checkpoint -> the HF name in the tables above, scales of FP8 tensors included."""
+    table = {spec.consolidated: spec.hf for spec in names}
     scales = {name.removesuffix("weight") + CONSOLIDATED_SCALE: ours + SCALE for name, ours in table.items()}
     return table | scales
 
 
 def tensor_specs(layers: int, vision_layers: int | None, tied: bool) -> tuple[list[TensorSpec], list[TensorSpec]]:
-    """Every tensor of a model: (for language.gguf, for the vision encoder), `{n}` filled in, in file order.
+    """Every tensor of a model in file order: (text model, vision encoder). `{n}` is replaced by the layer.
 
     vision_layers: None for a text-only model.
     """
 
-    def layer(row: TensorSpec, n: int) -> TensorSpec:
-        return row._replace(hf=row.hf.format(n=n), consolidated=row.consolidated.format(n=n), gguf=row.gguf.format(n=n))
+    def in_layer(spec: TensorSpec, n: int) -> TensorSpec:
+        names = {key: getattr(spec, key).format(n=n) for key in ("hf", "consolidated", "gguf")}
+        return spec._replace(**names)
 
-    text = [*TEXT, *([] if tied else [HEAD]), *(layer(row, n) for n in range(layers) for row in TEXT_LAYER)]
+    text = [*TEXT, *([] if tied else [HEAD]), *(in_layer(spec, n) for n in range(layers) for spec in TEXT_LAYER)]
     if vision_layers is None:
         return text, []
-    return text, [*VISION, *(layer(row, n) for n in range(vision_layers) for row in VISION_LAYER)]
+    return text, [*VISION, *(in_layer(spec, n) for n in range(vision_layers) for spec in VISION_LAYER)]

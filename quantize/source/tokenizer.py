@@ -1,12 +1,13 @@
-"""The checkpoint's tokenizer -> the lists a GGUF file holds. Reads tekken.json or tokenizer.json; tokenises nothing.
+"""The checkpoint's tokenizer -> the lists of a GGUF file. Reads tekken.json or tokenizer.json. Does not tokenise text.
 
-Tekken is byte-level BPE by rank: special ids first, then ranks. llama.cpp wants explicit merges, in the byte-to-letter
-alphabet of GPT-2 (`tokenizer.ggml.model = gpt2`, `pre = tekken`): they are rebuilt from the ranks.
+Tekken is byte-level BPE by rank: special ids first, then ranks. llama.cpp needs explicit merges in the byte alphabet of
+GPT-2 (`tokenizer.ggml.model = gpt2`, `pre = tekken`), so the merges are rebuilt from the ranks.
 """
 
 from __future__ import annotations
 
 import base64
+import functools
 from pathlib import Path
 
 import msgspec
@@ -14,7 +15,7 @@ import msgspec
 from quantize.source.hf_config import CheckpointError, read_table
 
 NORMAL, CONTROL = 1, 3  # gguf.TokenType
-# What the prompt layout and the runtime need by name. A vocabulary without one of these is no Ministral 3 tokenizer.
+# Special tokens that the prompt and the runtime need. A vocabulary without one of them is not a Ministral 3 tokenizer.
 SPECIAL = {
     "unk": "<unk>",
     "bos": "<s>",
@@ -28,24 +29,35 @@ SPECIAL = {
     "img_break": "[IMG_BREAK]",
     "img_end": "[IMG_END]",
 }
-THOUGHTS = {"think": "[THINK]", "think_end": "[/THINK]"}  # reasoning models put their thoughts between; older ones not
+THINK = {"think": "[THINK]", "think_end": "[/THINK]"}  # around the reasoning of a reasoning model; older ones lack them
 
 
 class Tokenizer(msgspec.Struct, frozen=True):
+    """A tokenizer as GGUF stores it. tokens and types: one entry per token id."""
+
     file: Path
-    tokens: list[str]  # in the GPT-2 byte alphabet; special tokens as they are written
-    types: list[int]
-    merges: list[str]
-    special: dict[str, int]  # the names of SPECIAL -> id, and of THOUGHTS where the vocabulary has both
+    tokens: list[str]  # in the GPT-2 byte alphabet; special tokens as plain text
+    types: list[int]  # NORMAL or CONTROL
+    merges: list[str]  # "left right", in order of priority
+    special: dict[str, int]  # the names of SPECIAL -> id, and of THINK where the vocabulary has both
+
+    @property
+    def gguf_bytes(self) -> int:
+        """Bytes of the three lists in a GGUF header: each string has a length of 8 bytes, each type has 4 bytes."""
+        texts = [*self.tokens, *self.merges]
+        return sum(8 + len(text.encode()) for text in texts) + 4 * len(self.types)
 
 
 def read_tokenizer(folder: Path, vocab: int) -> Tokenizer:
-    """Raises CheckpointError when there is none, it is damaged, or its size is not the embedding's `vocab`."""
-    for name, reader in (("tekken.json", _tekken), ("tokenizer.json", _hf)):
+    """The tokenizer of a checkpoint. Takes about a second for 131072 tokens: read it once and hand it over.
+
+    vocab: rows of the embedding table. Raises CheckpointError when the file is missing, damaged or of another size.
+    """
+    for name, reader in (("tekken.json", functools.partial(_tekken, vocab=vocab)), ("tokenizer.json", _hf)):
         path = folder / name
         if path.is_file():
             try:
-                tokens, types, merges = reader(read_table(path), vocab)
+                tokens, types, merges = reader(read_table(path))
             except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
                 raise CheckpointError(f"{path}: damaged: {type(error).__name__} {error}; download it again") from None
             break
@@ -58,14 +70,15 @@ def read_tokenizer(folder: Path, vocab: int) -> Tokenizer:
     if missing:
         raise CheckpointError(f"{path}: no special token {', '.join(missing)}; expected the Tekken tokenizer")
     special = {name: ids[text] for name, text in SPECIAL.items()}
-    added = {token: i for i, token in enumerate(tokens) if token in THOUGHTS.values()}  # some files call them normal
-    if len(added) == len(THOUGHTS):
-        special |= {name: added[text] for name, text in THOUGHTS.items()}
+    # Not from `ids`: in some files these two have the type NORMAL.
+    think_ids = {token: i for i, token in enumerate(tokens) if token in THINK.values()}
+    if len(think_ids) == len(THINK):
+        special |= {name: think_ids[text] for name, text in THINK.items()}
     return Tokenizer(path, tokens, types, merges, special)
 
 
 def _byte_letters() -> dict[int, str]:
-    """GPT-2's printable letter for every byte: itself where it prints, else the next letter from U+0100 on."""
+    """GPT-2's printable letter for every byte: the byte's own character, or the next letter from U+0100 on."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     letters = {byte: chr(byte) for byte in plain}
     others = [byte for byte in range(256) if byte not in letters]
@@ -74,7 +87,7 @@ def _byte_letters() -> dict[int, str]:
 
 def _tekken(data: dict, vocab: int) -> tuple[list[str], list[int], list[str]]:
     n_special = data["config"]["default_num_special_tokens"]
-    # A release's file lists more ranks than its model has rows; the first `vocab - n_special` count.
+    # A release's file lists more ranks than its model has embeddings; the first `vocab - n_special` are used.
     entries = sorted(data["vocab"], key=lambda entry: entry["rank"])[: vocab - n_special]
     by_rank = [base64.b64decode(entry["token_bytes"], validate=True) for entry in entries]
     if [entry["rank"] for entry in entries] != list(range(len(entries))):
@@ -88,20 +101,20 @@ def _tekken(data: dict, vocab: int) -> tuple[list[str], list[int], list[str]]:
 
 
 def _merges(by_rank: list[bytes], spelled: list[str]) -> list[str]:
-    """Ranks -> merge rules: every pair of known tokens that makes a token, in the order of the token made."""
+    """Ranks -> merge rules: every pair of tokens whose concatenation is a token, in the order of that token."""
     rank_of = {token: rank for rank, token in enumerate(by_rank)}
     merges = []
     for token in by_rank[256:]:
         pairs = [
             (left, right)
-            for cut in range(1, len(token))
-            if (left := rank_of.get(token[:cut])) is not None and (right := rank_of.get(token[cut:])) is not None
+            for split in range(1, len(token))
+            if (left := rank_of.get(token[:split])) is not None and (right := rank_of.get(token[split:])) is not None
         ]
         merges += [f"{spelled[left]} {spelled[right]}" for left, right in sorted(pairs)]
     return merges
 
 
-def _hf(data: dict, vocab: int) -> tuple[list[str], list[int], list[str]]:
+def _hf(data: dict) -> tuple[list[str], list[int], list[str]]:
     by_id = {i: token for token, i in data["model"]["vocab"].items()}
     types = dict.fromkeys(by_id, NORMAL)
     for added in data["added_tokens"]:

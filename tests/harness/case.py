@@ -10,10 +10,6 @@ import numpy as np
 from tests.harness import toy
 
 
-def silent(stage: str, what: str, done: int, total: int) -> None:
-    """A build.Report for tests that do not look at progress."""
-
-
 class Case(NamedTuple):
     """What transformers computed for one toy checkpoint, and what edge-quantize made of the same checkpoint."""
 

@@ -10,10 +10,6 @@ from edge_agent.model.llama import LlamaContext
 from quantize.measure import perplexity
 
 
-def quiet(what: str, done: int, total: int) -> None:
-    pass
-
-
 def opened(folder: Path) -> tuple[LlamaContext, int]:
     made = read_manifest(folder)
     config = LanguageConfig(context=perplexity.CHUNK, threads=1, gpu_layers=0, flash_attention=True, reproducible=False)

@@ -57,7 +57,9 @@ def refused(result: tuple[int, str, list[str]], words: tuple[str, ...], status: 
         assert word in lines[0]
 
 
-# -- checkpoints that are none ----------------------------------------------------------------------------------------
+# -- damage to a checkpoint --------------------------------------------------------------------------------------------
+
+UP = "language_model.model.layers.1.mlp.up_proj.weight"  # a tensor of toy_bf16
 
 
 def configure(*path: str, **values: Any) -> Callable[[Path], None]:
@@ -78,3 +80,26 @@ def configure(*path: str, **values: Any) -> Callable[[Path], None]:
 
 def remove(*names: str) -> Callable[[Path], None]:
     return lambda folder: [(folder / name).unlink() for name in names]
+
+
+def rewrite(change: Callable[[dict[str, list]], None]) -> Callable[[Path], None]:
+    """Change model.safetensors: name -> [dtype, shape, bytes], written back as a sound file."""
+
+    def apply(folder: Path) -> None:
+        raw = (folder / "model.safetensors").read_bytes()
+        start = 8 + int.from_bytes(raw[:8], "little")
+        tensors = {
+            name: [entry["dtype"], entry["shape"], raw[slice(*(start + at for at in entry["data_offsets"]))]]
+            for name, entry in json.loads(raw[8:start]).items()
+            if name != "__metadata__"
+        }
+        change(tensors)
+        header, at = {}, 0
+        for name, (dtype, shape, data) in tensors.items():
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(data)]}
+            at += len(data)
+        head = json.dumps(header).encode()
+        data = b"".join(data for _, _, data in tensors.values())
+        (folder / "model.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + data)
+
+    return apply

@@ -1,4 +1,4 @@
-"""Whole bundles: complete or not there at all, described truthfully, the same every time, in bounded memory."""
+"""Complete bundles: all or nothing, described correctly, and the same bytes from every build."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import errno
 import fcntl
 import hashlib
 import json
-import math
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,25 +22,28 @@ import quantize.build_folder
 from edge_agent.bundle import manifest, verify
 from edge_agent.config import LanguageConfig
 from edge_agent.model.llama import LlamaContext
-from quantize.build import Report
 from quantize.build_folder import BuildError
 from quantize.formats import ggml_kernels
+from quantize.formats.build_plan import BuildPlan, plan_conversion
+from quantize.progress import SILENT, Progress
 from quantize.source import checkpoint, hf_config
-from quantize.standard_recipes import RECIPES, weigh_recipes
-from tests.harness import ROOT, toy
-from tests.harness.case import silent
+from quantize.standard_recipes import RECIPES, bytes_by_type, plan_bundle, recipe_types
+from tests.harness import toy
 from tests.harness.gguf_reading import reader, tensors_of
+from tests.harness.progress import RecordedProgress
 
 FILES = {"bundle.json", "language.gguf", "mmproj.gguf", "report.json", "vision.onnx"}
 
 
-def built(folder: Path, out: Path, name: str = "Q4_K_M", force: bool = False, report: Report = silent) -> Path:
-    quantize.build.build(checkpoint.read_checkpoint(folder), out, name, force, report)
+def built(folder: Path, out: Path, name: str = "Q4_K_M", force: bool = False, progress: Progress = SILENT) -> Path:
+    plan = plan_bundle(checkpoint.read_checkpoint(folder), name)
+    quantize.build.build(plan, out, progress, force=force)
     return out
 
 
-def converted(folder: Path, out: Path, kind: str, force: bool = False) -> Path:
-    quantize.build.convert(checkpoint.read_checkpoint(folder), out, kind, force, silent)
+def converted(folder: Path, out: Path, kind: str, force: bool = False, progress: Progress = SILENT) -> Path:
+    plan = plan_conversion(checkpoint.read_checkpoint(folder), kind)
+    quantize.build.convert(plan, out, progress, force=force)
     return out
 
 
@@ -62,7 +62,8 @@ def test_every_recipe_makes_a_bundle_that_verifies_and_runs(toy_small: Path, bui
     verified = verify.verify_bundle(out)
     assert set(os.listdir(out)) == FILES and verified.manifest.files.keys() == FILES - {"bundle.json"}
     assert (verified.manifest.recipe, verified.manifest.source_dtype) == (name, "FP8")
-    assert verified.manifest.bytes_by_type == weigh_recipes(checkpoint.read_checkpoint(toy_small), name)
+    opened = checkpoint.read_checkpoint(toy_small)
+    assert verified.manifest.bytes_by_type == bytes_by_type(opened, recipe_types(opened, name))
     found = reader(out / manifest.LANGUAGE)
     assert f"MOSTLY_{name}" == gguf.LlamaFileType(found.fields["general.file_type"].contents()).name
     # The rows the runtime looks up by itself are those the `gguf` package finds.
@@ -91,7 +92,7 @@ def test_the_quantised_model_is_the_converted_one_rounded(toy_bf16: Path, toy_bu
         assert np.linalg.norm(value - before[name]) <= 0.1 * np.linalg.norm(before[name]), name
 
 
-def test_the_manifest_tells_the_truth(toy_bf16: Path, tmp_path: Path):
+def test_the_manifest_describes_the_files(toy_bf16: Path, tmp_path: Path):
     folder = shutil.copytree(toy_bf16, tmp_path / "checkpoint")
     (folder / "README.md").write_text("---\nlibrary_name: vllm\nlicense: apache-2.0\n---\n# Card\n")
     (folder / "chat_template.jinja").write_text("{{ '[INST]' }}")
@@ -138,9 +139,9 @@ def test_the_manifest_comes_last_and_the_bundle_appears_at_once(toy_small: Path,
         seen.update({name: (work / name).read_bytes() for name in os.listdir(work) if name != "journal.json"})
         write_manifest(work, manifest)
 
-    monkeypatch.setattr("edge_agent.bundle.manifest.write_manifest", look_and_write)
-    built(toy_small, out, report=watch)
-    assert stages == ["language Q4_K_M", "mmproj", "vision", "try", "hash source"]
+    monkeypatch.setattr("quantize.build.write_manifest", look_and_write)
+    built(toy_small, out, progress=RecordedProgress(watch))
+    assert stages == ["language Q4_K_M", "mmproj", "vision", "validate", "hash source"]
     assert os.listdir(tmp_path) == ["bundle"] and set(os.listdir(out)) == FILES
     assert seen == {name: (out / name).read_bytes() for name in FILES - {manifest.MANIFEST}}
 
@@ -151,11 +152,11 @@ def test_the_manifest_comes_last_and_the_bundle_appears_at_once(toy_small: Path,
         ("language Q4_K_M", KeyboardInterrupt),
         ("mmproj", OSError(errno.ENOSPC, "No space left on device")),
         ("vision", KeyboardInterrupt),
-        ("try", OSError(errno.EIO, "Input/output error")),
+        ("validate", OSError(errno.EIO, "Input/output error")),
         ("hash source", KeyboardInterrupt),
     ],
 )
-def test_a_build_that_stops_keeps_what_was_there_and_leaves_only_what_can_be_gone_on_from(
+def test_a_stopped_build_keeps_the_old_bundle_and_leaves_only_resumable_files(
     toy_small: Path, build: Callable[..., Path], tmp_path: Path, stage: str, error: BaseException
 ):
     out = tmp_path / "bundle"
@@ -167,7 +168,7 @@ def test_a_build_that_stops_keeps_what_was_there_and_leaves_only_what_can_be_gon
             raise error
 
     with pytest.raises((KeyboardInterrupt, OSError, BuildError)):
-        built(toy_small, out, force=True, report=stop)
+        built(toy_small, out, force=True, progress=RecordedProgress(stop))
     interrupted = error is KeyboardInterrupt and not stage.startswith("language")
     assert sorted(os.listdir(tmp_path)) == [*([".bundle.part"] if interrupted else []), "bundle"]
     assert {name: (out / name).read_bytes() for name in os.listdir(out)} == before
@@ -208,7 +209,7 @@ def test_force_replaces_only_what_this_tool_made(
     assert sorted(str(path) for path in tmp_path.rglob("*")) == before
 
 
-def test_a_file_system_that_cannot_exchange_two_folders(toy_small: Path, tmp_path: Path, monkeypatch):
+def test_replacing_on_a_file_system_without_rename_exchange(toy_small: Path, tmp_path: Path, monkeypatch):
     out = converted(toy_small, tmp_path / "full", "bf16")
 
     class Plain:
@@ -234,19 +235,22 @@ def test_a_file_system_that_cannot_exchange_two_folders(toy_small: Path, tmp_pat
     assert matrix_type(old) == "F16" and len(os.listdir(old)) == 3
 
 
-class Stopped:
-    """A report that interrupts the work when a stage has come so far, and remembers what was made and said."""
+class Stopped(RecordedProgress):
+    """Interrupts the work when a share of a stage is done."""
 
     def __init__(self, stage: str = "", share: float = 0.0) -> None:
-        self.stage, self.share, self.made, self.remarks = stage, share, [], []
+        super().__init__()
+        self.stage, self.share = stage, share
 
-    def __call__(self, stage: str, what: str, done: int, total: int) -> None:
-        if not total:
-            self.remarks.append(stage)
-        elif what and (stage, what) not in self.made:
-            self.made.append((stage, what))
-        if total and self.stage and stage.startswith(self.stage) and done >= self.share * total:
+    def step(self, stage: str, what: str, done: int, total: int) -> None:
+        super().step(stage, what, done, total)
+        if self.stage and stage.startswith(self.stage) and done >= self.share * total:
             raise KeyboardInterrupt
+
+    @property
+    def made(self) -> set[tuple[str, str]]:
+        """(stage, item)."""
+        return {(stage, what) for stage, what, _, _ in self.steps if what}
 
 
 @pytest.mark.parametrize(
@@ -255,25 +259,25 @@ class Stopped:
         ("language", 0.9, {manifest.LANGUAGE}, {"language Q4_K_M", "mmproj", "vision"}),
         ("mmproj", 0.5, {manifest.LANGUAGE, manifest.MMPROJ}, {"mmproj", "vision"}),
         ("vision", 0.5, {manifest.LANGUAGE, manifest.MMPROJ, manifest.VISION}, {"vision"}),
-        ("try", 1.0, {manifest.LANGUAGE, manifest.MMPROJ, manifest.VISION}, set()),
+        ("validate", 1.0, {manifest.LANGUAGE, manifest.MMPROJ, manifest.VISION}, set()),
     ],
 )
-def test_an_interrupted_build_goes_on_where_it_was(
+def test_an_interrupted_build_is_continued(
     toy_small: Path, tmp_path: Path, monkeypatch, stage: str, share: float, left: set[str], again: set[str]
 ):
     monkeypatch.setattr("quantize.build_folder.JOURNAL_INTERVAL_S", 0.0)
     built(toy_small, tmp_path / "whole")
     first = Stopped(stage, share)
     with pytest.raises(KeyboardInterrupt):
-        built(toy_small, tmp_path / "out", report=first)
+        built(toy_small, tmp_path / "out", progress=first)
     assert not (tmp_path / "out").exists()
     assert {path.name for path in (tmp_path / ".out.part").iterdir()} == left | {"journal.json"}
     assert quantize.build_folder.resumable_bytes(tmp_path / "out") > 1000
     second = Stopped()
-    built(toy_small, tmp_path / "out", report=second)
-    assert len(second.remarks) == 1 and second.remarks[0].startswith("going on: an earlier run left language.gguf")
-    assert {made for made, _ in second.made} - {"try", "hash source"} == again
-    tensors = [{what for made, what in report.made if made.startswith("language")} for report in (first, second)]
+    built(toy_small, tmp_path / "out", progress=second)
+    assert len(second.remarks) == 1 and second.remarks[0].startswith("continuing: an earlier run left language.gguf")
+    assert {made for made, _ in second.made} - {"validate", "hash source"} == again
+    tensors = [{what for made, what in progress.made if made.startswith("language")} for progress in (first, second)]
     if stage == "language":  # the tensor that was interrupted is made again, those before it are not
         assert len(tensors[0]) > 3 and len(tensors[0] & tensors[1]) <= 1 and tensors[1]
     assert (
@@ -285,10 +289,10 @@ def test_an_interrupted_build_goes_on_where_it_was(
 
 
 @pytest.mark.parametrize("how", ["recipe", "checkpoint", "journal", "cut"])
-def test_what_is_left_of_other_work_is_not_used(toy_small: Path, tmp_path: Path, how: str):
+def test_files_of_other_work_are_not_used(toy_small: Path, tmp_path: Path, how: str):
     folder = shutil.copytree(toy_small, tmp_path / "toy")
     with pytest.raises(KeyboardInterrupt):
-        built(folder, tmp_path / "out", report=Stopped("mmproj"))
+        built(folder, tmp_path / "out", progress=Stopped("mmproj"))
     left, recipe = tmp_path / ".out.part", "Q4_K_M"
     (left / "strange").write_bytes(b"left by nobody")
     if how == "recipe":
@@ -300,14 +304,14 @@ def test_what_is_left_of_other_work_is_not_used(toy_small: Path, tmp_path: Path,
     else:
         os.truncate(left / manifest.LANGUAGE, 1000)
     again = Stopped()
-    built(folder, tmp_path / "out", recipe, report=again)
+    built(folder, tmp_path / "out", recipe, progress=again)
     assert again.remarks == [] and ("mmproj", "v.patch_embd.weight") in again.made
     built(folder, tmp_path / "whole", recipe)
     for name in FILES:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
-def test_a_failed_build_leaves_nothing_to_go_on_from(toy_small: Path, tmp_path: Path, monkeypatch):
+def test_a_failed_build_leaves_no_resumable_files(toy_small: Path, tmp_path: Path, monkeypatch):
     def broken(*_: object) -> None:
         raise BuildError("as if the files could not be used")
 
@@ -317,12 +321,12 @@ def test_a_failed_build_leaves_nothing_to_go_on_from(toy_small: Path, tmp_path: 
     assert not any(tmp_path.iterdir())
 
 
-def test_two_builds_of_one_target_do_not_meet(toy_small: Path, tmp_path: Path):
+def test_two_builds_of_one_target_exclude_each_other(toy_small: Path, tmp_path: Path):
     (tmp_path / ".full.part").mkdir()
     (tmp_path / ".full.part" / manifest.LANGUAGE).write_bytes(b"half")
     lock = os.open(tmp_path / ".full.part", os.O_RDONLY)  # as another edge-quantize holds it
     fcntl.flock(lock, fcntl.LOCK_EX)
-    with pytest.raises(BuildError, match="full: another edge-quantize is making it"):
+    with pytest.raises(BuildError, match="full: another edge-quantize is writing it"):
         converted(toy_small, tmp_path / "full", "bf16")
     assert (tmp_path / ".full.part" / manifest.LANGUAGE).read_bytes() == b"half"
     os.close(lock)  # killed
@@ -330,39 +334,54 @@ def test_two_builds_of_one_target_do_not_meet(toy_small: Path, tmp_path: Path):
     assert os.listdir(tmp_path) == ["full"]
 
 
-def test_no_room_is_found_before_anything_is_written(toy_small: Path, tmp_path: Path, monkeypatch):
+def test_a_full_disk_is_reported_before_anything_is_written(toy_small: Path, tmp_path: Path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=33 << 20))
     for call in (
         lambda: built(toy_small, tmp_path / "bundle"),
-        lambda: quantize.build.convert(checkpoint.read_checkpoint(toy_small), tmp_path / "full", "f32", False, silent),
+        lambda: quantize.build.convert(
+            plan_conversion(checkpoint.read_checkpoint(toy_small), "f32"), tmp_path / "full", SILENT
+        ),
     ):
         with pytest.raises(BuildError, match=r"GB needed while building, 0\.03 GB free; make room"):
             call()
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("kind", ["bf16", "f32", "bundle"])
-def test_the_room_asked_for_is_the_room_taken(toy_bf16: Path, tmp_path: Path, monkeypatch, kind: str):
-    """Not less: that would end in a full disk after an hour. The tokenizer is not counted, a toy's tenth."""
-    asked, taken = [], []
-    monkeypatch.setattr(quantize.build, "_need_space", lambda out, n_bytes: asked.append(n_bytes))
+def plan_of(folder: Path, kind: str) -> BuildPlan:
+    opened = checkpoint.read_checkpoint(folder)
+    return plan_bundle(opened, "Q4_K_M") if kind == "bundle" else plan_conversion(opened, kind)
 
-    def weigh(*_: object) -> None:
+
+@pytest.mark.parametrize("kind", ["bf16", "f32", "bundle"])
+def test_the_required_disk_space_is_the_used_space(toy_bf16: Path, tmp_path: Path, monkeypatch, kind: str):
+    """Not less: that would end in a full disk after an hour. The tokenizer is not counted, a toy's tenth."""
+    taken = []
+
+    def measure(*_: object) -> None:
         taken.append(sum(path.stat().st_size for path in tmp_path.rglob("*")))
 
     if kind == "bundle":
-        built(toy_bf16, tmp_path / "out", report=weigh)
+        built(toy_bf16, tmp_path / "out", progress=RecordedProgress(measure))
     else:
-        quantize.build.convert(checkpoint.read_checkpoint(toy_bf16), tmp_path / "out", kind, False, weigh)
-    weigh()
-    assert 0.85 * max(taken) <= asked[0] <= 1.1 * max(taken)
+        converted(toy_bf16, tmp_path / "out", kind, progress=RecordedProgress(measure))
+    measure()
+    plan = plan_of(toy_bf16, kind)
+    for share, enough in ((0.85, False), (1.1, True)):
+        free = round(share * max(taken)) + quantize.build.SPARE_BYTES
+        usage = shutil.disk_usage(tmp_path)._replace(free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder, usage=usage: usage)
+        if enough:
+            quantize.build._check_space(plan, tmp_path / "other")
+        else:
+            with pytest.raises(BuildError, match="GB needed while building"):
+                quantize.build._check_space(plan, tmp_path / "other")
 
 
 # -- what a build finds wrong -----------------------------------------------------------------------------------------
 
 
-def test_weights_that_are_not_numbers_never_become_a_bundle(toy_small: Path, tmp_path: Path):
+def test_nan_weights_never_become_a_bundle(toy_small: Path, tmp_path: Path):
     folder, out = tmp_path / "checkpoint", tmp_path / "out" / "bundle"
     shutil.copytree(toy_small, folder)
     out.parent.mkdir()
@@ -376,7 +395,7 @@ def test_weights_that_are_not_numbers_never_become_a_bundle(toy_small: Path, tmp
     assert not any(out.parent.iterdir())
 
 
-def test_rows_looked_up_in_the_wrong_place_never_become_a_bundle(toy_small: Path, tmp_path: Path, monkeypatch):
+def test_a_wrong_embedding_offset_never_becomes_a_bundle(toy_small: Path, tmp_path: Path, monkeypatch):
     """The same trial, with a table that says the embedding begins a row later than it does."""
     real = ggml_kernels.tensor_table
 
@@ -384,8 +403,8 @@ def test_rows_looked_up_in_the_wrong_place_never_become_a_bundle(toy_small: Path
         first, *others = real(path)
         return [msgspec.structs.replace(first, offset=first.offset + first.n_bytes // 2048), *others]
 
-    monkeypatch.setattr("quantize.formats.ggml_kernels.tensor_table", shifted)
-    with pytest.raises(BuildError, match=r"embedding rows looked up differ from the model's own by"):
+    monkeypatch.setattr("quantize.build.tensor_table", shifted)
+    with pytest.raises(BuildError, match=r"embeddings read from language.gguf differ from libllama's own by"):
         built(toy_small, tmp_path / "bundle")
     assert not any(tmp_path.iterdir())
 
@@ -394,8 +413,8 @@ def test_encoders_that_disagree_never_become_a_bundle(toy_small: Path, tmp_path:
     """The same trial that every build makes, on a vision.onnx with one matrix turned round."""
     real = quantize.build.write_vision
 
-    def spoil(opened: checkpoint.Checkpoint, out: Path, *arguments: object) -> None:
-        real(opened, out, *arguments)
+    def spoil(plan: BuildPlan, out: Path, progress: Progress) -> None:
+        real(plan, out, progress)
         raw = bytearray(out.read_bytes())
         raw[-4096:] = raw[-4096:][::-1]
         out.write_bytes(raw)
@@ -405,60 +424,3 @@ def test_encoders_that_disagree_never_become_a_bundle(toy_small: Path, tmp_path:
     with pytest.raises(BuildError, match=r"(vision|mmproj) at bf16: cosine"):
         built(toy_small, tmp_path / "bundle")
     assert not any(tmp_path.iterdir())
-
-
-# -- memory -----------------------------------------------------------------------------------------------------------
-
-
-def growth_bytes(folder: Path, out: Path) -> int:
-    """How much more memory than before a conversion had resident at its peak, in a process of its own.
-
-    From /proc: getrusage counts what the parent had resident when it forked.
-    """
-    code = """if True:
-        import pathlib, sys
-        from quantize import build, checkpoint
-        def peak():
-            lines = open("/proc/self/status").read().splitlines()
-            return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-        checkpoint.BLOCK_BYTES = 1 << 20
-        before = peak()
-        build.convert(checkpoint.read(sys.argv[1]), pathlib.Path(sys.argv[2]), "bf16", False, lambda *_: None)
-        print(peak() - before)
-    """
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, "-c", code, folder, out], env=env, capture_output=True, text=True, check=True)
-    return int(run.stdout)
-
-
-@pytest.mark.parametrize("source", ["toy_bf16", "toy_small"])
-def test_memory_does_not_grow_with_the_model(source: str, request, tmp_path: Path):
-    """Three matrices of 67 MB in each layer, holes in the file, in blocks of 1 MB."""
-    folder = shutil.copytree(request.getfixturevalue(source), tmp_path / "large")
-    ffn = 1 << 17
-    config = json.loads((folder / "config.json").read_text())
-    config["text_config"] |= {"intermediate_size": ffn}
-    (folder / "config.json").write_text(json.dumps(config))
-    raw = (folder / "model.safetensors").read_bytes()
-    start = 8 + int.from_bytes(raw[:8], "little")
-    header, at, scales = json.loads(raw[8:start]), 0, []
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if ".mlp." in name:
-            entry["shape"] = [ffn if n == 512 else n for n in entry["shape"]]
-        size = math.prod(entry["shape"]) * {"BF16": 2, "F8_E4M3": 1}[entry["dtype"]]
-        entry["data_offsets"] = [at, at + size]
-        scales += [at] if name.endswith("_scale_inv") else []
-        at += size
-    head = json.dumps(header).encode()
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(len(head).to_bytes(8, "little") + head)
-        file.truncate(8 + len(head) + at)
-        for offset in scales:
-            file.seek(8 + len(head) + offset)
-            file.write(b"\x80\x3f")  # 1.0
-    growth = growth_bytes(folder, tmp_path / "out")
-    written = (tmp_path / "out" / manifest.LANGUAGE).stat().st_size
-    assert written > 200e6 and growth < 30e6
-    shutil.rmtree(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""The trial that every bundle passes before its manifest: what it lets through, and what not."""
+"""The validation of every bundle before its manifest is written: what passes, and what does not."""
 
 from __future__ import annotations
 
@@ -19,46 +19,55 @@ from tests.harness import ROOT
 
 
 @pytest.fixture
-def question(toy_bundle, tmp_path):
+def validation_request(toy_bundle, tmp_path):
     work = shutil.copytree(toy_bundle, tmp_path / "work")
     manifest = read_manifest(work).manifest
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(work / "mmproj.gguf").tensors}
     row = np.array(tensors["v.token_embd.img_break"].data, np.float32)
-    return ValidationRequest(str(work), manifest.model, manifest.vision, "bf16", "bf16", row.tolist())
+    return ValidationRequest(
+        folder=str(work),
+        model=manifest.model,
+        vision=manifest.vision,
+        vision_kind="bf16",
+        mmproj_kind="bf16",
+        break_row=row.tolist(),
+    )
 
 
-def asked(question: ValidationRequest) -> subprocess.CompletedProcess:
+def validated(validation_request: ValidationRequest) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "quantize.validate"],
-        input=msgspec.json.encode(question),
+        input=msgspec.json.encode(validation_request),
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
     )
 
 
-def test_a_sound_bundle_passes_with_figures(question):
-    done = asked(question)
+def test_a_valid_bundle_passes_with_figures(validation_request):
+    done = validated(validation_request)
     assert done.returncode == 0, done.stderr
     figures = msgspec.json.decode(done.stdout)
     assert figures["mmproj_min_cosine"] >= 0.999 and figures["vision_min_cosine"] == 1.0
     assert figures["embedding_rows_relative_difference"] <= 1e-3
 
 
-def test_encoders_that_disagree_do_not_pass(question):
-    question.break_row = [-x for x in question.break_row]
-    done = asked(question)
+def test_encoders_that_disagree_fail_validation(validation_request):
+    validation_request.break_row = [-x for x in validation_request.break_row]
+    done = validated(validation_request)
     assert done.returncode == 1 and b"mmproj at bf16: cosine" in done.stderr and done.stderr.count(b"\n") == 1
 
 
-def test_rows_looked_up_in_the_wrong_place_do_not_pass(question):
-    embedding = msgspec.structs.replace(question.model.embedding, offset=question.model.embedding.offset + 210)
-    question.model = msgspec.structs.replace(question.model, embedding=embedding)
-    done = asked(question)
-    assert done.returncode == 1 and b"embedding rows" in done.stderr
+def test_a_wrong_embedding_offset_fails_validation(validation_request):
+    embedding = msgspec.structs.replace(
+        validation_request.model.embedding, offset=validation_request.model.embedding.offset + 210
+    )
+    validation_request.model = msgspec.structs.replace(validation_request.model, embedding=embedding)
+    done = validated(validation_request)
+    assert done.returncode == 1 and b"embeddings read" in done.stderr
 
 
-def test_a_file_cut_short_does_not_pass(question):
-    path = Path(question.work) / "language.gguf"
+def test_a_truncated_file_fails_validation(validation_request):
+    path = Path(validation_request.folder) / "language.gguf"
     os.truncate(path, path.stat().st_size // 2)
-    done = asked(question)
+    done = validated(validation_request)
     assert done.returncode == 1 and b"language.gguf" in done.stderr and done.stdout == b""

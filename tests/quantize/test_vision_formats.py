@@ -16,12 +16,14 @@ from edge_agent.bundle.manifest import MMPROJ, REPORT, VISION
 from edge_agent.bundle.verify import verify_bundle
 from edge_agent.model.preprocess import Preprocessor, image_grid
 from edge_agent.model.vision_encoder import OnnxEncoder
-from quantize.build import VisionFormat, build
+from quantize.build import build
 from quantize.build_folder import BuildError
+from quantize.formats.build_plan import VisionFormat
+from quantize.progress import SILENT
 from quantize.source.checkpoint import read_checkpoint
+from quantize.standard_recipes import plan_bundle
 from quantize.validate import MIN_COSINE
 from tests.harness import toy
-from tests.harness.case import silent
 from tests.harness.gguf_reading import values
 from tests.harness.quantize_cli import refused
 
@@ -32,11 +34,11 @@ def made(toy_small: Path, tmp_path_factory: pytest.TempPathFactory):
     known: dict[VisionFormat, Path] = {}
 
     def make(*arguments: object) -> tuple[Path, dict]:
-        eyes = VisionFormat(*arguments)
-        if eyes not in known:
-            known[eyes] = tmp_path_factory.mktemp("eyes") / "bundle"
-            build(read_checkpoint(toy_small), known[eyes], "Q4_0", False, silent, eyes=eyes)
-        return known[eyes], json.loads((known[eyes] / REPORT).read_text())
+        vision = VisionFormat(*arguments)
+        if vision not in known:
+            known[vision] = tmp_path_factory.mktemp("vision") / "bundle"
+            build(plan_bundle(read_checkpoint(toy_small), "Q4_0", vision=vision), known[vision], SILENT)
+        return known[vision], json.loads((known[vision] / REPORT).read_text())
 
     return make
 
@@ -48,11 +50,13 @@ def rows(folder: Path, image: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("kind", "least"), [("f32", 0.999999), ("f16", 0.99999), ("int8", 0.995)])
-def test_vision_onnx_in_other_types_sees_the_same(made, kind: str, least: float):
+def test_vision_onnx_in_other_types_gives_the_same_embeddings(made, kind: str, least: float):
     plain, _ = made()
     folder, report = made(kind, "bf16")
     assert report["vision"] == {"vision.onnx": kind, "mmproj.gguf": "bf16"}
-    assert report["tried"]["vision_min_cosine"] >= least - 1e-4 and report["tried"]["mmproj_min_cosine"] >= 0.999
+    assert (
+        report["validation"]["vision_min_cosine"] >= least - 1e-4 and report["validation"]["mmproj_min_cosine"] >= 0.999
+    )
     image = toy.toy_image(112, 140, 3)
     a, b = rows(plain, image), rows(folder, image)
     cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
@@ -64,7 +68,7 @@ def test_vision_onnx_in_other_types_sees_the_same(made, kind: str, least: float)
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in plain.iterdir())
 
 
-def test_types_weigh_what_they_should(made):
+def test_bytes_of_types(made):
     size = {kind: (made(kind, "bf16")[0] / VISION).stat().st_size for kind in ("bf16", "f16", "f32", "int8")}
     assert size["f16"] == size["bf16"]
     weights = size["f32"] - size["bf16"]  # two bytes of each
@@ -93,9 +97,9 @@ def test_int8_is_symmetric_with_a_scale_for_each_channel(made, toy_small: Path):
 
 
 @pytest.mark.parametrize("kind", ["f16", "q8_0", "f32"])
-def test_mmproj_in_other_types_sees_the_same(made, kind: str):
+def test_mmproj_in_other_types_gives_the_same_embeddings(made, kind: str):
     folder, report = made("bf16", kind)
-    assert report["tried"]["mmproj_min_cosine"] >= MIN_COSINE[kind]
+    assert report["validation"]["mmproj_min_cosine"] >= MIN_COSINE[kind]
     types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(folder / MMPROJ).tensors}
     assert types["v.blk.0.ffn_up.weight"] == kind.upper()
     assert types["v.patch_embd.weight"] == ("F32" if kind == "f32" else "F16")
@@ -112,7 +116,7 @@ def test_a_fixed_size_is_the_only_one(made):
         assert image_grid(height, width, 1024, opened.manifest.vision) == (3, 5)
     image = toy.toy_image(84, 140, 3)
     np.testing.assert_allclose(rows(folder, image), rows(made()[0], image), atol=1e-4)
-    assert report["tried"]["mmproj_min_cosine"] >= 0.999
+    assert report["validation"]["mmproj_min_cosine"] >= 0.999
     with pytest.raises(Exception, match="84"):
         session.run(None, {"pixel_values": np.zeros((1, 3, 112, 140), np.float32)})
 
@@ -124,18 +128,19 @@ def test_a_fixed_size_is_the_only_one(made):
         ("2800x140", 1, ("up to 1540", "found 2800x140")),
     ],
 )
-def test_a_size_that_cannot_be_is_one_line(run, toy_small: Path, tmp_path: Path, sides, status, words):
+def test_an_impossible_frame_size_is_one_line(run, toy_small: Path, tmp_path: Path, sides, status, words):
     refused(run("build", toy_small, tmp_path / "out", "--fixed", sides), words, status)
     assert not any(tmp_path.iterdir())
 
 
-def test_an_encoder_that_lost_too_much_is_not_built(toy_small: Path, tmp_path: Path, monkeypatch):
+def test_an_encoder_with_too_low_a_cosine_is_refused(toy_small: Path, tmp_path: Path, monkeypatch):
     """The trial runs in a process of its own: so the weights are spoilt, not the threshold."""
     pass
 
     monkeypatch.setattr("quantize.formats.vision_onnx._scales", lambda rows: np.abs(rows).max(1) / np.float32(3))
     with pytest.raises(BuildError, match=r"vision at int8: cosine 0\.\d+ with the reference, expected 0\.98"):
-        build(read_checkpoint(toy_small), tmp_path / "out", "Q4_0", False, silent, eyes=VisionFormat("int8"))
+        plan = plan_bundle(read_checkpoint(toy_small), "Q4_0", vision=VisionFormat("int8"))
+        build(plan, tmp_path / "out", SILENT)
     assert not any(tmp_path.iterdir())
 
 

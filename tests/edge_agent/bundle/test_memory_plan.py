@@ -56,13 +56,13 @@ def test_the_parts_are_those_of_arithmetic(toy):
     assert int8 - whole == pytest.approx(float32 / 4, rel=0.01)
 
 
-def test_what_fits_stays_as_it_is(toy):
+def test_a_configuration_that_fits_is_not_changed(toy):
     for free_mib in (None, 64_000.0):
         planned = plan_memory(CONFIG, shape_3b(toy), free_mib)
         assert planned.config == CONFIG and planned.given_up == {}
 
 
-def test_things_are_given_up_in_order_and_no_more_than_needed(toy):
+def test_options_are_reduced_in_order_and_no_more_than_needed(toy):
     manifest, seen = shape_3b(toy), []
     config = msgspec.structs.replace(CONFIG, language=LanguageConfig(mmap=True))
     full_mib = plan_memory(config, manifest, None).mib
@@ -96,13 +96,13 @@ def test_on_a_gpu_there_is_no_copy(toy):
     assert needed_mib(config, shape_3b(toy))["its file's pages"] == 0
 
 
-def test_adapters_count(tmp_path):
+def test_adapters_are_added_to_the_sum(tmp_path):
     (tmp_path / "a.gguf").write_bytes(bytes(3 << 20))
     language = LanguageConfig(adapters={"a": str(tmp_path / "a.gguf"), "b": str(tmp_path / "none")})
     assert adapters_mib(msgspec.structs.replace(CONFIG, language=language)) == 3.0
 
 
-def test_too_little_memory_may_pass_and_is_no_fault_of_the_configuration(toy_bundle, monkeypatch):
+def test_too_little_memory_is_not_an_error_of_the_configuration(toy_bundle, monkeypatch):
     """Or systemd would never try again, when something else was only slow to leave."""
     config = msgspec.structs.replace(CONFIG, bundle=str(toy_bundle))
     said: list = []

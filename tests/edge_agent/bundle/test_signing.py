@@ -17,8 +17,10 @@ from edge_agent.bundle.signing import SigningError
 from edge_agent.bundle.verify import verify_bundle
 from edge_agent.errors import BundleError
 from quantize.build import build
+from quantize.progress import SILENT
 from quantize.source.checkpoint import read_checkpoint
-from tests.harness.case import silent
+from quantize.standard_recipes import plan_bundle
+from tests.harness.progress import RecordedProgress
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def signed(keys: Path, toy_small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("signed") / "bundle"
-    build(read_checkpoint(toy_small), out, "Q4_0", False, silent, key=keys / "ours")
+    build(plan_bundle(read_checkpoint(toy_small), "Q4_0"), out, SILENT, signing_key=keys / "ours")
     return out
 
 
@@ -96,7 +98,9 @@ def test_what_is_no_private_key_is_found_before_any_work(keys: Path, toy_small: 
     path = tmp_path / "key"
     path.write_bytes((keys / "ours.pub").read_bytes() if content == "public" else content)
     with pytest.raises(SigningError, match="expected an Ed25519 private key"):
-        build(read_checkpoint(toy_small), tmp_path / "out", "Q4_0", False, lambda *_: pytest.fail("it began"), key=path)
+        plan = plan_bundle(read_checkpoint(toy_small), "Q4_0")
+        begun = RecordedProgress(lambda *_: pytest.fail("the work began"))
+        build(plan, tmp_path / "out", begun, signing_key=path)
     assert not (tmp_path / "out").exists()
 
 

@@ -267,10 +267,12 @@ def test_a_file_that_is_no_encoder_is_one_line(tmp_path, language, break_row, co
 
 def test_a_projector_of_another_width_is_refused(tmp_path, language, break_row):
     from quantize.build import convert
+    from quantize.formats.build_plan import plan_conversion
+    from quantize.progress import SILENT
     from quantize.source.checkpoint import read_checkpoint
 
     wide = read_checkpoint(toy.write_checkpoint(tmp_path / "wide", hidden=512))
-    convert(wide, tmp_path / "out", "bf16", False, lambda stage, what, done, total: None)
+    convert(plan_conversion(wide, "bf16"), tmp_path / "out", SILENT)
     with pytest.raises(VisionError, match="for this language model"):
         MtmdEncoder(tmp_path / "out" / MMPROJ, language.model, break_row, UNIT, 1, gpu=False)
 

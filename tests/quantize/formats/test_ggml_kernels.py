@@ -20,7 +20,7 @@ def test_rows_are_those_of_another_implementation(n_rows, kind):
 
 
 @pytest.mark.parametrize("kind", [Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.IQ4_XS])
-def test_rows_come_back_nearly_as_they_went(kind):
+def test_dequantised_rows_are_close_to_the_original(kind):
     rows = np.random.default_rng(0).normal(size=(5, 512)).astype(np.float32)
     packed = ggml_kernels.quantise_rows(rows, kind)
     assert packed.shape == (5, ggml_kernels.row_bytes(kind, 512))
@@ -38,7 +38,7 @@ def test_the_table_is_that_of_the_gguf_package(toy_bundle):
 
 
 @pytest.mark.parametrize("content", [b"", b"no model", b"GGUF" + bytes(8)])
-def test_what_is_no_gguf_is_one_line(tmp_path, content):
+def test_a_file_that_is_not_gguf_is_one_line(tmp_path, content):
     path = tmp_path / "x.gguf"
     path.write_bytes(content)
     with pytest.raises(ggml_kernels.NotGguf, match=r"^[^\n]*x\.gguf[^\n]*$"):

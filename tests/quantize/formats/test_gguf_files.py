@@ -121,7 +121,9 @@ def test_every_tensor_has_its_name_type_shape_and_values(source: str, kind: str,
 
 
 def test_metadata_is_what_llama_cpps_architecture_reads(tmp_path: Path):
-    from quantize.build import convert
+    from quantize import build
+    from quantize.formats.build_plan import plan_conversion
+    from quantize.progress import SILENT
     from quantize.source import checkpoint
 
     # No two numbers alike, so that none can stand in the place of another.
@@ -141,7 +143,7 @@ def test_metadata_is_what_llama_cpps_architecture_reads(tmp_path: Path):
     config["text_config"]["rms_norm_eps"] = 2e-5
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "chat_template.jinja").write_text("{{ messages }} é", encoding="utf-8")
-    convert(checkpoint.read_checkpoint(folder), tmp_path / "out", "bf16", False, lambda *_: None)
+    build.convert(plan_conversion(checkpoint.read_checkpoint(folder), "bf16"), tmp_path / "out", SILENT)
     fields = reader(tmp_path / "out" / "language.gguf").fields
     found = {key: field.contents() for key, field in fields.items()}
     expected = {
@@ -185,17 +187,19 @@ def test_metadata_is_what_llama_cpps_architecture_reads(tmp_path: Path):
 def test_rotary_rows_worked_out_by_hand():
     """Two heads of six rows: a0 a1 a2 b0 b1 b2 -> a0 b0 a1 b1 a2 b2, in each head."""
     rows = np.arange(12)[:, None] * np.ones((1, 2), int)
-    turned = interleave(rows, head_rows=6)
+    turned = interleave(rows, rows_per_head=6)
     assert turned[:, 0].tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
     assert (turned[:, 0] == turned[:, 1]).all()
 
 
-def test_blocks_cut_a_tensor_nowhere_a_value_notices(toy_fp8: Path, convert, tmp_path: Path, monkeypatch):
-    from quantize.build import convert
+def test_the_size_of_blocks_does_not_change_a_file(toy_fp8: Path, convert, tmp_path: Path, monkeypatch):
+    from quantize import build
+    from quantize.formats.build_plan import plan_conversion
+    from quantize.progress import SILENT
     from quantize.source import checkpoint
 
     monkeypatch.setattr(checkpoint, "BLOCK_BYTES", 5000)  # five rows of 256, fewer than one head has
-    convert(checkpoint.read_checkpoint(toy_fp8), tmp_path / "out", "bf16", False, lambda *_: None)
+    build.convert(plan_conversion(checkpoint.read_checkpoint(toy_fp8), "bf16"), tmp_path / "out", SILENT)
     for name in ("language.gguf", "mmproj.gguf", "vision.onnx"):
         assert (tmp_path / "out" / name).read_bytes() == (convert(toy_fp8) / name).read_bytes()
 
@@ -215,7 +219,9 @@ def test_blocks_cut_a_tensor_nowhere_a_value_notices(toy_fp8: Path, convert, tmp
     ids=str,
 )
 @pytest.mark.parametrize("source", ["toy_bf16", "toy_fp8"])
-def test_the_layout_of_a_checkpoint_leaves_no_trace(source: str, arguments: dict, convert, request, tmp_path: Path):
+def test_the_layout_of_a_checkpoint_does_not_change_the_files(
+    source: str, arguments: dict, convert, request, tmp_path: Path
+):
     same = {} if source == "toy_bf16" else {"dtype": "fp8", "tied": False}
     other = convert(toy.write_checkpoint(tmp_path / source, **same, **arguments))
     plain = convert(request.getfixturevalue(source))
@@ -223,7 +229,7 @@ def test_the_layout_of_a_checkpoint_leaves_no_trace(source: str, arguments: dict
         assert (other / name).read_bytes() == (plain / name).read_bytes(), name
 
 
-def test_a_head_of_its_own_changes_nothing_else(toy_bf16: Path, convert, tmp_path: Path):
+def test_an_untied_head_changes_no_other_tensor(toy_bf16: Path, convert, tmp_path: Path):
     tied = tensors_of(convert(toy_bf16) / "language.gguf")
     untied = tensors_of(convert(toy.write_checkpoint(tmp_path / "untied", tied=False)) / "language.gguf")
     assert untied.keys() - tied.keys() == {"output.weight"}
@@ -231,7 +237,7 @@ def test_a_head_of_its_own_changes_nothing_else(toy_bf16: Path, convert, tmp_pat
         np.testing.assert_array_equal(untied[name], value, err_msg=name)
 
 
-def test_a_head_that_config_ties_is_ignored_and_said_so(toy_bf16: Path, convert, tmp_path: Path):
+def test_a_head_is_ignored_with_a_reason_when_the_configuration_ties_it(toy_bf16: Path, convert, tmp_path: Path):
     from quantize.source import checkpoint
 
     folder = toy.write_checkpoint(tmp_path / "both", tied=False)

@@ -14,14 +14,15 @@ import pytest
 
 from edge_agent.bundle.manifest import LANGUAGE
 from edge_agent.tools import stills
-from quantize.build import build
+from quantize.build import build as build_bundle
 from quantize.formats.imatrix import Imatrix, ImatrixError, read_imatrix, write_imatrix
 from quantize.measure import collect_imatrix
+from quantize.progress import SILENT
 from quantize.source.checkpoint import read_checkpoint
-from quantize.standard_recipes import RECIPES
+from quantize.standard_recipes import RECIPES, plan_bundle
 from tests.harness import toy
-from tests.harness.case import silent
 from tests.harness.gguf_reading import tensors_of
+from tests.harness.progress import RecordedProgress
 from tests.harness.quantize_cli import refused
 
 TEXT = 'Follow the road and stop at the gate. Halte Abstand. 빨간 원반으로 가세요. {"action":"hold"}\n' * 60
@@ -47,15 +48,15 @@ def collected(toy_bf16: Path, text: Path, tmp_path_factory: pytest.TempPathFacto
     """From two chunks of text, and the file."""
     path = tmp_path_factory.mktemp("imatrix") / "toy.gguf"
     sources = collect_imatrix.CalibrationData(text=text, max_chunks=2)
-    return collect_imatrix.collect_imatrix(read_checkpoint(toy_bf16), path, sources, silent), path
+    return collect_imatrix.collect_imatrix(read_checkpoint(toy_bf16), path, sources, SILENT), path
 
 
 # -- what is added up --------------------------------------------------------------------------------------------------
 
 
-def test_every_weight_is_watched_at_every_position(collected, toy_bf16: Path):
+def test_every_weight_is_counted_at_every_position(collected, toy_bf16: Path):
     found, _ = collected
-    rows = [row for row in read_checkpoint(toy_bf16).text_rows if len(row.shape) == 2]
+    rows = [row for row in read_checkpoint(toy_bf16).text_tensors if len(row.shape) == 2]
     assert set(found.sums) == {row.gguf for row in rows}  # tied: the embedding table is the head
     assert set(found.counts.values()) == {2 * collect_imatrix.CHUNK} and found.n_chunks == 2
 
@@ -94,7 +95,7 @@ def test_frames_are_answered_in_the_runtimes_own_prompt(
     toy_bf16: Path, text: Path, pictures: Path, tmp_path: Path, collected
 ):
     sources = collect_imatrix.CalibrationData(text=text, max_chunks=2, frames=pictures)
-    found = collect_imatrix.collect_imatrix(read_checkpoint(toy_bf16), tmp_path / "out.gguf", sources, silent)
+    found = collect_imatrix.collect_imatrix(read_checkpoint(toy_bf16), tmp_path / "out.gguf", sources, SILENT)
     more = found.counts["blk.0.attn_q.weight"] - 2 * collect_imatrix.CHUNK
     assert more > 3 * (100 + 5 * 4 + 3)  # three prompts of over a hundred tokens, three pictures, three closings
     head = found.counts["token_embd.weight"] - 2 * collect_imatrix.CHUNK
@@ -114,7 +115,7 @@ def test_a_video_gives_frames_evenly(tmp_path: Path):
     assert len(shown) == 5 and np.allclose(np.diff(shown), 48, atol=6)
 
 
-def test_activations_that_are_no_numbers_are_refused():
+def test_non_finite_activations_are_refused():
     with pytest.raises(ImatrixError, match="not finite"):
         Imatrix().add("blk.0.attn_q.weight", np.array([[1.0, np.nan]], np.float32))
 
@@ -122,8 +123,8 @@ def test_activations_that_are_no_numbers_are_refused():
 # -- interrupted -------------------------------------------------------------------------------------------------------
 
 
-def test_a_killed_run_goes_on_where_it_was(toy_bf16: Path, text: Path, tmp_path: Path, monkeypatch, collected):
-    monkeypatch.setattr("quantize.measure.collect_imatrix.EVERY_CHUNKS", 1)
+def test_a_killed_run_is_continued(toy_bf16: Path, text: Path, tmp_path: Path, monkeypatch, collected):
+    monkeypatch.setattr("quantize.measure.collect_imatrix.SAVE_EVERY_CHUNKS", 1)
     opened, out, sources = (
         read_checkpoint(toy_bf16),
         tmp_path / "out.gguf",
@@ -135,30 +136,31 @@ def test_a_killed_run_goes_on_where_it_was(toy_bf16: Path, text: Path, tmp_path:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        collect_imatrix.collect_imatrix(opened, out, sources, interrupt)
+        collect_imatrix.collect_imatrix(opened, out, sources, RecordedProgress(interrupt))
     assert [path.name for path in tmp_path.iterdir()] == [".out.gguf.part.npz"]
-    begun = []
-    collect_imatrix.collect_imatrix(opened, out, sources, lambda stage, what, done, total: begun.append((stage, done)))
+    second = RecordedProgress()
+    collect_imatrix.collect_imatrix(opened, out, sources, second)
+    begun = [(stage, done) for stage, _, done, _ in second.steps]
     assert ("text", 0) not in begun and ("text", 1) in begun
     assert out.read_bytes() == collected[1].read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
 
 
-def test_what_a_kill_9_left_is_cleared_away(toy_bf16: Path, text: Path, tmp_path: Path, collected):
+def test_temporary_files_of_a_killed_run_are_removed(toy_bf16: Path, text: Path, tmp_path: Path, collected):
     left = tmp_path / ".out.gguf.abc.scratch"
     (left / "bf16").mkdir(parents=True)
     (left / "bf16" / "language.gguf").write_bytes(bytes(1000))
     sources = collect_imatrix.CalibrationData(text=text, max_chunks=2)
-    collect_imatrix.collect_imatrix(read_checkpoint(toy_bf16), tmp_path / "out.gguf", sources, silent)
+    collect_imatrix.collect_imatrix(read_checkpoint(toy_bf16), tmp_path / "out.gguf", sources, SILENT)
     assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
 
 
-def test_what_another_run_left_is_not_taken_up(toy_bf16: Path, text: Path, tmp_path: Path, collected):
+def test_saved_sums_of_other_work_are_not_used(toy_bf16: Path, text: Path, tmp_path: Path, collected):
     out = tmp_path / "out.gguf"
-    state = collect_imatrix._State(tmp_path / ".out.gguf.part.npz", "of something else")
+    state = collect_imatrix._SavedSums(tmp_path / ".out.gguf.part.npz", "of something else")
     state.save(Imatrix(sums={"blk.0.attn_q.weight": np.ones(256)}, counts={"blk.0.attn_q.weight": 5}, n_chunks=1))
     collect_imatrix.collect_imatrix(
-        read_checkpoint(toy_bf16), out, collect_imatrix.CalibrationData(text=text, max_chunks=2), silent
+        read_checkpoint(toy_bf16), out, collect_imatrix.CalibrationData(text=text, max_chunks=2), SILENT
     )
     assert out.read_bytes() == collected[1].read_bytes()
     state.path.write_bytes(b"torn")
@@ -197,7 +199,7 @@ def rewritten(path: Path, out: Path, change) -> Path:
 
 
 DAMAGED = {
-    "stop_reason": lambda raw: raw[:-50],
+    "cut": lambda raw: raw[:-50],
     "garbage": lambda raw: b"GGUF" + bytes(200),
     "empty": lambda raw: b"",
 }
@@ -211,7 +213,7 @@ def test_a_damaged_file_is_one_line(collected, tmp_path: Path, damage):
         read_imatrix(path)
 
 
-def test_numbers_that_cannot_be_are_refused(collected, tmp_path: Path):
+def test_non_finite_and_negative_sums_are_refused(collected, tmp_path: Path):
     for value in (np.nan, np.inf, -1.0):
         path = rewritten(collected[1], tmp_path / "x.gguf", lambda found: found.sums["blk.0.attn_q.weight"].fill(value))  # noqa: B023
         with pytest.raises(ImatrixError, match=r"blk\.0\.attn_q\.weight\.in_sum2: expected finite"):
@@ -237,7 +239,7 @@ def test_the_matrix_of_another_model_is_refused(collected, run, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("name", ["Q4_K_M", "Q4_0", "IQ4_XS"])
-def test_the_bytes_are_those_of_libllama(name: str, collected, toy_bf16: Path, convert, build: object, tmp_path: Path):
+def test_the_bytes_are_those_of_libllama(name: str, collected, toy_bf16: Path, convert, build, tmp_path: Path):
     weighed, theirs = read_imatrix(collected[1]), tmp_path / "theirs.gguf"
     numbers = {key: np.ascontiguousarray(weighed.of(key)) for key in weighed.sums}
     entries = [
@@ -250,7 +252,8 @@ def test_the_bytes_are_those_of_libllama(name: str, collected, toy_bf16: Path, c
     full = convert(toy_bf16) / LANGUAGE
     assert ll.llama_model_quantize(bytes(full), bytes(theirs), ctypes.byref(params)) == 0
 
-    manifest = build(read_checkpoint(toy_bf16), tmp_path / "ours", name, False, silent, importance=weighed)
+    plan = plan_bundle(read_checkpoint(toy_bf16), name, imatrix=weighed)
+    manifest = build_bundle(plan, tmp_path / "ours", SILENT)
     assert manifest.recipe == name
     ours = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "ours" / LANGUAGE).tensors}
     expected = {tensor.name: tensor for tensor in gguf.GGUFReader(theirs).tensors}
@@ -262,15 +265,15 @@ def test_the_bytes_are_those_of_libllama(name: str, collected, toy_bf16: Path, c
     assert any(not np.array_equal(found.data, plain[key].data) for key, found in ours.items())
 
 
-def test_columns_that_count_more_are_kept_better(toy_bf16: Path, convert, tmp_path: Path):
+def test_important_columns_have_smaller_errors(toy_bf16: Path, convert, tmp_path: Path):
     opened = read_checkpoint(toy_bf16)
     weighed = Imatrix()
-    for row in opened.text_rows:
+    for row in opened.text_tensors:
         if len(row.shape) == 2:
             width = opened.shape(row)[1]
             counts = np.where(np.arange(width) % 32 < 4, 1000.0, 1.0)
             weighed.sums[row.gguf], weighed.counts[row.gguf] = counts, 1
-    build(opened, tmp_path / "out", "Q4_K_M", False, silent, importance=weighed)
+    build_bundle(plan_bundle(opened, "Q4_K_M", imatrix=weighed), tmp_path / "out", SILENT)
     before, after = (tensors_of(folder / LANGUAGE) for folder in (convert(toy_bf16), tmp_path / "out"))
     error = np.square(before["blk.0.ffn_up.weight"] - after["blk.0.ffn_up.weight"]).mean(0)
     heavy = np.arange(256) % 32 < 4
@@ -287,7 +290,7 @@ def test_the_command_writes_what_collect_gives(run, toy_bf16: Path, text: Path, 
     assert out.read_bytes() == collected[1].read_bytes()
 
 
-def test_our_own_text_is_enough_for_several_chunks(toy_bf16: Path):
+def test_the_included_text_has_several_chunks_and_many_languages(toy_bf16: Path):
     words = collect_imatrix.TEXT.read_text(encoding="utf-8")
     assert len(token_ids(toy_bf16, words)) > 4 * collect_imatrix.CHUNK
     for word in ("road", "Fässer", "pasillo", "chemin", "빨간", "青い", "飞到", "Лети", "اذهب", "लाल"):
@@ -305,7 +308,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("arguments", "words"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_used_is_one_line(run, toy_bf16: Path, tmp_path: Path, arguments, words):
+def test_unusable_input_is_one_line(run, toy_bf16: Path, tmp_path: Path, arguments, words):
     (tmp_path / "short.txt").write_text("Follow the road.")
     (tmp_path / "blank.txt").write_text("\n \n")
     (tmp_path / "empty").mkdir()

@@ -204,7 +204,9 @@ def test_sizes_that_need_padding(convert: Callable[..., Path], tmp_path: Path):
 
 
 def test_mmproj_metadata_is_what_llama_cpps_clip_reads(tmp_path: Path):
-    from quantize.build import convert
+    from quantize import build
+    from quantize.formats.build_plan import plan_conversion
+    from quantize.progress import SILENT
     from quantize.source.checkpoint import read_checkpoint
 
     folder = toy.write_checkpoint(
@@ -218,7 +220,7 @@ def test_mmproj_metadata_is_what_llama_cpps_clip_reads(tmp_path: Path):
         values = processor.get("image_processor", processor)
         values |= {"image_mean": [0.5, 0.25, 0.125], "image_std": [0.75, 0.625, 0.375]}
         (folder / name).write_text(json.dumps(processor))
-    convert(read_checkpoint(folder), tmp_path / "out", "bf16", False, lambda *_: None)
+    build.convert(plan_conversion(read_checkpoint(folder), "bf16"), tmp_path / "out", SILENT)
     fields = reader(tmp_path / "out" / MMPROJ).fields
     expected = {
         "general.architecture": "clip",

@@ -15,12 +15,13 @@ from edge_agent.bundle.manifest import LANGUAGE
 from quantize.build import build
 from quantize.measure import perplexity
 from quantize.measure.collect_imatrix import CalibrationData
-from quantize.measure.evaluate import EvaluatedAnswer, EvaluateError, Evaluation, agree, evaluate
+from quantize.measure.evaluate import EvaluatedAnswer, EvaluateError, Evaluation, FrameResult, agree, evaluate
 from quantize.measure.html_report import html_report
+from quantize.progress import SILENT
 from quantize.source.checkpoint import read_checkpoint
+from quantize.standard_recipes import plan_bundle
 from tests.harness import toy
-from tests.harness.case import silent
-from tests.harness.language_model import opened, quiet
+from tests.harness.language_model import opened
 from tests.harness.quantize_cli import refused
 
 ORDERS = ("Go to the red disc.", "Hold position.")
@@ -38,7 +39,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def found(full: Path, toy_bundle: Path, toy_bf16: Path, pictures: Path) -> list[Evaluation]:
     """The reference against itself, and Q4_K_M."""
     material = CalibrationData(max_chunks=1, frames=pictures, instructions=ORDERS)
-    return evaluate([full, toy_bundle], toy_bf16, material, silent)
+    return evaluate([full, toy_bundle], toy_bf16, material, SILENT)
 
 
 def test_the_reference_loses_nothing(found: list[Evaluation]):
@@ -55,10 +56,10 @@ def test_a_4_bit_bundle_is_measured_as_it_is(found: list[Evaluation], full: Path
     llm, bos = opened(full)
     with llm:
         text = CalibrationData().text.read_text(encoding="utf-8")
-        perplexity.write_reference(llm, bos, perplexity.chunks(llm, bos, text, 1), tmp_path / "kld", quiet)
+        perplexity.write_reference(llm, bos, perplexity.divide(llm, bos, text, 1), tmp_path / "kld", SILENT)
     llm, bos = opened(toy_bundle)
     with llm:
-        again = perplexity.compare(llm, bos, perplexity.Reference(tmp_path / "kld"), quiet)
+        again = perplexity.compare(llm, bos, perplexity.Reference(tmp_path / "kld"), SILENT)
     assert one.text.kl_mean == pytest.approx(again.kl_mean, rel=1e-3) and one.text.n == again.n
     errors = {tensor.name: tensor for tensor in one.tensors}
     assert 0.04 < errors["blk.0.ffn_up.weight"].error < 0.12 and errors["blk.0.ffn_up.weight"].type == "Q4_K"
@@ -74,16 +75,16 @@ def rows(*scales: float) -> np.ndarray:
 
 def test_agreement_is_counted_by_hand():
     seen = [
-        (EvaluatedAnswer("move", {"forward_m_s": 1.0, "right_m_s": 0.5}), rows(1, 1)),
-        (EvaluatedAnswer("move", {"forward_m_s": 0.2, "right_m_s": 0.0}), rows(1, 1)),
-        (EvaluatedAnswer("land", {}), rows(1, 1)),
-        (EvaluatedAnswer("", {}), rows(1, 1)),
+        FrameResult(EvaluatedAnswer("move", {"forward_m_s": 1.0, "right_m_s": 0.5}), rows(1, 1)),
+        FrameResult(EvaluatedAnswer("move", {"forward_m_s": 0.2, "right_m_s": 0.0}), rows(1, 1)),
+        FrameResult(EvaluatedAnswer("land", {}), rows(1, 1)),
+        FrameResult(EvaluatedAnswer("", {}), rows(1, 1)),
     ]
     other = [
-        (EvaluatedAnswer("move", {"forward_m_s": 1.05, "right_m_s": 0.5}), rows(1, 1)),
-        (EvaluatedAnswer("move", {"forward_m_s": 0.5, "right_m_s": 0.0}), rows(1, -1)),
-        (EvaluatedAnswer("hold", {}), rows(1, 1)),
-        (EvaluatedAnswer("", {}), rows(1, 1)),
+        FrameResult(EvaluatedAnswer("move", {"forward_m_s": 1.05, "right_m_s": 0.5}), rows(1, 1)),
+        FrameResult(EvaluatedAnswer("move", {"forward_m_s": 0.5, "right_m_s": 0.0}), rows(1, -1)),
+        FrameResult(EvaluatedAnswer("hold", {}), rows(1, 1)),
+        FrameResult(EvaluatedAnswer("", {}), rows(1, 1)),
     ]
     one = agree(seen, other, CalibrationData(instructions=("a", "b")))
     assert (one.n, one.same_action) == (4, 0.75)
@@ -95,20 +96,20 @@ def test_agreement_is_counted_by_hand():
     assert [frame.instruction for frame in one.worst] == ["a", "b", "a", "b"]
 
 
-def test_what_is_no_pair_is_refused(toy_bundle: Path, toy_small: Path, tmp_path: Path):
-    with pytest.raises(EvaluateError, match=r"parameters: \d+, but the reference .* has \d+; they are not a pair"):
-        evaluate([toy_bundle], toy_small, CalibrationData(max_chunks=1), silent)
+def test_a_reference_of_another_model_is_refused(toy_bundle: Path, toy_small: Path, tmp_path: Path):
+    with pytest.raises(EvaluateError, match=r"parameters: \d+, but the reference .* has \d+; they are not"):
+        evaluate([toy_bundle], toy_small, CalibrationData(max_chunks=1), SILENT)
     with pytest.raises(EvaluateError, match="recipe: expected BF16, found Q4_K_M"):
-        evaluate([toy_bundle], toy_bundle, CalibrationData(max_chunks=1), silent)
+        evaluate([toy_bundle], toy_bundle, CalibrationData(max_chunks=1), SILENT)
 
 
-def test_a_text_only_model_is_measured_on_text(tmp_path: Path, pictures: Path):
+def test_a_text_only_model_is_evaluated_on_text(tmp_path: Path, pictures: Path):
     folder = toy.write_checkpoint(tmp_path / "toy", vision=False, prefix="text", vocab=2048, layers=1)
-    build(read_checkpoint(folder), tmp_path / "out", "Q4_K_M", False, silent)
-    (one,) = evaluate([tmp_path / "out"], folder, CalibrationData(max_chunks=1), silent)
+    build(plan_bundle(read_checkpoint(folder), "Q4_K_M"), tmp_path / "out", SILENT)
+    (one,) = evaluate([tmp_path / "out"], folder, CalibrationData(max_chunks=1), SILENT)
     assert one.actions is None and one.text.kl_mean > 0
     with pytest.raises(EvaluateError, match="text-only model; leave --frames out"):
-        evaluate([tmp_path / "out"], folder, CalibrationData(max_chunks=1, frames=pictures), silent)
+        evaluate([tmp_path / "out"], folder, CalibrationData(max_chunks=1, frames=pictures), SILENT)
 
 
 class Checked(html.parser.HTMLParser):
@@ -134,7 +135,7 @@ class Checked(html.parser.HTMLParser):
         self.words.append(data)
 
 
-def test_the_page_stands_alone_and_escapes_what_comes_from_outside(found: list[Evaluation], pictures: Path):
+def test_the_page_is_self_contained_and_escapes_its_input(found: list[Evaluation], pictures: Path):
     from edge_agent.tools.stills import read_stills
 
     frames = list(read_stills(pictures, 64))
@@ -165,7 +166,7 @@ def test_the_command(run, toy_bundle: Path, toy_bf16: Path, full: Path, pictures
     refused(run("evaluate", toy_bundle, "--reference", toy_bundle), ("recipe: expected BF16",))
 
 
-def test_what_cannot_be_shown_is_one_line(run, toy_bundle: Path, full: Path, tmp_path: Path):
+def test_unreadable_calibration_data_is_one_line(run, toy_bundle: Path, full: Path, tmp_path: Path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 900)
     against = ("evaluate", toy_bundle, "--reference", full)
     refused(run(*against, "--calibration", tmp_path / "latin.txt"), ("latin.txt: not readable as UTF-8 text",))

@@ -1,4 +1,4 @@
-"""Perplexity and divergence: against arithmetic written the long way, and through the file that keeps a reference."""
+"""Perplexity and KL divergence: against a float64 computation, and through the file of the reference."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 from quantize.measure import perplexity
 from quantize.measure.collect_imatrix import TEXT
 from quantize.measure.perplexity import MeasureError
-from tests.harness.language_model import opened, quiet
+from quantize.progress import SILENT
+from tests.harness.language_model import opened
 
 
 @pytest.fixture(scope="module")
@@ -18,8 +19,8 @@ def reference(full: Path, tmp_path_factory: pytest.TempPathFactory) -> perplexit
     path = tmp_path_factory.mktemp("reference") / "kld"
     llm, bos = opened(full)
     with llm:
-        cut = perplexity.chunks(llm, bos, TEXT.read_text(encoding="utf-8"), 2)
-        perplexity.write_reference(llm, bos, cut, path, quiet)
+        cut = perplexity.divide(llm, bos, TEXT.read_text(encoding="utf-8"), 2)
+        perplexity.write_reference(llm, bos, cut, path, SILENT)
     return perplexity.Reference(path)
 
 
@@ -28,28 +29,28 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
-def test_a_model_is_no_way_from_itself(full: Path, reference: perplexity.Reference):
+def test_a_model_has_no_divergence_from_itself(full: Path, reference: perplexity.Reference):
     llm, bos = opened(full)
     with llm:
-        found = perplexity.compare(llm, bos, reference, quiet)
+        found = perplexity.compare(llm, bos, reference, SILENT)
     assert found.n == 2 * 255 and found.same_top == 1.0
     assert abs(found.kl_mean) < 1e-5 and abs(found.kl_max) < 1e-3
     assert found.delta_p_rms < 1e-4
 
 
-def test_the_figures_are_those_of_the_long_way(full: Path, toy_bundle: Path, reference: perplexity.Reference):
+def test_the_figures_equal_a_float64_computation(full: Path, toy_bundle: Path, reference: perplexity.Reference):
     """All of it again in float64, without the file."""
     rows = {}
     for name, folder in (("p", full), ("q", toy_bundle)):
         llm, bos = opened(folder)
         with llm:
             rows[name] = np.concatenate(
-                [log_softmax(perplexity.logits(llm, bos, chunk)[:-1].copy()) for chunk in reference.stop_reason]
+                [log_softmax(perplexity.logits(llm, bos, chunk)[:-1].copy()) for chunk in reference.chunks]
             )
             if name == "q":
-                found = perplexity.compare(llm, bos, reference, quiet)
+                found = perplexity.compare(llm, bos, reference, SILENT)
     p, q = rows["p"], rows["q"]
-    right = np.concatenate([chunk[257:] for chunk in reference.stop_reason])
+    right = np.concatenate([chunk[257:] for chunk in reference.chunks])
     at = np.arange(len(right))
     kl = (np.exp(p) * (p - q)).sum(1)
     assert found.perplexity == pytest.approx(np.exp(-q[at, right].mean()), rel=1e-4)
@@ -64,7 +65,7 @@ def test_the_figures_are_those_of_the_long_way(full: Path, toy_bundle: Path, ref
     assert found.kl_sd == pytest.approx(kl.std() / np.sqrt(len(kl) - 1), rel=1e-2)
 
 
-def test_what_is_stored_comes_back_within_a_step():
+def test_stored_log_probabilities_are_exact_to_one_step():
     logits = np.random.default_rng(0).normal(0, 4, (3, 77)).astype(np.float32)
     logits[1, 5] = 60.0  # then most of the row is more than 16 below
     stored = perplexity._stored(logits)
@@ -75,14 +76,14 @@ def test_what_is_stored_comes_back_within_a_step():
     assert np.abs(back - expected).max() <= 16 / 65535
 
 
-def test_every_chunk_begins_with_bos_and_is_read_from_an_empty_cache(full: Path, reference: perplexity.Reference):
+def test_every_chunk_starts_with_bos_and_an_empty_cache(full: Path, reference: perplexity.Reference):
     llm, bos = opened(full)
     with llm:
-        one = perplexity.logits(llm, bos, reference.stop_reason[1]).copy()
-        perplexity.logits(llm, bos, reference.stop_reason[0])
-        again = perplexity.logits(llm, bos, reference.stop_reason[1])
+        one = perplexity.logits(llm, bos, reference.chunks[1]).copy()
+        perplexity.logits(llm, bos, reference.chunks[0])
+        again = perplexity.logits(llm, bos, reference.chunks[1])
         np.testing.assert_array_equal(one, again)
-        other = reference.stop_reason[1].copy()
+        other = reference.chunks[1].copy()
         other[0] = 7  # the text's own token there is never read
         np.testing.assert_array_equal(one, perplexity.logits(llm, bos, other))
 
@@ -90,7 +91,7 @@ def test_every_chunk_begins_with_bos_and_is_read_from_an_empty_cache(full: Path,
 def test_text_too_short_is_refused(full: Path):
     llm, bos = opened(full)
     with llm, pytest.raises(MeasureError, match="expected 512 or more"):
-        perplexity.chunks(llm, bos, "Follow the road.")
+        perplexity.divide(llm, bos, "Follow the road.")
 
 
 @pytest.mark.parametrize(
@@ -111,4 +112,4 @@ def test_a_damaged_reference_is_refused(reference: perplexity.Reference, tmp_pat
 def test_a_reference_of_another_vocabulary_is_refused(reference: perplexity.Reference, build, toy_small: Path):
     llm, bos = opened(build(toy_small, "Q4_K_M"))
     with llm, pytest.raises(MeasureError, match="vocabulary of 4096, but the model has 2048"):
-        perplexity.compare(llm, bos, reference, quiet)
+        perplexity.compare(llm, bos, reference, SILENT)

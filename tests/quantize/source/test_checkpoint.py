@@ -1,4 +1,4 @@
-"""Reading a checkpoint: every number in its place, every tensor once. Damaged ones are in test_quantize_cli.py."""
+"""Reading a checkpoint: every value and every tensor once. Damaged ones are in test_refused_checkpoints.py."""
 
 from __future__ import annotations
 
@@ -79,14 +79,16 @@ def test_every_tensor_is_used_once_or_named_as_ignored(source: str, request):
 
 @pytest.mark.parametrize("block_bytes", [1 << 26, 300_000, 5000, 1])
 @pytest.mark.parametrize("source", ["toy_bf16", "toy_fp8"])
-def test_values_come_scaled_and_in_whole_units(source: str, block_bytes: int, request, monkeypatch):
+def test_values_are_scaled_and_blocks_hold_whole_heads(source: str, block_bytes: int, request, monkeypatch):
     monkeypatch.setattr(checkpoint, "BLOCK_BYTES", block_bytes)
     folder = request.getfixturevalue(source)
     found = checkpoint.read_checkpoint(folder)
-    rows = [row for row in [*found.text_rows, *found.vision_rows] if "embed" not in row.hf and "lm_head" not in row.hf]
+    rows = [
+        row for row in [*found.text_tensors, *found.vision_tensors] if "embed" not in row.hf and "lm_head" not in row.hf
+    ]
     for row in rows if block_bytes > 5000 else rows[:12]:
         unit = found.shape(row)[0] // found.dims[row.rope] if row.rope else 1
-        blocks = list(found.float_blocks(row, unit))
+        blocks = list(found.dequantised_blocks(row, unit))
         assert all(block.dtype == np.float32 and len(block) % unit == 0 for block in blocks)
         largest = max(block.nbytes for block in blocks)
         assert largest <= max(block_bytes, 4 * unit * math.prod(found.shape(row)[1:]))
@@ -99,8 +101,8 @@ def test_a_folder_of_links_as_in_a_download_cache(toy_bf16: Path, tmp_path: Path
     for file in toy_bf16.iterdir():
         (tmp_path / file.name).symlink_to(file)
     plain, linked = checkpoint.read_checkpoint(toy_bf16), checkpoint.read_checkpoint(tmp_path)
-    row = plain.text_rows[0]
-    np.testing.assert_array_equal(linked.rows(row, 5, 9), plain.rows(row, 5, 9))
+    row = plain.text_tensors[0]
+    np.testing.assert_array_equal(linked.read_rows(row, 5, 9), plain.read_rows(row, 5, 9))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +140,7 @@ def test_whether_embeddings_are_tied(tmp_path: Path, outer, inner, has_head: boo
         ("chat_template.jinja", "# HOW YOU SHOULD THINK: draft your reasoning in [THINK]…[/THINK]", "reasoning"),
     ],
 )
-def test_the_variant_is_told_by_the_chat_template(toy_bf16: Path, tmp_path: Path, file, template: str, variant: str):
+def test_the_variant_comes_from_the_chat_template(toy_bf16: Path, tmp_path: Path, file, template: str, variant: str):
     folder = shutil.copytree(toy_bf16, tmp_path / "toy")
     if file == "tokenizer_config.json":
         template = json.dumps({"chat_template": template})

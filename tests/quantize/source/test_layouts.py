@@ -1,4 +1,4 @@
-"""One model, many layouts: HF and consolidated, whole and in parts, with eyes and without, of both families."""
+"""One model, many layouts: HF and consolidated, one file and shards, with and without vision, both families."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from edge_agent.bundle.manifest import LANGUAGE, MANIFEST, MMPROJ, REPORT, VISIO
 from edge_agent.bundle.verify import verify_bundle
 from edge_agent.errors import BundleError
 from quantize.build import build, convert
+from quantize.formats.build_plan import plan_conversion
+from quantize.progress import SILENT
 from quantize.source.checkpoint import read_checkpoint
 from quantize.source.hf_config import PIXEL_MEAN, PIXEL_STD
 from quantize.source.tensor_names import FAMILIES, Yarn
+from quantize.standard_recipes import plan_bundle
 from tests.harness import toy
-from tests.harness.case import silent
 from tests.harness.quantize_cli import configure, refused, remove
 
 LAYOUTS = {
@@ -42,7 +44,7 @@ def test_every_layout_of_a_model_makes_the_same_files(tmp_path: Path, family: st
         model = {"family": family, "dtype": dtype, "tied": dtype == "bf16"}
         folder = toy.write_checkpoint(tmp_path / name, **SMALL, **model, **arguments)
         out = tmp_path / f"{name} out"
-        convert(read_checkpoint(folder), out, "bf16", False, silent)
+        convert(plan_conversion(read_checkpoint(folder), "bf16"), out, SILENT)
         made[name] = hashes(out)
     assert set(made["hf"]) == {LANGUAGE, MMPROJ, VISION}
     assert all(files == made["hf"] for files in made.values()), made
@@ -53,7 +55,9 @@ def test_the_two_layouts_differ_where_rotary_rows_stand(tmp_path: Path):
     read = {}
     for layout in ("hf", "consolidated"):
         found = read_checkpoint(toy.write_checkpoint(tmp_path / layout, **SMALL, layout=layout))
-        read[layout] = {row.gguf: found.rows(row, 0, 4).tobytes() for row in [*found.text_rows, *found.vision_rows]}
+        read[layout] = {
+            row.gguf: found.read_rows(row, 0, 4).tobytes() for row in [*found.text_tensors, *found.vision_tensors]
+        }
         assert found.layout == {"hf": "HF", "consolidated": "consolidated"}[layout]
     differ = {name for name in read["hf"] if read["hf"][name] != read["consolidated"][name]}
     assert differ == {f"{blk}.0.attn_{side}.weight" for blk in ("blk", "v.blk") for side in "qk"}
@@ -65,11 +69,11 @@ def test_a_text_only_model_makes_a_bundle_that_the_agent_refuses(tmp_path: Path,
     folder = toy.write_checkpoint(
         tmp_path / "toy", **SMALL, family=family, vision=False, layout=layout, prefix="text" if layout == "hf" else ""
     )
-    manifest = build(read_checkpoint(folder), tmp_path / "out", "Q4_K_M", False, silent)
+    manifest = build(plan_bundle(read_checkpoint(folder), "Q4_K_M"), tmp_path / "out", SILENT)
     assert manifest.vision is None and manifest.model.family == family
     assert set(os.listdir(tmp_path / "out")) == {LANGUAGE, REPORT, MANIFEST}
     report = json.loads((tmp_path / "out" / REPORT).read_text())
-    assert set(report["tried"]) == {"embedding_rows_relative_difference"}
+    assert set(report["validation"]) == {"embedding_rows_relative_difference"}
     assert read_manifest(tmp_path / "out").manifest == manifest
     with pytest.raises(BundleError, match="text-only"):
         verify_bundle(tmp_path / "out")
@@ -85,7 +89,7 @@ def test_the_released_sizes_have_their_names(tmp_path: Path):
     }
 
 
-def test_a_folder_with_both_layouts_is_read_as_hf_and_with_half_of_one_as_the_other(tmp_path: Path):
+def test_of_two_layouts_in_a_folder_hf_is_read_unless_its_tensors_are_missing(tmp_path: Path):
     folder = toy.write_checkpoint(tmp_path / "both", **SMALL)
     toy.write_checkpoint(folder, **SMALL, layout="consolidated")
     assert read_checkpoint(folder).layout == "HF"
@@ -93,7 +97,7 @@ def test_a_folder_with_both_layouts_is_read_as_hf_and_with_half_of_one_as_the_ot
     assert read_checkpoint(folder).layout == "consolidated"
 
 
-def test_parts_without_an_index_need_be_all_there(run, tmp_path: Path):
+def test_shards_without_an_index_must_be_complete(run, tmp_path: Path):
     folder = toy.write_checkpoint(tmp_path / "toy", **SMALL, layout="consolidated", shards=3)
     (folder / "consolidated.safetensors.index.json").unlink()
     assert run("inspect", folder)[0] == 0

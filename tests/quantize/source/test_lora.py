@@ -19,11 +19,12 @@ from edge_agent.config import LanguageConfig, load_config_text
 from edge_agent.errors import ConfigError
 from edge_agent.model.llama import ACTION_SEQ, LlamaContext
 from quantize.build import convert
+from quantize.formats.build_plan import plan_conversion
+from quantize.progress import SILENT
 from quantize.source.checkpoint import read_checkpoint
 from quantize.source.hf_config import CheckpointError
 from quantize.source.lora import merged, read_adapter, write_adapter
 from tests.harness import toy
-from tests.harness.case import silent
 from tests.harness.gguf_reading import interleaved, tensors_of, values
 
 HIDDEN, FFN = 256, 512  # of toy_bf16
@@ -66,7 +67,7 @@ def assert_merged(base: Path, merged: Path, added: dict[str, np.ndarray]) -> Non
 
 def merge(folder: Path, adapter: Path, out: Path, kind: str = "bf16") -> Path:
     found = read_checkpoint(folder)
-    convert(merged(found, read_adapter(adapter, found)), out, kind, False, silent)
+    convert(plan_conversion(merged(found, read_adapter(adapter, found)), kind), out, SILENT)
     return out
 
 
@@ -92,7 +93,7 @@ def test_ranks_and_scales_may_differ_by_module(tmp_path: Path, toy_bf16: Path, c
     found = read_checkpoint(toy_bf16)
     adapter = read_adapter(tmp_path / "adapter", found)
     assert adapter.ranks == (4, 9)
-    write_adapter(adapter, found, tmp_path / "a.gguf", lambda *_: None)
+    write_adapter(adapter, found, tmp_path / "a.gguf", SILENT)
     file = gguf.GGUFReader(tmp_path / "a.gguf")
     assert file.fields["adapter.lora.alpha"].contents() == 0  # llama.cpp would divide by the rank; ours are inside
     b = next(tensor.data for tensor in file.tensors if tensor.name == "blk.0.attn_q.weight.lora_b")
@@ -102,12 +103,12 @@ def test_ranks_and_scales_may_differ_by_module(tmp_path: Path, toy_bf16: Path, c
 @pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model.", "model."])
 def test_names_of_any_transformers_release(tmp_path: Path, toy_bf16: Path, prefix: str):
     toy.write_adapter(tmp_path / "adapter", {f"{prefix}layers.1.mlp.up_proj": (FFN, HIDDEN)})
-    assert list(read_adapter(tmp_path / "adapter", read_checkpoint(toy_bf16)).added) == [
+    assert list(read_adapter(tmp_path / "adapter", read_checkpoint(toy_bf16)).deltas) == [
         "text.layers.1.mlp.up_proj.weight"
     ]
 
 
-def test_eyes_and_embeddings_are_merged_and_cannot_be_switched(tmp_path: Path, convert):
+def test_vision_and_embedding_adapters_are_merged_and_cannot_be_switched(tmp_path: Path, convert):
     folder = toy.write_checkpoint(tmp_path / "base", tied=False)
     vision = "model.vision_tower.transformer.layers.1.attention.k_proj"
     made = toy.write_adapter(tmp_path / "eyes", {vision: (128, 128)})
@@ -130,7 +131,7 @@ def test_eyes_and_embeddings_are_merged_and_cannot_be_switched(tmp_path: Path, c
     found = read_checkpoint(folder)
     for name, part in (("eyes", "the vision encoder"), ("words", "the embedding table")):
         with pytest.raises(CheckpointError, match=f"changes {part}, which cannot be switched"):
-            write_adapter(read_adapter(tmp_path / name, found), found, tmp_path / "out.gguf", lambda *_: None)
+            write_adapter(read_adapter(tmp_path / name, found), found, tmp_path / "out.gguf", SILENT)
     assert not (tmp_path / "out.gguf").exists()
 
 
@@ -214,7 +215,7 @@ UP = TEXT.format(n=1) + "mlp.up_proj"
         ({"names": ("lora_embedding_A", "lora_embedding_B")}, "only embeddings have lora_embedding matrices"),
     ],
 )  # fmt: skip
-def test_an_adapter_of_something_else_is_refused(tmp_path: Path, toy_bf16: Path, arguments: dict, words: str):
+def test_an_adapter_of_another_model_is_refused(tmp_path: Path, toy_bf16: Path, arguments: dict, words: str):
     toy.write_adapter(tmp_path / "adapter", **({"modules": {UP: (FFN, HIDDEN)}} | arguments))
     with pytest.raises(CheckpointError, match=words):
         read_adapter(tmp_path / "adapter", read_checkpoint(toy_bf16))
@@ -239,7 +240,7 @@ def test_what_is_not_an_adapter_is_refused(tmp_path: Path, toy_bf16: Path):
 def test_the_command(tmp_path: Path, plain, toy_bf16: Path, edge_quantize: Callable):
     adapter, out = shutil.copytree(plain[0], tmp_path / "adapter"), tmp_path / "out.gguf"
     lost = edge_quantize("lora", adapter, out)
-    assert lost.returncode == 2 and "which is no folder here" in lost.stderr and len(lost.stderr.splitlines()) == 1
+    assert lost.returncode == 2 and "which is not a folder here" in lost.stderr and len(lost.stderr.splitlines()) == 1
     table = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(table | {"base_model_name_or_path": str(toy_bf16)}))
     made = edge_quantize("lora", adapter, out)
@@ -260,7 +261,7 @@ def test_the_command(tmp_path: Path, plain, toy_bf16: Path, edge_quantize: Calla
 # -- on the device -----------------------------------------------------------------------------------------------------
 
 
-def test_an_adapter_is_looked_over_before_native_code_sees_it(
+def test_an_adapter_is_checked_before_native_code_loads_it(
     tmp_path: Path, switchable: Path, toy_bundle: Path, toy_bf16: Path, plain
 ):
     served = read_manifest(toy_bundle)
@@ -270,7 +271,7 @@ def test_an_adapter_is_looked_over_before_native_code_sees_it(
     wide = toy.write_checkpoint(tmp_path / "wide", ffn=1024)
     toy.write_adapter(tmp_path / "other", {UP: (1024, HIDDEN)})
     other = read_checkpoint(wide)
-    write_adapter(read_adapter(tmp_path / "other", other), other, tmp_path / "other.gguf", lambda *_: None)
+    write_adapter(read_adapter(tmp_path / "other", other), other, tmp_path / "other.gguf", SILENT)
     assert other.size != found.size
     (tmp_path / "cut.gguf").write_bytes(switchable.read_bytes()[:-4096])
     (tmp_path / "link.gguf").symlink_to(switchable)
@@ -285,18 +286,18 @@ def test_an_adapter_is_looked_over_before_native_code_sees_it(
             verify_adapters({"x": str(file)}, served, ())
 
 
-def test_where_trust_is_asked_for_an_adapter_has_to_be_signed(tmp_path: Path, plain, toy_bf16: Path, toy_bundle: Path):
+def test_with_trusted_keys_an_adapter_must_be_signed(tmp_path: Path, plain, toy_bf16: Path, toy_bundle: Path):
     served, found = read_manifest(toy_bundle), read_checkpoint(toy_bf16)
     adapter, out = read_adapter(plain[0], found), tmp_path / "a.gguf"
     public = str(signing.keygen(tmp_path / "key"))
-    write_adapter(adapter, found, out, lambda *_: None, key=tmp_path / "key")
+    write_adapter(adapter, found, out, SILENT, tmp_path / "key")
     verify_adapters({"a": str(out)}, served, (public,))
     raw = bytearray(out.read_bytes())
     raw[-5] ^= 1
     out.write_bytes(raw)
     with pytest.raises(ConfigError, match="signed by none of the keys"):
         verify_adapters({"a": str(out)}, served, (public,))
-    write_adapter(adapter, found, out, lambda *_: None)  # unsigned: the old signature goes too
+    write_adapter(adapter, found, out, SILENT)  # unsigned: the old signature goes too
     with pytest.raises(ConfigError, match=r"a\.gguf\.sig: No such file"):
         verify_adapters({"a": str(out)}, served, (public,))
     verify_adapters({"a": str(out)}, served, ())
@@ -325,5 +326,5 @@ def test_a_full_disk_leaves_no_adapter(tmp_path: Path, plain, toy_bf16: Path, mo
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        write_adapter(read_adapter(plain[0], found), found, tmp_path / "a.gguf", lambda *_: None)
+        write_adapter(read_adapter(plain[0], found), found, tmp_path / "a.gguf", SILENT)
     assert list(tmp_path.iterdir()) == []

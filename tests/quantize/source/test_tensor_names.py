@@ -48,7 +48,7 @@ def test_the_tables_name_every_tensor_of_a_checkpoint_and_no_other(tmp_path: Pat
 
 
 @pytest.mark.parametrize("column", ["hf", "consolidated", "gguf"])
-def test_no_two_rows_share_a_name(column: str):
+def test_tensor_names_are_unique(column: str):
     for rows in (TEXT_ROWS, VISION_ROWS):
         written = [getattr(row, column) for row in rows]
         assert len(set(written)) == len(written) and not any("{" in name for name in written)

@@ -111,7 +111,7 @@ def test_both_tokenizer_files_say_the_same(tmp_path: Path, vocab: int):
     assert by_tekken.special == by_hf.special == IDS
 
 
-def test_a_vocabulary_without_thoughts_has_no_tokens_for_them(tmp_path: Path):
+def test_a_vocabulary_without_reasoning_has_no_think_tokens(tmp_path: Path):
     """Tekken before v11; or one that calls them normal in tokenizer.json."""
     toy._write_tokenizer(tmp_path, 1256)
     path = tmp_path / "tokenizer.json"

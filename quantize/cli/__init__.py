@@ -1,0 +1,5 @@
+"""The command line `edge-quantize`."""
+
+from quantize.cli.entry import main
+
+__all__ = ["main"]
