@@ -13,9 +13,9 @@ import msgspec
 from edge_agent.actions.space import load_action_space
 from edge_agent.board import health
 from edge_agent.bundle.manifest import read_manifest
-from edge_agent.bundle.memory_plan import NotEnoughMemoryError, adapters_mib, plan_memory
+from edge_agent.bundle.memory_plan import adapters_mib, plan_memory
 from edge_agent.config import Config
-from edge_agent.errors import BundleError, ConfigError
+from edge_agent.errors import ConfigError, UserError
 from edge_agent.ipc.events import (
     Heartbeat,
     LogLine,
@@ -24,9 +24,7 @@ from edge_agent.ipc.events import (
 )
 from edge_agent.ipc.worker import attach_to_supervisor
 from edge_agent.model.engine import Engine, InstructionRefused
-from edge_agent.model.llama import LlamaError
 from edge_agent.model.loop import ModelLoop, warm_up
-from edge_agent.model.vision_encoder import VisionError
 from edge_agent.wire.codec import encode
 
 _libc = ctypes.CDLL(None)
@@ -51,11 +49,8 @@ def main() -> int:
         warmup_ms = warm_up(engine)
         gc.collect()
         _libc.malloc_trim(0)  # what loading took and left, 10 MB of a full vocabulary
-    except (LlamaError, VisionError, BundleError, NotEnoughMemoryError, ValueError) as error:
-        emit(StartupFailed(reason=str(error), configured=False))
-        return 1
-    except (InstructionRefused, ConfigError) as error:
-        emit(StartupFailed(reason=str(error), configured=True))
+    except UserError as error:  # any other exception is a defect: it ends the process with its traceback
+        emit(StartupFailed(reason=str(error), configured=isinstance(error, (InstructionRefused, ConfigError))))
         return 1
     emit(ModelReady(vision=engine.encoder.provider, load_s=time.monotonic() - start, warmup_ms=warmup_ms))
     loop = ModelLoop(engine, slot, events)

@@ -11,13 +11,14 @@ greedy check, Leviathan et al. 2023; the draft costs no model of its own).
 from __future__ import annotations
 
 import json
+import warnings
 
 import llguidance
 import llguidance.llamacpp
 import llguidance.numpy
 import numpy as np
 
-from edge_agent.errors import UserError
+from edge_agent.errors import ConfigError, UserError
 
 DraftSteps = list[list[int]]
 MAX_CACHED_STATES = 5_000  # that are remembered, some 2 KB each at most; then it begins anew
@@ -63,17 +64,20 @@ class Grammar:
 
     def __init__(self, vocab: int) -> None:
         """vocab: llama.cpp's vocabulary handle, which must outlive this."""
-        # Slices speed free text up, of which no answer has any, and take 30 MB of a full vocabulary.
-        self.tokenizer = llguidance.llamacpp.lltokenizer_from_vocab(vocab, slices=[])
+        with warnings.catch_warnings():
+            # llguidance 1.x calls a deprecated function of llama-cpp-python once per token: 131072 warnings.
+            warnings.filterwarnings("ignore", "llama_token_get_attr is deprecated", DeprecationWarning)
+            # Slices speed up free text, which no answer contains, and need 30 MB for a full vocabulary.
+            self.tokenizer = llguidance.llamacpp.lltokenizer_from_vocab(vocab, slices=[])
         self._mask = llguidance.numpy.allocate_token_bitmask(1, self.tokenizer.vocab_size)
         self._matcher: llguidance.LLMatcher | None = None
 
     def allow(self, source: str) -> None:
-        """From now on answers follow this grammar: `from_schema` or `from_lark`. Raises ValueError when llguidance
-        cannot take it."""
+        """From now on answers follow this grammar: `from_schema` or `from_lark`. Raises ConfigError when
+        llguidance cannot compile it."""
         matcher = llguidance.LLMatcher(self.tokenizer, source)
         if matcher.is_error():
-            raise ValueError(f"action space is no grammar: {matcher.get_error()}")
+            raise ConfigError(f"cannot compile a grammar for this action space: {matcher.get_error()}")
         self._matcher = matcher
         self._forget()
 

@@ -11,9 +11,11 @@ import contextlib
 import os
 import select
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 from edge_agent.ipc.events import StopReason
@@ -33,6 +35,7 @@ class EncodedFrame(NamedTuple):
     rows: np.ndarray | None  # (n, hidden) float32; None: `cut` says why
     stop_reason: StopReason
     n_tokens: int
+    max_tokens: int  # as the budget selected
     taken_ns: int
     done_ns: int
 
@@ -45,9 +48,9 @@ class EncodedFrame(NamedTuple):
 class FrameEncoder:
     """Owns the thread, if there is one; close() ends it."""
 
-    def __init__(self, engine: Engine, slot: Slot, overlap: bool) -> None:
-        self.engine, self.slot = engine, slot
-        self.budget = TokenBudget(engine.config.vision.max_image_tokens)
+    def __init__(self, engine: Engine, slot: Slot, overlap: bool, sleep: Callable[[float], None] = time.sleep) -> None:
+        self.engine, self.slot, self._sleep = engine, slot, sleep
+        self.budget = TokenBudget.of(engine.config.vision.max_image_tokens)  # the main thread's
         self.seen_seq = 0
         self._pool = ThreadPoolExecutor(1, "eyes") if overlap else None
         self._future: Future[EncodedFrame | None] | None = None
@@ -65,7 +68,7 @@ class FrameEncoder:
     def next(self, answer_ms: float) -> EncodedFrame | None:
         """The newest frame that was not seen yet, or None. answer_ms: what answering it will take, about."""
         if self._pool is None:
-            return self._look()
+            return self._taken(self._look(self.budget))
         if self._future is None:
             self._begin(0)
         if not self._future.done():
@@ -73,7 +76,7 @@ class FrameEncoder:
         glance, self._future = self._future.result(), None
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._done_fd)
-        if glance is None:
+        if self._taken(glance) is None:
             return None
         waited_ms = (time.monotonic_ns() - glance.done_ns) / NS_PER_MS
         if waited_ms > glance.encode_ms and self.slot.latest_seq > glance.frame.seq:
@@ -82,26 +85,31 @@ class FrameEncoder:
         self._begin(time.monotonic_ns() + round(max(0.0, answer_ms - glance.encode_ms) * NS_PER_MS))
         return glance
 
+    def _taken(self, glance: EncodedFrame | None) -> EncodedFrame | None:
+        if glance is not None:
+            self.budget = msgspec.structs.replace(self.budget, tokens=glance.max_tokens)
+        return glance
+
     def _begin(self, not_before_ns: int) -> None:
-        self._future = self._pool.submit(self._look_later, not_before_ns)
+        self._future = self._pool.submit(self._look_later, not_before_ns, self.budget)
         self._future.add_done_callback(lambda _: os.eventfd_write(self._done_fd, 1))
 
-    def _look_later(self, not_before_ns: int) -> EncodedFrame | None:
-        time.sleep(max(0, not_before_ns - time.monotonic_ns()) / 1e9)
-        if (glance := self._look()) is not None:
+    def _look_later(self, not_before_ns: int, budget: TokenBudget) -> EncodedFrame | None:
+        self._sleep(max(0, not_before_ns - time.monotonic_ns()) / 1e9)
+        if (glance := self._look(budget)) is not None:
             return glance
         poll = select.poll()
         poll.register(self.slot, select.POLLIN)
-        return self._look() if poll.poll(IDLE_S * 1000) else None
+        return self._look(budget) if poll.poll(IDLE_S * 1000) else None
 
-    def _look(self) -> EncodedFrame | None:
+    def _look(self, budget: TokenBudget) -> EncodedFrame | None:
         frame, taken_ns = self.slot.newest(self.seen_seq), time.monotonic_ns()
         if frame is None:
             return None
         engine = self.engine
         deadline_ns = frame.t_capture_ns + round(engine.config.task.deadline_ms * NS_PER_MS)
-        engine.preprocessor.max_tokens = self.budget.choose((deadline_ns - taken_ns) / NS_PER_MS)
-        image = engine.preprocessor.image(frame.image)
+        max_tokens = budget.select((deadline_ns - taken_ns) / NS_PER_MS).tokens
+        image = engine.preprocessor.image(frame.image, max_tokens)
         engine.span("resize", "eyes", taken_ns)
         if not self.slot.still_valid(frame):
             return None  # the camera came round while we read: there is a newer one
@@ -115,4 +123,4 @@ class FrameEncoder:
             except NonFiniteError:
                 stop_reason = "not-finite"
         n_tokens = image.shape[0] * image.shape[1] // engine.preprocessor.unit**2
-        return EncodedFrame(frame, deadline_ns, rows, stop_reason, n_tokens, taken_ns, time.monotonic_ns())
+        return EncodedFrame(frame, deadline_ns, rows, stop_reason, n_tokens, max_tokens, taken_ns, time.monotonic_ns())

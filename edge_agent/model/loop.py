@@ -129,7 +129,9 @@ class ModelLoop:
             text, stop_reason, stages = engine.respond(
                 glance.rows, frame.frame_id, glance.deadline_ns, self._state(started_ns)
             )
-            self.eyes.budget.note(glance.n_tokens, glance.encode_ms + stages["prefill"], stages["decode"])
+            self.eyes.budget = self.eyes.budget.record(
+                glance.n_tokens, glance.encode_ms + stages["prefill"], stages["decode"]
+            )
             took_ms = stages["prefill"] + stages["decode"]
             self.answer_ms += (EMA_WEIGHT if self.answer_ms else 1.0) * (took_ms - self.answer_ms)
         engine.span(f"frame {frame.frame_id} waits", "slot", frame.t_capture_ns, glance.taken_ns)

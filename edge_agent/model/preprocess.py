@@ -60,9 +60,10 @@ class Preprocessor:
         self._image = np.empty((0, 0, 3), np.uint8)
         self._pixels = np.empty((1, 3, 0, 0), np.float32)
 
-    def image(self, frame: np.ndarray) -> np.ndarray:
-        """frame: (H, W, 3) uint8 RGB -> (28 * lines, 28 * columns, 3) uint8 RGB, a buffer good until the next call."""
-        lines, columns = image_grid(*frame.shape[:2], self.max_tokens, self.vision)
+    def image(self, frame: np.ndarray, max_tokens: int | None = None) -> np.ndarray:
+        """frame: (H, W, 3) uint8 RGB -> (28 * lines, 28 * columns, 3) uint8 RGB, a buffer that is valid until the next
+        call. max_tokens: for this frame; None: as many as configured."""
+        lines, columns = image_grid(*frame.shape[:2], max_tokens or self.max_tokens, self.vision)
         size = (lines * self.unit, columns * self.unit)
         if self._image.shape[:2] != size:
             self._image = np.empty((*size, 3), np.uint8)

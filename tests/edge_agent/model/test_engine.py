@@ -11,7 +11,6 @@ from pathlib import Path
 
 import gguf
 import llguidance
-import llguidance.llamacpp
 import llguidance.numpy
 import msgspec
 import numpy as np
@@ -36,7 +35,6 @@ from edge_agent.model.vision_encoder import VisionError
 from tests.harness import toy
 from tests.harness.rig import TASK, config_of, numbers_only
 
-pytestmark = pytest.mark.filterwarnings("ignore:llama_token_get_attr")  # llguidance, once per token
 FAR_NS = 10**13
 
 
@@ -112,7 +110,7 @@ def plain_answer(language: LlamaContext, engine: Engine, image: np.ndarray) -> t
         np.array(engine.encoder.encode(image)),
         language.embed([special["img_end"], *language.tokens("Action?"), special["inst_end"]]),
     ]
-    tokenizer = llguidance.llamacpp.lltokenizer_from_vocab(language.vocab)
+    tokenizer = engine.grammar.tokenizer
     compact = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
     schema = json.dumps(json_schema(space) | {"x-guidance": compact})
     matcher = llguidance.LLMatcher(tokenizer, llguidance.LLMatcher.grammar_from_json_schema(schema))
@@ -283,7 +281,7 @@ def test_logits_that_are_not_finite_never_become_an_action_or_a_word(engine, eve
 
 
 def test_an_answer_without_an_end_is_cut(engine, events, monkeypatch):
-    monkeypatch.setattr("edge_agent.model.MAX_ANSWER_TOKENS", len(engine.opening) - 1)
+    monkeypatch.setattr("edge_agent.model.engine.MAX_ANSWER_TOKENS", len(engine.opening) - 1)
     text, stop_reason, _ = engine.act(picture(engine, 1), 1, time.monotonic_ns() + FAR_NS)
     assert (stop_reason, text) == ("length", '{"action":"')
     assert (events[-1].final, events[-1].stop_reason) == (True, "length")
@@ -619,7 +617,7 @@ def test_bins_are_answered_by_the_same_machinery(toy_bundle, tmp_path, horizon):
 
 
 def test_a_horizon_whose_answers_could_never_end_is_refused(toy_bundle, monkeypatch, tmp_path):
-    monkeypatch.setattr("edge_agent.model.MAX_ANSWER_TOKENS", 16)
+    monkeypatch.setattr("edge_agent.model.engine.MAX_ANSWER_TOKENS", 16)
     with (
         pytest.raises(ConfigError, match="at most 16 tokens, found 17"),
         engine_of(toy_bundle, with_horizon(tmp_path, 4)),

@@ -26,7 +26,7 @@ class Engine:
 
     def __init__(self, see_s: float = 0.0) -> None:
         self.config, self.see_s = CONFIG, see_s
-        self.preprocessor = SimpleNamespace(image=lambda frame: frame.copy(), max_tokens=0, unit=28)
+        self.preprocessor = SimpleNamespace(image=lambda frame, max_tokens: frame.copy(), unit=28)
         self.fails: Exception | None = None
         self.looks: list[tuple[str, int, float]] = []  # thread, first pixel, when it began
 
@@ -150,7 +150,7 @@ def test_rows_that_are_not_finite_are_none_and_errors_reach_who_asks(slot, made,
 def test_the_camera_coming_round_means_no_glance(slot, made):
     engine = Engine()
 
-    def slow(frame: np.ndarray) -> np.ndarray:
+    def slow(frame: np.ndarray, max_tokens: int) -> np.ndarray:
         image = frame.copy()
         for frame_id in (2, 3):
             publish(slot, frame_id)
@@ -160,8 +160,37 @@ def test_the_camera_coming_round_means_no_glance(slot, made):
     publish(slot, 1)
     eyes = made(engine, overlap=False)
     assert eyes.next(0.0) is None and engine.looks == []
-    engine.preprocessor.image = lambda frame: frame.copy()
+    engine.preprocessor.image = lambda frame, max_tokens: frame.copy()
     assert wait_for(eyes).frame.frame_id == 3
+
+
+def test_the_encoder_thread_uses_the_budget_of_its_job_and_writes_none(slot):
+    """The main thread records times while a job is under way: neither changes the other's numbers."""
+    engine, sleeping, go_on, sizes = Engine(), threading.Event(), threading.Event(), []
+
+    def sleep(seconds: float) -> None:
+        if seconds > 0:  # the second job, which begins when the first frame is nearly answered
+            sleeping.set()
+            assert go_on.wait(30)
+
+    engine.preprocessor.image = lambda frame, max_tokens: sizes.append(max_tokens) or frame.copy()
+    eyes = FrameEncoder(engine, slot, overlap=True, sleep=sleep)
+    try:
+        eyes.budget = eyes.budget.of(256)
+        publish(slot, 1)
+        wait_for(eyes, answer_ms=60_000.0)
+        assert sleeping.wait(30)
+        eyes.budget = recorded = eyes.budget.record(256, 1e6, 1e6)  # from now on everything is late
+        publish(slot, 2)
+        go_on.set()
+        assert eyes._future.result().max_tokens == 256
+        assert eyes.budget == recorded and sizes == [256, 256], "the job selected from the main thread's budget"
+        assert wait_for(eyes).frame.frame_id == 2
+        publish(slot, 3)
+        assert wait_for(eyes).max_tokens == 64 and eyes.budget.tokens == 64
+    finally:
+        go_on.set()
+        eyes.close()
 
 
 def test_closing_waits_for_a_look_and_then_is_over(slot):

@@ -38,8 +38,6 @@ from edge_agent.wire.messages import StageTimes
 from tests.harness import ROOT, toy
 from tests.harness.rig import TASK, config_of, numbers_only
 
-pytestmark = pytest.mark.filterwarnings("ignore:llama_token_get_attr")  # llguidance, once per token
-
 
 class Rig:
     """The supervisor's side of a real model process."""

@@ -279,29 +279,31 @@ def test_a_projector_of_another_width_is_refused(tmp_path, language, break_row):
 
 
 def test_a_budget_is_the_largest_that_is_in_time():
-    budget = TokenBudget(256)
+    budget = TokenBudget.of(256)
     assert budget.sizes == [256, 192, 128, 96, 64]
-    assert budget.choose(1000) == 256  # nothing is known yet
-    budget.note(256, 256 * 10.0, 100.0)  # 10 ms a token
-    assert [budget.choose(left_ms) for left_ms in (3000, 2300, 1700, 1300, 900, 100)] == [256, 192, 128, 96, 64, 64]
+    assert budget.select(1000).tokens == 256  # nothing is measured yet
+    budget = budget.record(256, 256 * 10.0, 100.0)  # 10 ms a token
+    selected = []
+    for left_ms in (3000, 2300, 1700, 1300, 900, 100):
+        budget = budget.select(left_ms)
+        selected.append(budget.tokens)
+    assert selected == [256, 192, 128, 96, 64, 64]
 
 
-def test_a_larger_budget_comes_back_with_room_and_not_at_once():
-    budget = TokenBudget(256)
-    budget.note(256, 2560.0, 0.0)
-    assert budget.choose(2400) == 192
-    assert budget.choose(2850) == 192  # 256 would just be in time: not enough to go back and forth
-    assert budget.choose(3500) == 256
-    for _ in range(30):  # the board cooled down: estimates follow
-        budget.note(256, 256.0, 10.0)
-    assert budget.choose(400) == 256
+def test_a_larger_budget_returns_when_there_is_a_margin():
+    budget = TokenBudget.of(256).record(256, 2560.0, 0.0).select(2400)
+    assert budget.tokens == 192
+    assert budget.select(2850).tokens == 192  # 256 would just be in time: that would switch back and forth
+    assert budget.select(3500).tokens == 256
+    for _ in range(30):  # the board is cooler now, and the estimates follow
+        budget = budget.record(256, 256.0, 10.0)
+    assert budget.select(400).tokens == 256
 
 
-def test_few_tokens_stay_as_they_are():
+def test_a_small_budget_has_one_size():
     for n in (8, 25, 64):
-        budget = TokenBudget(n)
-        budget.note(n, 1e6, 1e6)
-        assert budget.sizes == [n] and budget.choose(1.0) == n
+        budget = TokenBudget.of(n).record(n, 1e6, 1e6)
+        assert budget.sizes == [n] and budget.select(1.0).tokens == n
 
 
 def test_tensorrt_is_refused_where_there_is_none_and_asked_first_where_there_is(toy_bundle, monkeypatch, tmp_path):

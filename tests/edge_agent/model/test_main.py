@@ -1,0 +1,52 @@
+"""The start of the model process in this process: which errors become one line, and which end it with a traceback."""
+
+from __future__ import annotations
+
+import pytest
+
+from edge_agent.errors import ConfigError, UserError
+from edge_agent.ipc.events import StartupFailed, decode_model_event
+from edge_agent.model import __main__ as entry
+from edge_agent.wire.codec import encode
+from tests.harness.rig import config_of
+
+
+class Events:
+    """The socket to the supervisor."""
+
+    def __init__(self) -> None:
+        self.sent: list = []
+
+    def send(self, payload: bytes) -> None:
+        self.sent.append(decode_model_event(payload))
+
+
+@pytest.fixture
+def events(monkeypatch, toy_bundle):
+    """What main() sends when it is started on the toy bundle."""
+    events, config = Events(), config_of(toy_bundle)
+    monkeypatch.setattr(entry, "attach_to_supervisor", lambda: (None, events, encode(config)))
+    return events
+
+
+def fail_with(monkeypatch, error: Exception) -> None:
+    def load(*_arguments: object, **_keywords: object) -> None:
+        raise error
+
+    monkeypatch.setattr(entry, "load_action_space", load)
+
+
+@pytest.mark.parametrize("error", [ValueError("array is too big"), TypeError("no"), RuntimeError("native")])
+def test_an_error_that_nobody_foresaw_keeps_its_traceback(monkeypatch, events, error):
+    """A defect in one line says nothing: numpy's ValueError was once taken for an error of the user's."""
+    fail_with(monkeypatch, error)
+    with pytest.raises(type(error), match=str(error)):
+        entry.main()
+    assert not any(isinstance(event, StartupFailed) for event in events.sent)
+
+
+@pytest.mark.parametrize(("error", "configured"), [(ConfigError("key: wrong"), True), (UserError("no memory"), False)])
+def test_an_error_for_the_user_is_one_line(monkeypatch, events, error, configured):
+    fail_with(monkeypatch, error)
+    assert entry.main() == 1
+    assert events.sent == [StartupFailed(reason=str(error), configured=configured)]
