@@ -1,6 +1,6 @@
 """The offline benchmark: how fast a bundle answers on this machine. `edge-agent bench` runs the same.
 
-    .venv/bin/python benchmarks/bench.py --bundle BUNDLE [--frames DIR|VIDEO] [-n 60] [--plot where.png]
+    .venv/bin/python benchmarks/bench.py --bundle BUNDLE [--frames DIR|VIDEO] [-n 60]
     … --compare                                       beside llama-cpp-python's own vision chat, in turn, frame by frame
     … --compare --llama-server PATH --llama-mtmd-cli PATH --llama-bench PATH      and beside llama.cpp's programs
     … --compare --with ours,plain,bins,server                 plain: ours without drafts; bins: ours in another codec
@@ -40,8 +40,8 @@ from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, read_manifest
 from edge_agent.cli.main import bench_arguments, bench_config
 from edge_agent.cli.main import run_bench as run_alone
 from edge_agent.config import Config
-from edge_agent.model.engine import ACTION_QUESTION, SYSTEM_PROMPT
 from edge_agent.model.preprocess import Preprocessor
+from edge_agent.model.prompt import ACTION_QUESTION, SYSTEM_PROMPT
 from edge_agent.tools import bench
 from edge_agent.tools.stills import read_stills
 
@@ -61,8 +61,8 @@ class Ours:
 
     def __init__(self, config: Config, name: str) -> None:
         if name == "plain":
-            language = msgspec.structs.replace(config.language, speculative=False)
-            config = msgspec.structs.replace(config, language=language)
+            advanced = msgspec.structs.replace(config.advanced, speculative=False)
+            config = msgspec.structs.replace(config, advanced=advanced)
         if name == "action_tokens":
             space = msgspec.structs.replace(load_action_space(config.task.action_space), codec="action_tokens")
             self.folder = tempfile.TemporaryDirectory()
@@ -72,9 +72,9 @@ class Ours:
         self.bench = bench.Bench(config, config.task.instruction)
 
     def answer(self, frame: np.ndarray) -> dict:
-        shot = self.bench.shoot(frame)
-        return {"ms": shot.ms, "encode": shot.encode, "prefill": shot.prefill, "decode": shot.decode,
-                "calls": shot.calls, "text": shot.text}  # fmt: skip
+        timing = self.bench.time_frame(frame)
+        return {"ms": timing.ms, "encode": timing.encode, "prefill": timing.prefill, "decode": timing.decode,
+                "calls": timing.calls, "text": timing.text}  # fmt: skip
 
 
 def gbnf(space: ActionSpace) -> str:

@@ -15,9 +15,8 @@ import msgspec
 import numpy as np
 
 from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, VISION, ModelInfo, VisionInfo
-from edge_agent.config import LanguageConfig
 from edge_agent.errors import UserError
-from edge_agent.model.llama import ACTION_SEQ, LlamaContext, LlamaError
+from edge_agent.model.llama import ACTION_SEQ, LlamaContext, LlamaError, LlamaOptions
 from edge_agent.model.preprocess import Preprocessor
 from edge_agent.model.vision_encoder import MtmdEncoder, OnnxEncoder, VisionError
 
@@ -44,12 +43,12 @@ def validate_files(question: ValidationRequest) -> dict[str, float]:
     """Load the parts, the larger ones one after the other: rows looked up must do what tokens do, and the two encoders
     must agree on a picture. Raises Failed, LanguageError, VisionError."""
     work, model, seen = Path(question.work), question.model, question.vision
-    config = LanguageConfig(context=256, gpu_layers=0, repack=False)
+    config = LlamaOptions(context=256, gpu_layers=0, repack=False, mmap=True)
     with LlamaContext(work / LANGUAGE, config, model.embedding) as llm:
         tokens = [model.special["bos"], model.special["inst"], *llm.tokens("Hold position."), model.special["inst_end"]]
-        by_token = llm.decode_tokens(tokens, 0).copy()
-        llm.forget(ACTION_SEQ, 0)
-        by_row = llm.decode_rows(llm.embed(tokens), 0).copy()
+        by_token = llm.logits_after_last(tokens, 0).copy()
+        llm.truncate(ACTION_SEQ, 0)
+        by_row = llm.logits_after_last(llm.embed(tokens), 0).copy()
         if seen is not None:
             unit = seen.patch * seen.merge
             lines, columns = (side // unit for side in seen.fixed) if seen.fixed else (4, 5)

@@ -18,6 +18,7 @@ import msgspec
 from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, VISION, Manifest
 from edge_agent.config import Config
 from edge_agent.errors import UserError
+from edge_agent.profile import resolve
 
 MIB = 1 << 20
 PROCESS_MIB = 150  # Python, libraries, buffers of frames
@@ -47,6 +48,7 @@ def needed_mib(config: Config, manifest: Manifest, adapters_mib: float = 0.0) ->
     """Part -> MiB."""
     model, size = manifest.model, {name: file.bytes / MIB for name, file in manifest.files.items()}
     language = config.language
+    switches = resolve(config, gpu=False)
     repacked = sum(n for name, n in manifest.bytes_by_type.items() if name in REPACKED) / MIB
     on_cpu = 0.0 if language.gpu_layers > 0 else 1.0
     cells = math.ceil(language.context / KV_CELL_ALIGNMENT) * KV_CELL_ALIGNMENT
@@ -55,10 +57,10 @@ def needed_mib(config: Config, manifest: Manifest, adapters_mib: float = 0.0) ->
     )  # scores of one layer; 64: a narrow head
     return {
         "language model": size[LANGUAGE],
-        "its file's pages": repacked * on_cpu if language.repack and language.mmap else 0.0,
-        "cache": 2 * cells * model.kv_bytes_per_token / MIB * (1.0 if language.kv_cache_type == "f16" else Q8_0_SHARE),
+        "its file's pages": repacked * on_cpu if switches.repack and switches.mmap else 0.0,
+        "cache": 2 * cells * model.kv_bytes_per_token / MIB * (1.0 if switches.kv_cache_type == "f16" else Q8_0_SHARE),
         "scores and logits": heads_mib + 16 * model.vocab * FLOAT32_BYTES / MIB,
-        "vision encoder": _vision_mib(config, manifest),
+        "vision encoder": _vision_mib(config, manifest, switches.vision_backend),
         "adapters": adapters_mib,
         "the process": PROCESS_MIB,
     }
@@ -69,12 +71,12 @@ def adapters_mib(config: Config) -> float:
     return sum(Path(path).stat().st_size for path in config.language.adapters.values() if Path(path).is_file()) / MIB
 
 
-def _vision_mib(config: Config, manifest: Manifest) -> float:
+def _vision_mib(config: Config, manifest: Manifest, backend: str) -> float:
     if manifest.vision is None:
         return 0.0
     rows = 4 * config.vision.max_image_tokens  # patches
     scores = 16 * rows * rows * FLOAT32_BYTES / MIB  # of one layer's heads
-    if config.vision.backend == "mtmd":
+    if backend == "mtmd":
         return manifest.files[MMPROJ].bytes / MIB + scores
     stored = manifest.files[VISION].bytes / MIB
     in_float32 = (manifest.model.parameters - _elements(manifest.bytes_by_type)) * FLOAT32_BYTES / MIB
@@ -108,12 +110,17 @@ def plan_memory(config: Config, manifest: Manifest, free_mib: float | None, adap
 
 def _reduce_once(config: Config) -> tuple[Config, str, object] | None:
     """With the next thing given up, its key and what it became; None: nothing is left."""
-    language, vision = config.language, config.vision
-    if language.repack and language.mmap:
-        table, key, value = "language", "mmap", False
-    elif language.kv_cache_type == "f16" and language.flash_attention is not False:
-        table, key, value = "language", "kv_cache_type", "q8_0"
-    elif vision.backend == "onnxruntime":
+    language, vision, advanced = config.language, config.vision, config.advanced
+    switches = resolve(config, gpu=False)
+    keep_f16 = advanced.flash_attention is False or advanced.reproducible or config.profile == "reproducible"
+    table: str
+    key: str
+    value: object
+    if switches.repack and switches.mmap:
+        table, key, value = "advanced", "mmap", False
+    elif switches.kv_cache_type == "f16" and not keep_f16:
+        table, key, value = "advanced", "kv_cache_type", "q8_0"
+    elif switches.vision_backend == "onnxruntime":
         table, key, value = "vision", "backend", "mtmd"
     elif vision.max_image_tokens > MIN_IMAGE_TOKENS:
         table, key, value = (

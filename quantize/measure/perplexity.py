@@ -68,8 +68,8 @@ def chunks(llm: LlamaContext, bos: int, text: str, at_most: int = 0) -> np.ndarr
 
 def logits(llm: LlamaContext, bos: int, chunk: np.ndarray) -> np.ndarray:
     """(JUDGED + 1, n_vocab) float32, a view into llama.cpp's memory."""
-    llm.forget(ACTION_SEQ, 0)
-    return np.stack(llm.decode_tokens([bos, *map(int, chunk[1:])], 0, want=list(range(FIRST, len(chunk)))))
+    llm.truncate(ACTION_SEQ, 0)
+    return np.stack(llm.logits_at([bos, *map(int, chunk[1:])], 0, list(range(FIRST, len(chunk)))))
 
 
 def write_reference(llm: LlamaContext, bos: int, cut: np.ndarray, path: Path, report: Report) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
+from edge_agent.config import TaskConfig
 from edge_agent.errors import ConfigError, UserError
 from edge_agent.ipc.events import StartupFailed, decode_model_event
 from edge_agent.model import __main__ as entry
@@ -50,3 +52,19 @@ def test_an_error_for_the_user_is_one_line(monkeypatch, events, error, configure
     fail_with(monkeypatch, error)
     assert entry.main() == 1
     assert events.sent == [StartupFailed(reason=str(error), configured=configured)]
+
+
+def test_an_action_space_without_a_grammar_is_an_error_of_the_configuration(monkeypatch, toy_bundle, tmp_path):
+    space = tmp_path / "space.yaml"
+    space.write_text("name: s\nvalid_for_ms: 100\nactions: {go: {fields: {v: {min: -9, max: 9, step: 1}}}}\n")
+    monkeypatch.setattr(
+        "edge_agent.model.load.json_schema", lambda space: {"type": "number", "minimum": 2, "maximum": 1}
+    )
+    events, config = (
+        Events(),
+        msgspec.structs.replace(config_of(toy_bundle), task=TaskConfig(action_space=str(space), deadline_ms=1000)),
+    )
+    monkeypatch.setattr(entry, "attach_to_supervisor", lambda: (None, events, encode(config)))
+    assert entry.main() == 1
+    assert isinstance(events.sent[-1], StartupFailed) and events.sent[-1].configured
+    assert events.sent[-1].reason.startswith("cannot compile a grammar for this action space: ")

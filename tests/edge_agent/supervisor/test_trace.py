@@ -61,7 +61,8 @@ def test_a_run_shows_what_was_done_when(toy_bundle, tmp_path_factory, overlap):
     path = runtime / "trace.json"
     config = {
         "bundle": str(toy_bundle), "camera": {"source": f"zmq:ipc://{runtime}/frames"}, "trace": str(path),
-        "vision": {"max_image_tokens": 256, "overlap": overlap}, "language": {"gpu_layers": 0, "speculative": False},
+        "vision": {"max_image_tokens": 256}, "language": {"gpu_layers": 0},
+        "advanced": {"overlap": overlap, "speculative": False},
         "task": {"deadline_ms": 20_000},
     }  # fmt: skip
     with (
@@ -75,7 +76,7 @@ def test_a_run_shows_what_was_done_when(toy_bundle, tmp_path_factory, overlap):
     found = events_of(path)
     threads = {event["tid"]: event["args"]["name"] for event in found if event["name"] == "thread_name"}
     spans = [(e["name"], threads[e["tid"]], e["ts"], e["ts"] + e["dur"]) for e in found if e["ph"] == "X"]
-    assert {"eyes", "language", "slot", "supervisor"} <= set(threads.values())
+    assert {"encoder", "language", "slot", "supervisor"} <= set(threads.values())
     assert {"resize", "encode", "prefill", "decode"} <= {name for name, *_ in spans}
     encodes = [(start, stop) for name, _, start, stop in spans if name == "encode"]
     busy = [(start, stop) for name, thread, start, stop in spans if thread == "language"]
