@@ -103,7 +103,6 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     task: TaskConfig = TaskConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
     advanced: AdvancedConfig = AdvancedConfig()
-    trace: str = ""  # a file for a timeline (Chrome trace format); empty: none
     runtime_dir: str = ""  # folder of the sockets; empty: $RUNTIME_DIRECTORY, else /run/edge-agent, else below /tmp
 
 

@@ -31,9 +31,9 @@ _libc = ctypes.CDLL(None)
 
 
 def main() -> int:
-    slot, socket, first_message = attach_to_supervisor()
+    slot, socket, first_message, trace = attach_to_supervisor()
     config = msgspec.msgpack.decode(first_message, type=Config)
-    supervisor = SupervisorChannel(socket, trace=bool(config.trace))
+    supervisor = SupervisorChannel(socket, trace=trace)
     start_s = time.monotonic()
     try:
         bundle = read_manifest(config.bundle)  # the supervisor has verified the files

@@ -50,7 +50,7 @@ class Engine:
         InstructionRefused when the prefix leaves no room for frames; then the previous instruction stays active."""
         prefix_tokens = self.prompt.prefix_tokens(instruction)
         if not self.text.idle:
-            self.text.stop("instruct")
+            self.text.stop("new-instruction")
         self.llama.truncate(TEXT_SEQ, 0)
         self.llama.truncate(ACTION_SEQ, 0)
         self.llama.set_adapter(adapter)

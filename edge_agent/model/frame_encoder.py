@@ -134,14 +134,14 @@ class FrameEncoder:
         return self._encode_newest(budget) if poll.poll(round(IDLE_S * 1000)) else None
 
     def _encode_newest(self, budget: TokenBudget) -> EncodedFrame | None:
-        frame, taken_ns = self._slot.newest(self._taken_seq), self._clock()
+        frame, taken_ns = self._slot.take_newest(self._taken_seq), self._clock()
         if frame is None:
             return None
         deadline_ns = frame.t_capture_ns + round(self._deadline_ms * NS_PER_MS)
         max_tokens = budget.select((deadline_ns - taken_ns) / NS_PER_MS).tokens
         image = self._images.resize(frame.image, max_tokens)
         resized_ns = self._clock()
-        if not self._slot.still_valid(frame):
+        if not self._slot.was_not_overwritten(frame):
             return None  # the camera process overwrote this buffer while we read it: there is a newer frame
         self._taken_seq = frame.seq
         embeddings, stop_reason = self._encode(image) if resized_ns <= deadline_ns else (None, "late")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import select
 import time
 from collections.abc import Callable
+from typing import cast
 
 import msgspec
 
@@ -23,7 +24,7 @@ from edge_agent.model.prompt import InstructionRefused
 from edge_agent.model.supervisor_channel import SupervisorChannel
 from edge_agent.wire.codec import encode
 from edge_agent.wire.control import StateValue
-from edge_agent.wire.messages import StageTimes
+from edge_agent.wire.messages import CaptureClock, StageTimes
 
 # Without frames, one real decode step per interval. It keeps caches warm and serves as the heartbeat.
 HEARTBEAT_NS = 1_000_000_000
@@ -121,7 +122,7 @@ class ModelLoop:
         return Proposal(
             frame_id=frame.frame_id,
             t_capture_ns=frame.t_capture_ns,
-            capture_clock=frame.capture_clock,
+            capture_clock=cast(CaptureClock, frame.capture_clock),
             frame_seq=frame.seq,
             instruction_id=self.instruction_id,
             text=decision.text,
@@ -140,14 +141,14 @@ class ModelLoop:
         space: ActionSpace = self.engine.prompt.action_space
         if space.vehicle_state is None:
             return ""
-        values = _decode_vehicle_state(self.slot.read_note() or encode({}))
+        values = _decode_vehicle_state(self.slot.read_vehicle_state() or encode({}))
         return render_vehicle_state(space, values, now_ns)
 
     def _start_text(self) -> bool:
         """Start the next question or description, if the lane is free -> whether there is a text to continue."""
         text, questions = self.engine.text, self.supervisor.pending_questions
         if questions and text.describing:
-            text.stop("asked")  # somebody waits for an answer; nobody waits for a description
+            text.stop("new-question")  # somebody waits for an answer; nobody waits for a description
         if text.idle and self.engine.cache.frame_end_position:
             frame_id = self.engine.cache.frame_id
             if questions:

@@ -18,7 +18,7 @@ from edge_agent.model.constrained import NonFiniteError, select_greedy
 from edge_agent.model.events import Events
 from edge_agent.model.llama import TEXT_SEQ, LlamaContext
 from edge_agent.model.prompt import CacheState, Prompt
-from edge_agent.wire.messages import Lane
+from edge_agent.wire.messages import Lane, TextStopReason
 
 
 class TextGeneration(msgspec.Struct):
@@ -126,7 +126,7 @@ class TextLane:
         if generation.n_tokens >= self._limits.max_text_tokens or generation.position >= self._llama.n_ctx:
             self.stop("length")
 
-    def stop(self, stop_reason: str) -> None:
+    def stop(self, stop_reason: TextStopReason) -> None:
         """End the text and free its cells. stop_reason: why it ends early; empty: it is complete."""
         generation = self._running()
         if generation.reasoning:
@@ -144,7 +144,9 @@ class TextLane:
         generation.utf8_decoder.reset()
         generation.reasoning = False
 
-    def _emit(self, generation: TextGeneration, text: str, *, final: bool = False, stop_reason: str = "") -> None:
+    def _emit(
+        self, generation: TextGeneration, text: str, *, final: bool = False, stop_reason: TextStopReason = ""
+    ) -> None:
         generation.events.text(
             TextDelta(
                 lane="reasoning" if generation.reasoning else generation.lane,

@@ -40,7 +40,6 @@ def test_what_is_written_is_what_is_loaded():
         "watchdog: {model_stall_s: 1, model_load_s: 2.5, camera_stall_s: 0.5}\n"
         "advanced: {repack: false, flash_attention: true, reproducible: false, speculative: false, overlap: true,\n"
         "           mmap: true, mlock: true, kv_cache_type: q8_0}\n"
-        "trace: /t.json\n"
         "runtime_dir: /run/x\n",
         "agent.yaml",
     )
@@ -81,7 +80,6 @@ def test_what_is_written_is_what_is_loaded():
             "kv_cache_type": "q8_0",
             "flash_attention": True,
         },
-        "trace": "/t.json",
         "runtime_dir": "/run/x",
     }
 
@@ -117,7 +115,6 @@ def test_defaults():
         "advanced": dict.fromkeys(
             ("reproducible", "speculative", "overlap", "repack", "mmap", "mlock", "kv_cache_type", "flash_attention")
         ),
-        "trace": "",
         "runtime_dir": "",
     }
 

@@ -305,7 +305,7 @@ def answer_under_drafts(bundle_folder: Path, space: str, n_frames: int) -> int:
                     text.step()
                 n_answers += 1
             if not text.idle:
-                text.stop("asked")
+                text.stop("new-question")
             others = [*others[-20:], answer]
     return n_answers
 

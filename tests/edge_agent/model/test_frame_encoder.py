@@ -203,19 +203,19 @@ def test_frames_get_fewer_tokens_when_answers_would_be_late_and_all_of_them_agai
     """A whole frame takes 2560 + 40 ms here, 10 ms a token; of the 2000 ms until its deadline, 90 % may be used."""
     rig = make(overlap=overlap)
 
-    def record(prefill_ms: float, decode_ms: float) -> int:
-        """Answer a frame of that many milliseconds -> image tokens that were selected for it."""
+    def answer(per_token_ms: float, decode_ms: float) -> int:
+        """Answer a frame that takes this time -> the image tokens that were selected for it."""
         rig.publish(rig.slot.latest_seq + 1)
         encoded = rig.next()
-        rig.frames.record(encoded._replace(n_tokens=encoded.max_tokens), prefill_ms, decode_ms)
-        return encoded.max_tokens
+        n_tokens = encoded.max_tokens
+        rig.frames.record(encoded._replace(n_tokens=n_tokens), per_token_ms * n_tokens, decode_ms)
+        return n_tokens
 
-    assert record(2560.0, 40.0) == 256, "nothing is measured yet"
-    first_selected = [record(10.0 * rig.frames.budget.tokens, 40.0) for _ in range(3)]
-    assert first_selected[-1] == 128 and rig.frames.budget.tokens == 128
+    assert answer(10.0, 40.0) == 256, "nothing is measured yet"
+    assert [answer(10.0, 40.0) for _ in range(3)][-1] == 128 == rig.frames.budget.tokens
     for _ in range(30):
-        record(0.1 * rig.frames.budget.tokens, 4.0)
-    assert record(25.6, 4.0) == 256
+        answer(0.1, 4.0)
+    assert answer(0.1, 4.0) == 256
 
 
 def test_the_encoder_thread_uses_the_budget_of_its_job_and_writes_none(make):

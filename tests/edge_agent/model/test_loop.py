@@ -315,7 +315,7 @@ def test_the_vehicle_state_is_read_when_the_frame_is_answered(make, tmp_path, mo
     )
     rig.instruct()
     rig.propose(1)
-    rig.slot.write_note(encode({"altitude_m": (3.25, rig.clock.now_ns)}))
+    rig.slot.write_vehicle_state(encode({"altitude_m": (3.25, rig.clock.now_ns)}))
     rig.propose(2)
     rig.clock.pass_ms(201)
     rig.propose(3)
@@ -380,10 +380,10 @@ def test_a_description_is_written_once_per_frame_and_gives_way_to_a_question(mak
     rig.step()
     described = [event for event in rig.events if isinstance(event, TextDelta) and event.lane == "describe"]
     ends = [(delta.frame_id, delta.stop_reason) for delta in described if delta.final]
-    assert ends == [(1, "length"), (2, "asked")]
+    assert ends == [(1, "length"), (2, "new-question")]
     rig.send(SetInstruction(instruction_id=1, text="Land."))
     rig.step()
-    assert rig.deltas_of("q")[-1].stop_reason == "instruct"
+    assert rig.deltas_of("q")[-1].stop_reason == "new-instruction"
 
 
 # -- without work -----------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ class Events:
 def events(monkeypatch, toy_bundle):
     """What main() sends when it is started on the toy bundle."""
     events, config = Events(), config_of(toy_bundle)
-    monkeypatch.setattr(entry, "attach_to_supervisor", lambda: (None, events, encode(config)))
+    monkeypatch.setattr(entry, "attach_to_supervisor", lambda: (None, events, encode(config), False))
     return events
 
 
@@ -64,7 +64,7 @@ def test_an_action_space_without_a_grammar_is_an_error_of_the_configuration(monk
         Events(),
         msgspec.structs.replace(config_of(toy_bundle), task=TaskConfig(action_space=str(space), deadline_ms=1000)),
     )
-    monkeypatch.setattr(entry, "attach_to_supervisor", lambda: (None, events, encode(config)))
+    monkeypatch.setattr(entry, "attach_to_supervisor", lambda: (None, events, encode(config), False))
     assert entry.main() == 1
     assert isinstance(events.sent[-1], StartupFailed) and events.sent[-1].configured
     assert events.sent[-1].reason.startswith("cannot compile a grammar for this action space: ")

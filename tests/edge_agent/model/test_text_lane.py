@@ -87,9 +87,9 @@ def test_a_text_can_be_stopped_with_a_reason(rig):
     rig.answer(rig.image(1))
     rig.start_text("Describe.", lane="describe", request="")
     rig.engine.text.step()
-    rig.engine.text.stop("asked")
+    rig.engine.text.stop("new-question")
     last = rig.events[-1]
-    assert last == TextDelta(lane="describe", frame_id=1, text=last.text, final=True, stop_reason="asked")
+    assert last == TextDelta(lane="describe", frame_id=1, text=last.text, final=True, stop_reason="new-question")
     assert rig.engine.text.idle
 
 
@@ -189,9 +189,9 @@ def test_stopping_while_the_model_reasons_ends_both_lanes(toy_bundle):
         rig.events.clear()
         rig.start_text(lane="describe", request="")
         rig.engine.text.step()
-        rig.engine.text.stop("asked")
+        rig.engine.text.stop("new-question")
         ends = [(delta.lane, delta.stop_reason) for delta in rig.events if delta.final]
-        assert ends == [("reasoning", ""), ("describe", "asked")]
+        assert ends == [("reasoning", ""), ("describe", "new-question")]
 
 
 def test_reasoning_needs_a_model_with_the_token(toy_bundle, tmp_path):
@@ -267,7 +267,7 @@ def test_text_has_batches_of_its_own_where_answers_are_reproducible(rig):
     before = n_text_tokens(rig)
     rig.answer(rig.image(2))
     assert n_text_tokens(rig) == before and not rig.llama.can_batch_text
-    rig.engine.text.stop("asked")
+    rig.engine.text.stop("new-question")
 
 
 def test_a_text_that_ends_in_a_shared_batch_leaves_the_answer_as_it_is(exact_bundle, monkeypatch):
