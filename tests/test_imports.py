@@ -20,7 +20,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
     "strict_yaml": ({"errors"}, {"msgspec", "yaml"}),
     "config": ({"errors", "strict_yaml"}, {"msgspec"}),
-    "profile": ({"config", "errors"}, {"msgspec"}),
+    "profile": ({"config"}, {"msgspec"}),
     "wire": (set(), {"msgspec"}),
     "client": ({"wire"}, {"msgspec", "zmq"}),
     "board": (set(), set()),
