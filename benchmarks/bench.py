@@ -1,15 +1,16 @@
 """The offline benchmark: how fast a bundle answers on this machine. `edge-agent bench` runs the same.
 
-    .venv/bin/python benchmarks/bench.py --bundle BUNDLE [--frames DIR|VIDEO] [-n 60] [--plot where.png]
+    .venv/bin/python benchmarks/bench.py --bundle BUNDLE [--frames DIR|VIDEO] [-n 60]
     … --compare                                       beside llama-cpp-python's own vision chat, in turn, frame by frame
     … --compare --llama-server PATH --llama-mtmd-cli PATH --llama-bench PATH      and beside llama.cpp's programs
-    … --compare --with ours,plain,bins,server                 plain: ours without drafts; bins: ours in another codec
+    … --compare --with ours,plain,action_tokens,server        plain: ours without drafts; action_tokens: the other codec
 
-A table, and one JSON line last. With --compare every contender is a process of its own, with the same GGUF files, the
-same frames and prompt, a grammar of the same compact answers, greedy; only one of them works at a time. (Their own
-grammars of a JSON schema let random weights ramble, in white space and digits.) --still: every frame is the first one,
-but for the grey of a corner, so that answers repeat and no server can take it for the same picture. Figures are
-medians; the share is a contender's time by ours. No network but the server's on 127.0.0.1.
+It prints a table and, as the last line, JSON. With --compare every contender is a process of its own, with the same
+GGUF files, the same frames and prompt, a grammar of the same compact answers, and greedy decoding. Only one contender
+works at a time. (The grammars that they make of a JSON schema allow endless white space and digits, which random
+weights use.) With --still every frame is the first one with another grey in one corner: answers repeat, and no server
+can recognise the picture as the previous one. Figures are medians; `times_ours` is a contender's time divided by ours.
+The only network is the server's, on 127.0.0.1.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, read_manifest
 from edge_agent.cli.main import bench_arguments, bench_config
 from edge_agent.cli.main import run_bench as run_alone
 from edge_agent.config import Config
-from edge_agent.model.engine import ACTION_QUESTION, SYSTEM_PROMPT
 from edge_agent.model.preprocess import Preprocessor
+from edge_agent.model.prompt import ACTION_QUESTION, SYSTEM_PROMPT
 from edge_agent.tools import bench
 from edge_agent.tools.stills import read_stills
 
-# What the releases' own template makes of one system text and one picture with a text. IMAGE: how a host spells a
-# picture's place.
+# The releases' own chat template for one system text and one picture with a text. IMAGE: the host program's expression
+# for the picture.
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}[SYSTEM_PROMPT]{{ m.content }}[/SYSTEM_PROMPT]"
     "{% else %}[INST]{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
@@ -57,28 +58,28 @@ CHAT_IMAGE = "part.image_url.url if part.image_url is mapping else part.image_ur
 
 
 class Ours:
-    """The engine as the daemon runs it."""
+    """The model as the daemon runs it."""
 
     def __init__(self, config: Config, name: str) -> None:
         if name == "plain":
-            language = msgspec.structs.replace(config.language, speculative=False)
-            config = msgspec.structs.replace(config, language=language)
+            advanced = msgspec.structs.replace(config.advanced, speculative=False)
+            config = msgspec.structs.replace(config, advanced=advanced)
         if name == "action_tokens":
             space = msgspec.structs.replace(load_action_space(config.task.action_space), codec="action_tokens")
             self.folder = tempfile.TemporaryDirectory()
-            path = Path(self.folder.name) / "bins.yaml"
+            path = Path(self.folder.name) / "space.yaml"
             path.write_bytes(msgspec.yaml.encode(space))
-            config = msgspec.structs.replace(config, task=msgspec.structs.replace(config.task, space=str(path)))
+            config = msgspec.structs.replace(config, task=msgspec.structs.replace(config.task, action_space=str(path)))
         self.bench = bench.Bench(config, config.task.instruction)
 
     def answer(self, frame: np.ndarray) -> dict:
-        shot = self.bench.shoot(frame)
-        return {"ms": shot.ms, "encode": shot.encode, "prefill": shot.prefill, "decode": shot.decode,
-                "calls": shot.calls, "text": shot.text}  # fmt: skip
+        timing = self.bench.time_frame(frame)
+        return {"ms": timing.ms, "encode": timing.encode, "prefill": timing.prefill, "decode": timing.decode,
+                "calls": timing.calls, "text": timing.text}  # fmt: skip
 
 
 def gbnf(space: ActionSpace) -> str:
-    """The space's answers in llama.cpp's notation: compact, with as many digits as the steps have."""
+    """The answers of an action space as a GBNF grammar of llama.cpp: compact JSON, with the digits of each step."""
     verbs = []
     for name, verb in space.actions.items():
         parts = [json.dumps(f'{{"action":"{name}"')]
@@ -97,7 +98,8 @@ def gbnf(space: ActionSpace) -> str:
 
 
 def messages(config: Config, frame: np.ndarray) -> tuple[list[dict], str]:
-    """(chat messages, grammar): the same prompt and the same picture, as a PNG, for those who take a chat."""
+    """(chat messages, grammar) with the same prompt and the same picture, as PNG, for programs with a chat
+    interface."""
     space = load_action_space(config.task.action_space)
     role = SYSTEM_PROMPT.format(space=describe_action_space(space), instruction=config.task.instruction)
     image = Preprocessor(read_manifest(config.bundle).manifest.vision, config.vision.max_image_tokens).image(frame)
@@ -129,14 +131,14 @@ class Chat:
         chat, grammar = messages(self.config, frame)
         grammar = self.grammar(grammar)
         start = time.monotonic()
-        made = self.llama.create_chat_completion(
+        completion = self.llama.create_chat_completion(
             chat, grammar=grammar, temperature=0.0, max_tokens=160, repeat_penalty=1.0
         )
         ms = (time.monotonic() - start) * 1000
         return {
             "ms": ms,
-            "text": made["choices"][0]["message"]["content"],
-            "tokens": made["usage"]["completion_tokens"],
+            "text": completion["choices"][0]["message"]["content"],
+            "tokens": completion["usage"]["completion_tokens"],
         }
 
 
@@ -173,26 +175,26 @@ class Server:
         chat, grammar = messages(self.config, frame)
         body = {"messages": chat, "temperature": 0, "max_tokens": 160, "cache_prompt": True, "grammar": grammar}
         start = time.monotonic()
-        made = self._get("POST", "/v1/chat/completions", body)
+        completion = self._get("POST", "/v1/chat/completions", body)
         ms = (time.monotonic() - start) * 1000
-        if "choices" not in made:
-            sys.exit(f"llama-server: {made}")
-        timings = made.get("timings", {})
-        return {"ms": ms, "text": made["choices"][0]["message"]["content"], "decode": timings.get("predicted_ms"),
+        if "choices" not in completion:
+            sys.exit(f"llama-server: {completion}")
+        timings = completion.get("timings", {})
+        return {"ms": ms, "text": completion["choices"][0]["message"]["content"], "decode": timings.get("predicted_ms"),
                 "tokens": timings.get("predicted_n"), "pid": self.process.pid}  # fmt: skip
 
 
 def still(frame: np.ndarray, i: int) -> np.ndarray:
-    """The frame with a corner of another grey: the same scene, but no server may take it for the same picture."""
+    """The frame with another grey in one corner: the same scene, but not the same picture for a server's cache."""
     frame = frame.copy()
     frame[: frame.shape[0] // 16, : frame.shape[1] // 16] = 100 + i % 100
     return frame
 
 
 class Cli:
-    """llama-mtmd-cli: a process for each frame, with nothing kept from the one before; loading is not counted."""
+    """llama-mtmd-cli: one process per frame, which keeps nothing; loading is not counted."""
 
-    LOADED = b"main: loading model"  # what it says when it has
+    LOADED = b"main: loading model"  # the line that it prints when the model is loaded
 
     def __init__(self, config: Config, program: str) -> None:
         self.config, folder = config, Path(config.bundle)
@@ -208,19 +210,20 @@ class Cli:
         self.picture.write_bytes(base64.b64decode(chat[1]["content"][0]["image_url"]["url"].partition(",")[2]))
         command = [*map(str, self.command), "-sys", chat[0]["content"], "--grammar", grammar]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-            start, said = None, b""
+            start, last_line = None, b""
+            assert process.stdout is not None
             for line in process.stdout:
-                said = said if line.isspace() else line
+                last_line = last_line if line.isspace() else line
                 start = time.monotonic() if self.LOADED in line else start
             ms = (time.monotonic() - (start or 0.0)) * 1000
         if process.returncode or start is None:
-            sys.exit(f"{command[0]}: ended with status {process.returncode}: {said.decode(errors='replace')}")
+            sys.exit(f"{command[0]}: ended with status {process.returncode}: {last_line.decode(errors='replace')}")
         peak_mib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-        return {"ms": ms, "text": said.decode(errors="replace").strip(), "peak_rss_mib": peak_mib}
+        return {"ms": ms, "text": last_line.decode(errors="replace").strip(), "peak_rss_mib": peak_mib}
 
 
 def serve(name: str, config: Config, program: str, frames: list[np.ndarray]) -> None:
-    """A contender: a frame's number a line on stdin, what it took as a JSON line on stdout."""
+    """One contender: reads the number of a frame per line on stdin, prints its figures as a JSON line on stdout."""
     makers = {
         "chat": lambda: Chat(config),
         "server": lambda: Server(config, program),
@@ -228,57 +231,68 @@ def serve(name: str, config: Config, program: str, frames: list[np.ndarray]) -> 
     }
     contender = makers.get(name, lambda: Ours(config, name))()
     out = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what native code prints must not get among the lines
+    os.dup2(2, 1)  # output of native code must not mix with the JSON lines
     for line in sys.stdin:
-        took = contender.answer(frames[int(line)])
+        figures = contender.answer(frames[int(line)])
         pids = [os.getpid() if name != "server" else contender.process.pid]
-        took.setdefault("peak_rss_mib", sum(health.peak_rss_mib(pid) or 0.0 for pid in pids))
-        print(json.dumps(took), file=out)
+        figures.setdefault("peak_rss_mib", sum(health.peak_rss_mib(pid) or 0.0 for pid in pids))
+        print(json.dumps(figures), file=out)
     if name == "server":
         contender.process.send_signal(signal.SIGTERM)
         contender.process.wait()
 
 
 def compare(options: argparse.Namespace) -> dict:
-    given = {"server": options.llama_server, "cli": options.llama_mtmd_cli}
-    names = ["ours", "chat", *(name for name, path in given.items() if path)]
+    """Every contender's figures, by its name."""
+    programs = {"server": options.llama_server, "cli": options.llama_mtmd_cli}
+    names = ["ours", "chat", *(name for name, path in programs.items() if path)]
     names = options.with_.split(",") if options.with_ else names
+    timings = time_contenders(names, options.n)
+    figures: dict = {"benchmark": "compare", "bundle": Path(options.bundle or "").name, "frames": options.n}
+    figures |= {name: contender_figures(timings[name], timings["ours"]) for name in names}
+    if options.llama_bench:
+        figures["llama_bench_tg_tok_per_s"] = llama_bench(options)
+    return figures
+
+
+def time_contenders(names: list[str], n: int) -> dict[str, list[dict]]:
+    """Each frame goes to every contender in turn -> figures of n frames, by name."""
     command = [sys.executable, __file__, *(word for word in sys.argv[1:] if word != "--compare")]
     children = {
         name: subprocess.Popen([*command, "--serve", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for name in names
     }
-    took: dict[str, list[dict]] = {name: [] for name in names}
-    for i in range(-1, options.n):  # the first round is not counted: it allocates and fills caches
+    timings: dict[str, list[dict]] = {name: [] for name in names}
+    for i in range(-1, n):  # the first round is not counted: it allocates memory and fills caches
         for name, child in children.items():
-            child.stdin.write(f"{i % options.n}\n")  # the last one first: no frame comes twice in a row
+            assert child.stdin is not None and child.stdout is not None
+            child.stdin.write(f"{i % n}\n")  # the last frame first: no frame comes twice in a row
             child.stdin.flush()
             line = child.stdout.readline()
             if not line:
                 sys.exit(f"{name}: ended with status {child.wait()}")
             if i >= 0:
-                took[name].append(json.loads(line))
-        print(f"frame {i + 1} of {options.n}", file=sys.stderr)
+                timings[name].append(json.loads(line))
+        print(f"frame {i + 1} of {n}", file=sys.stderr)
     for child in children.values():
-        child.stdin.close()
-        child.wait()
-    figures: dict = {"benchmark": "compare", "bundle": Path(options.bundle or "").name, "frames": options.n}
-    for name, shots in took.items():
-        figures[name] = {
-            key: round(float(np.median([shot[key] for shot in shots])), 2)
-            for key in ("ms", "encode", "prefill", "decode", "calls", "tokens", "peak_rss_mib")
-            if all(shot.get(key) is not None for shot in shots)
-        } | {"example": shots[-1]["text"]}
-        ratios = [shot["ms"] / ours["ms"] for shot, ours in zip(shots, took["ours"], strict=True)]
-        if all(shot.get("decode") and shot.get("tokens") for shot in shots):
-            per_token = [shot["decode"] / shot["tokens"] for shot in shots]
-            figures[name]["decode_ms_per_token"] = round(float(np.median(per_token)), 2)
-        figures[name]["times_ours"] = round(float(np.median(ratios)), 2)
-        figures[name]["same_text"] = round(
-            float(np.mean([shot["text"] == ours["text"] for shot, ours in zip(shots, took["ours"], strict=True)])), 3
-        )
-    if options.llama_bench:
-        figures["llama_bench_tg_tok_per_s"] = llama_bench(options)
+        child.communicate()
+    return timings
+
+
+def contender_figures(timings: list[dict], ours: list[dict]) -> dict:
+    """Medians, and the comparison with our answers to the same frames."""
+    figures: dict = {
+        key: round(float(np.median([timing[key] for timing in timings])), 2)
+        for key in ("ms", "encode", "prefill", "decode", "calls", "tokens", "peak_rss_mib")
+        if all(timing.get(key) is not None for timing in timings)
+    }
+    figures["example"] = timings[-1]["text"]
+    if all(timing.get("decode") and timing.get("tokens") for timing in timings):
+        per_token = [timing["decode"] / timing["tokens"] for timing in timings]
+        figures["decode_ms_per_token"] = round(float(np.median(per_token)), 2)
+    pairs = list(zip(timings, ours, strict=True))
+    figures["times_ours"] = round(float(np.median([theirs["ms"] / own["ms"] for theirs, own in pairs])), 2)
+    figures["same_text"] = round(float(np.mean([theirs["text"] == own["text"] for theirs, own in pairs])), 3)
     return figures
 
 
@@ -293,13 +307,14 @@ def llama_bench(options: argparse.Namespace) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     bench_arguments(parser)
-    parser.add_argument("--compare", action="store_true", help="beside llama-cpp-python's own vision chat")
-    parser.add_argument("--llama-server", metavar="PATH", help="with --compare: beside it too")
-    parser.add_argument("--llama-mtmd-cli", metavar="PATH", help="with --compare: beside it too, a process a frame")
-    parser.add_argument("--llama-bench", metavar="PATH", help="with --compare: its plain decoding speed too")
-    parser.add_argument("--with", dest="with_", metavar="NAMES", help="with --compare: which contenders; ours first")
-    parser.add_argument("--still", action="store_true", help="with --compare: nearly the same frame every time")
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--compare", action="store_true", help="compare with llama-cpp-python's own vision chat")
+    add("--llama-server", metavar="PATH", help="with --compare: this program too")
+    add("--llama-mtmd-cli", metavar="PATH", help="with --compare: this program too, one process per frame")
+    add("--llama-bench", metavar="PATH", help="with --compare: the decoding speed that this program measures")
+    add("--with", dest="with_", metavar="NAMES", help="with --compare: the contenders, ours first")
+    add("--still", action="store_true", help="with --compare: nearly the same frame every time")
+    add("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
         frames = list(read_stills(options.frames, options.n)) if options.frames else bench.synthetic_frames(16)

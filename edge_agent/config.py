@@ -1,9 +1,10 @@
 """The configuration file: YAML -> frozen types, strictly.
 
-An unknown key, a wrong type or a number out of its range stops the start with one line that names file, key, what was
-expected and what was found. Nothing here opens a camera, a socket or a model.
+An unknown key, a wrong type or a number out of its range stops the start with one line that names file, key, the
+expected and the found value. Nothing here opens a camera, a socket or a model. What each key does, its default and when
+to change it: systemd/edge-agent.yaml.
 
-    >>> load_text("bundle: /b\\ncamera: {source: clip.mp4}", "<test>").camera.loop
+    >>> load_config_text("bundle: /b\\ncamera: {source: clip.mp4}", "<test>").camera.loop
     True
 """
 
@@ -20,60 +21,41 @@ from edge_agent.strict_yaml import convert, parse_yaml, read_text
 
 Positive = Annotated[int, Meta(ge=1)]
 AdapterName = Annotated[str, Meta(pattern="^[A-Za-z0-9_-]{1,32}$")]
+Profile = Literal["reproducible", "fast", "small"]
 
 
 class CameraConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     source: str  # /dev/videoN, a video file, a folder of images, gst:PIPELINE or zmq:ENDPOINT
     name: Annotated[str, Meta(min_length=1, max_length=32)] = "front"
-    width: Annotated[int, Meta(ge=1, le=7680)] | None = None  # asked of V4L2 and GStreamer
+    width: Annotated[int, Meta(ge=1, le=7680)] | None = None  # pixels; requested from V4L2 and GStreamer
     height: Annotated[int, Meta(ge=1, le=4320)] | None = None
     fps: Annotated[float, Meta(gt=0, le=1000)] | None = None
-    realtime: bool = True  # files only: at their own pace, or as fast as the model takes them
+    realtime: bool = True  # files only: at the recorded rate, or as fast as the model answers
     loop: bool = True  # files only: start again at the end, or stop
 
 
 class VisionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    backend: Literal["onnxruntime", "mtmd"] = "onnxruntime"
+    backend: Literal["onnxruntime", "mtmd"] | None = None  # None: as the profile says
     max_image_tokens: Annotated[int, Meta(ge=8, le=1024)] = (
         256  # 28x28 pixels each; llama.cpp's encoder takes 8 to 1024
     )
-    threads: Annotated[int, Meta(ge=0)] = 0  # 0: as many as there are cores
     tensorrt: bool = False  # onnxruntime builds an engine for the GPU: minutes the first time, kept in $STATE_DIRECTORY
-    overlap: bool | None = None  # the next frame is encoded while one is answered; null: on a GPU, not on a CPU
 
 
 class LanguageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    context: Annotated[int, Meta(ge=256, le=262144)] = 1024  # tokens, twice: of the frame's answer, and of words
-    threads: Annotated[int, Meta(ge=0)] = 0
-    gpu_layers: Annotated[int, Meta(ge=-1)] = -1  # -1: all that a GPU build can take; without a GPU this means nothing
-    repack: bool = True  # on a CPU: weights in the order its kernels like best
-    mmap: bool | None = None  # weights stay mapped in their file; null: unless repacked, or they would be held twice
-    mlock: bool = False  # weights are never swapped out; the unit's LimitMEMLOCK must allow it
-    kv_cache_type: Literal["f16", "q8_0"] = "f16"  # the cache; q8_0 is half as large, and needs flash attention
-    flash_attention: bool | None = None  # null: on a GPU if it can, on a CPU not: there answers would depend on drafts
-    reproducible: bool = True  # on a CPU: the same frame gives the same answer, whatever the draft was; see language.py
-    speculative: bool = (
-        True  # the answer before is evaluated with the frame and taken as far as it is right: only faster
-    )
-    describe_prompt: str = (
-        ""  # what the language lane is asked of every frame it gets to; empty: it only answers questions
-    )
+    context: Annotated[int, Meta(ge=256, le=262144)] = 1024  # tokens of each lane: actions and text have a cache each
+    gpu_layers: Annotated[int, Meta(ge=-1)] = -1  # -1: all that a GPU build can take; without a GPU it has no effect
+    describe_prompt: str = ""  # question for the text lane about every frame it has time for; empty: no descriptions
     max_text_tokens: Positive = 96  # the longest description or answer
-    max_reasoning_tokens: Annotated[int, Meta(ge=0, le=8192)] = (
-        0  # a reasoning model thinks so long before words; 0: not
-    )
-    stream_action_text: bool = True  # also stream the action's own text on the words stream
+    max_reasoning_tokens: Annotated[int, Meta(ge=0, le=8192)] = 0  # before a text, for a reasoning model; 0: none
+    stream_action_text: bool = True  # also publish the text of the actions on the text stream
     adapters: dict[AdapterName, str] = {}  # name -> path of a GGUF adapter (edge-quantize lora); all are loaded
-    adapter: str = ""  # which of them to begin with; empty: none
+    adapter: str = ""  # the adapter that is active at the start; empty: none
 
     def __post_init__(self) -> None:
         if self.adapter and self.adapter not in self.adapters:
-            names = ", ".join(self.adapters) or "none there"
+            names = ", ".join(self.adapters) or "none configured"
             raise ValueError(f"adapter: expected one of the adapters ({names}) or empty, found {self.adapter!r}")
-        if self.kv_cache_type != "f16" and self.flash_attention is False:
-            raise ValueError(
-                f"kv_cache_type: expected f16 where flash_attention is false, found {self.kv_cache_type!r}"
-            )
 
 
 class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -83,26 +65,45 @@ class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 class WatchdogConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    model_stall_s: Annotated[float, Meta(gt=0, le=3600)] = (
-        10.0  # no progress for so long: the model process is killed, restarted
-    )
-    model_load_s: Annotated[float, Meta(gt=0, le=3600)] = 120.0  # the same while it loads
-    camera_stall_s: Annotated[float, Meta(gt=0, le=3600)] = (
-        3.0  # no frame for so long: the camera process is killed, restarted
-    )
+    model_stall_s: Annotated[float, Meta(gt=0, le=3600)] = 10.0  # without progress: the model process is restarted
+    model_load_s: Annotated[float, Meta(gt=0, le=3600)] = 120.0  # the same while the model loads
+    camera_stall_s: Annotated[float, Meta(gt=0, le=3600)] = 3.0  # without a frame: the camera process is restarted
+
+
+class AdvancedConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Single switches of a profile, for benchmarks. None: as the profile says (edge_agent/profile.py)."""
+
+    reproducible: bool | None = None
+    speculative: bool | None = None
+    overlap: bool | None = None
+    repack: bool | None = None
+    mmap: bool | None = None
+    mlock: bool | None = None
+    kv_cache_type: Literal["f16", "q8_0"] | None = None
+    flash_attention: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.kv_cache_type == "q8_0" and self.flash_attention is False:
+            raise ValueError("kv_cache_type: expected f16 or null where flash_attention is false, found 'q8_0'")
+        if self.reproducible and (self.kv_cache_type == "q8_0" or self.flash_attention):
+            raise ValueError(
+                "reproducible: expected false or null where kv_cache_type is q8_0 or flash_attention is true, "
+                "found True"
+            )
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     bundle: str
-    trusted_keys: tuple[
-        str, ...
-    ] = ()  # public keys (edge-agent keygen); with any, the bundle has to be signed by one of them
+    trusted_keys: tuple[str, ...] = ()  # paths of public keys (edge-agent keygen); with any, one must fit the bundle
+    profile: Profile | None = None  # None: reproducible on a CPU, fast on a GPU
+    cpu_threads: Annotated[int, Meta(ge=0)] = 0  # of the model process; 0: one per core
     camera: CameraConfig
     vision: VisionConfig = VisionConfig()
     language: LanguageConfig = LanguageConfig()
     task: TaskConfig = TaskConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
-    runtime_dir: str = ""  # where the sockets are; empty: $RUNTIME_DIRECTORY, else /run/edge-agent, else below /tmp
+    advanced: AdvancedConfig = AdvancedConfig()
+    runtime_dir: str = ""  # folder of the sockets; empty: $RUNTIME_DIRECTORY, else /run/edge-agent, else below /tmp
 
 
 def load_config(path: str | Path) -> Config:
@@ -111,10 +112,11 @@ def load_config(path: str | Path) -> Config:
 
 
 def load_config_text(text: str, name: str) -> Config:
+    """text: YAML; name: of the file, for errors. Raises ConfigError."""
     return convert(parse_yaml(text, name), Config, name)
 
 
 def state_dir() -> Path:
-    """Where what was made on this machine is kept between starts: the unit's folder, else below ~/.cache."""
-    given = os.environ.get("STATE_DIRECTORY")
-    return Path(given.split(":")[0]) if given else Path.home() / ".cache" / "edge-agent"
+    """The folder for files that are made on this machine and kept between starts: the unit's, else below ~/.cache."""
+    configured = os.environ.get("STATE_DIRECTORY")
+    return Path(configured.split(":")[0]) if configured else Path.home() / ".cache" / "edge-agent"

@@ -15,9 +15,8 @@ import msgspec
 import numpy as np
 
 from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, VISION, ModelInfo, VisionInfo
-from edge_agent.config import LanguageConfig
 from edge_agent.errors import UserError
-from edge_agent.model.llama import ACTION_SEQ, LlamaContext, LlamaError
+from edge_agent.model.llama import ACTION_SEQ, LlamaContext, LlamaError, LlamaOptions
 from edge_agent.model.preprocess import Preprocessor
 from edge_agent.model.vision_encoder import MtmdEncoder, OnnxEncoder, VisionError
 
@@ -47,12 +46,12 @@ def validate_files(request: ValidationRequest) -> dict[str, float]:
     Raises ValidationFailed, LlamaError, VisionError.
     """
     folder, model, vision = Path(request.folder), request.model, request.vision
-    config = LanguageConfig(context=256, gpu_layers=0, repack=False)
+    config = LlamaOptions(context=256, gpu_layers=0, repack=False, mmap=True)
     with LlamaContext(folder / LANGUAGE, config, model.embedding) as llm:
         tokens = [model.special["bos"], model.special["inst"], *llm.tokens("Hold position."), model.special["inst_end"]]
-        by_token = llm.decode_tokens(tokens, 0).copy()
-        llm.forget(ACTION_SEQ, 0)
-        by_row = llm.decode_rows(llm.embed(tokens), 0).copy()
+        by_token = llm.logits_after_last(tokens, 0).copy()
+        llm.truncate(ACTION_SEQ, 0)
+        by_row = llm.logits_after_last(llm.embed(tokens), 0).copy()
         if vision is not None:
             unit = vision.patch * vision.merge
             lines, columns = (side // unit for side in vision.fixed) if vision.fixed else (4, 5)

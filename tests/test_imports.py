@@ -20,15 +20,16 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
     "strict_yaml": ({"errors"}, {"msgspec", "yaml"}),
     "config": ({"errors", "strict_yaml"}, {"msgspec"}),
+    "profile": ({"config"}, {"msgspec"}),
     "wire": (set(), {"msgspec"}),
     "client": ({"wire"}, {"msgspec", "zmq"}),
     "board": (set(), set()),
     "actions": ({"errors", "strict_yaml", "wire"}, {"msgspec"}),
-    "bundle": ({"errors", "config"}, {"msgspec", "gguf", "cryptography"}),
+    "bundle": ({"errors", "config", "profile"}, {"msgspec", "gguf", "cryptography"}),
     "ipc": ({"wire"}, {"msgspec", "numpy"}),
     "camera": ({"ipc", "config", "errors", "wire"}, {"cv2", "msgspec", "numpy", "zmq"}),
     "model": (
-        {"ipc", "config", "errors", "actions", "bundle", "board", "wire"},
+        {"ipc", "config", "errors", "actions", "bundle", "board", "wire", "profile"},
         {"cv2", "gguf", "llama_cpp", "llguidance", "msgspec", "numpy", "onnxruntime"},
     ),
     "supervisor": ({"ipc", "config", "errors", "actions", "bundle", "board", "wire"}, {"msgspec", "zmq"}),
@@ -54,7 +55,8 @@ ORDER: dict[str, list[str]] = {
     "ipc": ["backoff", "frame_slot", "events", "worker"],
     "camera": ["__init__", "clock", "source", "v4l2", "gstreamer", "files", "pushed", "process", "__main__"],
     "model": [
-        "preprocess", "token_budget", "vision_encoder", "llama", "constrained", "engine", "frame_encoder", "loop",
+        "preprocess", "token_budget", "vision_encoder", "frame_buffer", "llama", "constrained", "events", "prompt",
+        "text_lane", "action_lane", "engine", "image_encoder", "frame_encoder", "load", "supervisor_channel", "loop",
         "__main__",
     ],
     "supervisor": [

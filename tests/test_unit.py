@@ -57,7 +57,7 @@ def test_the_example_names_every_key_with_its_default():
     lines = [re.sub(r"^( *)# ([a-z]\w*:(?: \S.*)?)$", r"\1\2", line) for line in example.splitlines()]
     values = yaml.safe_load("\n".join(line for line in lines if not line.lstrip().startswith("#")))
     config = convert(values, Config, "example")
-    for part in ("camera", "vision", "language", "task", "watchdog"):
+    for part in ("camera", "vision", "language", "task", "watchdog", "advanced"):
         fields = msgspec.structs.fields(type(getattr(config, part)))
         assert set(values[part]) == {field.name for field in fields}, part
         for field in fields:

@@ -24,6 +24,7 @@ import msgspec
 from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, VISION, Manifest
 from edge_agent.config import Config
 from edge_agent.errors import UserError
+from edge_agent.profile import resolve
 
 MIB = 1 << 20
 PROCESS_MIB = 150  # Python, libraries, frame buffers
@@ -55,6 +56,7 @@ def needed_mib(config: Config, manifest: Manifest, adapters_mib: float = 0.0) ->
     """Part -> MiB, for this configuration as it is. adapters_mib: of the files of all LoRA adapters."""
     model, size = manifest.model, {name: file.bytes / MIB for name, file in manifest.files.items()}
     language = config.language
+    switches = resolve(config, gpu=False)
     repacked = sum(n for name, n in manifest.bytes_by_type.items() if name in REPACKED) / MIB
     on_cpu = 0.0 if language.gpu_layers > 0 else 1.0
     cells = math.ceil(language.context / KV_CELL_ALIGNMENT) * KV_CELL_ALIGNMENT
@@ -62,10 +64,10 @@ def needed_mib(config: Config, manifest: Manifest, adapters_mib: float = 0.0) ->
     scores_mib = model.hidden / 64 * language.context * ROWS_PER_STEP * FLOAT32_BYTES / MIB
     return {
         "language model": size[LANGUAGE],
-        "its file's pages": repacked * on_cpu if language.repack and language.mmap else 0.0,
-        "cache": 2 * cells * model.kv_bytes_per_token / MIB * (1.0 if language.kv_cache_type == "f16" else Q8_0_SHARE),
+        "its file's pages": repacked * on_cpu if switches.repack and switches.mmap else 0.0,
+        "cache": 2 * cells * model.kv_bytes_per_token / MIB * (1.0 if switches.kv_cache_type == "f16" else Q8_0_SHARE),
         "scores and logits": scores_mib + 16 * model.vocab * FLOAT32_BYTES / MIB,
-        "vision encoder": _vision_mib(config, manifest),
+        "vision encoder": _vision_mib(config, manifest, switches.vision_backend),
         "adapters": adapters_mib,
         "the process": PROCESS_MIB,
     }
@@ -76,12 +78,12 @@ def adapters_mib(config: Config) -> float:
     return sum(Path(path).stat().st_size for path in config.language.adapters.values() if Path(path).is_file()) / MIB
 
 
-def _vision_mib(config: Config, manifest: Manifest) -> float:
+def _vision_mib(config: Config, manifest: Manifest, backend: str) -> float:
     if manifest.vision is None:
         return 0.0
     patches = 4 * config.vision.max_image_tokens
     scores_mib = 16 * patches * patches * FLOAT32_BYTES / MIB  # attention scores of one layer with 16 heads
-    if config.vision.backend == "mtmd":
+    if backend == "mtmd":
         return manifest.files[MMPROJ].bytes / MIB + scores_mib
     stored_mib = manifest.files[VISION].bytes / MIB
     float32_mib = (manifest.model.parameters - _elements(manifest.bytes_by_type)) * FLOAT32_BYTES / MIB
@@ -118,15 +120,17 @@ def plan_memory(config: Config, manifest: Manifest, free_mib: float | None, adap
 
 def _reduce_once(config: Config) -> tuple[Config, str, object] | None:
     """(configuration with one more reduction, its key, its new value); None: nothing can be reduced."""
-    language, vision = config.language, config.vision
+    language, vision, advanced = config.language, config.vision, config.advanced
+    switches = resolve(config, gpu=False)
+    keep_f16 = advanced.flash_attention is False or advanced.reproducible or config.profile == "reproducible"
     table: str
     key: str
     value: object
-    if language.repack and language.mmap:
-        table, key, value = "language", "mmap", False
-    elif language.kv_cache_type == "f16" and language.flash_attention is not False:
-        table, key, value = "language", "kv_cache_type", "q8_0"
-    elif vision.backend == "onnxruntime":
+    if switches.repack and switches.mmap:
+        table, key, value = "advanced", "mmap", False
+    elif switches.kv_cache_type == "f16" and not keep_f16:
+        table, key, value = "advanced", "kv_cache_type", "q8_0"
+    elif switches.vision_backend == "onnxruntime":
         table, key, value = "vision", "backend", "mtmd"
     elif vision.max_image_tokens > MIN_IMAGE_TOKENS:
         table, key = "vision", "max_image_tokens"

@@ -122,7 +122,6 @@ def bench_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--backend", choices=("onnxruntime", "mtmd"), help="over the file's vision.backend")
     command.add_argument("--action-space", help="over the file's task.action_space")
     command.add_argument("--instruction", metavar="TEXT", help="over the file's task.instruction")
-    command.add_argument("--plot", type=Path, metavar="FILE.png", help="where the time goes, as a picture")
 
 
 def _config(arguments: argparse.Namespace) -> Config:
@@ -228,14 +227,9 @@ def run_bench(arguments: argparse.Namespace) -> int:
     verify_bundle(config.bundle, config.trusted_keys)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     steps = iter(track(range(arguments.n), "frames", console=console, transient=True))
-    try:
-        figures = bench.run(config, arguments.frames, arguments.n, lambda done, total: next(steps, None))
-    except bench.BENCH_ERRORS as error:
-        _fail(str(error), 1)
+    figures = bench.run(config, arguments.frames, arguments.n, lambda done, total: next(steps, None))
     for what, how_much in bench.table(figures):
         console.print(f"{what:20} {how_much}", markup=False)
-    if arguments.plot is not None:
-        bench.plot([figures], arguments.plot)
     print(json.dumps(figures))
     return 0
 

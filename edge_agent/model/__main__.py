@@ -1,4 +1,7 @@
-"""Entry of the model process: memory plan, load, warm-up, then the loop."""
+"""Entry of the model process: memory plan, load, warm-up, then the loop.
+
+python -m edge_agent.model --slot FD --wake FD --events FD
+"""
 
 from __future__ import annotations
 
@@ -12,56 +15,58 @@ import msgspec
 
 from edge_agent.actions.space import load_action_space
 from edge_agent.board import health
-from edge_agent.bundle.manifest import read_manifest
-from edge_agent.bundle.memory_plan import NotEnoughMemoryError, adapters_mib, plan_memory
+from edge_agent.bundle.manifest import Bundle, read_manifest
+from edge_agent.bundle.memory_plan import adapters_mib, plan_memory
 from edge_agent.config import Config
-from edge_agent.errors import BundleError, ConfigError
-from edge_agent.ipc.events import (
-    Heartbeat,
-    LogLine,
-    ModelReady,
-    StartupFailed,
-)
+from edge_agent.errors import ConfigError, UserError
+from edge_agent.ipc.events import Heartbeat, LogLine, ModelReady, StartupFailed
 from edge_agent.ipc.worker import attach_to_supervisor
-from edge_agent.model.engine import Engine, InstructionRefused
-from edge_agent.model.llama import LlamaError
-from edge_agent.model.loop import ModelLoop, warm_up
-from edge_agent.model.vision_encoder import VisionError
-from edge_agent.wire.codec import encode
+from edge_agent.model.frame_encoder import FrameEncoder
+from edge_agent.model.load import LoadedModel, load_model, warm_up
+from edge_agent.model.loop import ModelLoop
+from edge_agent.model.prompt import InstructionRefused
+from edge_agent.model.supervisor_channel import SupervisorChannel
 
 _libc = ctypes.CDLL(None)
 
 
 def main() -> int:
-    slot, events, first, trace = attach_to_supervisor()
-    config = msgspec.msgpack.decode(first, type=Config)
-
-    def emit(event: object) -> None:
-        events.send(encode(event))
-
-    start = time.monotonic()
+    slot, socket, first_message, trace = attach_to_supervisor()
+    config = msgspec.msgpack.decode(first_message, type=Config)
+    supervisor = SupervisorChannel(socket, trace=trace)
+    start_s = time.monotonic()
     try:
-        model_bundle = read_manifest(config.bundle)  # the supervisor has verified the files
-        planned = plan_memory(config, model_bundle.manifest, health.mem_available_mib(), adapters_mib(config))
-        for key, value in planned.given_up.items():
-            emit(LogLine(f"memory is short: {key} is {value} instead of what was configured"))
-        config = planned.config
-        engine = Engine(config, model_bundle, load_action_space(config.task.action_space), emit)
-        engine.trace = trace
-        emit(Heartbeat("warm-up"))
-        warmup_ms = warm_up(engine)
-        gc.collect()
-        _libc.malloc_trim(0)  # what loading took and left, 10 MB of a full vocabulary
-    except (LlamaError, VisionError, BundleError, NotEnoughMemoryError, ValueError) as error:
-        emit(StartupFailed(reason=str(error), configured=False))
+        bundle = read_manifest(config.bundle)  # the supervisor has verified the files
+        config = _fit_memory(config, bundle, supervisor)
+        model = load_model(config, bundle, load_action_space(config.task.action_space), supervisor.events)
+        supervisor.send(Heartbeat("warm-up"))
+        warmup_ms = warm_up(model, config.camera)
+    except UserError as error:  # any other exception is a defect: it ends the process with its traceback
+        supervisor.send(
+            StartupFailed(reason=str(error), configured=isinstance(error, (InstructionRefused, ConfigError)))
+        )
         return 1
-    except (InstructionRefused, ConfigError) as error:
-        emit(StartupFailed(reason=str(error), configured=True))
-        return 1
-    emit(ModelReady(vision=engine.encoder.provider, load_s=time.monotonic() - start, warmup_ms=warmup_ms))
-    loop = ModelLoop(engine, slot, events)
+    _warn_about_profile(config, model, supervisor)
+    gc.collect()
+    _libc.malloc_trim(0)  # memory that loading no longer needs, 10 MB with a full vocabulary
+    supervisor.send(ModelReady(vision=model.images.backend, load_s=time.monotonic() - start_s, warmup_ms=warmup_ms))
+    frames = FrameEncoder(slot, model.images, config.task.deadline_ms, overlap=model.switches.overlap)
+    loop = ModelLoop(model.engine, frames, slot, supervisor, config.language.describe_prompt)
     while True:
-        loop.turn()
+        loop.step()
+
+
+def _fit_memory(config: Config, bundle: Bundle, supervisor: SupervisorChannel) -> Config:
+    planned = plan_memory(config, bundle.manifest, health.mem_available_mib(), adapters_mib(config))
+    for key, value in planned.given_up.items():
+        supervisor.send(LogLine(f"low memory: {key} is {value} instead of the configured value"))
+    return planned.config
+
+
+def _warn_about_profile(config: Config, model: LoadedModel, supervisor: SupervisorChannel) -> None:
+    if config.profile == "reproducible" and not model.switches.reproducible:
+        where = "on a GPU" if model.engine.llama.on_gpu else "with flash attention"
+        supervisor.send(LogLine(f"profile: reproducible is not possible {where}; answers may depend on the draft"))
 
 
 if __name__ == "__main__":

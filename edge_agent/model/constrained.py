@@ -1,27 +1,29 @@
-"""What may come next, what must, and what probably will: grammar-bound greedy decoding. Pure given logits.
+"""Constrained greedy decoding: allowed tokens, forced tokens, and drafts (speculative decoding). Pure given logits.
 
-The grammar is llguidance's, bound to llama.cpp's own vocabulary. Where it allows one continuation only, the tokens are
-taken without asking the model. An answer ends at its first complete object and is never asked for another token.
+The grammar is compiled by llguidance for llama.cpp's own vocabulary. Where it allows one continuation only, the tokens
+are taken without asking the model (forced tokens). An answer ends at its first complete object.
 
-An answer is kept as steps: a token that was chosen, and those that could only follow. The answer before is the draft of
-the next one: evaluated with the frame, and taken as far as the model's own choices agree (speculative decoding with a
-greedy check, Leviathan et al. 2023; the draft costs no model of its own).
+An answer is kept as steps: one selected token and the forced tokens after it. The previous answer is the draft of the
+next one: it is evaluated together with the frame, and its steps are accepted as long as the model selects the same
+tokens. This is speculative decoding with a greedy check (Leviathan et al. 2023, "Fast Inference from Transformers via
+Speculative Decoding"); the draft needs no model of its own.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
 
 import llguidance
 import llguidance.llamacpp
 import llguidance.numpy
 import numpy as np
 
-from edge_agent.errors import UserError
+from edge_agent.errors import ConfigError, UserError
 
-DraftSteps = list[list[int]]
-MAX_CACHED_STATES = 5_000  # that are remembered, some 2 KB each at most; then it begins anew
-DRAFT_LOOKAHEAD = 6  # so many steps of the draft are looked at for a place to go on from
+DraftSteps = list[list[int]]  # each: a selected token and the forced tokens after it
+MAX_CACHED_STATES = 5_000  # of the grammar, up to 2 KB each; with more, the cache is emptied
+DRAFT_LOOKAHEAD = 6  # steps of a draft that are tried as its new beginning
 COMPACT_JSON = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
 
 
@@ -30,15 +32,15 @@ def flatten(steps: DraftSteps) -> list[int]:
 
 
 class NonFiniteError(UserError):
-    """The logits hold NaN or infinity: nothing can be chosen from them."""
+    """Logits or embeddings contain NaN or infinity: no token can be selected from them. Ends one answer."""
 
 
 class GrammarError(UserError):
-    """The grammar gave up inside llguidance: it would allow nothing but the end, for ever."""
+    """llguidance stopped with an error inside a grammar: it would allow only the end, for ever. Ends one answer."""
 
 
 def grammar_from_schema(schema: dict) -> str:
-    """Every compact JSON text of this schema, as a grammar."""
+    """JSON schema -> the grammar of its compact JSON texts, for Grammar.compile."""
     return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema | {"x-guidance": COMPACT_JSON}))
 
 
@@ -47,96 +49,103 @@ def grammar_from_lark(text: str) -> str:
 
 
 class _State:
-    """Where an answer may stand: what llguidance said there, so that it is asked once. The same tokens lead to it."""
+    """One state of an answer, and what llguidance answered there, so that it is asked once. The tokens of the answer
+    lead to it."""
 
-    __slots__ = ("allowed", "complete", "forced", "then")
+    __slots__ = ("allowed", "complete", "forced", "next")
 
     def __init__(self) -> None:
-        self.allowed: np.ndarray | None = None  # (n,) int64, tokens
+        self.allowed: np.ndarray | None = None  # (n,) int64, token ids
         self.forced: tuple[int, ...] | None = None
         self.complete: bool | None = None
-        self.then: dict[int, _State] = {}
+        self.next: dict[int, _State] = {}
 
 
 class Grammar:
-    """The answers a grammar allows, in the tokens of one vocabulary. Compiling takes a second or two."""
+    """The answers that a grammar allows, in the tokens of one vocabulary. Compiling takes a second or two."""
 
     def __init__(self, vocab: int) -> None:
-        """vocab: llama.cpp's vocabulary handle, which must outlive this."""
-        # Slices speed free text up, of which no answer has any, and take 30 MB of a full vocabulary.
-        self.tokenizer = llguidance.llamacpp.lltokenizer_from_vocab(vocab, slices=[])
+        """vocab: llama.cpp's vocabulary handle, which must outlive this object."""
+        with warnings.catch_warnings():
+            # llguidance 1.x calls a deprecated function of llama-cpp-python once per token: 131072 warnings.
+            warnings.filterwarnings("ignore", "llama_token_get_attr is deprecated", DeprecationWarning)
+            # Slices speed up free text, which no answer contains, and need 30 MB for a full vocabulary.
+            self.tokenizer = llguidance.llamacpp.lltokenizer_from_vocab(vocab, slices=[])
         self._mask = llguidance.numpy.allocate_token_bitmask(1, self.tokenizer.vocab_size)
-        self._matcher: llguidance.LLMatcher | None = None
+        self._matcher: llguidance.LLMatcher  # after compile()
+        self._forget_states()
 
-    def allow(self, source: str) -> None:
-        """From now on answers follow this grammar: `from_schema` or `from_lark`. Raises ValueError when llguidance
-        cannot take it."""
+    def compile(self, source: str) -> None:
+        """From now on answers follow this grammar: of `grammar_from_schema` or `grammar_from_lark`. Raises ConfigError
+        when llguidance cannot compile it."""
         matcher = llguidance.LLMatcher(self.tokenizer, source)
         if matcher.is_error():
-            raise ValueError(f"action space is no grammar: {matcher.get_error()}")
+            raise ConfigError(f"cannot compile a grammar for this action space: {matcher.get_error()}")
         self._matcher = matcher
-        self._forget()
+        self._forget_states()
 
-    def _forget(self) -> None:
-        self._start, self._n_places = _State(), 1
-        self._at = self._start
+    def _forget_states(self) -> None:
+        self._start, self._n_states = _State(), 1
+        self._current = self._start
 
     def start(self) -> None:
         """Begin a new answer."""
         self._matcher.reset()
-        if self._n_places > MAX_CACHED_STATES:
-            self._forget()
-        self._at = self._start
+        if self._n_states > MAX_CACHED_STATES:
+            self._forget_states()
+        self._current = self._start
 
-    def _go(self, tokens: list[int]) -> None:
+    def _advance(self, tokens: list[int]) -> None:
         for token in tokens:
-            if (place := self._at.then.get(token)) is None:
-                place = self._at.then[token] = _State()
-                self._n_places += 1
-            self._at = place
+            state = self._current.next.get(token)
+            if state is None:
+                state = self._current.next[token] = _State()
+                self._n_states += 1
+            self._current = state
 
-    def forced(self) -> list[int]:
-        """The tokens that can only follow, already taken as said; often empty."""
-        if self._at.forced is None:
-            self._at.forced = tuple(self._matcher.compute_ff_tokens())
-        tokens = list(self._at.forced)
+    def forced_tokens(self) -> list[int]:
+        """The tokens that are the only continuation; often none. The grammar consumes them."""
+        if self._current.forced is None:
+            self._current.forced = tuple(self._matcher.compute_ff_tokens())
+        tokens = list(self._current.forced)
         if tokens:
             self._matcher.consume_tokens(tokens)
-            self._go(tokens)
+            self._advance(tokens)
         return tokens
 
-    def choose(self, logits: np.ndarray) -> int:
-        """The likeliest allowed token, taken as said. logits: (n_vocab,) float32."""
-        if self._at.allowed is None:
+    def select_token(self, logits: np.ndarray) -> int:
+        """The most likely allowed token. The grammar consumes it. logits: (n_vocab,) float32. Raises NonFiniteError,
+        GrammarError."""
+        if self._current.allowed is None:
             llguidance.numpy.fill_next_token_bitmask(self._matcher, self._mask, 0)
             if self._matcher.is_error():
-                raise GrammarError
+                raise GrammarError(f"llguidance: {self._matcher.get_error()}")
             bits = np.unpackbits(self._mask.view(np.uint8).ravel(), bitorder="little")
-            self._at.allowed = np.flatnonzero(bits[: len(logits)])
-        allowed = self._at.allowed
+            self._current.allowed = np.flatnonzero(bits[: len(logits)])
+        allowed = self._current.allowed
         token = int(allowed[np.argmax(logits[allowed])])
         if not np.isfinite(logits[token]):
-            raise NonFiniteError
+            raise NonFiniteError("the language model gave NaN or infinity")
         self._matcher.consume_token(token)
-        self._go([token])
+        self._advance([token])
         return token
 
     def step(self, logits: np.ndarray) -> list[int]:
-        """The likeliest allowed token and those that can only follow it, taken as said."""
-        token = self.choose(logits)
-        return [token] if self.complete else [token, *self.forced()]
+        """The most likely allowed token and the forced tokens after it. The grammar consumes them."""
+        token = self.select_token(logits)
+        return [token] if self.complete else [token, *self.forced_tokens()]
 
-    def take(self, logits: np.ndarray, draft: DraftSteps, answer: DraftSteps) -> None:
-        """Append steps to the answer, logits[i] (n, n_vocab) before step i, as long as each is the draft's: the first
-        that is not, or that completes the answer, is the last."""
-        for i, before in enumerate(logits):
-            answer.append(self.step(before))
+    def verify_draft(self, logits: list[np.ndarray], draft: DraftSteps, answer: DraftSteps) -> None:
+        """Append steps to the answer as long as each is the draft's; the first that differs, or that completes the
+        answer, is the last. logits[i]: (n_vocab,) float32 before step i, one more than the draft has steps."""
+        for i, step_logits in enumerate(logits):
+            answer.append(self.step(step_logits))
             if self.complete or i >= len(draft) or answer[-1] != draft[i]:
                 break
 
-    def rest_of(self, draft: DraftSteps) -> DraftSteps:
-        """What of a draft may still follow when its first step turned out another: the steps after it if they fit, else
-        those from a place near by that do, else nothing."""
+    def usable_draft(self, draft: DraftSteps) -> DraftSteps:
+        """The part of a draft that the grammar still accepts after its first step was rejected: the steps after that
+        one, else those from another of the first few, else none."""
         for start in (1, 0, *range(2, min(DRAFT_LOOKAHEAD, len(draft)))):
             tokens = flatten(draft[start:])
             if tokens and self._matcher.validate_tokens(tokens) == len(tokens):
@@ -145,14 +154,15 @@ class Grammar:
 
     @property
     def complete(self) -> bool:
-        if self._at.complete is None:
-            self._at.complete = self._matcher.is_accepting()
-        return self._at.complete
+        """Whether the answer is complete."""
+        if self._current.complete is None:
+            self._current.complete = bool(self._matcher.is_accepting())
+        return self._current.complete
 
 
-def greedy(logits: np.ndarray) -> int:
-    """The likeliest token. Raises NotFinite."""
+def select_greedy(logits: np.ndarray) -> int:
+    """The most likely token. logits: (n_vocab,) float32. Raises NonFiniteError."""
     token = int(np.argmax(logits))
     if not np.isfinite(logits[token]):
-        raise NonFiniteError
+        raise NonFiniteError("the language model gave NaN or infinity")
     return token

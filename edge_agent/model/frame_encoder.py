@@ -1,8 +1,8 @@
-"""Newest frame -> rows, in the model process: takes it from the slot, resizes, encodes. It answers nothing.
+"""Newest frame -> image embeddings, in the model process: takes it from the slot, resizes, encodes. It answers nothing.
 
-With `overlap`, this happens in a thread of its own while the frame before is answered, begun so late that the rows are
-ready when they are wanted: they would only grow old. Native code does not hold the interpreter's lock, so both really
-run; where they share the same cores, nothing is won by it.
+With `overlap`, a thread of its own encodes while the main thread answers the previous frame. It starts as late as
+possible, so that the embeddings are ready exactly when the previous answer is done and are as fresh as they can be.
+Native code does not hold the interpreter's lock, so both really run; on shared cores that gains nothing.
 """
 
 from __future__ import annotations
@@ -11,46 +11,68 @@ import contextlib
 import os
 import select
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 from edge_agent.ipc.events import StopReason
 from edge_agent.ipc.frame_slot import Frame, Slot
 from edge_agent.model.constrained import NonFiniteError
-from edge_agent.model.engine import NS_PER_MS, Engine
-from edge_agent.model.token_budget import TokenBudget
+from edge_agent.model.frame_buffer import FrameBuffer
+from edge_agent.model.image_encoder import ImageEncoder
+from edge_agent.model.token_budget import EMA_WEIGHT, TokenBudget
 
-IDLE_S = 1.0  # without a frame, a look ends
+NS_PER_MS = 1e6
+IDLE_S = 1.0  # a job without a frame ends after this time
 
 
 class EncodedFrame(NamedTuple):
-    """A frame that was looked at. Its image belongs to the camera again."""
+    """The result of one job. The frame's image belongs to the camera again. Times: CLOCK_MONOTONIC."""
 
     frame: Frame
     deadline_ns: int
-    rows: np.ndarray | None  # (n, hidden) float32; None: `cut` says why
+    embeddings: FrameBuffer | None  # None: stop_reason says why
     stop_reason: StopReason
-    n_tokens: int
+    n_tokens: int  # image tokens
+    max_tokens: int  # as the budget selected
     taken_ns: int
+    resized_ns: int
     done_ns: int
 
     @property
     def encode_ms(self) -> float:
-        """Resizing belongs to it."""
+        """Resize and encode."""
         return (self.done_ns - self.taken_ns) / NS_PER_MS
 
 
 class FrameEncoder:
-    """Owns the thread, if there is one; close() ends it."""
+    """Owns the thread, if there is one; close() ends it.
 
-    def __init__(self, engine: Engine, slot: Slot, overlap: bool) -> None:
-        self.engine, self.slot = engine, slot
-        self.budget = TokenBudget(engine.config.vision.max_image_tokens)
-        self.seen_seq = 0
-        self._pool = ThreadPoolExecutor(1, "eyes") if overlap else None
-        self._future: Future[EncodedFrame | None] | None = None
+    The thread reads the slot and uses the encoder and one of its two buffers. Everything else, the token budget too,
+    belongs to the main thread: a job gets the budget as an argument, and its result holds what it selected.
+    """
+
+    def __init__(
+        self,
+        slot: Slot,
+        images: ImageEncoder,
+        deadline_ms: float,
+        *,
+        overlap: bool,
+        clock: Callable[[], int] = time.monotonic_ns,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """deadline_ms: from capture to answer. clock: CLOCK_MONOTONIC, nanoseconds; sleep: seconds."""
+        self._slot, self._images, self._deadline_ms = slot, images, deadline_ms
+        self._clock, self._sleep = clock, sleep
+        self.budget = TokenBudget.of(images.max_tokens)
+        self.expected_answer_ms = 0.0  # running estimate of prefill and decode
+        self._taken_seq = 0  # of the last frame that was taken
+        self._pool = ThreadPoolExecutor(1, "frame-encoder") if overlap else None
+        self._job: Future[EncodedFrame | None] | None = None
         self._done_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def close(self) -> None:
@@ -59,60 +81,77 @@ class FrameEncoder:
         os.close(self._done_fd)
 
     def fileno(self) -> int:
-        """For select.poll: readable when next() may have something."""
-        return self._done_fd if self._future is not None else self.slot.fileno()
+        """For select.poll: readable when next() may have a frame."""
+        return self._done_fd if self._job is not None else self._slot.fileno()
 
-    def next(self, answer_ms: float) -> EncodedFrame | None:
-        """The newest frame that was not seen yet, or None. answer_ms: what answering it will take, about."""
+    def next(self) -> EncodedFrame | None:
+        """The newest frame that was not returned before, or None."""
         if self._pool is None:
-            return self._look()
-        if self._future is None:
-            self._begin(0)
-        if not self._future.done():
+            return self._note_selection(self._encode_newest(self.budget))
+        if self._job is None:
+            self._job = self._submit(self._pool, 0)
+        if not self._job.done():
             return None
-        glance, self._future = self._future.result(), None
+        encoded, self._job = self._note_selection(self._job.result()), None
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._done_fd)
-        if glance is None:
+        if encoded is None:
             return None
-        waited_ms = (time.monotonic_ns() - glance.done_ns) / NS_PER_MS
-        if waited_ms > glance.encode_ms and self.slot.latest_seq > glance.frame.seq:
-            self._begin(0)  # to look again is quicker than this one is fresh
+        waited_ms = (self._clock() - encoded.done_ns) / NS_PER_MS
+        if waited_ms > encoded.encode_ms and self._slot.latest_seq > encoded.frame.seq:
+            # Encoding a newer frame takes less time than this one has already waited.
+            self._job = self._submit(self._pool, 0)
             return None
-        self._begin(time.monotonic_ns() + round(max(0.0, answer_ms - glance.encode_ms) * NS_PER_MS))
-        return glance
+        delay_ms = max(0.0, self.expected_answer_ms - encoded.encode_ms)
+        self._job = self._submit(self._pool, self._clock() + round(delay_ms * NS_PER_MS))
+        return encoded
 
-    def _begin(self, not_before_ns: int) -> None:
-        self._future = self._pool.submit(self._look_later, not_before_ns)
-        self._future.add_done_callback(lambda _: os.eventfd_write(self._done_fd, 1))
+    def record(self, encoded: EncodedFrame, prefill_ms: float, decode_ms: float) -> None:
+        """The times of an answered frame, for the budget and for the start of the next job."""
+        self.budget = self.budget.record(encoded.n_tokens, encoded.encode_ms + prefill_ms, decode_ms)
+        answer_ms = prefill_ms + decode_ms
+        weight = EMA_WEIGHT if self.expected_answer_ms else 1.0
+        self.expected_answer_ms += weight * (answer_ms - self.expected_answer_ms)
 
-    def _look_later(self, not_before_ns: int) -> EncodedFrame | None:
-        time.sleep(max(0, not_before_ns - time.monotonic_ns()) / 1e9)
-        if (glance := self._look()) is not None:
-            return glance
+    def _note_selection(self, encoded: EncodedFrame | None) -> EncodedFrame | None:
+        if encoded is not None:
+            self.budget = msgspec.structs.replace(self.budget, tokens=encoded.max_tokens)
+        return encoded
+
+    def _submit(self, pool: ThreadPoolExecutor, not_before_ns: int) -> Future[EncodedFrame | None]:
+        job = pool.submit(self._encode_later, not_before_ns, self.budget)
+        job.add_done_callback(lambda _: os.eventfd_write(self._done_fd, 1))
+        return job
+
+    # -- in the thread, if there is one
+
+    def _encode_later(self, not_before_ns: int, budget: TokenBudget) -> EncodedFrame | None:
+        self._sleep(max(0, not_before_ns - self._clock()) / 1e9)
+        if (encoded := self._encode_newest(budget)) is not None:
+            return encoded
         poll = select.poll()
-        poll.register(self.slot, select.POLLIN)
-        return self._look() if poll.poll(IDLE_S * 1000) else None
+        poll.register(self._slot, select.POLLIN)
+        return self._encode_newest(budget) if poll.poll(round(IDLE_S * 1000)) else None
 
-    def _look(self) -> EncodedFrame | None:
-        frame, taken_ns = self.slot.take_newest(self.seen_seq), time.monotonic_ns()
+    def _encode_newest(self, budget: TokenBudget) -> EncodedFrame | None:
+        frame, taken_ns = self._slot.take_newest(self._taken_seq), self._clock()
         if frame is None:
             return None
-        engine = self.engine
-        deadline_ns = frame.t_capture_ns + round(engine.config.task.deadline_ms * NS_PER_MS)
-        engine.preprocessor.max_tokens = self.budget.choose((deadline_ns - taken_ns) / NS_PER_MS)
-        image = engine.preprocessor.image(frame.image)
-        engine.span("resize", "eyes", taken_ns)
-        if not self.slot.was_not_overwritten(frame):
-            return None  # the camera came round while we read: there is a newer one
-        self.seen_seq = frame.seq
-        rows, stop_reason = None, ""
-        if time.monotonic_ns() > deadline_ns:
-            stop_reason = "late"
-        else:
-            try:
-                rows = engine.see(image)
-            except NonFiniteError:
-                stop_reason = "not-finite"
-        n_tokens = image.shape[0] * image.shape[1] // engine.preprocessor.unit**2
-        return EncodedFrame(frame, deadline_ns, rows, stop_reason, n_tokens, taken_ns, time.monotonic_ns())
+        deadline_ns = frame.t_capture_ns + round(self._deadline_ms * NS_PER_MS)
+        max_tokens = budget.select((deadline_ns - taken_ns) / NS_PER_MS).tokens
+        image = self._images.resize(frame.image, max_tokens)
+        resized_ns = self._clock()
+        if not self._slot.was_not_overwritten(frame):
+            return None  # the camera process overwrote this buffer while we read it: there is a newer frame
+        self._taken_seq = frame.seq
+        embeddings, stop_reason = self._encode(image) if resized_ns <= deadline_ns else (None, "late")
+        return EncodedFrame(
+            frame, deadline_ns, embeddings, stop_reason, self._images.n_tokens(image), max_tokens,
+            taken_ns, resized_ns, self._clock(),
+        )  # fmt: skip
+
+    def _encode(self, image: np.ndarray) -> tuple[FrameBuffer | None, StopReason]:
+        try:
+            return self._images.encode(image), ""
+        except NonFiniteError:
+            return None, "not-finite"

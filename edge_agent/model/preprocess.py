@@ -1,4 +1,4 @@
-"""Frames to the 28-pixel grid and to normalised pixels."""
+"""Frame -> image on the 28-pixel grid -> normalised pixels. Pure but for reused buffers."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import numpy as np
 
 from edge_agent.bundle.manifest import VisionInfo
 
-MIN_TOKENS = 8  # mtmd enlarges anything smaller by itself; so do we, so that both encoders see the same image
+MIN_TOKENS = 8  # mtmd enlarges a smaller image by itself; we do the same, so that both encoders get the same image
 
 
 @functools.lru_cache(64)
 def image_grid(height: int, width: int, max_tokens: int, vision: VisionInfo) -> tuple[int, int]:
-    """Lines and columns of merged patches for a frame: as many as it fills, at most max_tokens, longest edge capped.
+    """Lines and columns of image tokens for a frame of height x width pixels: as many as it fills, at most max_tokens,
+    and at most vision.image_size pixels a side.
 
-    Sides are rounded up, as the reference processor does, until the budget binds; then it is the grid within the budget
-    that is nearest to the frame's shape.
+    Sides are rounded up, as the reference processor (transformers' Pixtral) does. Where that is more than max_tokens,
+    the result is the grid within max_tokens that is nearest to the frame's shape.
     """
     unit = vision.patch * vision.merge
     if vision.fixed is not None:
@@ -40,29 +41,31 @@ def image_grid(height: int, width: int, max_tokens: int, vision: VisionInfo) -> 
         apart = [(n, side) for n, side in zip(sides, (lines, columns), strict=True)]
         return any(abs(n - side) >= 1 for n, side in apart), sum(abs(math.log(n / side)) for n, side in apart)
 
-    sides = itertools.product(range(1, longest + 1), repeat=2)
+    sides = itertools.product(range(1, longest + 1), range(1, longest + 1))
     return min((n for n in sides if MIN_TOKENS <= n[0] * n[1] <= max_tokens), key=distance)
 
 
 def n_embedding_rows(lines: int, columns: int) -> int:
-    """Rows of the encoder's output: the tokens and the breaks between lines."""
+    """Rows of the encoder's output: the image tokens and the breaks between lines."""
     return lines * columns + lines - 1
 
 
 class Preprocessor:
-    """Frames -> the encoder's input, into buffers that are reused while the size stays."""
+    """Frames -> the encoder's input, in buffers that are reused while the size stays the same."""
 
     def __init__(self, vision: VisionInfo, max_tokens: int) -> None:
-        self.vision, self.max_tokens, self.unit = vision, max_tokens, vision.patch * vision.merge  # unit: pixels
+        self.vision, self.max_tokens = vision, max_tokens
+        self.unit = vision.patch * vision.merge  # side of an image token, pixels
         mean, std = np.asarray(vision.mean, np.float32), np.asarray(vision.std, np.float32)
         self._scale = (1 / (255 * std)).reshape(3, 1, 1)
         self._shift = (-mean / std).reshape(3, 1, 1)
         self._image = np.empty((0, 0, 3), np.uint8)
         self._pixels = np.empty((1, 3, 0, 0), np.float32)
 
-    def image(self, frame: np.ndarray) -> np.ndarray:
-        """frame: (H, W, 3) uint8 RGB -> (28 * lines, 28 * columns, 3) uint8 RGB, a buffer good until the next call."""
-        lines, columns = image_grid(*frame.shape[:2], self.max_tokens, self.vision)
+    def image(self, frame: np.ndarray, max_tokens: int | None = None) -> np.ndarray:
+        """frame: (H, W, 3) uint8 RGB -> (28 * lines, 28 * columns, 3) uint8 RGB, a buffer that is valid until the next
+        call. max_tokens: for this frame; None: as many as configured."""
+        lines, columns = image_grid(*frame.shape[:2], max_tokens or self.max_tokens, self.vision)
         size = (lines * self.unit, columns * self.unit)
         if self._image.shape[:2] != size:
             self._image = np.empty((*size, 3), np.uint8)
@@ -71,7 +74,8 @@ class Preprocessor:
         return self._image
 
     def pixels(self, image: np.ndarray) -> np.ndarray:
-        """image on the grid -> (1, 3, H, W) float32, (RGB / 255 - mean) / std, a buffer good until the next call."""
+        """image on the grid -> (1, 3, H, W) float32, (RGB / 255 - mean) / std, a buffer that is valid until the
+        next call."""
         shape = (1, 3, *image.shape[:2])
         if self._pixels.shape != shape:
             self._pixels = np.empty(shape, np.float32)

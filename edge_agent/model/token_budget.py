@@ -2,35 +2,52 @@
 
 from __future__ import annotations
 
+import msgspec
 
-class TokenBudget:
-    """How many image tokens a frame may have so that its answer comes in time: as many as configured, or the next
-    lower step if the frames before say that it would be late. Pure."""
+STEPS = (1.0, 0.75, 0.5, 0.375, 0.25)  # of the configured tokens; every size costs buffers of its own, so not finer
+MIN_TOKENS = 64  # fewer show too little: then the answer is late and is refused
+EMA_WEIGHT = 0.3  # weight of the newest frame in the running estimates
+MARGIN = 0.9  # share of the time left that may be used
+STEP_UP_MARGIN = 0.75  # the same, before a larger size is tried again
 
-    STEPS = (1.0, 0.75, 0.5, 0.375, 0.25)  # of the tokens configured; a size of its own for each, so not finer
-    LEAST = 64  # below that little is seen: then an answer is late, and refused
-    NEWEST = 0.3  # weight of the newest frame in the running estimates
-    MARGIN = 0.9  # of the time that is left, to be used
-    AGAIN = 0.75  # of it, when a larger step is tried again
 
-    def __init__(self, max_tokens: int) -> None:
-        floor = min(self.LEAST, max_tokens)
-        self.sizes = sorted({max(floor, int(max_tokens * step)) for step in self.STEPS}, reverse=True)
-        self.tokens = max_tokens
-        self._per_token_ms = self._rest_ms = 0.0
+class TokenBudget(msgspec.Struct, frozen=True):
+    """The largest number of image tokens whose answer is ready in time, from running estimates of earlier frames.
 
-    def note(self, n_tokens: int, frame_ms: float, rest_ms: float) -> None:
-        """What a frame took: encode and prefill, which grow with its tokens, and the rest, which does not."""
-        newest = self.NEWEST if self._per_token_ms else 1.0  # nothing was known before the first
-        self._per_token_ms += newest * (frame_ms / n_tokens - self._per_token_ms)
-        self._rest_ms += newest * (rest_ms - self._rest_ms)
+    A value: `record` and `select` return new values and change nothing. The main thread owns the current one and gives
+    it to the encoder thread as the argument of a job, so that no number is written by two threads.
+    """
 
-    def choose(self, left_ms: float) -> int:
-        """For a frame whose answer has to be there in left_ms."""
+    max_tokens: int  # as configured
+    tokens: int  # selected for the newest frame
+    per_token_ms: float = 0.0  # encode and prefill of one image token; 0: not measured yet
+    rest_ms: float = 0.0  # what does not grow with the tokens
+
+    @classmethod
+    def of(cls, max_tokens: int) -> TokenBudget:
+        return cls(max_tokens, max_tokens)
+
+    @property
+    def sizes(self) -> list[int]:
+        """The sizes to select from, the largest first."""
+        floor = min(MIN_TOKENS, self.max_tokens)
+        return sorted({max(floor, int(self.max_tokens * step)) for step in STEPS}, reverse=True)
+
+    def record(self, n_tokens: int, frame_ms: float, rest_ms: float) -> TokenBudget:
+        """n_tokens, frame_ms: a frame's image tokens and the time of encode and prefill, which grows with them;
+        rest_ms: the time of its answer, which does not."""
+        weight = EMA_WEIGHT if self.per_token_ms else 1.0
+        return msgspec.structs.replace(
+            self,
+            per_token_ms=self.per_token_ms + weight * (frame_ms / n_tokens - self.per_token_ms),
+            rest_ms=self.rest_ms + weight * (rest_ms - self.rest_ms),
+        )
+
+    def select(self, left_ms: float) -> TokenBudget:
+        """left_ms: time until the answer must be ready. `tokens` of the result is the number for this frame: the
+        largest size that is in time, or the smallest."""
         for size in self.sizes:
-            share = self.AGAIN if size > self.tokens else self.MARGIN
-            if size * self._per_token_ms + self._rest_ms <= share * left_ms:
-                self.tokens = size
-                return size
-        self.tokens = self.sizes[-1]
-        return self.tokens
+            share = STEP_UP_MARGIN if size > self.tokens else MARGIN
+            if size * self.per_token_ms + self.rest_ms <= share * left_ms:
+                break
+        return msgspec.structs.replace(self, tokens=size)

@@ -1,8 +1,8 @@
-"""Image -> pixels (pure) -> rows for the language model, by onnxruntime or by llama.cpp's mtmd.
+"""Image -> embeddings for the language model, by onnxruntime or by llama.cpp's mtmd.
 
 Both encoders take the same image, already on the 28-pixel grid, and give the same rows: one per 28x28 pixels, line by
-line, with an [IMG_BREAK] row between lines and none after the last. Neither keeps anything from one frame to the next
-but its buffers.
+line, with an [IMG_BREAK] row between lines and none after the last. An encoder keeps only its buffers from one frame to
+the next.
 """
 
 from __future__ import annotations
@@ -10,57 +10,69 @@ from __future__ import annotations
 import ctypes
 import os
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import llama_cpp.llama_cpp as ll
 import llama_cpp.mtmd_cpp as mtmd
 import numpy as np
 
 from edge_agent.bundle.manifest import MMPROJ, VISION, Bundle
-from edge_agent.config import VisionConfig, state_dir
+from edge_agent.config import state_dir
 from edge_agent.errors import UserError
 from edge_agent.model.preprocess import Preprocessor, n_embedding_rows
 
 TENSORRT = "TensorrtExecutionProvider"
-# Best first. onnxruntime falls back to the CPU without a word when a provider cannot start: `provider` says what runs.
+# Best first. onnxruntime falls back to the CPU silently when a provider cannot start: `provider` names what runs.
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 
 
 class VisionError(UserError):
-    """The encoder refused; the worker cannot go on."""
+    """The encoder refused; the process cannot continue. One line."""
+
+
+class EncoderOptions(NamedTuple):
+    """Decided values; edge_agent/profile.py decides for a configuration."""
+
+    backend: Literal["onnxruntime", "mtmd"]
+    threads: int  # 0: one per core
+    tensorrt: bool  # onnxruntime only
+    gpu: bool  # mtmd only: use a GPU if llama.cpp can
 
 
 class OnnxEncoder:
     """vision.onnx through onnxruntime."""
 
     def __init__(self, path: Path, preprocessor: Preprocessor, threads: int, tensorrt: bool = False) -> None:
-        """tensorrt: ask for TensorRT's provider first. Raises VisionError when it is not there, or nothing loads."""
-        import onnxruntime  # 20 MB that mtmd does without
+        """threads: 0 for one per core. tensorrt: try TensorRT's provider first. Raises VisionError when it is not
+        installed, or when the file cannot be loaded."""
+        import onnxruntime  # 20 MB that mtmd does not need
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        # Spinning workers would take the cores from the language model between two frames.
+        # Spinning threads would take the cores from the language model between two frames.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        there = onnxruntime.get_available_providers()
-        usable: list = [name for name in PROVIDERS if name in there]
-        if tensorrt and TENSORRT not in there:
+        available = onnxruntime.get_available_providers()
+        providers: list = [name for name in PROVIDERS if name in available]
+        if tensorrt and TENSORRT not in available:
             raise VisionError(
-                f"vision.tensorrt: onnxruntime here has only {', '.join(there)}; install one with it, or set false"
+                f"vision.tensorrt: onnxruntime here has only {', '.join(available)}; install one with TensorRT, or set "
+                "it to false"
             )
         if tensorrt:
-            usable.insert(0, (TENSORRT, _tensorrt_options()))
+            providers.insert(0, (TENSORRT, _tensorrt_options()))
         try:
-            self._session = onnxruntime.InferenceSession(path, options, providers=usable)
-        except Exception as error:  # onnxruntime raises classes of its own, which share no public base
+            self._session = onnxruntime.InferenceSession(path, options, providers=providers)
+        except Exception as error:  # onnxruntime's own classes have no public base class
             raise VisionError(f"{path}: onnxruntime cannot load it: {str(error)[:300]}") from None
         self._preprocessor = preprocessor
         self._binding = self._session.io_binding()
-        self.n_embd = self._session.get_outputs()[0].shape[1]
+        self.n_embd: int = self._session.get_outputs()[0].shape[1]
         self.provider = f"onnxruntime {self._session.get_providers()[0]}"
 
     def encode(self, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """image: (H, W, 3) uint8 RGB on the grid -> (n_rows, hidden) float32: the beginning of `out`, or new."""
+        """image: (H, W, 3) uint8 RGB on the grid -> (n_rows, n_embd) float32: `out`, which has this shape, or new."""
         unit = self._preprocessor.unit
         rows = _output_rows(out, n_embedding_rows(image.shape[0] // unit, image.shape[1] // unit), self.n_embd)
         self._binding.bind_cpu_input("pixel_values", self._preprocessor.pixels(image))
@@ -73,7 +85,7 @@ class OnnxEncoder:
 
 
 def _tensorrt_options() -> dict[str, object]:
-    """An engine is made for a size of frames when the first one comes, which is the warm-up's, and kept."""
+    """TensorRT makes an engine for a frame size when the first such frame comes, which is the warm-up's. It is kept."""
     cache = state_dir() / "tensorrt"
     cache.mkdir(parents=True, exist_ok=True)
     return {
@@ -88,27 +100,28 @@ def _tensorrt_options() -> dict[str, object]:
 class MtmdEncoder:
     """mmproj.gguf through llama.cpp's own encoder.
 
-    The [IMG_BREAK] rows are put in here: llama.cpp makes them by multiplying memory nobody wrote with zero, which gives
-    NaN whenever that memory happens to hold one.
+    The [IMG_BREAK] rows are written here: llama.cpp makes them by multiplying uninitialised memory with zero, which
+    gives NaN whenever that memory holds a NaN.
     """
 
     def __init__(self, path: Path, model: int, break_row: np.ndarray, unit: int, threads: int, gpu: bool) -> None:
-        """model: llama.cpp's handle of the language model, whose width the projector must match.
-        break_row: (hidden,) float32. unit: pixels per row of output, a side."""
+        """model: llama.cpp's handle of the language model, whose width the projector must match. break_row: (n_embd,)
+        float32, the [IMG_BREAK] embedding. unit: side of an image token, pixels. threads: 0 for one per core. Raises
+        VisionError."""
         self._break_row, self._unit = break_row, unit
         params = mtmd.mtmd_context_params_default()
         params.use_gpu = gpu
         params.n_threads = threads or len(os.sched_getaffinity(0))
         params.print_timings = False
-        params.warmup = False  # the worker warms up with a frame of the size it will see
+        params.warmup = False  # the process warms up with a frame of the camera's size
         self._context = mtmd.mtmd_init_from_file(os.fsencode(path), model, params)
         if not self._context:
             raise VisionError(f"{path}: llama.cpp's mtmd cannot load it for this language model")
-        self._n_embd = ll.llama_model_n_embd(model)
+        self.n_embd: int = ll.llama_model_n_embd(model)
         self.provider = "mtmd " + ("GPU" if gpu and ll.llama_supports_gpu_offload() else "CPU")
 
     def encode(self, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """image: (H, W, 3) uint8 RGB on the grid -> (n_rows, hidden) float32: the beginning of `out`, or new."""
+        """image: (H, W, 3) uint8 RGB on the grid -> (n_rows, n_embd) float32: `out`, which has this shape, or new."""
         height, width = image.shape[:2]
         data = np.ascontiguousarray(image).ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         bitmap = mtmd.mtmd_bitmap_init(width, height, data)
@@ -124,7 +137,7 @@ class MtmdEncoder:
                     if status := mtmd.mtmd_encode_chunk(self._context, chunk):
                         raise VisionError(f"mtmd_encode_chunk returned {status} for a frame of {width}x{height}")
                     n = mtmd.mtmd_input_chunk_get_n_tokens(chunk)
-                    rows, columns = _output_rows(out, n, self._n_embd), width // self._unit
+                    rows, columns = _output_rows(out, n, self.n_embd), width // self._unit
                     rows[:] = np.ctypeslib.as_array(mtmd.mtmd_get_output_embd(self._context), rows.shape)
                     rows[columns :: columns + 1] = self._break_row
                     return rows
@@ -140,13 +153,17 @@ class MtmdEncoder:
 
 
 def _output_rows(out: np.ndarray | None, n: int, n_embd: int) -> np.ndarray:
-    return np.empty((n, n_embd), np.float32) if out is None else out[:n]
+    if out is None:
+        return np.empty((n, n_embd), np.float32)
+    if len(out) != n:
+        raise VisionError(f"the encoder gives {n} rows for an image, expected {len(out)}")
+    return out
 
 
-# The encoder logs through its own hooks; llama.cpp's quiet one serves both, and must not be freed either.
+# The encoder logs with its own hooks; one quiet callback serves both, and must never be freed.
 @ll.llama_log_callback
 def _on_log(level: int, text: bytes, _user: object) -> None:
-    if level == 4:
+    if level == 4:  # GGML_LOG_LEVEL_ERROR
         os.write(2, text)
 
 
@@ -155,20 +172,15 @@ mtmd.mtmd_helper_log_set(_on_log, ctypes.c_void_p(0))
 
 
 def open_encoder(
-    model_bundle: Bundle,
-    config: VisionConfig,
-    preprocessor: Preprocessor,
-    model: int,
-    break_row: np.ndarray,
-    gpu: bool,
+    bundle: Bundle, options: EncoderOptions, preprocessor: Preprocessor, model: int, break_row: np.ndarray
 ) -> OnnxEncoder | MtmdEncoder:
-    """The encoder the configuration asks for. Raises VisionError."""
-    if config.backend == "mtmd":
-        path = model_bundle.path(MMPROJ)
-        return MtmdEncoder(path, model, break_row, preprocessor.unit, config.threads, gpu)
-    path = model_bundle.path(VISION)
-    encoder = OnnxEncoder(path, preprocessor, config.threads, config.tensorrt)
-    if encoder.n_embd != len(break_row):  # mtmd asks for itself
+    """The encoder that the options name. model, break_row: as for MtmdEncoder. Raises VisionError."""
+    if options.backend == "mtmd":
+        path = bundle.path(MMPROJ)
+        return MtmdEncoder(path, model, break_row, preprocessor.unit, options.threads, options.gpu)
+    path = bundle.path(VISION)
+    encoder = OnnxEncoder(path, preprocessor, options.threads, options.tensorrt)
+    if encoder.n_embd != len(break_row):  # mtmd checks this by itself
         raise VisionError(
             f"{path}: rows of {encoder.n_embd} numbers, but the language model takes {len(break_row)}; the two belong "
             "to different models: build the bundle again"

@@ -1,9 +1,9 @@
-"""How fast a bundle answers on this machine, offline: the engine of the model process, frame after frame, and what it
-could reach: `edge-agent bench` and benchmarks/bench.py.
+"""How fast a bundle answers on this machine, without camera and sockets: `edge-agent bench` and benchmarks/bench.py.
 
-Measured: frame to first word, frame to action, where the time goes, tokens a second, llama_decode calls and rows,
-drafts, peak memory, energy where the board has rails; and the share of what memory and arithmetic could give, which are
-measured beside it. Not here: camera, sockets and supervisor (a few milliseconds; the daemon's own `stages_ms` say).
+Measured: frame to first text, frame to action, time of each stage, tokens per second, llama_decode calls and rows,
+accepted draft tokens, peak memory, and energy where the board has power rails. Beside them, the ceilings of this
+machine (memory bandwidth, float32 arithmetic) and the share of each that is reached. Not measured: camera, sockets and
+supervisor, a few milliseconds; the `stages_ms` of a running daemon show those.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import msgspec
@@ -23,173 +24,212 @@ from edge_agent.board import health
 from edge_agent.board.power import power_w
 from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, VISION, read_manifest
 from edge_agent.config import Config
-from edge_agent.ipc.events import TextDelta
-from edge_agent.model.engine import Engine, InstructionRefused
-from edge_agent.model.llama import ACTION_SEQ, LlamaError
-from edge_agent.model.loop import warm_up
-from edge_agent.model.vision_encoder import VisionError
-from edge_agent.tools.stills import ImageError, read_stills
+from edge_agent.ipc.events import ModelEvent, TextDelta
+from edge_agent.model.events import NULL_EVENTS, Events
+from edge_agent.model.llama import ACTION_SEQ
+from edge_agent.model.load import NO_DEADLINE_NS, load_model, warm_up
+from edge_agent.tools.stills import read_stills
 
-TEXT_TOKENS = 48  # tokens of a sentence, to see how fast words come
+MAX_TEXT_TOKENS = 48  # of a text, to measure tokens per second
 QUESTION = "Describe what you see."
+TEXT_EVERY = 8  # frames
 PERCENTILES = (50, 95, 99)
 REPEATS = 9
-STAGES = {"encode": (178, 96, 30), "prefill": (60, 160, 60), "decode": (40, 80, 220)}  # BGR
-Progress = Callable[[int, int], None]  # (frames done, of)
-BENCH_ERRORS = (LlamaError, VisionError, ImageError, InstructionRefused)  # one line each
+STAGES = ("encode", "prefill", "decode")
+MAX_SYNTHETIC_FRAMES = 16
+Report = Callable[[int, int], None]  # (frames done, all frames)
 
 
 class FrameTiming(msgspec.Struct):
-    """One frame and what it took, milliseconds."""
+    """One frame; times in milliseconds."""
 
-    ms: float  # all of it
-    first_word_ms: float  # until the answer's first letter that was not forced is known
+    ms: float  # picture to complete answer
+    first_text_ms: float  # picture to the first text that was not forced
     encode: float
     prefill: float
     decode: float
-    calls: int
-    rows: int
+    calls: int  # of llama_decode
+    rows: int  # given to llama_decode
     text: str
 
 
+class TextTiming(msgspec.Struct):
+    """Texts of the text lane, added up."""
+
+    steps: int = 0
+    ms: float = 0.0
+
+
 class Ceilings(msgspec.Struct):
-    copy_gb_s: float  # bytes read and bytes written, all cores
+    """What this machine can do at most."""
+
+    copy_gb_s: float  # bytes read plus bytes written, all cores
     gflops: float  # float32 matrix product, all cores
 
 
 class Bench:
-    """An engine that is asked frame by frame. close() frees it."""
+    """A loaded model that answers one picture at a time. close() frees it."""
 
     def __init__(self, config: Config, instruction: str) -> None:
-        """Load and warm up. Raises what Engine raises."""
-        self.opened = read_manifest(config.bundle)
-        self._pieces = self._first_ns = 0
-        self.engine = Engine(config, self.opened, load_action_space(config.task.action_space), self._hear)
-        warm_up(self.engine)
-        self.engine.emit = self._hear
-        self.engine.instruct(instruction)
+        """Load and warm up. Raises what load_model raises, and InstructionRefused."""
+        self.bundle = read_manifest(config.bundle)
+        self.model = load_model(config, self.bundle, load_action_space(config.task.action_space))
+        self._deltas = self._first_text_ns = 0
+        self._events = Events(self._note_first_text)
+        warm_up(self.model, config.camera)
+        self.model.engine.instruct(instruction)
 
-    def _hear(self, event: object) -> None:
+    def _note_first_text(self, event: ModelEvent) -> None:
         if isinstance(event, TextDelta):
-            self._pieces += 1
-            if self._pieces == 2:  # the first is what every answer begins with
-                self._first_ns = time.monotonic_ns()
+            self._deltas += 1
+            if self._deltas == 2:  # the first delta is the forced prefix of every answer
+                self._first_text_ns = time.monotonic_ns()
 
-    def shoot(self, frame: np.ndarray) -> FrameTiming:
-        """frame: (H, W, 3) uint8 RGB."""
-        engine = self.engine
-        calls, rows, self._pieces = engine.language.n_calls, engine.language.n_rows, 0
+    def time_frame(self, picture: np.ndarray) -> FrameTiming:
+        """picture: (H, W, 3) uint8 RGB."""
+        engine, images = self.model.engine, self.model.images
+        n_calls, n_rows = engine.llama.n_calls, engine.llama.n_rows
+        self._deltas = 0
         start_ns = time.monotonic_ns()
-        text, stop_reason, stages = engine.act(engine.preprocessor.image(frame), 1, start_ns + 10**13)
-        ms = (time.monotonic_ns() - start_ns) / 1e6
+        embeddings = images.embed(picture)
+        encoded_ns = time.monotonic_ns()
+        decision = engine.actions.decide(embeddings, 1, NO_DEADLINE_NS, events=self._events)
+        stop_ns = time.monotonic_ns()
         return FrameTiming(
-            ms=ms,
-            first_word_ms=(self._first_ns - start_ns) / 1e6,
-            calls=engine.language.n_calls - calls,
-            rows=engine.language.n_rows - rows,
-            text=text if not stop_reason else f"{stop_reason}: {text}",
-            **stages,
+            ms=(stop_ns - start_ns) / 1e6,
+            first_text_ms=(self._first_text_ns - start_ns) / 1e6,
+            encode=(encoded_ns - start_ns) / 1e6,
+            prefill=decision.prefill_ms,
+            decode=decision.decode_ms,
+            calls=engine.llama.n_calls - n_calls,
+            rows=engine.llama.n_rows - n_rows,
+            text=f"{decision.stop_reason}: {decision.text}" if decision.stop_reason else decision.text,
         )
 
-    def words(self) -> tuple[int, float]:
-        """A sentence about the last frame: (steps, milliseconds of them)."""
-        engine, n = self.engine, 0
-        engine.begin("answer", "", QUESTION)
+    def time_text(self) -> TextTiming:
+        """A text about the last picture."""
+        text, timing = self.model.engine.text, TextTiming()
+        text.start("answer", "", QUESTION, NULL_EVENTS)
         start_ns = time.monotonic_ns()
-        while engine.sentence is not None and n < TEXT_TOKENS:
-            engine.step()
-            n += 1
-        ms = (time.monotonic_ns() - start_ns) / 1e6
-        if engine.sentence is not None:
-            engine.end("length")
-        return n, ms
+        while not text.idle and timing.steps < MAX_TEXT_TOKENS:
+            text.step()
+            timing.steps += 1
+        timing.ms = (time.monotonic_ns() - start_ns) / 1e6
+        if not text.idle:
+            text.stop("length")
+        return timing
 
-    def repeat(self, frame: np.ndarray) -> tuple[float, float]:
-        """Milliseconds of a frame whose answer is that of the frame before, and of nothing but encoding it and one
-        llama_decode of as many rows: medians of REPEATS, in turn."""
-        engine, took, floor = self.engine, [], []
-        self.shoot(frame)
+    def repeat_floor(self, picture: np.ndarray) -> tuple[float, float]:
+        """Medians of REPEATS, milliseconds: (a frame whose answer is the previous one; encoding it and one llama_decode
+        of the same number of rows)."""
+        engine, repeated_ms, floor_ms = self.model.engine, [], []
+        prefix = len(engine.cache.prefix_tokens)
+        self.time_frame(picture)
         for _ in range(REPEATS):
-            shot = self.shoot(frame)
-            took.append(shot.ms)
-            image = engine.preprocessor.image(frame)
+            timing = self.time_frame(picture)
+            repeated_ms.append(timing.ms)
+            image = self.model.images.resize(picture)
             start_ns = time.monotonic_ns()
-            rows = engine.encoder.encode(image, next(engine.buffers)).base[: shot.rows]
-            engine.language.forget(ACTION_SEQ, len(engine.prefix))
-            engine.language.decode_rows(rows, len(engine.prefix), spare=True)
-            floor.append((time.monotonic_ns() - start_ns) / 1e6)
-        return float(np.median(took)), float(np.median(floor))
+            frame = self.model.images.encode(image)
+            frame.embeddings(timing.rows)  # the same number of rows, whatever they hold
+            engine.llama.truncate(ACTION_SEQ, prefix)
+            engine.llama.logits_after_last(frame, prefix)
+            floor_ms.append((time.monotonic_ns() - start_ns) / 1e6)
+        return float(np.median(repeated_ms)), float(np.median(floor_ms))
 
     def close(self) -> None:
-        self.engine.close()
+        self.model.close()
 
 
-def run(config: Config, frames_from: Path | None, n: int, report: Progress = lambda done, total: None) -> dict:
-    """The whole measurement, as plain values. Raises ConfigError, and what TROUBLE names."""
-    frames = list(read_stills(frames_from, n)) if frames_from is not None else synthetic_frames(min(n, 16))
-    limits = measure_ceilings()
+def run(config: Config, frames_from: Path | None, n: int, report: Report = lambda done, total: None) -> dict[str, Any]:
+    """The whole measurement, as plain values. frames_from: a folder or a video; None: synthetic frames. Raises what
+    Bench raises, and ImageError."""
+    if frames_from is not None:
+        pictures = list(read_stills(frames_from, n))
+    else:
+        pictures = synthetic_frames(min(n, MAX_SYNTHETIC_FRAMES))
+    ceilings = measure_ceilings()
     bench = Bench(config, config.task.instruction)
     try:
-        shots, word_steps, word_ms, joules = [], 0, 0.0, []
+        timings, joules, text = [], [], TextTiming()
         for i in range(n):
             before_w = power_w()
-            shots.append(bench.shoot(frames[i % len(frames)]))
+            timings.append(bench.time_frame(pictures[i % len(pictures)]))
             if before_w is not None and (after_w := power_w()) is not None:
-                joules.append((before_w + after_w) / 2 * shots[-1].ms / 1000)
-            if i % 8 == 0:
-                steps, ms = bench.words()
-                word_steps, word_ms = word_steps + steps, word_ms + ms
+                joules.append((before_w + after_w) / 2 * timings[-1].ms / 1000)
+            if i % TEXT_EVERY == 0:
+                timing = bench.time_text()
+                text = TextTiming(text.steps + timing.steps, text.ms + timing.ms)
             report(i + 1, n)
-        figures = _figures(bench, shots, word_steps, word_ms, joules, limits)
-        took_ms, floor_ms = bench.repeat(frames[0])
-        return figures | {"repeat_ms": round(took_ms, 2), "repeat_floor_ms": round(floor_ms, 2)}
+        repeat_ms, floor_ms = bench.repeat_floor(pictures[0])
+        figures = _speed(bench, timings) | _resources(bench, joules) | _shares(bench, timings, text, ceilings)
+        return figures | {
+            "repeat_ms": round(repeat_ms, 2),
+            "repeat_floor_ms": round(floor_ms, 2),
+            "different_answers": len({timing.text for timing in timings}),
+            "example": timings[-1].text,
+        }
     finally:
         bench.close()
 
 
-def _figures(
-    bench: Bench, shots: list[FrameTiming], word_steps: int, word_ms: float, joules: list[float], limits: Ceilings
-) -> dict:
-    engine, manifest = bench.engine, bench.opened.manifest
-    language_bytes = manifest.files[LANGUAGE].bytes
+def _speed(bench: Bench, timings: list[FrameTiming]) -> dict[str, Any]:
+    manifest, actions = bench.bundle.manifest, bench.model.engine.actions
 
-    def of(name: str) -> dict[str, float]:
-        values = [getattr(shot, name) for shot in shots]
+    def percentiles(field: str) -> dict[str, float]:
+        values = [getattr(timing, field) for timing in timings]
         return {f"p{p}": round(float(np.percentile(values, p)), 2) for p in PERCENTILES}
 
-    step_s = word_ms / 1000 / word_steps if word_steps else 0.0
-    prefill_s = float(np.median([shot.prefill for shot in shots])) / 1000
-    first_rows = float(np.median([shot.rows for shot in shots]))  # most of them in the frame's own batch
-    vision = 0 if manifest.vision is None else manifest.files[MMPROJ].bytes // 2
-    flops = 2 * (manifest.model.parameters - vision) * first_rows
     return {
         "benchmark": "bench",
-        "bundle": bench.opened.folder.name,
+        "bundle": bench.bundle.folder.name,
         "model": f"{manifest.model.family} {manifest.model.size} {manifest.recipe}",
-        "vision": engine.encoder.provider,
-        "frames": len(shots),
-        "frame_to_action_ms": of("ms"),
-        "frame_to_first_word_ms": of("first_word_ms"),
-        "stages_ms": {name: of(name) for name in STAGES},
-        "actions_per_s": round(1000 * len(shots) / sum(shot.ms for shot in shots), 3),
-        "words_tok_per_s": round(1 / step_s, 2) if step_s else None,
-        "decode_calls": of("calls"),
-        "rows": of("rows"),
-        "draft_accepted": round(engine.n_taken / engine.n_drafted, 3) if engine.n_drafted else None,
+        "vision": bench.model.images.backend,
+        "frames": len(timings),
+        "frame_to_action_ms": percentiles("ms"),
+        "frame_to_first_text_ms": percentiles("first_text_ms"),
+        "stages_ms": {stage: percentiles(stage) for stage in STAGES},
+        "actions_per_s": round(1000 * len(timings) / sum(timing.ms for timing in timings), 3),
+        "decode_calls": percentiles("calls"),
+        "rows": percentiles("rows"),
+        "draft_accepted": round(actions.n_accepted_tokens / actions.n_draft_tokens, 3)
+        if actions.n_draft_tokens
+        else None,
+    }
+
+
+def _resources(bench: Bench, joules: list[float]) -> dict[str, Any]:
+    files = bench.bundle.manifest.files
+    return {
         "peak_rss_mib": health.peak_rss_mib(os.getpid()),
-        "file_mib": round((language_bytes + manifest.files[VISION].bytes) / 2**20, 1),
+        "file_mib": round((files[LANGUAGE].bytes + files[VISION].bytes) / 2**20, 1),
         "energy_j_per_frame": round(float(np.median(joules)), 3) if joules else None,
-        "copy_gb_s": limits.copy_gb_s,
-        "gflops": limits.gflops,
-        "decode_share_of_bandwidth": round(language_bytes / step_s / 1e9 / limits.copy_gb_s, 3) if step_s else None,
-        "prefill_share_of_arithmetic": round(flops / prefill_s / 1e9 / limits.gflops, 3) if prefill_s else None,
-        "different_answers": len({shot.text for shot in shots}),
-        "example": shots[-1].text,
+    }
+
+
+def _shares(bench: Bench, timings: list[FrameTiming], text: TextTiming, ceilings: Ceilings) -> dict[str, Any]:
+    """Text speed, and the shares of the ceilings. A decode step reads all weights once; prefill costs two operations
+    per weight and row."""
+    manifest = bench.bundle.manifest
+    step_s = text.ms / 1000 / text.steps if text.steps else 0.0
+    prefill_s = float(np.median([timing.prefill for timing in timings])) / 1000
+    n_rows = float(np.median([timing.rows for timing in timings]))  # most of them are in the frame's own batch
+    n_vision_weights = 0 if manifest.vision is None else manifest.files[MMPROJ].bytes // 2  # stored in 16 bit
+    prefill_flops = 2 * (manifest.model.parameters - n_vision_weights) * n_rows
+    bandwidth_gb_s = manifest.files[LANGUAGE].bytes / step_s / 1e9 if step_s else None
+    return {
+        "text_tok_per_s": round(1 / step_s, 2) if step_s else None,
+        "copy_gb_s": ceilings.copy_gb_s,
+        "gflops": ceilings.gflops,
+        "decode_share_of_bandwidth": round(bandwidth_gb_s / ceilings.copy_gb_s, 3) if bandwidth_gb_s else None,
+        "prefill_share_of_arithmetic": round(prefill_flops / prefill_s / 1e9 / ceilings.gflops, 3)
+        if prefill_s
+        else None,
     }
 
 
 def synthetic_frames(n: int) -> list[np.ndarray]:
-    """Frames without a camera: (480, 640, 3) uint8, coloured discs on a ground that drifts."""
+    """n frames without a camera: (480, 640, 3) uint8 RGB, coloured discs on a drifting ground, equal in every run."""
     rng, frames = np.random.default_rng(7), []
     ground = cv2.GaussianBlur(rng.integers(40, 200, (600, 800, 3), np.uint8), (0, 0), 9)
     discs = [(rng.uniform(0, 1, 2) * (640, 480), int(rng.integers(20, 90)), rng.integers(0, 255, 3)) for _ in range(4)]
@@ -203,36 +243,39 @@ def synthetic_frames(n: int) -> list[np.ndarray]:
 
 
 def measure_ceilings() -> Ceilings:
-    """Best of a few tries each: a copy by all cores at once, and numpy's float32 product."""
-    cores = len(os.sched_getaffinity(0))
+    """The best of a few runs each: a copy by all cores at once, and numpy's float32 matrix product."""
+    n_cores = len(os.sched_getaffinity(0))
     source = np.ones(64 << 20, np.uint8)
-    pairs = [(source, np.empty_like(source)) for _ in range(cores)]
+    targets = [np.empty_like(source) for _ in range(n_cores)]
 
-    def everywhere() -> float:
-        threads = [threading.Thread(target=lambda a=a, b=b: [np.copyto(b, a) for _ in range(4)]) for a, b in pairs]
-        start = time.monotonic()
+    def copy_often(target: np.ndarray) -> None:
+        for _ in range(4):
+            np.copyto(target, source)
+
+    def copy_on_all_cores() -> None:
+        threads = [threading.Thread(target=copy_often, args=(target,)) for target in targets]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        return time.monotonic() - start
 
-    copy_s = min(everywhere() for _ in range(4))
-    a = np.ones((1024, 1024), np.float32)
-    product_s = min(_timed(lambda: a @ a) for _ in range(8))
+    copy_s = min(_seconds(copy_on_all_cores) for _ in range(4))
+    matrix = np.ones((1024, 1024), np.float32)
+    product_s = min(_seconds(lambda: matrix @ matrix) for _ in range(8))
     return Ceilings(
-        copy_gb_s=round(2 * 4 * cores * source.nbytes / copy_s / 1e9, 2), gflops=round(2 * 1024**3 / product_s / 1e9, 1)
+        copy_gb_s=round(2 * 4 * n_cores * source.nbytes / copy_s / 1e9, 2),
+        gflops=round(2 * 1024**3 / product_s / 1e9, 1),
     )
 
 
-def _timed(work: Callable[[], object]) -> float:
-    start = time.monotonic()
+def _seconds(work: Callable[[], object]) -> float:
+    start_s = time.monotonic()
     work()
-    return time.monotonic() - start
+    return time.monotonic() - start_s
 
 
-def table(figures: dict) -> list[tuple[str, str]]:
-    """(what, how much), in the order to read them in."""
+def table(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    """The figures of run() as (name, value), for a terminal."""
 
     def spread(values: dict[str, float], unit: str = " ms") -> str:
         return f"{values['p50']:g}{unit}  (95 % {values['p95']:g}, 99 % {values['p99']:g})"
@@ -240,44 +283,23 @@ def table(figures: dict) -> list[tuple[str, str]]:
     def share(key: str) -> str:
         return "unknown" if figures[key] is None else f"{figures[key]:.0%}"
 
+    energy_j = figures["energy_j_per_frame"]
     return [
         ("bundle", f"{figures['bundle']}: {figures['model']}, {figures['vision']}"),
         ("frame to action", spread(figures["frame_to_action_ms"])),
-        ("frame to first word", spread(figures["frame_to_first_word_ms"])),
-        *((f"  {name}", spread(values)) for name, values in figures["stages_ms"].items()),
-        ("the same answer again", f"{figures['repeat_ms']:g} ms; encoding and one decode of its rows "
-                                  f"{figures['repeat_floor_ms']:g} ms"),
-        ("actions", f"{figures['actions_per_s']:g} a second"),
-        ("text", f"{figures['words_tok_per_s'] or 0:g} tokens a second"),
-        ("  of the bandwidth", f"{share('decode_share_of_bandwidth')} of a copy's, {figures['copy_gb_s']:g} GB/s"),
-        ("  of the arithmetic", f"{share('prefill_share_of_arithmetic')} of a float32 product's, {figures['gflops']:g} "
+        ("frame to first text", spread(figures["frame_to_first_text_ms"])),
+        *((f"  {stage}", spread(values)) for stage, values in figures["stages_ms"].items()),
+        ("repeated answer", f"{figures['repeat_ms']:g} ms; encoding and one decode of the same rows "
+                            f"{figures['repeat_floor_ms']:g} ms"),
+        ("actions", f"{figures['actions_per_s']:g} per second"),
+        ("text", f"{figures['text_tok_per_s'] or 0:g} tokens per second"),
+        ("  of the bandwidth", f"{share('decode_share_of_bandwidth')} of a copy's {figures['copy_gb_s']:g} GB/s"),
+        ("  of the arithmetic", f"{share('prefill_share_of_arithmetic')} of a float32 product's {figures['gflops']:g} "
                                 "Gflop/s, in prefill"),
         ("llama_decode calls", spread(figures["decode_calls"], "")),
         ("rows", spread(figures["rows"], "")),
-        ("draft taken", share("draft_accepted")),
+        ("draft accepted", share("draft_accepted")),
         ("peak resident", f"{figures['peak_rss_mib']:.0f} MiB; files {figures['file_mib']:.0f} MiB"),
-        ("energy", "no power rails" if figures["energy_j_per_frame"] is None
-         else f"{figures['energy_j_per_frame']:g} J a frame"),
-        ("answers", f"{figures['different_answers']} different ones, the last {figures['example']}"),
+        ("energy", "no power rails" if energy_j is None else f"{energy_j:g} J per frame"),
+        ("answers", f"{figures['different_answers']} different; the last: {figures['example']}"),
     ]  # fmt: skip
-
-
-def plot(figures: list[dict], path: Path) -> None:
-    """Stacked bars of the stages' medians, a bar per set of figures, as PNG. Raises OSError."""
-    width, left, height = 900, 330, 60
-    page = np.full((height * len(figures) + 70, width, 3), 255, np.uint8)
-    most = max(one["frame_to_action_ms"]["p50"] for one in figures)
-    font = cv2.FONT_HERSHEY_SIMPLEX
-    for i, one in enumerate(figures):
-        top, x = 50 + i * height, left
-        cv2.putText(page, one["bundle"][:36], (10, top + 26), font, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
-        for name, colour in STAGES.items():
-            end = x + round((width - left - 110) * one["stages_ms"].get(name, {"p50": 0})["p50"] / most)
-            cv2.rectangle(page, (x, top), (end, top + 36), colour, -1)
-            x = end
-        told = f"{one['frame_to_action_ms']['p50']:.0f} ms"
-        cv2.putText(page, told, (x + 8, top + 26), font, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
-    for i, (name, colour) in enumerate(STAGES.items()):
-        cv2.putText(page, name, (left + 120 * i, 30), font, 0.55, colour, 1, cv2.LINE_AA)
-    if not cv2.imwrite(str(path), page):
-        raise OSError(f"{path}: OpenCV cannot write a PNG there")

@@ -18,7 +18,7 @@ import tiktoken
 
 from edge_agent.actions.prompt import describe_action_space
 from edge_agent.actions.space import load_action_space
-from edge_agent.model.engine import ACTION_QUESTION, SYSTEM_PROMPT
+from edge_agent.model.prompt import ACTION_QUESTION, SYSTEM_PROMPT
 from models.pad_pilot import task
 from models.pad_pilot.lessons import Lesson
 from models.pad_pilot.scene import COLOURS, SHAPES, Sight

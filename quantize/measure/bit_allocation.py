@@ -26,9 +26,8 @@ import numpy as np
 
 from edge_agent.bundle.files import write_durably
 from edge_agent.bundle.manifest import LANGUAGE, Bundle
-from edge_agent.config import LanguageConfig
 from edge_agent.errors import UserError
-from edge_agent.model.llama import LLAMA_CPP_PYTHON, LlamaContext, observe_graph
+from edge_agent.model.llama import LLAMA_CPP_PYTHON, LlamaContext, LlamaOptions, observe_graph
 from quantize.build import convert, unverified_bundle
 from quantize.build_folder import temporary_folder
 from quantize.formats import ggml_kernels
@@ -148,7 +147,7 @@ class SensitivityProbe:
         try:
             self.llm = LlamaContext(
                 made.path(LANGUAGE),
-                LanguageConfig(
+                LlamaOptions(
                     context=perplexity.CHUNK,
                     gpu_layers=0,
                     flash_attention=True,

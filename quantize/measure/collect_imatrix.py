@@ -16,9 +16,10 @@ import numpy as np
 
 from edge_agent.actions.space import load_action_space
 from edge_agent.bundle.manifest import LANGUAGE, Bundle
-from edge_agent.config import CameraConfig, Config, LanguageConfig, TaskConfig
-from edge_agent.model.engine import Engine
-from edge_agent.model.llama import ACTION_SEQ, LLAMA_CPP_PYTHON, LlamaContext, observe_graph
+from edge_agent.config import AdvancedConfig, CameraConfig, Config, LanguageConfig, TaskConfig
+from edge_agent.model.events import NULL_EVENTS
+from edge_agent.model.llama import ACTION_SEQ, LLAMA_CPP_PYTHON, LlamaContext, LlamaOptions, observe_graph
+from edge_agent.model.load import NO_DEADLINE_NS, load_model
 from edge_agent.tools.stills import read_stills
 from quantize.build import convert, unverified_bundle
 from quantize.build_folder import temporary_folder
@@ -120,7 +121,8 @@ def _evaluate_text(
     """The text in chunks, each with an empty KV cache and <s> first. The logits of every position are requested;
     otherwise llama.cpp would compute the last layer for the last position only."""
     model, imatrix = made.manifest.model, collector.into
-    config = LanguageConfig(context=CHUNK, flash_attention=True, reproducible=False, repack=False)  # as llama-imatrix
+    # As llama-imatrix does.
+    config = LlamaOptions(context=CHUNK, flash_attention=True, reproducible=False, repack=False, mmap=True)
     with LlamaContext(made.path(LANGUAGE), config, model.embedding) as llm:
         bos = model.special["bos"]
         tokens = [bos, *llm.tokens(text)]
@@ -130,8 +132,8 @@ def _evaluate_text(
         n = min(n, data.max_chunks or n)
         for i in range(imatrix.n_chunks, n):
             progress.step("text", f"chunk {i + 1} of {n}", i, n)
-            llm.forget(ACTION_SEQ, 0)
-            llm.decode_tokens([bos, *tokens[i * CHUNK + 1 : (i + 1) * CHUNK]], 0, want=list(range(CHUNK)))
+            llm.truncate(ACTION_SEQ, 0)
+            llm.logits_at([bos, *tokens[i * CHUNK + 1 : (i + 1) * CHUNK]], 0, list(range(CHUNK)))
             collector.check()
             imatrix.n_chunks = i + 1
             if imatrix.n_chunks % SAVE_EVERY_CHUNKS == 0:
@@ -149,21 +151,23 @@ def _answer_frames(
         camera=CameraConfig(source=""),
         task=TaskConfig(action_space=data.action_space, deadline_ms=10**9),
         # Padding and drafts would be added up as inputs of the model.
-        language=LanguageConfig(stream_action_text=False, max_text_tokens=32, reproducible=False, speculative=False),
+        language=LanguageConfig(stream_action_text=False, max_text_tokens=32),
+        advanced=AdvancedConfig(reproducible=False, speculative=False),
     )
-    engine = Engine(config, made, load_action_space(data.action_space), lambda event: None)
+    loaded = load_model(config, made, load_action_space(data.action_space))
+    engine = loaded.engine
     try:
         for i, frame in enumerate(frames):
             progress.step("frames", f"frame {i + 1} of {len(frames)}", i, len(frames))
             engine.instruct(data.instructions[i % len(data.instructions)])
-            engine.act(engine.preprocessor.image(frame), i, 2**62)
-            engine.begin("answer", "", QUESTIONS[i % len(QUESTIONS)])
-            while engine.sentence is not None:
-                engine.step()
+            engine.actions.decide(loaded.images.embed(frame), i, NO_DEADLINE_NS)
+            engine.text.start("answer", "", QUESTIONS[i % len(QUESTIONS)], NULL_EVENTS)
+            while not engine.text.idle:
+                engine.text.step()
             collector.check()
         progress.step("frames", "", len(frames), len(frames))
     finally:
-        engine.close()
+        loaded.close()
 
 
 def read_text(path: Path) -> str:

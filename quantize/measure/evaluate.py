@@ -20,8 +20,8 @@ from edge_agent.actions.space import load_action_space
 from edge_agent.bundle.manifest import LANGUAGE, MANIFEST, Bundle, read_manifest
 from edge_agent.config import CameraConfig, Config, LanguageConfig, TaskConfig, VisionConfig
 from edge_agent.errors import UserError
-from edge_agent.model.engine import Engine
-from edge_agent.model.llama import LlamaContext
+from edge_agent.model.llama import LlamaContext, LlamaOptions
+from edge_agent.model.load import NO_DEADLINE_NS, load_model
 from edge_agent.tools.stills import read_stills
 from quantize.build import convert, unverified_bundle
 from quantize.build_folder import temporary_folder
@@ -177,7 +177,7 @@ def _check_pair(bundle: Bundle, full: Bundle) -> None:
 def _language(one: Bundle) -> LlamaContext:
     """The language model as the runtime and llama-perplexity load it: repacked weights use kernels that round
     differently."""
-    config = LanguageConfig(context=perplexity.CHUNK, flash_attention=True, reproducible=False)  # as llama-perplexity
+    config = LlamaOptions(context=perplexity.CHUNK, flash_attention=True, reproducible=False)  # as llama-perplexity
     return LlamaContext(one.path(LANGUAGE), config, one.manifest.model.embedding)
 
 
@@ -198,19 +198,19 @@ def _frame_results(
         language=LanguageConfig(stream_action_text=False),
     )
     space, results = load_action_space(material.action_space), []
-    engine = Engine(config, one, space, lambda event: None)
+    loaded = load_model(config, one, space)
     try:
         for i, frame in enumerate(frames):
             progress.step(stage, f"frame {i + 1} of {len(frames)}", i, len(frames))
-            engine.instruct(material.instructions[i % len(material.instructions)])
-            image = engine.preprocessor.image(frame)
-            text, _, _ = engine.act(image, i, 2**62)
-            said = parse_answer(text, space)
+            loaded.engine.instruct(material.instructions[i % len(material.instructions)])
+            embeddings = loaded.images.embed(frame)
+            decision = loaded.engine.actions.decide(embeddings, i, NO_DEADLINE_NS)
+            said = parse_answer(decision.text, space)
             answer = EvaluatedAnswer("", {}) if isinstance(said, Rejection) else EvaluatedAnswer(said.type, said.values)
-            results.append(FrameResult(answer, np.array(engine.encoder.encode(image))))
+            results.append(FrameResult(answer, np.array(embeddings.image_rows)))
         progress.step(stage, "", len(frames), len(frames))
     finally:
-        engine.close()
+        loaded.close()
     return results
 
 

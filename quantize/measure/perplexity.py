@@ -71,8 +71,8 @@ def divide(llm: LlamaContext, bos: int, text: str, max_chunks: int = 0) -> np.nd
 
 def logits(llm: LlamaContext, bos: int, chunk: np.ndarray) -> np.ndarray:
     """(N_SCORED + 1, n_vocab) float32: the logits from position FIRST on."""
-    llm.forget(ACTION_SEQ, 0)
-    return np.stack(llm.decode_tokens([bos, *map(int, chunk[1:])], 0, want=list(range(FIRST, len(chunk)))))
+    llm.truncate(ACTION_SEQ, 0)
+    return np.stack(llm.logits_at([bos, *map(int, chunk[1:])], 0, list(range(FIRST, len(chunk)))))
 
 
 def write_reference(llm: LlamaContext, bos: int, chunks: np.ndarray, path: Path, progress: Progress) -> None:

@@ -14,7 +14,7 @@ from edge_agent.wire.endpoints import endpoint, runtime_dir
 from tests.harness import ROOT
 
 GOOD = "bundle: /b\ncamera: {source: clip.mp4}\n"
-SECTIONS = ("camera", "vision", "language", "task", "watchdog")
+SECTIONS = ("camera", "vision", "language", "task", "watchdog", "advanced")
 
 
 def error_of(text: str) -> str:
@@ -30,15 +30,16 @@ def test_what_is_written_is_what_is_loaded():
         "bundle: /bundles/3b\n"
         "trusted_keys: [/etc/ours.pub, theirs.pub]\n"
         "camera: {source: /dev/video2, name: nose, width: 1280, height: 720, fps: 29.97, realtime: false, loop: no}\n"
-        "vision: {backend: mtmd, max_image_tokens: 64, threads: 3, overlap: true, tensorrt: true}\n"
-        "language: {context: 4096, threads: 2, gpu_layers: 0, describe_prompt: 'What?', max_text_tokens: 5,\n"
-        "           stream_action_text: false,\n"
-        "           repack: false, flash_attention: true, reproducible: false,\n"
-        "           speculative: false, mmap: true, mlock: true,\n"
-        "           kv_cache_type: q8_0, max_reasoning_tokens: 99,\n"
+        "profile: small\n"
+        "cpu_threads: 3\n"
+        "vision: {backend: mtmd, max_image_tokens: 64, tensorrt: true}\n"
+        "language: {context: 4096, gpu_layers: 0, describe_prompt: 'What?', max_text_tokens: 5,\n"
+        "           stream_action_text: false, max_reasoning_tokens: 99,\n"
         "           adapters: {night: /n.gguf, rain-2: r.gguf}, adapter: night}\n"
         "task: {action_space: waypoint, instruction: 'Land.', deadline_ms: 700}\n"
         "watchdog: {model_stall_s: 1, model_load_s: 2.5, camera_stall_s: 0.5}\n"
+        "advanced: {repack: false, flash_attention: true, reproducible: false, speculative: false, overlap: true,\n"
+        "           mmap: true, mlock: true, kv_cache_type: q8_0}\n"
         "runtime_dir: /run/x\n",
         "agent.yaml",
     )
@@ -54,18 +55,12 @@ def test_what_is_written_is_what_is_loaded():
             "realtime": False,
             "loop": False,
         },
-        "vision": {"backend": "mtmd", "max_image_tokens": 64, "threads": 3, "tensorrt": True, "overlap": True},
+        "profile": "small",
+        "cpu_threads": 3,
+        "vision": {"backend": "mtmd", "max_image_tokens": 64, "tensorrt": True},
         "language": {
             "context": 4096,
-            "threads": 2,
             "gpu_layers": 0,
-            "repack": False,
-            "mmap": True,
-            "mlock": True,
-            "kv_cache_type": "q8_0",
-            "flash_attention": True,
-            "reproducible": False,
-            "speculative": False,
             "describe_prompt": "What?",
             "max_text_tokens": 5,
             "max_reasoning_tokens": 99,
@@ -75,6 +70,16 @@ def test_what_is_written_is_what_is_loaded():
         },
         "task": {"action_space": "waypoint", "instruction": "Land.", "deadline_ms": 700},
         "watchdog": {"model_stall_s": 1.0, "model_load_s": 2.5, "camera_stall_s": 0.5},
+        "advanced": {
+            "reproducible": False,
+            "speculative": False,
+            "overlap": True,
+            "repack": False,
+            "mmap": True,
+            "mlock": True,
+            "kv_cache_type": "q8_0",
+            "flash_attention": True,
+        },
         "runtime_dir": "/run/x",
     }
 
@@ -92,18 +97,12 @@ def test_defaults():
             "realtime": True,
             "loop": True,
         },
-        "vision": {"backend": "onnxruntime", "max_image_tokens": 256, "threads": 0, "tensorrt": False, "overlap": None},
+        "profile": None,
+        "cpu_threads": 0,
+        "vision": {"backend": None, "max_image_tokens": 256, "tensorrt": False},
         "language": {
             "context": 1024,
-            "threads": 0,
             "gpu_layers": -1,
-            "repack": True,
-            "mmap": None,
-            "mlock": False,
-            "kv_cache_type": "f16",
-            "flash_attention": None,
-            "reproducible": True,
-            "speculative": True,
             "describe_prompt": "",
             "max_text_tokens": 96,
             "max_reasoning_tokens": 0,
@@ -113,6 +112,9 @@ def test_defaults():
         },
         "task": {"action_space": "velocity_body", "instruction": "Hold position.", "deadline_ms": 2000},
         "watchdog": {"model_stall_s": 10.0, "model_load_s": 120.0, "camera_stall_s": 3.0},
+        "advanced": dict.fromkeys(
+            ("reproducible", "speculative", "overlap", "repack", "mmap", "mlock", "kv_cache_type", "flash_attention")
+        ),
         "runtime_dir": "",
     }
 
@@ -168,7 +170,10 @@ WRONG_TYPES = [
     ("vision", "", "`object`", "None"),
     ("vision.max_image_tokens", "'256'", "`int`", "'256'"),
     ("vision.max_image_tokens", "3.5", "`int`", "3.5"),
-    ("vision.threads", "two", "`int`", "'two'"),
+    ("cpu_threads", "two", "`int`", "'two'"),
+    ("advanced.overlap", "1", "`bool", "1"),
+    ("advanced.kv_cache_type", "8", "`str", "8"),
+    ("profile", "1", "`str", "1"),
     ("language.context", "2k", "`int`", "'2k'"),
     ("language.gpu_layers", "all", "`int`", "'all'"),
     ("language.stream_action_text", "0", "`bool`", "0"),
@@ -191,10 +196,11 @@ OUT_OF_RANGE = [
     ("vision.backend", "tensorrt", "onnxruntime", "'tensorrt'"),
     ("vision.max_image_tokens", "3", ">= 8", "3"),
     ("vision.max_image_tokens", "1025", "<= 1024", "1025"),
-    ("vision.threads", "-1", ">= 0", "-1"),
+    ("cpu_threads", "-1", ">= 0", "-1"),
+    ("profile", "tiny", "reproducible", "'tiny'"),
+    ("advanced.kv_cache_type", "q4_0", "q8_0", "'q4_0'"),
     ("language.context", "255", ">= 256", "255"),
     ("language.context", "262145", "<= 262144", "262145"),
-    ("language.threads", "-1", ">= 0", "-1"),
     ("language.gpu_layers", "-2", ">= -1", "-2"),
     ("language.max_text_tokens", "0", ">= 1", "0"),
     ("task.instruction", "a" * 2001, "<= 2000", repr("a" * 2001)),

@@ -25,12 +25,11 @@ class Case(NamedTuple):
         import gguf
 
         from edge_agent.bundle.manifest import LANGUAGE, EmbeddingInfo
-        from edge_agent.config import LanguageConfig
-        from edge_agent.model.llama import LlamaContext
+        from edge_agent.model.llama import LlamaContext, LlamaOptions
 
         path = self.converted / LANGUAGE
         table = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "token_embd.weight")
         embedding = EmbeddingInfo(
             offset=table.data_offset, ggml_type=table.tensor_type.name, row_bytes=table.n_bytes // int(table.shape[1])
         )
-        return LlamaContext(path, LanguageConfig(context=512, threads=1, gpu_layers=0), embedding)
+        return LlamaContext(path, LlamaOptions(context=512, threads=1, gpu_layers=0), embedding)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from edge_agent.bundle.manifest import LANGUAGE, read_manifest
-from edge_agent.config import LanguageConfig
-from edge_agent.model.llama import LlamaContext
+from edge_agent.model.llama import LlamaContext, LlamaOptions
 from quantize.measure import perplexity
 
 
 def opened(folder: Path) -> tuple[LlamaContext, int]:
     made = read_manifest(folder)
-    config = LanguageConfig(context=perplexity.CHUNK, threads=1, gpu_layers=0, flash_attention=True, reproducible=False)
+    config = LlamaOptions(context=perplexity.CHUNK, threads=1, gpu_layers=0, flash_attention=True, reproducible=False)
     model = made.manifest.model
     return LlamaContext(made.path(LANGUAGE), config, model.embedding), model.special["bos"]

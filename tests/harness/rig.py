@@ -35,8 +35,9 @@ TASK = "Find the red box."
 def config_of(folder: Path, **changes) -> Config:
     """For an engine or a model process on a toy."""
     defaults = {
-        "vision": VisionConfig(max_image_tokens=64, threads=1),
-        "language": LanguageConfig(context=1024, threads=1, gpu_layers=0, max_text_tokens=24),
+        "cpu_threads": 1,
+        "vision": VisionConfig(max_image_tokens=64),
+        "language": LanguageConfig(context=1024, gpu_layers=0, max_text_tokens=24),
         "task": TaskConfig(deadline_ms=60_000),
     }
     return Config(bundle=str(folder), camera=CameraConfig(source="none"), **(defaults | changes))

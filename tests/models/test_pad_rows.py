@@ -16,9 +16,8 @@ pytest.importorskip("tiktoken")  # training's alone, as torch is
 from edge_agent.actions.prompt import describe_action_space
 from edge_agent.actions.space import load_action_space
 from edge_agent.bundle.manifest import LANGUAGE, EmbeddingInfo
-from edge_agent.config import LanguageConfig
-from edge_agent.model.engine import ACTION_QUESTION, SYSTEM_PROMPT
-from edge_agent.model.llama import LlamaContext
+from edge_agent.model.llama import LlamaContext, LlamaOptions
+from edge_agent.model.prompt import ACTION_QUESTION, SYSTEM_PROMPT
 from models.pad_pilot import task
 from models.pad_pilot.lessons import Grounds, Lesson, Said, lesson
 from models.pad_pilot.rows import NOWHERE, ROW_TOKENS, Rows, Tokenizer, cell_of, cells
@@ -47,7 +46,7 @@ def llama(toy_bf16: Path, convert: Callable[..., Path]) -> Iterator[LlamaContext
     """The same checkpoint in llama.cpp, as the runtime opens it."""
     path = convert(toy_bf16) / LANGUAGE
     table = EmbeddingInfo(offset=0, ggml_type="BF16", row_bytes=512)  # no row is looked up here
-    with LlamaContext(path, LanguageConfig(context=64, threads=1, gpu_layers=0), table) as llm:
+    with LlamaContext(path, LlamaOptions(context=64, threads=1, gpu_layers=0), table) as llm:
         yield llm
 
 

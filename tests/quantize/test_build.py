@@ -20,8 +20,7 @@ import pytest
 import quantize.build
 import quantize.build_folder
 from edge_agent.bundle import manifest, verify
-from edge_agent.config import LanguageConfig
-from edge_agent.model.llama import LlamaContext
+from edge_agent.model.llama import LlamaContext, LlamaOptions
 from quantize.build_folder import BuildError
 from quantize.formats import ggml_kernels
 from quantize.formats.build_plan import BuildPlan, plan_conversion
@@ -72,11 +71,11 @@ def test_every_recipe_makes_a_bundle_that_verifies_and_runs(toy_small: Path, bui
     embedding = verified.manifest.model.embedding
     assert (embedding.offset, embedding.ggml_type) == (table.data_offset, table.tensor_type.name)
     assert embedding.row_bytes * 2048 == table.n_bytes
-    config = LanguageConfig(context=256, threads=1, gpu_layers=0)
+    config = LlamaOptions(context=256, threads=1, gpu_layers=0)
     with LlamaContext(out / manifest.LANGUAGE, config, embedding) as llm:
         ids = [0, 1, 12, 999, 1000, 1234, 2047]
         np.testing.assert_array_equal(llm.embed(ids), rows[ids])
-        assert np.isfinite(llm.decode_tokens(ids, 0)).all()
+        assert np.isfinite(llm.logits_after_last(ids, 0)).all()
 
 
 def test_a_bundle_holds_the_encoders_of_the_conversion(toy_bf16: Path, toy_bundle: Path, convert):

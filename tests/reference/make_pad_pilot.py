@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from edge_agent.actions.prompt import describe_action_space  # noqa: E402
 from edge_agent.actions.space import load_action_space  # noqa: E402
-from edge_agent.model.engine import ACTION_QUESTION, SYSTEM_PROMPT  # noqa: E402
+from edge_agent.model.prompt import ACTION_QUESTION, SYSTEM_PROMPT  # noqa: E402
 from models.pad_pilot.lessons import Grounds, held_back_photographs, lesson  # noqa: E402
 
 CHECKPOINT = ROOT / "models" / "pad_pilot" / "checkpoint"

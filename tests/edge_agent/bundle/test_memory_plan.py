@@ -10,7 +10,7 @@ import pytest
 from edge_agent.bundle.files import BundleFile
 from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, VISION, Manifest, read_manifest
 from edge_agent.bundle.memory_plan import NotEnoughMemoryError, adapters_mib, needed_mib, plan_memory
-from edge_agent.config import CameraConfig, Config, LanguageConfig, VisionConfig
+from edge_agent.config import AdvancedConfig, CameraConfig, Config, LanguageConfig, VisionConfig
 from edge_agent.ipc.events import StartupFailed, decode_model_event
 from edge_agent.model.__main__ import main
 from edge_agent.wire.codec import encode
@@ -38,11 +38,11 @@ def test_the_parts_are_those_of_arithmetic(toy):
     parts = needed_mib(CONFIG, shape_3b(toy), adapters_mib=12.0)
     assert parts["language model"] == pytest.approx(2047, abs=1)
     assert parts["its file's pages"] == 0
-    mapped = msgspec.structs.replace(CONFIG, language=LanguageConfig(mmap=True))
+    mapped = msgspec.structs.replace(CONFIG, advanced=AdvancedConfig(mmap=True))
     pages = needed_mib(mapped, shape_3b(toy))["its file's pages"]
     assert pages == pytest.approx((1_469_988_864 + 661_708_800) / 2**20)
     assert parts["cache"] == 2 * 1024 * 106496 / 2**20 == 208
-    small = msgspec.structs.replace(CONFIG, language=LanguageConfig(kv_cache_type="q8_0"))
+    small = msgspec.structs.replace(CONFIG, advanced=AdvancedConfig(kv_cache_type="q8_0"))
     assert needed_mib(small, shape_3b(toy))["cache"] == 208 * 8.5 / 16  # blocks of 32 bytes, and a scale of two
     language = 1_469_988_864 // 144 * 256 + 661_708_800 // 210 * 256 + 651_264 // 4
     float32 = (3_849_090_048 - language) * 4 / 2**20
@@ -64,7 +64,7 @@ def test_a_configuration_that_fits_is_not_changed(toy):
 
 def test_options_are_reduced_in_order_and_no_more_than_needed(toy):
     manifest, seen = shape_3b(toy), []
-    config = msgspec.structs.replace(CONFIG, language=LanguageConfig(mmap=True))
+    config = msgspec.structs.replace(CONFIG, advanced=AdvancedConfig(mmap=True))
     full_mib = plan_memory(config, manifest, None).mib
     for free_mib in range(round(full_mib) + 100, 500, -10):
         try:
@@ -75,7 +75,7 @@ def test_options_are_reduced_in_order_and_no_more_than_needed(toy):
         assert planned.mib <= free_mib
         if planned.given_up not in seen:
             seen.append(planned.given_up)
-    order = ["language.mmap", "language.kv_cache_type", "vision.backend", "vision.max_image_tokens", "language.context"]
+    order = ["advanced.mmap", "advanced.kv_cache_type", "vision.backend", "vision.max_image_tokens", "language.context"]
     names = [list(given_up) for given_up in seen]
     assert {len(some) for some in names} == set(range(6)), "each is a step of its own"
     assert all(some == order[: len(some)] for some in names) and names == sorted(names, key=len)
@@ -84,7 +84,7 @@ def test_options_are_reduced_in_order_and_no_more_than_needed(toy):
 
 
 def test_a_cache_in_8_bit_is_not_offered_where_flash_attention_is_forbidden(toy):
-    config = msgspec.structs.replace(CONFIG, language=LanguageConfig(flash_attention=False))
+    config = msgspec.structs.replace(CONFIG, advanced=AdvancedConfig(flash_attention=False))
     with pytest.raises(NotEnoughMemoryError):
         plan_memory(config, shape_3b(toy), 500.0)
     planned = plan_memory(config, shape_3b(toy), plan_memory(config, shape_3b(toy), None).mib - 50)
@@ -92,7 +92,7 @@ def test_a_cache_in_8_bit_is_not_offered_where_flash_attention_is_forbidden(toy)
 
 
 def test_on_a_gpu_there_is_no_copy(toy):
-    config = msgspec.structs.replace(CONFIG, language=LanguageConfig(gpu_layers=26, mmap=True))
+    config = msgspec.structs.replace(CONFIG, language=LanguageConfig(gpu_layers=26), advanced=AdvancedConfig(mmap=True))
     assert needed_mib(config, shape_3b(toy))["its file's pages"] == 0
 
 

@@ -1,172 +1,269 @@
-"""What looks at frames in the model process: the newest one, in time, beside the answer or before it."""
+"""The newest frame is encoded once, in time, before the answer or beside the previous one."""
 
 from __future__ import annotations
 
 import threading
 import time
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 
-from edge_agent.config import CameraConfig, Config, TaskConfig, VisionConfig
 from edge_agent.ipc.frame_slot import Slot
 from edge_agent.model.constrained import NonFiniteError
+from edge_agent.model.frame_buffer import FrameBuffer
 from edge_agent.model.frame_encoder import EncodedFrame, FrameEncoder
 
 DEADLINE_MS = 2000
-CONFIG = Config(
-    bundle="", camera=CameraConfig(source=""), vision=VisionConfig(max_image_tokens=64),
-    task=TaskConfig(deadline_ms=DEADLINE_MS),
-)  # fmt: skip
+MS = 1_000_000  # nanoseconds
+HANG_S = 60.0  # bounds a hang; nothing is measured
 
 
-class Engine:
-    """Looks for as long as it is told, and notes who looked at what, and when."""
+class FakeClock:
+    """Nanoseconds that pass only when a test, an encoder or a sleep says so."""
 
-    def __init__(self, see_s: float = 0.0) -> None:
-        self.config, self.see_s = CONFIG, see_s
-        self.preprocessor = SimpleNamespace(image=lambda frame: frame.copy(), max_tokens=0, unit=28)
+    def __init__(self) -> None:
+        self.now_ns = 10**12
+        self.sleeps_s: list[float] = []
+        self.in_sleep: Callable[[], None] = lambda: None  # called by the sleeping thread before the time passes
+
+    def __call__(self) -> int:
+        return self.now_ns
+
+    def pass_ms(self, ms: float) -> None:
+        self.now_ns += round(ms * MS)
+
+    def sleep(self, seconds: float) -> None:
+        if seconds > 0:
+            self.sleeps_s.append(seconds)
+            self.in_sleep()
+            self.now_ns += round(seconds * 1e9)
+
+
+class FakeImages:
+    """Encodes for encode_ms of the fake clock; notes which thread encoded which frame, and when."""
+
+    max_tokens = 256
+
+    def __init__(self, clock: FakeClock, encode_ms: float = 0.0) -> None:
+        self.clock, self.encode_ms = clock, encode_ms
         self.fails: Exception | None = None
-        self.looks: list[tuple[str, int, float]] = []  # thread, first pixel, when it began
+        self.before_resize: Callable[[], None] = lambda: None
+        self.sizes: list[int] = []
+        self.encoded: list[tuple[str, int, int]] = []  # thread, first pixel, time
 
-    def see(self, image: np.ndarray) -> np.ndarray:
-        self.looks.append((threading.current_thread().name, int(image[0, 0, 0]), time.monotonic()))
-        time.sleep(self.see_s)
+    def resize(self, picture: np.ndarray, max_tokens: int) -> np.ndarray:
+        self.before_resize()
+        self.sizes.append(max_tokens)
+        return picture.copy()
+
+    def n_tokens(self, image: np.ndarray) -> int:
+        return image.shape[0] * image.shape[1] // 28**2
+
+    def encode(self, image: np.ndarray) -> FrameBuffer:
+        self.encoded.append((threading.current_thread().name, int(image[0, 0, 0]), self.clock.now_ns))
+        self.clock.pass_ms(self.encode_ms)
         if self.fails is not None:
             raise self.fails
-        return np.full((2, 4), image[0, 0, 0], np.float32)
+        buffer = FrameBuffer(8, 4)
+        buffer.embeddings(2)[:] = image[0, 0, 0]
+        return buffer
 
-    def span(self, *_: object) -> None:
-        pass
+
+class Rig:
+    def __init__(self, slot: Slot, *, overlap: bool, encode_ms: float = 0.0) -> None:
+        self.slot, self.clock = slot, FakeClock()
+        self.images = FakeImages(self.clock, encode_ms)
+        self.frames = FrameEncoder(
+            slot, self.images, DEADLINE_MS, overlap=overlap, clock=self.clock, sleep=self.clock.sleep
+        )
+
+    def publish(self, frame_id: int, age_ms: float = 0.0) -> None:
+        self.slot.write(56, 28)[:] = frame_id
+        self.slot.publish(frame_id, self.clock.now_ns - round(age_ms * MS), "driver")
+
+    def next(self) -> EncodedFrame:
+        """The next frame, once the thread has it."""
+        until_s = time.monotonic() + HANG_S
+        while time.monotonic() < until_s:
+            if (encoded := self.frames.next()) is not None:
+                return encoded
+            time.sleep(0.001)
+        raise AssertionError("no frame")
+
+    def wait_for_job(self) -> EncodedFrame | None:
+        return self.frames._job.result(HANG_S)
 
 
 @pytest.fixture
-def slot():
-    made = Slot.create()
-    yield made
-    made.close()
+def make() -> Iterator[Callable[..., Rig]]:
+    """make(overlap=…) -> Rig, closed afterwards."""
+    rigs: list[Rig] = []
 
-
-@pytest.fixture
-def made(slot):
-    """made(engine, overlap) -> Eyes, closed afterwards."""
-    all_eyes: list[FrameEncoder] = []
-
-    def make(engine: Engine, overlap: bool) -> FrameEncoder:
-        all_eyes.append(FrameEncoder(engine, slot, overlap))
-        return all_eyes[-1]
+    def make(**options: object) -> Rig:
+        rigs.append(Rig(Slot.create(), **options))
+        return rigs[-1]
 
     yield make
-    for eyes in all_eyes:
-        eyes.close()
-
-
-def publish(slot: Slot, frame_id: int, age_ms: float = 0.0) -> None:
-    slot.write(56, 28)[:] = frame_id
-    slot.publish(frame_id, time.monotonic_ns() - round(age_ms * 1e6), "driver")
-
-
-def wait_for(eyes: FrameEncoder, answer_ms: float = 0.0, seconds: float = 3.0) -> EncodedFrame:
-    until_s = time.monotonic() + seconds
-    while time.monotonic() < until_s:
-        if (glance := eyes.next(answer_ms)) is not None:
-            return glance
-        time.sleep(0.002)
-    raise AssertionError("no glance")
+    for rig in rigs:
+        rig.frames.close()
+        rig.slot.close()
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_the_newest_frame_is_seen_once(slot, made, overlap):
-    engine = Engine()
-    eyes = made(engine, overlap)
+def test_the_newest_frame_is_encoded_once(make, overlap):
+    rig = make(overlap=overlap)
     for frame_id in (1, 2, 3):
-        publish(slot, frame_id)
-    glance = wait_for(eyes)
-    assert glance.frame.frame_id == 3 and (glance.rows == 3).all() and glance.stop_reason == "" and glance.n_tokens == 2
-    assert glance.deadline_ns == glance.frame.t_capture_ns + DEADLINE_MS * 1_000_000
-    time.sleep(0.05)
-    assert eyes.next(0.0) is None
-    publish(slot, 4)
-    assert wait_for(eyes).frame.frame_id == 4
-    assert [pixel for _, pixel, _ in engine.looks] == [3, 4]
-    assert {name.startswith("eyes") for name, _, _ in engine.looks} == {overlap}
+        rig.publish(frame_id)
+    encoded = rig.next()
+    assert encoded.frame.frame_id == 3 and (encoded.embeddings.image_rows == 3).all()
+    assert (encoded.stop_reason, encoded.n_tokens, encoded.max_tokens) == ("", 2, 256)
+    assert encoded.deadline_ns == encoded.frame.t_capture_ns + DEADLINE_MS * MS
+    rig.publish(4)
+    assert rig.next().frame.frame_id == 4, "the third frame was not encoded again before it"
+    assert [pixel for _, pixel, _ in rig.images.encoded] == [3, 4]
+    assert {name.startswith("frame-encoder") for name, _, _ in rig.images.encoded} == {overlap}
 
 
-def test_with_overlap_the_next_frame_is_seen_while_one_is_answered_and_no_sooner_than_needed(slot, made):
-    """Looking takes 50 ms, answering 300: it begins about 250 ms after the answer did."""
-    engine = Engine(see_s=0.05)
-    eyes = made(engine, overlap=True)
-    publish(slot, 1)
-    first = wait_for(eyes, answer_ms=300.0)
-    answering_since = time.monotonic()
-    publish(slot, 2)  # would be taken at once
-    time.sleep(0.15)
-    publish(slot, 3)  # is the newest when it is time to look
-    time.sleep(0.15)
-    second = wait_for(eyes, answer_ms=300.0)
+def test_the_times_of_a_frame_are_those_of_its_stages(make):
+    rig = make(overlap=False, encode_ms=30.0)
+    rig.images.before_resize = lambda: rig.clock.pass_ms(4.0)
+    rig.publish(1, age_ms=7.0)
+    encoded = rig.next()
+    assert encoded.taken_ns - encoded.frame.t_capture_ns == 7 * MS
+    assert (encoded.resized_ns - encoded.taken_ns, encoded.done_ns - encoded.resized_ns) == (4 * MS, 30 * MS)
+    assert encoded.encode_ms == 34.0
+
+
+def test_with_overlap_the_next_frame_is_encoded_so_that_it_is_ready_when_the_answer_is(make):
+    """Encoding takes 50 ms and answering 300: it starts 250 ms after the answer did, with the newest frame of then."""
+    rig = make(overlap=True, encode_ms=50.0)
+    rig.frames.expected_answer_ms = 300.0
+    rig.publish(1)
+    rig.clock.in_sleep = lambda: (rig.publish(2), rig.publish(3))  # while the first frame is answered
+    first = rig.next()
+    answering_ns = first.done_ns
+    second = rig.wait_for_job()
     assert (first.frame.frame_id, second.frame.frame_id) == (1, 3)
-    began_after = engine.looks[1][2] - answering_since
-    assert 0.2 < began_after < 0.32
-    assert time.monotonic() - answering_since < 0.45, "it was ready when the answer was"
+    assert rig.clock.sleeps_s == [pytest.approx(0.25)]
+    assert rig.images.encoded[1][2] - answering_ns == 250 * MS
+    assert second.done_ns - answering_ns == 300 * MS
 
 
-def test_rows_that_waited_longer_than_a_new_look_takes_are_not_used(slot, made):
-    engine = Engine(see_s=0.02)
-    eyes = made(engine, overlap=True)
-    publish(slot, 1)
-    wait_for(eyes)
-    publish(slot, 2)
-    time.sleep(0.3)  # the answer took longer than it ever did
-    publish(slot, 3)
-    assert wait_for(eyes).frame.frame_id == 3
-    publish(slot, 4)
-    time.sleep(0.3)
-    assert wait_for(eyes).frame.frame_id == 4  # but nothing newer came: these are the best there are
-
-
-@pytest.mark.parametrize("overlap", [False, True])
-def test_what_came_too_late_is_not_looked_at(slot, made, overlap):
-    engine = Engine()
-    publish(slot, 1, age_ms=DEADLINE_MS + 1)
-    glance = wait_for(made(engine, overlap))
-    assert (glance.stop_reason, glance.rows, engine.looks) == ("late", None, [])
+def test_embeddings_that_waited_longer_than_encoding_takes_give_way_to_a_newer_frame(make):
+    rig = make(overlap=True, encode_ms=20.0)
+    rig.publish(1)
+    rig.next()
+    rig.publish(2)
+    rig.wait_for_job()
+    rig.clock.pass_ms(300)  # the answer took longer than expected
+    rig.publish(3)
+    assert rig.next().frame.frame_id == 3
+    rig.publish(4)
+    rig.wait_for_job()
+    rig.clock.pass_ms(300)
+    assert rig.next().frame.frame_id == 4, "there is no newer frame: these embeddings are the freshest"
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_rows_that_are_not_finite_are_none_and_errors_reach_who_asks(slot, made, overlap):
-    engine = Engine()
-    eyes = made(engine, overlap)
-    engine.fails = NonFiniteError()
-    publish(slot, 1)
-    glance = wait_for(eyes)
-    assert (glance.stop_reason, glance.rows) == ("not-finite", None)
-    engine.fails = RuntimeError("the encoder is gone")
-    publish(slot, 2)
+def test_a_frame_after_its_deadline_is_not_encoded(make, overlap):
+    rig = make(overlap=overlap)
+    rig.publish(1, age_ms=DEADLINE_MS + 1)
+    encoded = rig.next()
+    assert (encoded.stop_reason, encoded.embeddings, rig.images.encoded) == ("late", None, [])
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_embeddings_that_are_not_finite_are_dropped_and_other_errors_are_raised(make, overlap):
+    rig = make(overlap=overlap)
+    rig.images.fails = NonFiniteError("NaN")
+    rig.publish(1)
+    encoded = rig.next()
+    assert (encoded.stop_reason, encoded.embeddings) == ("not-finite", None)
+    rig.images.fails = RuntimeError("the encoder is gone")
+    rig.publish(2)
     with pytest.raises(RuntimeError, match="the encoder is gone"):
-        wait_for(eyes)
+        rig.next()
 
 
-def test_the_camera_coming_round_means_no_glance(slot, made):
-    engine = Engine()
-
-    def slow(frame: np.ndarray) -> np.ndarray:
-        image = frame.copy()
-        for frame_id in (2, 3):
-            publish(slot, frame_id)
-        return image
-
-    engine.preprocessor.image = slow
-    publish(slot, 1)
-    eyes = made(engine, overlap=False)
-    assert eyes.next(0.0) is None and engine.looks == []
-    engine.preprocessor.image = lambda frame: frame.copy()
-    assert wait_for(eyes).frame.frame_id == 3
+def test_a_frame_that_the_camera_overwrote_is_dropped(make):
+    rig = make(overlap=False)
+    rig.images.before_resize = lambda: (rig.publish(2), rig.publish(3))
+    rig.publish(1)
+    assert rig.frames.next() is None and rig.images.encoded == []
+    rig.images.before_resize = lambda: None
+    assert rig.next().frame.frame_id == 3
 
 
-def test_closing_waits_for_a_look_and_then_is_over(slot):
-    eyes = FrameEncoder(Engine(see_s=0.2), slot, overlap=True)
-    publish(slot, 1)
-    eyes.next(0.0)
-    eyes.close()
-    assert not any(thread.name.startswith("eyes") for thread in threading.enumerate())
+# -- image tokens -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_frames_get_fewer_tokens_when_answers_would_be_late_and_all_of_them_again_later(make, overlap):
+    """A whole frame takes 2560 + 40 ms here, 10 ms a token; of the 2000 ms until its deadline, 90 % may be used."""
+    rig = make(overlap=overlap)
+
+    def answer(per_token_ms: float, decode_ms: float) -> int:
+        """Answer a frame that takes this time -> the image tokens that were selected for it."""
+        rig.publish(rig.slot.latest_seq + 1)
+        encoded = rig.next()
+        n_tokens = encoded.max_tokens
+        rig.frames.record(encoded._replace(n_tokens=n_tokens), per_token_ms * n_tokens, decode_ms)
+        rig.frames.expected_answer_ms = 0.0  # or the next job would sleep, and age a frame that is there already
+        return n_tokens
+
+    assert answer(10.0, 40.0) == 256, "nothing is measured yet"
+    assert [answer(10.0, 40.0) for _ in range(3)][-1] == 128 == rig.frames.budget.tokens
+    for _ in range(30):
+        answer(0.1, 4.0)
+    assert answer(0.1, 4.0) == 256
+
+
+def test_the_encoder_thread_uses_the_budget_of_its_job_and_writes_none(make):
+    """The main thread records times while a job is under way: neither changes the other's numbers."""
+    rig = make(overlap=True)
+    rig.frames.expected_answer_ms = 300.0
+    sleeping, resume = threading.Event(), threading.Event()
+
+    def in_sleep() -> None:  # the second job, before it takes its frame
+        sleeping.set()
+        assert resume.wait(HANG_S)
+
+    rig.clock.in_sleep = in_sleep
+    rig.publish(1)
+    encoded = rig.next()
+    try:
+        assert sleeping.wait(HANG_S)
+        rig.frames.record(encoded._replace(n_tokens=256), 1e6, 1e6)  # from now on everything is late
+        recorded = rig.frames.budget
+        rig.publish(2)
+    finally:
+        resume.set()
+    assert rig.wait_for_job().max_tokens == 256 and rig.images.sizes == [256, 256]
+    assert rig.frames.budget == recorded, "the job selected from the main thread's budget"
+    rig.clock.in_sleep = lambda: None
+    assert rig.next().frame.frame_id == 2
+    rig.publish(3)
+    assert rig.next().max_tokens == 64 and rig.frames.budget.tokens == 64
+
+
+def test_the_expected_answer_time_follows_the_measured_one(make):
+    rig = make(overlap=False)
+    rig.publish(1)
+    encoded = rig.next()
+    rig.frames.record(encoded, 100.0, 50.0)
+    assert rig.frames.expected_answer_ms == 150.0, "the first measurement counts whole"
+    rig.frames.record(encoded, 200.0, 50.0)
+    assert rig.frames.expected_answer_ms == pytest.approx(150.0 + 0.3 * 100.0)
+
+
+def test_closing_waits_for_a_job_and_ends_the_thread():
+    slot = Slot.create()
+    rig = Rig(slot, overlap=True)
+    before = threading.active_count()
+    rig.publish(1)
+    rig.next()
+    rig.frames.close()
+    assert not any(thread.name.startswith("frame-encoder") for thread in threading.enumerate())
+    assert threading.active_count() <= before
+    slot.close()

@@ -1,4 +1,4 @@
-"""llama.cpp through our ctypes: rows are tokens, two sequences share one cache, text stays text, errors are errors."""
+"""llama.cpp through our ctypes: embedding rows, two sequences, padding, text that stays text, errors of one line."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edge_agent.bundle.manifest import LANGUAGE, EmbeddingInfo
-from edge_agent.config import LanguageConfig
-from edge_agent.model.llama import ACTION_SEQ, TEXT_SEQ, LlamaContext, LlamaError
+from edge_agent.model.frame_buffer import FrameBuffer
+from edge_agent.model.llama import ACTION_SEQ, TEXT_SEQ, LlamaContext, LlamaError, LlamaOptions
 from tests.harness import ROOT, toy
 
 CONTEXT = 512
@@ -29,11 +29,10 @@ def embedding_of(path: Path) -> EmbeddingInfo:
     return EmbeddingInfo(offset=table.data_offset, ggml_type=table.tensor_type.name, row_bytes=row_bytes)
 
 
-def load(folder: Path, exact: bool = False, **config) -> LlamaContext:
+def load(folder: Path, *, reproducible: bool = False) -> LlamaContext:
     path = folder / LANGUAGE
-    return LlamaContext(
-        path, LanguageConfig(context=CONTEXT, threads=1, reproducible=exact, **config), embedding_of(path)
-    )
+    options = LlamaOptions(context=CONTEXT, threads=1, reproducible=reproducible)
+    return LlamaContext(path, options, embedding_of(path))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +52,7 @@ def fresh(toy_bundle):
 def empty(request):
     for name in {"language", "fresh"} & set(request.fixturenames):
         for sequence in (ACTION_SEQ, TEXT_SEQ):
-            request.getfixturevalue(name).forget(sequence, 0)
+            request.getfixturevalue(name).truncate(sequence, 0)
 
 
 def some_tokens(n: int, seed: int = 0) -> list[int]:
@@ -76,18 +75,18 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
     ("checkpoint", "recipe"),
     [("toy_bf16", "Q4_K_M"), ("toy_bf16", "Q4_0"), ("toy_bf16", "Q8_0"), ("toy_fp8", "Q4_K_M")],
 )
-def test_rows_looked_up_do_what_their_tokens_do(request, build, recipe, checkpoint):
+def test_embedding_rows_give_the_logits_of_their_tokens(request, build, recipe, checkpoint):
     with load(build(request.getfixturevalue(checkpoint), recipe)) as language:
         tokens = [1, 17, *some_tokens(60), 18, 3]
-        by_token = language.decode_tokens(tokens, 0).copy()
-        language.forget(ACTION_SEQ, 0)
-        assert difference(language.decode_rows(language.embed(tokens), 0), by_token) <= 1e-5
-        language.forget(ACTION_SEQ, 0)
-        language.decode_tokens(tokens[:20], 0)
-        assert difference(language.decode_rows(language.embed(tokens[20:]), 20), by_token) < 0.1
+        by_token = language.logits_after_last(tokens, 0).copy()
+        language.truncate(ACTION_SEQ, 0)
+        assert difference(language.logits_after_last(language.embed(tokens), 0), by_token) <= 1e-5
+        language.truncate(ACTION_SEQ, 0)
+        language.logits_after_last(tokens[:20], 0)
+        assert difference(language.logits_after_last(language.embed(tokens[20:]), 20), by_token) < 0.1
 
 
-def test_rows_are_those_of_the_checkpoint(convert, toy_bf16):
+def test_embedding_rows_are_those_of_the_checkpoint(convert, toy_bf16):
     """Read from model.safetensors by hand: eight bytes of header length, a JSON header, then the numbers."""
     raw = (toy_bf16 / "model.safetensors").read_bytes()
     start = 8 + int.from_bytes(raw[:8], "little")
@@ -102,13 +101,13 @@ def test_rows_are_those_of_the_checkpoint(convert, toy_bf16):
 
 def test_text_and_image_rows_in_one_batch_are_the_same_as_in_two(language):
     image, closing = some_rows(20, seed=1), language.embed(some_tokens(6))
-    language.decode_tokens(some_tokens(30), 0)
-    together = language.decode_rows(np.concatenate([image, closing]), 30).copy()
-    language.forget(ACTION_SEQ, 30)
-    language.decode_rows(image, 30)
-    assert difference(language.decode_rows(closing, 50), together) < 0.1
-    language.forget(ACTION_SEQ, 30)
-    assert (language.decode_rows(np.concatenate([image, closing]), 30) == together).all()
+    language.logits_after_last(some_tokens(30), 0)
+    together = language.logits_after_last(np.concatenate([image, closing]), 30).copy()
+    language.truncate(ACTION_SEQ, 30)
+    language.logits_after_last(image, 30)
+    assert difference(language.logits_after_last(closing, 50), together) < 0.1
+    language.truncate(ACTION_SEQ, 30)
+    assert (language.logits_after_last(np.concatenate([image, closing]), 30) == together).all()
 
 
 def test_rows_and_logits_against_a_second_way_to_run_llama_cpp(convert, toy_bf16):
@@ -122,9 +121,9 @@ def test_rows_and_logits_against_a_second_way_to_run_llama_cpp(convert, toy_bf16
     expected = np.array(theirs.scores[len(tokens) - 1])
     theirs.close()
     with load(folder) as language:
-        assert difference(language.decode_tokens(tokens, 0), expected) < 1e-2
-        language.forget(ACTION_SEQ, 0)
-        assert difference(language.decode_rows(language.embed(tokens), 0), expected) < 1e-2
+        assert difference(language.logits_after_last(tokens, 0), expected) < 1e-2
+        language.truncate(ACTION_SEQ, 0)
+        assert difference(language.logits_after_last(language.embed(tokens), 0), expected) < 1e-2
 
 
 # -- one cache, two sequences -----------------------------------------------------------------------------------------
@@ -136,83 +135,88 @@ ACTS, QUESTION, ANSWER = some_tokens(5, seed=3), some_tokens(7, seed=4), some_to
 
 
 def act_on(language: LlamaContext, frame: np.ndarray, between=lambda step: None) -> list[np.ndarray]:
-    """One frame as the act lane has it; between(step) runs before each token."""
-    language.forget(ACTION_SEQ, START)
-    logits = [language.decode_rows(frame, START).copy()]
+    """Evaluate one frame as the action lane does; between(step) runs before each token."""
+    language.truncate(ACTION_SEQ, START)
+    logits = [language.logits_after_last(frame, START).copy()]
     for i, token in enumerate(ACTS):
         between(i)
-        logits.append(language.decode_tokens([token], STOP + i).copy())
+        logits.append(language.logits_after_last([token], STOP + i).copy())
     return logits
 
 
-def test_words_about_a_frame_go_on_while_act_is_at_the_next_ones(language, fresh):
+def test_a_text_about_a_frame_continues_while_later_frames_are_answered(language, fresh):
     frames = [some_rows(N_FRAME, seed=n) for n in range(len(ANSWER) + 1)]
 
-    language.decode_tokens(PREFIX, 0)
+    language.logits_after_last(PREFIX, 0)
     seen = [act_on(language, frames[0])]
-    language.share(STOP)
-    spoken = [language.decode_tokens(QUESTION, STOP, TEXT_SEQ).copy()]
+    language.fork_sequence(STOP)
+    spoken = [language.logits_after_last(QUESTION, STOP, TEXT_SEQ).copy()]
 
     def speak(step: int) -> None:
         if step == 2:
             place = len(spoken) - 1
-            spoken.append(language.decode_tokens([ANSWER[place]], STOP + len(QUESTION) + place, TEXT_SEQ).copy())
+            spoken.append(language.logits_after_last([ANSWER[place]], STOP + len(QUESTION) + place, TEXT_SEQ).copy())
 
     seen += [act_on(language, frame, speak) for frame in frames[1:]]
     assert len(spoken) == len(ANSWER) + 1
 
-    # The words, from scratch and alone.
-    fresh.decode_tokens(PREFIX, 0)
-    fresh.decode_rows(frames[0], START)
-    alone = [fresh.decode_tokens(QUESTION, STOP).copy()]
+    # The text, from an empty cache and alone.
+    fresh.logits_after_last(PREFIX, 0)
+    fresh.logits_after_last(frames[0], START)
+    fresh.fork_sequence(STOP)  # on the same sequence: the action lane's batches are padded and use other kernels
+    alone = [fresh.logits_after_last(QUESTION, STOP, TEXT_SEQ).copy()]
     for i, token in enumerate(ANSWER):
-        alone.append(fresh.decode_tokens([token], STOP + len(QUESTION) + i).copy())
+        alone.append(fresh.logits_after_last([token], STOP + len(QUESTION) + i, TEXT_SEQ).copy())
     assert max(difference(a, b) for a, b in zip(spoken, alone, strict=True)) <= 1e-3
     assert difference(spoken[0], spoken[1]) > 0.05
 
-    # The acts, without a word beside them: not one bit differs.
-    fresh.forget(ACTION_SEQ, 0)
-    fresh.decode_tokens(PREFIX, 0)
+    # The actions, without a text beside them: not one bit differs.
+    fresh.truncate(ACTION_SEQ, 0)
+    fresh.logits_after_last(PREFIX, 0)
     for frame, logits in zip(frames, seen, strict=True):
         assert all((a == b).all() for a, b in zip(logits, act_on(fresh, frame), strict=True))
-    assert difference(seen[0][-1], seen[1][-1]) > 0.05  # the frames are not all one
+    assert difference(seen[0][-1], seen[1][-1]) > 0.05  # the frames differ
 
 
-def test_a_pinned_prefix_is_as_good_as_a_new_one(language, fresh):
-    language.decode_tokens(PREFIX, 0)
+def test_a_pinned_prefix_gives_the_logits_of_a_new_one(language, fresh):
+    language.logits_after_last(PREFIX, 0)
     for n in range(5):
         pinned = act_on(language, some_rows(N_FRAME, seed=n))
-        fresh.forget(ACTION_SEQ, 0)
-        fresh.decode_tokens(PREFIX, 0)
+        fresh.truncate(ACTION_SEQ, 0)
+        fresh.logits_after_last(PREFIX, 0)
         assert all((a == b).all() for a, b in zip(pinned, act_on(fresh, some_rows(N_FRAME, seed=n)), strict=True))
 
 
-@pytest.mark.parametrize("exact", [False, True])
-def test_sharing_ends_what_words_held_before_and_shares_no_more_than_asked(convert, toy_bf16, exact):
-    """At full precision: the cells lie in another order here, and 4-bit kernels make 3 % of that rounding."""
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_a_fork_drops_the_previous_text_and_copies_no_more_than_its_stop(convert, toy_bf16, reproducible):
+    """At full precision: the cells have another order here, which 4-bit kernels turn into a difference of 3 %."""
     folder = convert(toy_bf16, "f32")
-    with load(folder, exact) as language, load(folder, exact) as fresh:
-        language.decode_tokens(PREFIX, 0)
+    with load(folder, reproducible=reproducible) as language, load(folder, reproducible=reproducible) as fresh:
+        language.logits_after_last(PREFIX, 0)
         act_on(language, some_rows(N_FRAME, seed=1))
-        language.share(STOP)
-        language.decode_tokens(some_tokens(20, seed=9), STOP, TEXT_SEQ)
+        language.fork_sequence(STOP)
+        language.logits_after_last(some_tokens(20, seed=9), STOP, TEXT_SEQ)
         act_on(language, some_rows(N_FRAME, seed=2))
-        language.share(STOP)  # not the acts behind it
-        spoken = language.decode_tokens(QUESTION, STOP, TEXT_SEQ).copy()
-        fresh.decode_tokens(PREFIX, 0)
-        fresh.decode_rows(some_rows(N_FRAME, seed=2), START)
-        assert difference(spoken, fresh.decode_tokens(QUESTION, STOP)) <= 1e-2
+        language.fork_sequence(STOP)  # not the actions behind it
+        spoken = language.logits_after_last(QUESTION, STOP, TEXT_SEQ).copy()
+        fresh.logits_after_last(PREFIX, 0)
+        fresh.logits_after_last(some_rows(N_FRAME, seed=2), START)
+        assert difference(spoken, fresh.logits_after_last(QUESTION, STOP)) <= 1e-2
 
 
-def test_forgetting_gives_the_cells_back(language):
-    """Frame after frame with words beside them, many times what the cache holds."""
-    language.decode_tokens(PREFIX, 0)
+def test_truncating_frees_the_cells(language):
+    """Frames with texts beside them, many times what the cache holds; then everything fits that fits an empty cache."""
+    language.logits_after_last(PREFIX, 0)
     for n in range(40):
         act_on(language, some_rows(N_FRAME, seed=n))
-        language.share(STOP)
-        language.decode_tokens(QUESTION, STOP, TEXT_SEQ)
+        language.fork_sequence(STOP)
+        language.logits_after_last(QUESTION, STOP, TEXT_SEQ)
         if n % 3 == 0:
-            language.forget(TEXT_SEQ, 0)
+            language.truncate(TEXT_SEQ, 0)
+    language.truncate(TEXT_SEQ, 0)
+    language.truncate(ACTION_SEQ, 0)
+    for sequence in (ACTION_SEQ, TEXT_SEQ):
+        assert np.isfinite(language.logits_after_last(some_tokens(language.n_ctx), 0, sequence)).all()
 
 
 # -- text -------------------------------------------------------------------------------------------------------------
@@ -223,101 +227,102 @@ def test_forgetting_gives_the_cells_back(language):
 @example(text="")
 @example(text="Hold position. 3.5 m/s\n\tÄpfel 日本 \U0001f681 \x00 \x7f")
 @example(text="".join(chr(n) for n in range(256)))
-def test_any_text_becomes_ordinary_tokens_and_the_same_bytes_again(language, text):
+def test_any_text_becomes_ordinary_tokens_of_the_same_bytes(language, text):
     tokens = language.tokens(text)
     assert all(N_SPECIAL <= token < language.n_vocab for token in tokens)
-    assert b"".join(language.piece(token) for token in tokens) == text.encode()
+    assert b"".join(language.token_bytes(token) for token in tokens) == text.encode()
 
 
 @pytest.mark.parametrize("name", [*toy.SPECIAL_NAMES.values(), "<SPECIAL_20>", "<SPECIAL_999>"])
 def test_the_names_of_control_tokens_stay_letters(language, name):
-    """What a sign in the picture or an instruction says cannot open or close a part of the prompt."""
+    """Text from an instruction cannot open or close a part of the prompt."""
     for text in (name, f"Land.{name}[INST]now", name * 3, f" {name}\n"):
         tokens = language.tokens(text)
         assert min(tokens) >= N_SPECIAL
-        assert b"".join(language.piece(token) for token in tokens) == text.encode()
+        assert b"".join(language.token_bytes(token) for token in tokens) == text.encode()
 
 
-def test_control_tokens_have_no_letters_and_one_ends_a_sentence(language):
-    assert [language.piece(token) for token in (0, 1, 2, 3, 4, 10, 12, 13, 17, 18, 999)] == [b""] * 11
-    assert language.is_end(2)
-    assert not any(language.is_end(token) for token in (1, 3, 4, 12, 13, *some_tokens(50)))
+def test_control_tokens_have_no_bytes_and_one_ends_a_text(language):
+    assert [language.token_bytes(token) for token in (0, 1, 2, 3, 4, 10, 12, 13, 17, 18, 999)] == [b""] * 11
+    assert language.is_end_of_generation(2)
+    assert not any(language.is_end_of_generation(token) for token in (1, 3, 4, 12, 13, *some_tokens(50)))
 
 
-# -- what does not fit ------------------------------------------------------------------------------------------------
+# -- limits ------------------------------------------------------------------------------------------------
 
 
-def test_too_much_for_the_context_is_an_error_and_what_was_there_stays(language):
-    language.decode_tokens(PREFIX, 0)
+def test_too_many_rows_are_an_error_and_the_cache_stays(language):
+    language.logits_after_last(PREFIX, 0)
     most = language.n_ctx
-    assert most == CONTEXT - 15  # where rows come in sixteens, those that fill up must fit too
+    assert most == CONTEXT - 15  # padding must fit too
     for n, start in ((most + 1, 0), (most, 1), (1, most), (most - START + 1, START), (0, 5)):
         with pytest.raises(LlamaError, match=f"positions {start} to {start + n} do not fit a context of {most}"):
-            language.decode_tokens([1000] * n, start)
+            language.logits_after_last([1000] * n, start)
         with pytest.raises(LlamaError, match=f"context of {most}"):
-            language.decode_rows(np.zeros((n, 256), np.float32), start)
+            language.logits_after_last(np.zeros((n, 256), np.float32), start)
     after = act_on(language, some_rows(N_FRAME, seed=0))
-    language.forget(ACTION_SEQ, 0)
-    language.decode_tokens(PREFIX, 0)
+    language.truncate(ACTION_SEQ, 0)
+    language.logits_after_last(PREFIX, 0)
     assert all((a == b).all() for a, b in zip(after, act_on(language, some_rows(N_FRAME, seed=0)), strict=True))
 
 
 def test_each_sequence_has_the_whole_context(language):
-    assert np.isfinite(language.decode_tokens(some_tokens(language.n_ctx), 0)).all()
-    assert np.isfinite(language.decode_tokens(some_tokens(language.n_ctx), 0, TEXT_SEQ)).all()
+    assert np.isfinite(language.logits_after_last(some_tokens(language.n_ctx), 0)).all()
+    assert np.isfinite(language.logits_after_last(some_tokens(language.n_ctx), 0, TEXT_SEQ)).all()
 
 
 @pytest.mark.parametrize("cut", [[40], [1] * 40, [17, 23], [3, 33, 4], [16, 16, 8], [39, 1]])
-def test_the_same_rows_give_the_same_bits_however_they_are_cut(toy_bundle, cut):
-    """Of a 4-bit model; where the logits are asked for and whether rows are tokens or embeddings changes nothing."""
+def test_the_same_rows_give_the_same_bits_in_any_batches(toy_bundle, cut):
+    """Of a 4-bit model, for any output rows, and for tokens as well as embeddings."""
     tokens = some_tokens(40)
     with load(toy_bundle, reproducible=True) as language:
-        expected = [row.copy() for row in language.decode_tokens(tokens, 0, want=list(range(40)))]
+        expected = [row.copy() for row in language.logits_at(tokens, 0, list(range(40)))]
         for kind in ("tokens", "rows"):
-            language.forget(ACTION_SEQ, 0)
+            language.truncate(ACTION_SEQ, 0)
             at, found = 0, []
             for n in cut:
-                want = sorted({0, n // 2, n - 1})
+                output_rows = sorted({0, n // 2, n - 1})
                 part = tokens[at : at + n]
-                logits = (
-                    language.decode_tokens(part, at, want=want)
-                    if kind == "tokens"
-                    else language.decode_rows(language.embed(part), at, want=want)
-                )
-                found += [(at + i, row.copy()) for i, row in zip(want, logits, strict=True)]
+                batch = part if kind == "tokens" else language.embed(part)
+                logits = language.logits_at(batch, at, output_rows)
+                found += [(at + i, row.copy()) for i, row in zip(output_rows, logits, strict=True)]
                 at += n
             assert all((row == expected[i]).all() for i, row in found), kind
-        language.forget(ACTION_SEQ, 0)
-        assert (language.decode_tokens(tokens, 0) == expected[-1]).all()
+        language.truncate(ACTION_SEQ, 0)
+        assert (language.logits_after_last(tokens, 0) == expected[-1]).all()
 
 
-def test_rows_that_fill_up_are_forgotten(toy_bundle):
+def test_padding_is_dropped(toy_bundle):
     with load(toy_bundle, reproducible=True) as language:
         most = language.n_ctx
-        language.decode_tokens(some_tokens(most - 3), 0)
-        language.decode_tokens(some_tokens(3), most - 3)
+        language.logits_after_last(some_tokens(most - 3), 0)
+        language.logits_after_last(some_tokens(3), most - 3)
         with pytest.raises(LlamaError, match="do not fit"):
-            language.decode_tokens(some_tokens(1), most)
-        rows = np.zeros((48, language.n_embd), np.float32)
-        rows[:20] = language.embed(some_tokens(20))
-        language.forget(ACTION_SEQ, 0)
-        before = rows[:20].copy()
-        in_place = language.decode_rows(rows[:20], 0, spare=True).copy()
-        assert (rows[:20] == before).all() and (rows[20:32] == before[-1]).all() and (rows[32:] == 0).all()
-        language.forget(ACTION_SEQ, 0)
-        assert (language.decode_rows(before, 0) == in_place).all()
-        many = np.concatenate([np.full((8, language.n_embd), 7, np.float32), rows])
-        language.forget(ACTION_SEQ, 0)
-        assert (language.decode_rows(many[8:28], 0) == in_place).all()  # without room to spare nothing is written
-        assert (many[:8] == 7).all() and (many[8:] == rows).all()
+            language.logits_after_last(some_tokens(1), most)
+        embeddings = language.embed(some_tokens(20))
+        language.truncate(ACTION_SEQ, 0)
+        expected = language.logits_after_last(embeddings, 0).copy()  # padded in a copy
+
+        buffer = FrameBuffer(48, language.n_embd)
+        buffer.padded(48)[:] = 0
+        buffer.embeddings(12)[:] = embeddings[:12]
+        buffer.append(embeddings[12:])
+        language.truncate(ACTION_SEQ, 0)
+        assert (language.logits_after_last(buffer, 0) == expected).all()  # padded in place
+        assert (buffer.padded(20) == embeddings).all() and len(buffer) == 20
+        assert (buffer.padded(32)[20:] == embeddings[-1]).all()
+
+        buffer.drop_text()
+        assert len(buffer) == buffer.n_image_rows == 12
+        assert (buffer.image_rows == embeddings[:12]).all()
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------
 
 
-def test_progress_is_told_while_weights_are_read(toy_bundle):
+def test_progress_is_reported_while_weights_are_read(toy_bundle):
     path, parts = toy_bundle / LANGUAGE, []
-    LlamaContext(path, LanguageConfig(context=256), embedding_of(path), parts.append).close()
+    LlamaContext(path, LlamaOptions(context=256), embedding_of(path), parts.append).close()
     assert parts == sorted(parts) and parts[-1] == 1.0
 
 
@@ -325,14 +330,20 @@ def test_closing_twice_is_closing_once(toy_bundle):
     language = load(toy_bundle)
     language.close()
     language.close()
+    assert (language.context, language.model) == (0, 0)
+
+
+def test_reproducible_needs_the_attention_and_the_cache_that_allow_it():
+    for impossible in ({"flash_attention": True}, {"kv_cache_type": "q8_0"}):
+        with pytest.raises(ValueError, match="not possible"):
+            LlamaOptions(context=256, reproducible=True, **impossible)
 
 
 BROKEN = """
 import sys
 from pathlib import Path
 from edge_agent.bundle.manifest import EmbeddingInfo
-from edge_agent.config import LanguageConfig
-from edge_agent.model.llama import LlamaContext, LlamaError
+from edge_agent.model.llama import LlamaContext, LlamaError, LlamaOptions
 
 good, path = Path(sys.argv[1]).read_bytes(), Path(sys.argv[2])
 embedding = EmbeddingInfo(offset=0, ggml_type="Q6_K", row_bytes=210)
@@ -346,7 +357,7 @@ contents.append(good.replace(b"blk.0.attn_q.weight", b"blk.0.attn_x.weight"))
 for content in contents:
     path.write_bytes(content)
     try:
-        LlamaContext(path, LanguageConfig(context=256), embedding).close()
+        LlamaContext(path, LlamaOptions(context=256), embedding).close()
     except LlamaError as error:
         print(str(error).replace("\\n", "<newline>"))
     else:
@@ -354,14 +365,14 @@ for content in contents:
 path.unlink()
 for missing in (path, path.parent):
     try:
-        LlamaContext(missing, LanguageConfig(context=256), embedding)
+        LlamaContext(missing, LlamaOptions(context=256), embedding)
     except LlamaError as error:
         print(str(error).replace("\\n", "<newline>"))
 """
 
 
-def test_a_file_that_is_no_model_is_one_line_and_never_a_crash(toy_bundle, tmp_path):
-    """In a process of its own: a native parser that is wrong takes its process along."""
+def test_a_damaged_model_file_is_an_error_of_one_line(toy_bundle, tmp_path):
+    """In a process of its own: a crash of a native parser would end this one."""
     path = tmp_path / "broken.gguf"
     done = subprocess.run(
         [sys.executable, "-c", BROKEN, toy_bundle / LANGUAGE, path], cwd=ROOT, capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""From a frame to the rows of the language model: sizes, pixels, and that the two encoders agree."""
+"""From a frame to image embeddings: sizes, pixels, and that the two encoders agree."""
 
 from __future__ import annotations
 
@@ -12,11 +12,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, VISION, VisionInfo, read_manifest
-from edge_agent.config import LanguageConfig, VisionConfig
-from edge_agent.model.llama import LlamaContext
+from edge_agent.model.llama import LlamaContext, LlamaOptions
 from edge_agent.model.preprocess import MIN_TOKENS, Preprocessor, image_grid, n_embedding_rows
 from edge_agent.model.token_budget import TokenBudget
-from edge_agent.model.vision_encoder import TENSORRT, MtmdEncoder, OnnxEncoder, VisionError, open_encoder
+from edge_agent.model.vision_encoder import (
+    TENSORRT,
+    EncoderOptions,
+    MtmdEncoder,
+    OnnxEncoder,
+    VisionError,
+    open_encoder,
+)
 from tests.harness import toy
 
 UNIT = 28  # pixels a side of one token
@@ -34,7 +40,7 @@ def opened(toy_bundle):
 
 @pytest.fixture(scope="module")
 def language(opened):
-    with LlamaContext(opened.path(LANGUAGE), LanguageConfig(context=256), opened.manifest.model.embedding) as loaded:
+    with LlamaContext(opened.path(LANGUAGE), LlamaOptions(context=256), opened.manifest.model.embedding) as loaded:
         yield loaded
 
 
@@ -91,7 +97,7 @@ def test_a_frame_that_fits_gets_what_the_reference_processor_gives_it(height, wi
 
 @settings(deadline=None, max_examples=500)
 @given(height=side, width=side, max_tokens=st.integers(16, 1024))
-def test_a_frame_keeps_its_shape_to_a_line_and_a_column(height, width, max_tokens):
+def test_a_frame_keeps_its_aspect_ratio_to_a_line_and_a_column(height, width, max_tokens):
     """Against the exact size in real numbers: the largest of the same shape within budget, edge and frame."""
     scale = min(1, 1540 / max(height, width), UNIT * math.sqrt(max_tokens / (height * width)))
     exact = height * scale / UNIT, width * scale / UNIT
@@ -123,7 +129,7 @@ def test_an_image_on_the_grid_is_left_as_it_is(size):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (480, 640), (8000, 10), (10, 8000), (4320, 7680), (37, 1540)])
-def test_any_frame_comes_onto_the_grid(size):
+def test_any_frame_is_resized_to_the_grid(size):
     image = Preprocessor(FACTS, 256).image(noise(*size))
     lines, columns = image_grid(*size, 256, FACTS)
     assert image.shape == (lines * UNIT, columns * UNIT, 3) and image.dtype == np.uint8
@@ -162,7 +168,7 @@ def test_pixels_are_those_of_plain_numpy():
         assert abs(Preprocessor(FACTS, 256).pixels(grey)[0, 0, 0, 0] - normalised) < 1e-5
 
 
-def test_buffers_are_used_again_while_the_size_stays():
+def test_buffers_are_reused_while_the_size_stays():
     preprocessor = Preprocessor(FACTS, 256)
     image = preprocessor.image(noise(480, 640))
     pixels = preprocessor.pixels(image)
@@ -219,7 +225,7 @@ def test_an_image_changes_the_rows_and_nothing_else_does(onnx, mtmd):
 
 
 def test_break_rows_are_finite_whatever_was_in_memory_before(mtmd, break_row):
-    """llama.cpp multiplies memory nobody wrote with zero, and NaN times zero is NaN."""
+    """llama.cpp multiplies uninitialised memory with zero, and NaN times zero is NaN."""
     sizes = [(84, 84), (112, 140), (28, 448), (196, 196), (448, 28)]
     for n in range(50):
         height, width = sizes[n % len(sizes)]
@@ -234,8 +240,8 @@ def test_break_rows_are_finite_whatever_was_in_memory_before(mtmd, break_row):
 @pytest.mark.parametrize("size", [(1, 1), (480, 640), (448, 448), (8000, 10), (4320, 7680)])
 def test_every_frame_gives_the_rows_of_its_grid(opened, language, break_row, backend, max_tokens, size):
     preprocessor = Preprocessor(opened.manifest.vision, max_tokens)
-    config = VisionConfig(backend=backend, max_image_tokens=max_tokens, threads=1)
-    encoder = open_encoder(opened, config, preprocessor, language.model, break_row, gpu=False)
+    options = EncoderOptions(backend=backend, threads=1, tensorrt=False, gpu=False)
+    encoder = open_encoder(opened, options, preprocessor, language.model, break_row)
     try:
         rows = encoder.encode(preprocessor.image(noise(*size)))
         assert rows.shape == (n_embedding_rows(*image_grid(*size, max_tokens, opened.manifest.vision)), 256)
@@ -247,13 +253,13 @@ def test_every_frame_gives_the_rows_of_its_grid(opened, language, break_row, bac
 # -- loading ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_provider_says_what_really_runs(onnx, mtmd):
+def test_the_provider_names_what_really_runs(onnx, mtmd):
     assert onnx.provider in ("onnxruntime CPUExecutionProvider", "onnxruntime CUDAExecutionProvider")
     assert mtmd.provider == "mtmd CPU"
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model", b"GGUF" + b"\xff" * 100, bytes(10_000)])
-def test_a_file_that_is_no_encoder_is_one_line(tmp_path, language, break_row, content):
+def test_a_damaged_encoder_file_is_an_error_of_one_line(tmp_path, language, break_row, content):
     path = tmp_path / "encoder"
     path.write_bytes(content)
     for make in (
@@ -281,33 +287,35 @@ def test_a_projector_of_another_width_is_refused(tmp_path, language, break_row):
 
 
 def test_a_budget_is_the_largest_that_is_in_time():
-    budget = TokenBudget(256)
+    budget = TokenBudget.of(256)
     assert budget.sizes == [256, 192, 128, 96, 64]
-    assert budget.choose(1000) == 256  # nothing is known yet
-    budget.note(256, 256 * 10.0, 100.0)  # 10 ms a token
-    assert [budget.choose(left_ms) for left_ms in (3000, 2300, 1700, 1300, 900, 100)] == [256, 192, 128, 96, 64, 64]
+    assert budget.select(1000).tokens == 256  # nothing is measured yet
+    budget = budget.record(256, 256 * 10.0, 100.0)  # 10 ms a token
+    selected = []
+    for left_ms in (3000, 2300, 1700, 1300, 900, 100):
+        budget = budget.select(left_ms)
+        selected.append(budget.tokens)
+    assert selected == [256, 192, 128, 96, 64, 64]
 
 
-def test_a_larger_budget_comes_back_with_room_and_not_at_once():
-    budget = TokenBudget(256)
-    budget.note(256, 2560.0, 0.0)
-    assert budget.choose(2400) == 192
-    assert budget.choose(2850) == 192  # 256 would just be in time: not enough to go back and forth
-    assert budget.choose(3500) == 256
-    for _ in range(30):  # the board cooled down: estimates follow
-        budget.note(256, 256.0, 10.0)
-    assert budget.choose(400) == 256
+def test_a_larger_budget_returns_when_there_is_a_margin():
+    budget = TokenBudget.of(256).record(256, 2560.0, 0.0).select(2400)
+    assert budget.tokens == 192
+    assert budget.select(2850).tokens == 192  # 256 would just be in time: that would switch back and forth
+    assert budget.select(3500).tokens == 256
+    for _ in range(30):  # the board is cooler now, and the estimates follow
+        budget = budget.record(256, 256.0, 10.0)
+    assert budget.select(400).tokens == 256
 
 
-def test_few_tokens_stay_as_they_are():
+def test_a_small_budget_has_one_size():
     for n in (8, 25, 64):
-        budget = TokenBudget(n)
-        budget.note(n, 1e6, 1e6)
-        assert budget.sizes == [n] and budget.choose(1.0) == n
+        budget = TokenBudget.of(n).record(n, 1e6, 1e6)
+        assert budget.sizes == [n] and budget.select(1.0).tokens == n
 
 
-def test_tensorrt_is_refused_where_there_is_none_and_asked_first_where_there_is(toy_bundle, monkeypatch, tmp_path):
-    """No GPU here: what is passed to onnxruntime is looked at, not what it makes of it."""
+def test_tensorrt_is_refused_where_it_is_missing_and_tried_first_where_it_is_not(toy_bundle, monkeypatch, tmp_path):
+    """There is no GPU here: the arguments for onnxruntime are checked, not their effect."""
     path = toy_bundle / VISION
     with pytest.raises(VisionError, match=r"vision\.tensorrt: onnxruntime here has only .*CPU"):
         OnnxEncoder(path, Preprocessor(FACTS, 64), 1, tensorrt=True)
@@ -319,7 +327,7 @@ def test_tensorrt_is_refused_where_there_is_none_and_asked_first_where_there_is(
         lambda path, options, providers: seen.append(providers) or real(path, options, providers=providers[1:]),
     )  # fmt: skip
     encoder = OnnxEncoder(path, Preprocessor(FACTS, 64), 1, tensorrt=True)
-    assert encoder.provider == "onnxruntime CPUExecutionProvider", "it says what runs, not what was asked for"
+    assert encoder.provider == "onnxruntime CPUExecutionProvider", "the provider that runs, not the requested one"
     (name, options), cpu = seen[0]
     assert (name, cpu) == (TENSORRT, "CPUExecutionProvider")
     assert options["trt_engine_cache_path"] == str(tmp_path / "tensorrt") and (tmp_path / "tensorrt").is_dir()

@@ -24,10 +24,12 @@ CLEAR_LEAD = 0.02  # of the range of logits: where the reference's best leads by
 
 def last_logits(llm, rows: np.ndarray, count: int) -> np.ndarray:
     """Logits of the last `count` positions: (count, vocab) float32."""
-    llm.forget(0, 0)
+    llm.truncate(0, 0)
     start = len(rows) - count
-    llm.decode_rows(np.ascontiguousarray(rows[:start]), 0)
-    return np.array([llm.decode_rows(np.ascontiguousarray(rows[n : n + 1]), n).copy() for n in range(start, len(rows))])
+    llm.logits_after_last(np.ascontiguousarray(rows[:start]), 0)
+    return np.array(
+        [llm.logits_after_last(np.ascontiguousarray(rows[n : n + 1]), n).copy() for n in range(start, len(rows))]
+    )
 
 
 def agree(ours: np.ndarray, reference: np.ndarray) -> None:
@@ -46,7 +48,7 @@ def test_text_gives_the_logits_of_transformers(case: Callable[[str], Case], name
     with case(name).language() as llm:
         ids, reference = arrays["text_ids"].tolist(), arrays["text_logits"]
         agree(last_logits(llm, llm.embed(ids), len(reference)), reference)
-        by_token = llm.decode_tokens(ids, 0, sequence=1)  # and the same without rows looked up by us
+        by_token = llm.logits_after_last(ids, 0, sequence=1)  # and the same without rows looked up by us
         assert by_token.argmax() == reference[-1].argmax()
         assert np.linalg.norm(by_token - reference[-1]) <= MAX_ERROR * np.linalg.norm(reference[-1])
 

@@ -15,9 +15,9 @@ import pytest
 from edge_agent.bundle import signing
 from edge_agent.bundle.lora_check import verify_adapters
 from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, REPORT, VISION, EmbeddingInfo, read_manifest
-from edge_agent.config import LanguageConfig, load_config_text
+from edge_agent.config import load_config_text
 from edge_agent.errors import ConfigError
-from edge_agent.model.llama import ACTION_SEQ, LlamaContext
+from edge_agent.model.llama import ACTION_SEQ, LlamaContext, LlamaOptions
 from quantize.build import convert
 from quantize.formats.build_plan import plan_conversion
 from quantize.progress import SILENT
@@ -144,13 +144,13 @@ def opened(folder: Path, **adapter_files: str) -> LlamaContext:
     embedding = EmbeddingInfo(
         offset=table.data_offset, ggml_type=table.tensor_type.name, row_bytes=table.n_bytes // int(table.shape[1])
     )
-    config = LanguageConfig(context=512, threads=1, gpu_layers=0, adapters=adapter_files)
+    config = LlamaOptions(context=512, threads=1, gpu_layers=0, adapters=adapter_files)
     return LlamaContext(path, config, embedding)
 
 
 def say(llm: LlamaContext, tokens: list[int]) -> np.ndarray:
-    llm.forget(ACTION_SEQ, 0)
-    return llm.decode_tokens(tokens, 0).copy()
+    llm.truncate(ACTION_SEQ, 0)
+    return llm.logits_after_last(tokens, 0).copy()
 
 
 def test_the_file_is_what_llama_cpp_expects(plain, switchable: Path):
@@ -176,9 +176,9 @@ def test_switched_on_it_answers_as_the_merged_model_and_off_as_the_base(
         base = say(llm, tokens)
     with opened(convert(toy_bf16, "f32"), plain=str(switchable)) as llm:
         off = say(llm, tokens)
-        llm.adapt("plain")
+        llm.set_adapter("plain")
         on = say(llm, tokens)
-        llm.adapt("")
+        llm.set_adapter("")
         off_again = say(llm, tokens)
     np.testing.assert_array_equal(off, base)
     np.testing.assert_array_equal(off_again, base)

@@ -12,8 +12,7 @@ import pytest
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 from edge_agent.bundle.manifest import LANGUAGE, EmbeddingInfo
-from edge_agent.config import LanguageConfig
-from edge_agent.model.llama import LlamaContext
+from edge_agent.model.llama import LlamaContext, LlamaOptions
 from quantize.source.tokenizer import read_tokenizer
 from tests.harness import toy
 from tests.harness.case import Case
@@ -55,7 +54,7 @@ def full(toy_full_vocabulary: Path, convert: Callable[..., Path]) -> Iterator[Ll
     """language.gguf with the whole vocabulary, in llama.cpp."""
     path = convert(toy_full_vocabulary) / LANGUAGE
     table = EmbeddingInfo(offset=0, ggml_type="BF16", row_bytes=512)  # no row is looked up here
-    with LlamaContext(path, LanguageConfig(context=256, gpu_layers=0), table) as llm:
+    with LlamaContext(path, LlamaOptions(context=256, gpu_layers=0), table) as llm:
         yield llm
 
 
@@ -85,12 +84,12 @@ def test_special_names_in_plain_text_stay_letters(full: LlamaContext, tekkenizer
         ids = full.tokens(text)
         assert min(ids) >= 1000
         assert ids == tekkenizer.encode(text, bos=False, eos=False)
-        assert b"".join(full.piece(i) for i in ids).decode() == text
+        assert b"".join(full.token_bytes(i) for i in ids).decode() == text
 
 
 def test_every_token_gives_back_its_bytes(full: LlamaContext, toy_full_vocabulary: Path):
-    assert [full.piece(1000 + rank) for rank in range(131072 - 1000)] == token_bytes(toy_full_vocabulary)
-    assert {full.piece(i) for i in range(1000)} == {b""}
+    assert [full.token_bytes(1000 + rank) for rank in range(131072 - 1000)] == token_bytes(toy_full_vocabulary)
+    assert {full.token_bytes(i) for i in range(1000)} == {b""}
 
 
 def test_only_the_end_of_sequence_ends_an_answer(full: LlamaContext):

@@ -1,0 +1,247 @@
+"""The action lane: one frame in, one answer out, bound by the grammar.
+
+The frame, the closing text and the previous answer as a draft are evaluated in one batch behind the pinned prefix. Then
+the draft is verified step by step; where the model selects another token, the rest is decoded with what remains of a
+draft. If bit-exact reproducibility is off, or on a GPU, the text lane's next token is added to each batch: the weights
+are read once for both lanes.
+"""
+
+from __future__ import annotations
+
+import codecs
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from edge_agent.actions import action_tokens
+from edge_agent.ipc.events import StopReason, TextDelta
+from edge_agent.model.constrained import DraftSteps, Grammar, GrammarError, NonFiniteError, flatten
+from edge_agent.model.events import NULL_EVENTS, Events
+from edge_agent.model.frame_buffer import FrameBuffer
+from edge_agent.model.llama import ACTION_SEQ, LlamaContext
+from edge_agent.model.text_lane import LaneContext, TextLane
+
+NS_PER_MS = 1e6
+
+
+class Decision(NamedTuple):
+    """The answer to one frame."""
+
+    text: str
+    stop_reason: StopReason  # empty: the answer is complete
+    prefill_ms: float
+    decode_ms: float
+
+
+class BatchLogits(NamedTuple):
+    """Logits of one batch, (n_vocab,) float32 each; views that are valid until the next batch."""
+
+    steps: list[np.ndarray]  # before each step of the draft, and after the last
+    text: np.ndarray | None  # after the text lane's token, if it was in the batch
+
+
+def never() -> bool:
+    return False
+
+
+class ActionLane:
+    """The answers to frames, the last of which are the drafts of the next."""
+
+    def __init__(
+        self, shared: LaneContext, grammar: Grammar, text_lane: TextLane, *, speculative: bool, stream_text: bool
+    ) -> None:
+        """speculative: the previous answer is the draft of the next. stream_text: send the answer's text."""
+        self._llama, self._prompt, self._cache, self._clock = shared
+        self._grammar, self._text_lane = grammar, text_lane
+        self._speculative, self._stream_text = speculative, stream_text
+        self.last_answer: DraftSteps = []
+        self.last_answer_by_type: dict[int, DraftSteps] = {}  # keyed by the first token, which tells the action type
+        self.n_draft_tokens = self.n_accepted_tokens = 0
+
+    def decide(
+        self,
+        frame: FrameBuffer,
+        frame_id: int,
+        deadline_ns: int,
+        vehicle_state: str = "",
+        should_cancel: Callable[[], bool] = never,
+        events: Events = NULL_EVENTS,
+    ) -> Decision:
+        """Answer a frame.
+
+        frame: its image embeddings; text is appended to it. deadline_ns: on the lane's clock. vehicle_state: of
+        render_vehicle_state. should_cancel: asked before each step; true abandons the answer. The text of the answer
+        goes to `events` as it is decoded.
+        """
+        start_ns = self._clock()
+        self._cache.frame_end_position = 0
+        self._grammar.start()
+        self._grammar.forced_tokens()  # the forced prefix, which is in the closing text
+        draft = self.last_answer if self._speculative else []
+        frame.drop_text()
+        frame.append(self._prompt.closing_embeddings(vehicle_state))
+        position = len(self._cache.prefix_tokens) + len(frame)  # of the first step's first token
+        logits = self._prefill(frame, draft[:-1])
+        self._remember_frame(frame, frame_id)
+        prefilled_ns = self._clock()
+        stream = _ActionText(self._llama, frame_id, events if self._stream_text else NULL_EVENTS)
+        stop_reason, answer = self._decode(
+            logits, draft, position, stream, self._stop_check(deadline_ns, should_cancel)
+        )
+        self._finish(stream, answer, stop_reason)
+        decoded_ns = self._clock()
+        events.span("prefill", "language", start_ns, prefilled_ns)
+        events.span("decode", "language", prefilled_ns, decoded_ns)
+        return Decision(
+            stream.text, stop_reason, (prefilled_ns - start_ns) / NS_PER_MS, (decoded_ns - prefilled_ns) / NS_PER_MS
+        )
+
+    def prefill_only(self, frame: FrameBuffer, frame_id: int) -> None:
+        """Evaluate a frame without an answer, for a question while the daemon is paused."""
+        self._cache.frame_end_position = 0
+        frame.drop_text()
+        frame.append(self._prompt.image_end_embedding())
+        logits = self._prefill(frame, [])
+        self._remember_frame(frame, frame_id)
+        self._accept_text(logits)
+
+    def _remember_frame(self, frame: FrameBuffer, frame_id: int) -> None:
+        self._cache.frame_id = frame_id
+        self._cache.frame_end_position = len(self._cache.prefix_tokens) + frame.n_image_rows + 1  # after [IMG_END]
+
+    def _stop_check(self, deadline_ns: int, should_cancel: Callable[[], bool]) -> Callable[[DraftSteps], StopReason]:
+        """A function of the answer so far: why to stop before its next step, or empty."""
+        n_forced = len(self._prompt.forced_prefix)
+
+        def stop_reason(answer: DraftSteps) -> StopReason:
+            if should_cancel():
+                return "cancelled"
+            if self._clock() > deadline_ns:
+                return "late"
+            return "length" if n_forced + len(flatten(answer)) > self._prompt.max_answer_tokens else ""
+
+        return stop_reason
+
+    def _decode(
+        self,
+        logits: BatchLogits,
+        draft: DraftSteps,
+        position: int,
+        stream: _ActionText,
+        stop_check: Callable[[DraftSteps], StopReason],
+    ) -> tuple[StopReason, DraftSteps]:
+        """Verify the draft and decode until the answer is complete -> (why it stopped early, the answer's steps)."""
+        grammar, known = self._grammar, draft
+        answer: DraftSteps = []
+        stop_reason: StopReason = ""
+        stream.add(self._prompt.forced_prefix)
+        while not grammar.complete:
+            if stop_reason := stop_check(answer):
+                break
+            n = len(answer)
+            stop_reason = self._verify(logits.steps, draft, answer)
+            new = answer[n:]
+            n_accepted = len(flatten(new[:-1]))
+            self.n_accepted_tokens += n_accepted
+            stream.add(flatten(new))
+            logits = self._accept_text(logits)
+            if grammar.complete or stop_reason:  # a complete answer is not evaluated: nothing follows it
+                break
+            position += n_accepted  # these tokens were evaluated as the draft
+            known = known[len(new) - 1 :]
+            if len(answer) == 1 and self._speculative:
+                # The model chose a different action type: the last answer of that type is the draft.
+                known = self.last_answer_by_type.get(answer[0][0], known)
+            draft = grammar.usable_draft(known)
+            known = draft or known
+            self._llama.truncate(ACTION_SEQ, position)
+            logits = self._continue(new[-1], draft[:-1], position)
+            position += len(new[-1])
+        self._accept_text(logits)
+        return stop_reason, answer
+
+    def _verify(self, step_logits: list[np.ndarray], draft: DraftSteps, answer: DraftSteps) -> StopReason:
+        try:
+            self._grammar.verify_draft(step_logits, draft, answer)
+        except NonFiniteError:
+            return "not-finite"
+        except GrammarError:
+            return "grammar"
+        return ""
+
+    def _finish(self, stream: _ActionText, answer: DraftSteps, stop_reason: StopReason) -> None:
+        """End the stream and remember a complete answer as a draft."""
+        space = self._prompt.action_space
+        if space.codec == "action_tokens" and not stop_reason:
+            stream.emit(action_tokens.decode(space, [*self._prompt.forced_prefix, *flatten(answer)]))
+        stream.finish(stop_reason)
+        if self._speculative and answer and not stop_reason:
+            self.last_answer = self.last_answer_by_type[answer[0][0]] = answer
+
+    def _prefill(self, frame: FrameBuffer, draft: DraftSteps) -> BatchLogits:
+        """Evaluate the frame, its closing text and a draft."""
+        output_rows = _output_rows(len(frame), draft)
+        tokens = flatten(draft)
+        self.n_draft_tokens += len(tokens)
+        tokens, output_rows, text_position = self._append_text_token(tokens, output_rows, len(frame))
+        if tokens:
+            frame.append(self._llama.embed(tokens))
+        start = len(self._cache.prefix_tokens)
+        self._llama.truncate(ACTION_SEQ, start)
+        logits = self._llama.logits_at(frame, start, output_rows, text_position=text_position)
+        return BatchLogits(logits, None) if text_position is None else BatchLogits(logits[:-1], logits[-1])
+
+    def _continue(self, new: list[int], draft: DraftSteps, position: int) -> BatchLogits:
+        """Evaluate new tokens of the answer and a draft of what follows them."""
+        draft_tokens = flatten(draft)
+        self.n_draft_tokens += len(draft_tokens)
+        tokens, output_rows, text_position = self._append_text_token(
+            [*new, *draft_tokens], _output_rows(len(new), draft), 0
+        )
+        logits = self._llama.logits_at(tokens, position, output_rows, text_position=text_position)
+        return BatchLogits(logits, None) if text_position is None else BatchLogits(logits[:-1], logits[-1])
+
+    def _append_text_token(
+        self, tokens: list[int], output_rows: list[int], n_before: int
+    ) -> tuple[list[int], list[int], int | None]:
+        """The same with the text lane's next token behind n_before rows and these tokens, and its position; unchanged
+        and None when there is no text, or when it may not share a batch."""
+        if self._text_lane.idle or not self._llama.can_batch_text:
+            return tokens, output_rows, None
+        token, position = self._text_lane.take_next_row()
+        return [*tokens, token], [*output_rows, n_before + len(tokens)], position
+
+    def _accept_text(self, logits: BatchLogits) -> BatchLogits:
+        """Give the text lane its logits, once."""
+        if logits.text is not None:
+            self._text_lane.accept(logits.text)
+        return BatchLogits(logits.steps, None)
+
+
+class _ActionText:
+    """The text of an answer, streamed as it is decoded."""
+
+    def __init__(self, llama: LlamaContext, frame_id: int, events: Events) -> None:
+        self._llama, self._frame_id, self._events = llama, frame_id, events
+        self._utf8_decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.text = ""
+
+    def add(self, tokens: list[int]) -> None:
+        self.emit(self._utf8_decoder.decode(b"".join(self._llama.token_bytes(token) for token in tokens)))
+
+    def emit(self, text: str) -> None:
+        self.text += text
+        if text:
+            self._events.text(TextDelta(lane="action", frame_id=self._frame_id, text=text))
+
+    def finish(self, stop_reason: StopReason) -> None:
+        self._events.text(
+            TextDelta(lane="action", frame_id=self._frame_id, text="", final=True, stop_reason=stop_reason)
+        )
+
+
+def _output_rows(n: int, steps: DraftSteps) -> list[int]:
+    """The rows whose logits are needed: the last of the first n, and the last of each step that follows them."""
+    return list(itertools.accumulate([n - 1, *map(len, steps)]))

@@ -1,0 +1,63 @@
+"""Picture -> image embeddings in a staging buffer. Knows no slot, no time and no prompt.
+
+There are two buffers, so that one frame can be encoded while the other is answered.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from edge_agent.model.constrained import NonFiniteError
+from edge_agent.model.frame_buffer import FrameBuffer
+from edge_agent.model.preprocess import Preprocessor, n_embedding_rows
+from edge_agent.model.vision_encoder import MtmdEncoder, OnnxEncoder
+
+
+class ImageEncoder:
+    """Owns the vision encoder; close() frees it. For one thread at a time."""
+
+    def __init__(self, preprocessor: Preprocessor, encoder: OnnxEncoder | MtmdEncoder, buffer_rows: int) -> None:
+        """buffer_rows: rows of a frame's batch with its text, see Prompt.buffer_rows."""
+        self._preprocessor, self._encoder = preprocessor, encoder
+        self._buffers = [FrameBuffer(buffer_rows, encoder.n_embd) for _ in range(2)]
+        self._next = 0
+
+    @property
+    def backend(self) -> str:
+        """Which library and which device encode, for the status."""
+        return self._encoder.provider
+
+    @property
+    def max_tokens(self) -> int:
+        """Image tokens of a frame, as configured."""
+        return self._preprocessor.max_tokens
+
+    def resize(self, picture: np.ndarray, max_tokens: int | None = None) -> np.ndarray:
+        """picture: (H, W, 3) uint8 RGB -> an image on the grid, (28 * lines, 28 * columns, 3) uint8 RGB, a buffer that
+        is valid until the next call. max_tokens: for this picture; None: as configured."""
+        return self._preprocessor.image(picture, max_tokens)
+
+    def n_tokens(self, image: np.ndarray) -> int:
+        """Image tokens of an image on the grid."""
+        unit = self._preprocessor.unit
+        return (image.shape[0] // unit) * (image.shape[1] // unit)
+
+    def encode(self, image: np.ndarray) -> FrameBuffer:
+        """image: of resize() -> its embeddings, in a buffer that is valid until the call after the next.
+
+        Raises NonFiniteError: llama.cpp's 4-bit kernels take NaN for a number, and its logits would look valid.
+        """
+        buffer, self._next = self._buffers[self._next], 1 - self._next
+        unit = self._preprocessor.unit
+        rows = buffer.embeddings(n_embedding_rows(image.shape[0] // unit, image.shape[1] // unit))
+        self._encoder.encode(image, rows)
+        if not np.isfinite(rows.sum()):  # one element that is not finite makes the sum so: one pass checks all
+            raise NonFiniteError("the vision encoder gave NaN or infinity")
+        return buffer
+
+    def embed(self, picture: np.ndarray, max_tokens: int | None = None) -> FrameBuffer:
+        """resize() and encode()."""
+        return self.encode(self.resize(picture, max_tokens))
+
+    def close(self) -> None:
+        self._encoder.close()

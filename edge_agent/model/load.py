@@ -1,0 +1,141 @@
+"""Configuration and bundle -> an ImageEncoder and an Engine, for the daemon, the benchmarks and the toolchain."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from edge_agent.actions import action_tokens
+from edge_agent.actions.grammar import json_schema
+from edge_agent.actions.space import ActionSpace
+from edge_agent.bundle.manifest import LANGUAGE, Bundle
+from edge_agent.config import CameraConfig, Config
+from edge_agent.errors import BundleError, ConfigError
+from edge_agent.ipc.events import Heartbeat
+from edge_agent.model.constrained import Grammar, NonFiniteError, grammar_from_lark, grammar_from_schema
+from edge_agent.model.engine import Engine
+from edge_agent.model.events import NULL_EVENTS, Events
+from edge_agent.model.image_encoder import ImageEncoder
+from edge_agent.model.llama import LlamaContext, LlamaOptions, uses_gpu
+from edge_agent.model.preprocess import Preprocessor
+from edge_agent.model.prompt import ACTION_QUESTION, MAX_ANSWER_TOKENS, Prompt
+from edge_agent.model.vision_encoder import EncoderOptions, open_encoder
+from edge_agent.profile import ResolvedSwitches, resolve
+
+NO_DEADLINE_NS = 2**62
+WARM_UP_PICTURE = (480, 640)  # height, width, where the camera's are not configured
+
+
+class LoadedModel(NamedTuple):
+    """A picture goes through `images`, its embeddings through `engine.actions`."""
+
+    images: ImageEncoder
+    engine: Engine
+    switches: ResolvedSwitches
+
+    def close(self) -> None:
+        self.images.close()
+        self.engine.close()
+
+
+def llama_options(config: Config, switches: ResolvedSwitches) -> LlamaOptions:
+    return LlamaOptions(
+        context=config.language.context,
+        threads=config.cpu_threads,
+        gpu_layers=config.language.gpu_layers,
+        adapters=config.language.adapters,
+        repack=switches.repack,
+        mmap=switches.mmap,
+        mlock=switches.mlock,
+        kv_cache_type=switches.kv_cache_type,
+        flash_attention=switches.flash_attention,
+        reproducible=switches.reproducible,
+    )
+
+
+def load_model(config: Config, bundle: Bundle, space: ActionSpace, events: Events = NULL_EVENTS) -> LoadedModel:
+    """Load everything; heartbeats go to `events`. Raises LlamaError, VisionError, BundleError, ConfigError."""
+    gpu = uses_gpu(config.language.gpu_layers)
+    switches, model = resolve(config, gpu), bundle.manifest.model
+    if config.language.max_reasoning_tokens and "think" not in model.special:
+        raise ConfigError("language.max_reasoning_tokens: expected 0 for a model without [THINK]")
+    llama = LlamaContext(
+        bundle.path(LANGUAGE),
+        llama_options(config, switches),
+        model.embedding,
+        progress=lambda part: events.send(Heartbeat(f"weights {part:.0%}")),
+    )
+    try:
+        events.send(Heartbeat("grammar"))
+        grammar = _compile_grammar(llama, space)
+        events.send(Heartbeat("vision"))
+        return _add_vision(config, bundle, switches, llama, grammar, space)
+    except BaseException:
+        llama.close()
+        raise
+
+
+def _compile_grammar(llama: LlamaContext, space: ActionSpace) -> Grammar:
+    """Raises ConfigError: no grammar for this action space, or answers that are too long."""
+    grammar = Grammar(llama.vocab)
+    if space.codec == "action_tokens":
+        action_tokens.check_vocabulary(llama.token_text)
+        n_tokens = 1 + space.horizon * max(len(action_type.fields) for action_type in space.actions.values())
+        if n_tokens > MAX_ANSWER_TOKENS:
+            raise ConfigError(f"horizon: expected answers of at most {MAX_ANSWER_TOKENS} tokens, found {n_tokens}")
+        grammar.compile(grammar_from_lark(action_tokens.lark_grammar(space)))
+    else:
+        grammar.compile(grammar_from_schema(json_schema(space)))
+    return grammar
+
+
+def _add_vision(
+    config: Config,
+    bundle: Bundle,
+    switches: ResolvedSwitches,
+    llama: LlamaContext,
+    grammar: Grammar,
+    space: ActionSpace,
+) -> LoadedModel:
+    vision, special = bundle.manifest.vision, bundle.manifest.model.special
+    if vision is None:
+        raise BundleError(f"{bundle.folder}: a text-only model; expected a bundle with a vision encoder")
+    preprocessor = Preprocessor(vision, config.vision.max_image_tokens)
+    encoder = open_encoder(
+        bundle,
+        EncoderOptions(
+            backend=switches.vision_backend,
+            threads=config.cpu_threads,
+            tensorrt=config.vision.tensorrt,
+            gpu=config.language.gpu_layers != 0,
+        ),
+        preprocessor,
+        llama.model,
+        break_row=llama.embed([special["img_break"]])[0],
+    )
+    grammar.start()
+    prompt = Prompt(llama, special, space, grammar.forced_tokens(), vision, config)
+    return LoadedModel(
+        ImageEncoder(preprocessor, encoder, prompt.buffer_rows),
+        Engine(llama, grammar, prompt, config.language, speculative=switches.speculative),
+        switches,
+    )
+
+
+def warm_up(model: LoadedModel, camera: CameraConfig, clock: Callable[[], int] = time.monotonic_ns) -> float:
+    """One frame and the start of a text through everything, without events -> milliseconds. The first frame allocates,
+    and must not be the vehicle's. It has the camera's size where that is configured: TensorRT makes an engine for each
+    size."""
+    start_ns, engine = clock(), model.engine
+    height, width = camera.height or WARM_UP_PICTURE[0], camera.width or WARM_UP_PICTURE[1]
+    engine.instruct("")
+    with contextlib.suppress(NonFiniteError):  # frames are checked one by one
+        engine.actions.decide(model.images.embed(np.full((height, width, 3), 128, np.uint8)), 0, NO_DEADLINE_NS)
+        engine.text.start("describe", "", ACTION_QUESTION, NULL_EVENTS)
+        if not engine.text.idle:
+            engine.text.stop("")
+    return (clock() - start_ns) / 1e6

@@ -1,0 +1,84 @@
+"""Configuration -> ResolvedSwitches: what a profile means. Pure; only here do switches depend on each other.
+
+| switch          | reproducible | fast         | small       |
+|-----------------|--------------|--------------|-------------|
+| vision.backend  | onnxruntime  | onnxruntime  | mtmd        |
+| reproducible    | on a CPU     | false        | false       |
+| speculative     | true         | true         | true        |
+| overlap         | on a GPU     | on a GPU     | false       |
+| repack          | true         | true         | true        |
+| mmap            | on a GPU     | on a GPU     | on a GPU    |
+| mlock           | false        | false        | false       |
+| kv_cache_type   | f16          | f16          | q8_0        |
+| flash_attention | by llama.cpp on a GPU, else false (small: true)   |
+
+`small` begins with what the memory plan would reduce first: mtmd, which keeps the encoder's weights as stored and needs
+no onnxruntime, and an 8-bit KV cache, which needs flash attention. Weights stay repacked and unmapped: then they are in
+memory once.
+
+Every switch of the table `advanced` that is not null replaces the profile's. The others follow it: an 8-bit cache turns
+flash attention on, flash attention turns reproducible off, and weights that are not repacked are mapped.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from edge_agent.config import Config, Profile
+
+
+class ResolvedSwitches(msgspec.Struct, frozen=True, kw_only=True):
+    """The switches as they are used; each is explained in systemd/edge-agent.yaml."""
+
+    vision_backend: Literal["onnxruntime", "mtmd"]
+    reproducible: bool  # bit for bit, whatever the draft was; never on a GPU nor with flash attention
+    speculative: bool
+    overlap: bool
+    repack: bool
+    mmap: bool
+    mlock: bool
+    kv_cache_type: Literal["f16", "q8_0"]
+    flash_attention: bool | None  # None: llama.cpp decides
+
+
+def profile_in_force(config: Config, gpu: bool) -> Profile:
+    """The configured profile; null: `fast` on a GPU, where bits depend on the batch size, else `reproducible`."""
+    return config.profile or ("fast" if gpu else "reproducible")
+
+
+def resolve(config: Config, gpu: bool) -> ResolvedSwitches:
+    """gpu: whether layers of the language model run on a GPU."""
+    profile, switches = profile_in_force(config, gpu), config.advanced
+    small = profile == "small"
+
+    kv_cache_type = switches.kv_cache_type
+    if kv_cache_type is None:  # an 8-bit cache needs flash attention
+        kv_cache_type = "q8_0" if small and switches.flash_attention is not False else "f16"
+    flash_attention = switches.flash_attention
+    if kv_cache_type == "q8_0":
+        flash_attention = True
+    elif flash_attention is None and not gpu:
+        # On a CPU, flash attention sums in another order for another number of rows: the logits of a prompt would
+        # depend on how it is divided into batches, and an answer on its draft.
+        flash_attention = False
+
+    wants_reproducible = _or(switches.reproducible, profile == "reproducible")
+    repack = _or(switches.repack, True)
+    return ResolvedSwitches(
+        vision_backend=config.vision.backend or ("mtmd" if small else "onnxruntime"),
+        reproducible=wants_reproducible and not gpu and flash_attention is False,
+        speculative=_or(switches.speculative, True),
+        overlap=_or(switches.overlap, gpu and not small),
+        repack=repack,
+        # Repacked weights that are mapped are in memory twice: in the file's pages and in the new order.
+        mmap=_or(switches.mmap, gpu or not repack),
+        mlock=_or(switches.mlock, False),
+        kv_cache_type=kv_cache_type,
+        flash_attention=flash_attention,
+    )
+
+
+def _or(switch: bool | None, default: bool) -> bool:
+    return default if switch is None else switch
