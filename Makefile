@@ -24,7 +24,7 @@ check: venv
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 	$(RUN)/codespell
-	$(RUN)/python -m pytest tests/test_imports.py
+	$(RUN)/python -m pytest tests/test_imports.py tests/test_documents.py
 
 # Every line and branch of these is tested: the contract, the client, the action envelope, the bundle, the gate.
 COVERED := edge_agent/wire/*,edge_agent/client/*,edge_agent/actions/*,edge_agent/bundle/*,edge_agent/supervisor/gate.py
@@ -47,7 +47,7 @@ bench: venv
 	$(RUN)/python benchmarks/flight.py
 	mkdir -p build
 	$(RUN)/edge-quantize build models/pad_pilot/checkpoint build/pilot --force
-	$(RUN)/python benchmarks/bench.py --bundle build/pilot --max-tokens 25 --instruction "Land on the red disc." --compare
+	$(RUN)/python benchmarks/bench.py --bundle build/pilot --max-image-tokens 25 --instruction "Land on the red disc." --compare
 	$(RUN)/python benchmarks/convert.py
 
 venv: $(VENV)/.installed
