@@ -101,7 +101,7 @@ def build(
     """
     eyes = eyes or VisionFormat()
     if key is not None:
-        signing.sign(b"", key)  # a key that is none shows now
+        signing.load_private_key(key)  # fail now, and not after the build
     if eyes.fixed is not None:
         _check_fixed(checkpoint, eyes.fixed)
     if types is None:
