@@ -111,9 +111,7 @@ def test_a_wrong_private_key_is_reported_before_any_work(keys: Path, toy_small: 
     path = tmp_path / "key"
     path.write_bytes((keys / "ours.pub").read_bytes() if content == "public" else content)
     with pytest.raises(SigningError, match="expected an Ed25519 private key"):
-        build(
-            read_checkpoint(toy_small), tmp_path / "out", "Q4_0", False, lambda *_: pytest.fail("began"), key=path
-        )
+        build(read_checkpoint(toy_small), tmp_path / "out", "Q4_0", False, lambda *_: pytest.fail("began"), key=path)
     assert not (tmp_path / "out").exists()
 
 
