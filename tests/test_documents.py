@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import re
@@ -13,14 +14,13 @@ import msgspec
 import pytest
 
 from edge_agent.config import Config
-from edge_agent.ipc.events import CameraFaultReason, StopReason
-from edge_agent.wire.messages import DaemonState, RefusalReason
+from edge_agent.ipc.events import CameraFaultReason
+from edge_agent.wire.messages import DaemonState, RefusalReason, TextStopReason
 from tests.harness import ROOT
 from tests.test_imports import ROOMS
 
 TOP_FOLDERS = ("benchmarks", "docs", "edge_agent", "examples", "models", "quantize", "systemd", "tests")
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(page for folder in TOP_FOLDERS for page in (ROOT / folder).rglob("*.md"))])
-TEXT_ONLY_STOP_REASONS = {"instruct", "asked", "restart"}  # of a text that is not an action
 
 
 def load_generator() -> ModuleType:
@@ -104,11 +104,38 @@ def test_named_files_and_modules_exist(path):
         ("The daemon's state", set(get_args(DaemonState))),
         ("Camera faults", set(get_args(CameraFaultReason))),
         ("Refusals", set(get_args(RefusalReason))),
-        ("Text that ends early", {*get_args(StopReason), *TEXT_ONLY_STOP_REASONS} - {""}),
+        ("Text that ends early", set(get_args(TextStopReason)) - {""}),
     ],
 )
 def test_troubleshooting_lists_every_value(heading, expected):
     assert sorted(first_column("docs/troubleshooting.md", heading)) == sorted(expected)
+
+
+def definitions(path: Path) -> set[str]:
+    """Names of the functions, classes and methods of a module: f, C, C.m."""
+    names: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
+    return names
+
+
+def code_flow(heading: str) -> list[tuple[str, list[str]]]:
+    """(file, names in it) of each row of a table of docs/architecture.md that has a cell with one file."""
+    rows = re.findall(r"\| `([\w/]+\.py)` \| ([^|]+) \|", section("docs/architecture.md", heading))
+    return [(file, re.findall(r"`([\w.]+)`", cell)) for file, cell in rows]
+
+
+@pytest.mark.parametrize("heading", ["One frame", "One question", "One tensor in `edge-quantize build`"])
+def test_architecture_names_functions_that_exist(heading):
+    rows = code_flow(heading)
+    assert len(rows) > 5
+    for file, names in rows:
+        assert names, f"{file}: no function"
+        missing = set(names) - definitions(ROOT / file)
+        assert not missing, f"{file}: no {', '.join(sorted(missing))}"
 
 
 def test_contributing_repeats_the_table_of_rooms():
@@ -133,3 +160,6 @@ def test_the_checks_find_what_they_are_for(tmp_path):
     page.write_text("# One heading\n\n[a](other.md) ![b](b.png) [c](https://x.org) `[d](d.md)`\n\n    [e](e.md)\n")
     assert links(page) == ["other.md", "b.png"]
     assert anchors(page) == {"one-heading"}
+    module = tmp_path / "module.py"
+    module.write_text("def f(): pass\nclass C:\n    def m(self): pass\nX = 1\n")
+    assert definitions(module) == {"f", "C", "C.m"}

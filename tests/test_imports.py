@@ -51,13 +51,16 @@ ORDER: dict[str, list[str]] = {
     "client": ["client", "__init__"],
     "actions": ["space", "prompt", "grammar", "action_tokens", "vehicle_state", "envelope"],
     "bundle": ["files", "file_check", "signing", "manifest", "verify", "lora_check", "memory_plan"],
-    "ipc": ["frame_slot", "events", "worker"],
+    "ipc": ["backoff", "frame_slot", "events", "worker"],
     "camera": ["__init__", "clock", "source", "v4l2", "gstreamer", "files", "pushed", "process", "__main__"],
     "model": [
         "preprocess", "token_budget", "vision_encoder", "llama", "constrained", "engine", "frame_encoder", "loop",
         "__main__",
     ],
-    "supervisor": ["systemd", "publisher", "trace", "process"],
+    "supervisor": [
+        "shutdown", "log", "systemd", "trace", "publisher", "managed_worker", "camera_worker", "model_worker", "gate",
+        "status", "control", "process",
+    ],
     "tools": ["stills", "bench"],
 }  # fmt: skip
 # The same for the toolchain, whose order is the order of a build.

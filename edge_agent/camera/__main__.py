@@ -27,11 +27,11 @@ def main() -> int:
         except SourceError as error:
             sys.exit(f"{error.reason}: {error.detail}")
         return 0
-    slot, events, first_message = attach_to_supervisor()
+    attached = attach_to_supervisor()
     cv2.setNumThreads(1)  # the cores belong to the model process
-    config = msgspec.msgpack.decode(first_message, type=CameraConfig)
+    config = msgspec.msgpack.decode(attached.first, type=CameraConfig)
     try:
-        return run(config, slot, lambda event: events.send(encode(event)))
+        return run(config, attached.slot, lambda event: attached.events.send(encode(event)))
     except BrokenPipeError:  # the supervisor closed its socket
         return 0
 

@@ -79,7 +79,7 @@ def into_slot(pixels: np.ndarray, slot: Slot, conversion: int | None = cv2.COLOR
 
 def wait_for_reader(slot: Slot, clock: Clock) -> int:
     """Wait until the model asks for another frame. Returns that time, which is a file's time of capture."""
-    while not slot.wanted():
+    while not slot.reader_is_idle():
         clock.sleep_until(clock.now_ns() + READER_POLL_NS)
     return clock.now_ns()
 

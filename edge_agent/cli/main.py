@@ -148,7 +148,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     try:
         config = _config(arguments)
-        return run(msgspec.structs.replace(config, trace=arguments.trace or config.trace))
+        return run(config, trace_path=arguments.trace or "")
     except EndpointError as error:
         _fail(str(error), os.EX_CONFIG)
 

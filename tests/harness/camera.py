@@ -88,12 +88,12 @@ class CameraProcess:
         raise AssertionError("no frame came")
 
     def frame_or_none(self) -> Frame | None:
-        frame = self.slot.newest(self.seq)
+        frame = self.slot.take_newest(self.seq)
         if frame is None:
             return None
         self.seq = frame.seq
         frame = frame._replace(image=frame.image.copy())
-        return frame if self.slot.still_valid(frame) else None
+        return frame if self.slot.was_not_overwritten(frame) else None
 
     def kill(self) -> None:
         self.process.kill()

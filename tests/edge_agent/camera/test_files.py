@@ -42,7 +42,7 @@ def test_every_frame_of_a_video_arrives_once(camera_process, tmp_path):
     assert [number_of(frame.image) for frame in frames] == list(range(30))
     assert [frame.seq for frame in frames] == [frame.frame_id for frame in frames] == list(range(1, 31))
     assert camera.event() == CameraOpened(160, 120, 30.0, f"video {camera.config.source}")
-    assert camera.slot.newest(camera.seq) is None  # tells the camera that the last frame was taken
+    assert camera.slot.take_newest(camera.seq) is None  # tells the camera that the last frame was taken
     assert camera.event() == CameraEnded() and camera.process.wait(30) == 0
     assert all(a.t_capture_ns < b.t_capture_ns for a, b in itertools.pairwise(frames))
     assert {frame.capture_clock for frame in frames} == {"arrival"}
@@ -55,7 +55,7 @@ def test_a_video_does_not_end_before_its_last_frame_was_taken(slot, tmp_path):
     def reader() -> None:
         if len(clock.pauses_s) % 50 == 0:
             assert CameraEnded() not in events
-            frame = slot.newest(max(taken, default=0))
+            frame = slot.take_newest(max(taken, default=0))
             taken.append(frame.seq if frame else 0)
 
     clock = FakeClock(on_sleep=reader)
@@ -71,7 +71,7 @@ def test_a_video_in_real_time_keeps_its_rate_and_the_newest_frame_wins(slot, tmp
 
     def model() -> None:
         nonlocal next_ns
-        if clock.time_ns >= next_ns and (frame := slot.newest(taken[-1].seq if taken else 0)):
+        if clock.time_ns >= next_ns and (frame := slot.take_newest(taken[-1].seq if taken else 0)):
             taken.append(frame._replace(image=frame.image.copy()))
             next_ns += 200_000_000
 
