@@ -63,7 +63,7 @@ def build(
     signing_key: a private key; bundle.sig is written with it. Raises BuildError, CheckpointError, SigningError.
     """
     if signing_key is not None:
-        signing.sign(b"", signing_key)  # an invalid key is reported before any work
+        signing.load_private_key(signing_key)  # an invalid key is reported before any work
     _check_space(plan, out)
     with atomic_folder(out, plan.fingerprint(), force) as folder:
         _write_files(plan, folder, progress)

@@ -1,42 +1,47 @@
-"""Memory and temperature of the board, as Status wants them. Unknown is None, never 0."""
+"""Memory and temperature of the board, for the status. An unknown value is None, never 0."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+MAX_PLAUSIBLE_MILLI_C = 150_000  # no working silicon is hotter
+
 
 def mem_available_mib(text: str | None = None) -> float | None:
-    """From /proc/meminfo, or from `text` in its form."""
+    """MiB that new programs can use, from /proc/meminfo, or from `text` in that format."""
     return _mib("MemAvailable:", _read("/proc/meminfo") if text is None else text)
 
 
 def rss_mib(pid: int, text: str | None = None) -> float | None:
-    """Resident memory of a process, from /proc/PID/status, or from `text` in its form."""
+    """Resident memory of a process in MiB, from /proc/PID/status, or from `text` in that format."""
     return _mib("VmRSS:", _read(f"/proc/{pid}/status") if text is None else text)
 
 
 def peak_rss_mib(pid: int, text: str | None = None) -> float | None:
-    """The most it has been since the process began (of this program: exec begins a new account)."""
+    """The highest resident memory of a process in MiB, from /proc/PID/status. exec() resets it."""
     return _mib("VmHWM:", _read(f"/proc/{pid}/status") if text is None else text)
 
 
-def _mib(key: str, text: str) -> float | None:
-    """The number behind `key`, which the kernel gives in KiB."""
+def _mib(name: str, text: str) -> float | None:
+    """The value of the line that starts with `name`. The kernel writes it in KiB."""
     for line in text.splitlines():
         words = line.split()
-        if len(words) >= 2 and words[0] == key and _is_count(words[1]):
+        if len(words) >= 2 and words[0] == name and _is_count(words[1]):
             return int(words[1]) / 1024
     return None
 
 
 def temperature_c(zones: Path = Path("/sys/class/thermal")) -> float | None:
-    """The hottest thermal zone. Readings that no silicon has (a sensor switched off says -256 or 0) do not count."""
-    found = []
+    """Temperature of the hottest thermal zone in °C.
+
+    Implausible readings do not count: a sensor that is switched off returns -256 °C or 0 °C.
+    """
+    temperatures_c = []
     for zone in zones.glob("thermal_zone*/temp"):
         text = _read(str(zone)).strip()
-        if _is_count(text) and 0 < int(text) < 150_000:
-            found.append(int(text) / 1000)
-    return max(found, default=None)
+        if _is_count(text) and 0 < int(text) < MAX_PLAUSIBLE_MILLI_C:
+            temperatures_c.append(int(text) / 1000)
+    return max(temperatures_c, default=None)
 
 
 def _is_count(text: str) -> bool:
@@ -44,6 +49,7 @@ def _is_count(text: str) -> bool:
 
 
 def _read(path: str) -> str:
+    """The text of a file; empty if it cannot be read."""
     try:
         return Path(path).read_text()
     except (OSError, UnicodeDecodeError):

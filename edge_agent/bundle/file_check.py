@@ -1,7 +1,8 @@
-"""Look a GGUF or ONNX file over before a native parser sees it: bounds, names, and only what bundles of ours hold.
+"""Check the header of a GGUF or ONNX file before a native parser reads it: bounds, names, and an allow-list.
 
-Parsers in C++ have had memory errors on crafted files; this one is Python, reads headers only, and knows an allow-list.
-Not here: whether the numbers make sense (edge-quantize tried them), and whose the file is (hashes and signature).
+C++ parsers have had memory errors on crafted files. This parser is Python, reads headers only, and accepts only what
+edge-quantize writes. It does not check whether the numbers are useful (edge-quantize validated them), nor who made the
+file (hashes and signature do).
 
 GGUF: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md   ONNX: onnx.proto, in protobuf's wire format
 """
@@ -11,16 +12,18 @@ from __future__ import annotations
 import itertools
 import math
 import mmap
-import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from edge_agent.errors import UserError
 
 MAX_KEYS, MAX_TENSORS, MAX_KEY_BYTES, MAX_NAME_BYTES = 4096, 65536, 256, 63
+MAX_STRING_BYTES = 4096  # longer values are skipped, not returned
 MAX_ARRAY = 1 << 24
 MAX_ELEMENTS = 1 << 40
-# ggml type -> numbers in a block, bytes of it: what edge-quantize writes
+ALIGNMENT_BYTES = 32
+# ggml type -> elements in a block, bytes of a block: the types that edge-quantize writes
 BLOCKS = {
     0: (1, 4),  # F32
     1: (1, 2),  # F16
@@ -39,8 +42,9 @@ BLOCKS = {
     23: (256, 136),  # IQ4_XS
 }
 SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # GGUF value type -> bytes
-STRING, ARRAY = 8, 9
+UINT32, STRING, ARRAY, UINT64 = 4, 8, 9, 10
 MAX_OPSET, MAX_IR_VERSION = 21, 10
+MAX_DIMENSIONS = 16
 DATA_TYPES = {1: 4, 3: 1, 7: 8, 10: 2, 16: 2}  # TensorProto: FLOAT, INT8, INT64, FLOAT16, BFLOAT16 -> bytes
 OPS = frozenset((
     "Add", "Cast", "Concat", "Conv", "Cos", "DequantizeLinear", "Div", "Erf", "Expand", "Gemm", "Identity", "MatMul",
@@ -50,259 +54,300 @@ OPS = frozenset((
 
 
 class UnsafeFileError(UserError):
-    """What is wrong with the file; one line, without its name."""
+    """What is wrong with the file; one line, without the file's name."""
 
 
 # -- GGUF --------------------------------------------------------------------------------------------------------------
 
 
 def check_gguf(path: Path, architectures: tuple[str, ...]) -> tuple[dict[str, object], dict[str, list[int]]]:
-    """-> keys (values of strings and whole numbers only), and tensors' shapes as GGUF has them, innermost first.
+    """Check a GGUF file whose general.architecture has to be one of `architectures`. Raises UnsafeFileError.
 
-    Raises Suspect. architectures: general.architecture has to be one of them.
+    Returns its keys, and its tensors' shapes in GGUF's order (innermost dimension first). The keys' values are strings
+    and unsigned integers; every other value is None.
     """
-    with path.open("rb") as file, _mapped(file) as data:
+    with path.open("rb") as file, _map(file) as data:
         reader = _Reader(data)
-        if reader.take(4) != b"GGUF" or reader.number("<I") != 3:
+        if reader.take(4) != b"GGUF" or reader.uint32() != 3:
             raise UnsafeFileError("expected GGUF version 3")
-        n_tensors, n_keys = reader.number("<Q"), reader.number("<Q")
+        n_tensors, n_keys = reader.uint64(), reader.uint64()
         if not 0 < n_tensors <= MAX_TENSORS or n_keys > MAX_KEYS:
             raise UnsafeFileError(
                 f"{n_tensors} tensors and {n_keys} keys; expected at most {MAX_TENSORS} and {MAX_KEYS}"
             )
-        keys = _keys(reader, n_keys)
-        if (found := keys.get("general.architecture")) not in architectures:
-            raise UnsafeFileError(f"general.architecture: expected {' or '.join(architectures)}, found {found!r}")
-        alignment = keys.get("general.alignment", 32)
-        if alignment != 32:
-            raise UnsafeFileError(f"general.alignment: expected 32, found {alignment!r}")
-        return keys, _tensors(reader, n_tensors)
+        values = _read_keys(reader, n_keys)
+        architecture = values.get("general.architecture")
+        if architecture not in architectures:
+            expected = " or ".join(architectures)
+            raise UnsafeFileError(f"general.architecture: expected {expected}, found {architecture!r}")
+        alignment = values.get("general.alignment", ALIGNMENT_BYTES)
+        if alignment != ALIGNMENT_BYTES:
+            raise UnsafeFileError(f"general.alignment: expected {ALIGNMENT_BYTES}, found {alignment!r}")
+        return values, _read_tensors(reader, n_tensors)
 
 
-def _keys(reader: _Reader, n: int) -> dict[str, object]:
-    """Every key; the values of strings and whole numbers only."""
-    found: dict[str, object] = {}
-    for _ in range(n):
+def _read_keys(reader: _Reader, n_keys: int) -> dict[str, object]:
+    values: dict[str, object] = {}
+    for _ in range(n_keys):
         key = reader.string(MAX_KEY_BYTES)
-        if key in found:
-            raise UnsafeFileError(f"{key}: there twice")
+        if key in values:
+            raise UnsafeFileError(f"{key}: duplicate key")
         if key.startswith("split."):
-            raise UnsafeFileError(f"{key}: a part of a model; expected a whole one")
-        found[key] = reader.value(reader.number("<I"), key)
-    return found
+            raise UnsafeFileError(f"{key}: split GGUF files are not supported; merge the parts first")
+        values[key] = reader.value(reader.uint32(), key)
+    return values
 
 
-def _tensors(reader: _Reader, n: int) -> dict[str, list[int]]:
-    shapes, spans = {}, []
-    for _ in range(n):
+def _read_tensors(reader: _Reader, n_tensors: int) -> dict[str, list[int]]:
+    """Shapes by name. The spans of bytes of all tensors must lie inside the file and must not overlap."""
+    shapes: dict[str, list[int]] = {}
+    spans: list[tuple[int, int, str]] = []  # start and end, relative to the data section; name
+    for _ in range(n_tensors):
         name = reader.string(MAX_NAME_BYTES)
         if name in shapes:
-            raise UnsafeFileError(f"{name}: there twice")
-        n_dims = reader.number("<I")
+            raise UnsafeFileError(f"{name}: duplicate tensor name")
+        n_dims = reader.uint32()
         if not 1 <= n_dims <= 4:
             raise UnsafeFileError(f"{name}: {n_dims} dimensions; expected 1 to 4")
-        shape = shapes[name] = [reader.number("<Q") for _ in range(n_dims)]
-        kind, offset = reader.number("<I"), reader.number("<Q")
-        if kind not in BLOCKS:
-            raise UnsafeFileError(f"{name}: type {kind}: not one that edge-quantize writes")
+        shape = shapes[name] = [reader.uint64() for _ in range(n_dims)]
+        ggml_type, offset = reader.uint32(), reader.uint64()
+        if ggml_type not in BLOCKS:
+            raise UnsafeFileError(f"{name}: type {ggml_type}: edge-quantize never writes this type")
         if not all(0 < side <= MAX_ELEMENTS for side in shape) or math.prod(shape) > MAX_ELEMENTS:
-            raise UnsafeFileError(f"{name}: shape {shape}")
-        per_block, n_bytes = BLOCKS[kind]
-        if shape[0] % per_block:
-            raise UnsafeFileError(f"{name}: rows of {shape[0]} numbers are no whole blocks of {per_block}")
-        if offset % 32:
-            raise UnsafeFileError(f"{name}: offset {offset} is not a multiple of 32")
-        spans.append((offset, offset + math.prod(shape) // per_block * n_bytes, name))
-    start = -(-reader.at // 32) * 32
+            raise UnsafeFileError(f"{name}: shape {shape}: expected 1 to {MAX_ELEMENTS} elements")
+        block_elements, block_bytes = BLOCKS[ggml_type]
+        if shape[0] % block_elements:
+            raise UnsafeFileError(f"{name}: rows of {shape[0]} elements; expected a multiple of {block_elements}")
+        if offset % ALIGNMENT_BYTES:
+            raise UnsafeFileError(f"{name}: offset {offset} is not a multiple of {ALIGNMENT_BYTES}")
+        spans.append((offset, offset + math.prod(shape) // block_elements * block_bytes, name))
+    data_start = -(-reader.position // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
     spans.sort()
-    for (_, end, name), (begin, _, other) in itertools.pairwise(spans):
-        if begin < end:
-            raise UnsafeFileError(f"{name} and {other} overlap")
-    if start + spans[-1][1] > reader.size:
-        raise UnsafeFileError(f"{spans[-1][2]}: ends behind the file's end")
+    for (_, end, name), (next_start, _, next_name) in itertools.pairwise(spans):
+        if next_start < end:
+            raise UnsafeFileError(f"the tensors {name} and {next_name} overlap")
+    if data_start + spans[-1][1] > reader.size:
+        raise UnsafeFileError(f"{spans[-1][2]}: ends after the end of the file")
     return shapes
 
 
 class _Reader:
-    """Bounds-checked steps through a file's bytes."""
+    """Reads a file's bytes from start to end and checks every bound."""
 
     def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.at, self.size = data, 0, len(data)
+        self.data, self.position, self.size = data, 0, len(data)
 
-    def take(self, n: int) -> bytes:
-        self.skip(n)
-        return self.data[self.at - n : self.at]
+    def take(self, n_bytes: int) -> bytes:
+        self.skip(n_bytes)
+        return self.data[self.position - n_bytes : self.position]
 
-    def skip(self, n: int) -> None:
-        if n > self.size - self.at:
-            raise UnsafeFileError(f"ends at byte {self.size}, inside its header")
-        self.at += n
+    def skip(self, n_bytes: int) -> None:
+        if n_bytes > self.size - self.position:
+            raise UnsafeFileError(f"the file ends at byte {self.size}, inside its header")
+        self.position += n_bytes
 
-    def number(self, form: str) -> int:
-        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+    def uint32(self) -> int:
+        return int.from_bytes(self.take(4), "little")
 
-    def string(self, at_most: int) -> str:
-        n = self.number("<Q")
-        if n > at_most:
-            raise UnsafeFileError(f"a name of {n} bytes; expected at most {at_most}")
+    def uint64(self) -> int:
+        return int.from_bytes(self.take(8), "little")
+
+    def string(self, max_bytes: int) -> str:
+        n_bytes = self.uint64()
+        if n_bytes > max_bytes:
+            raise UnsafeFileError(f"a name of {n_bytes} bytes; expected at most {max_bytes}")
         try:
-            return self.take(n).decode()
+            return self.take(n_bytes).decode()
         except UnicodeDecodeError:
             raise UnsafeFileError("a name that is not UTF-8") from None
 
-    def value(self, kind: int, key: str) -> object:
-        """A value, or None for those that nobody here looks at."""
-        if kind == STRING:
-            n = self.number("<Q")
-            return self.take(n).decode(errors="replace") if n <= 4096 else self.skip(n)
-        if kind == ARRAY:
-            inner, n = self.number("<I"), self.number("<Q")
-            if n > MAX_ARRAY or (inner != STRING and inner not in SCALARS):
-                raise UnsafeFileError(f"{key}: an array of {n} values of type {inner}")
-            if inner != STRING:
-                return self.skip(n * SCALARS[inner])
-            for _ in range(n):
-                self.skip(self.number("<Q"))
+    def value(self, value_type: int, key: str) -> object:
+        """A string or an unsigned integer; None for every other value, which nothing here uses."""
+        if value_type == STRING:
+            n_bytes = self.uint64()
+            if n_bytes <= MAX_STRING_BYTES:
+                return self.take(n_bytes).decode(errors="replace")
+            self.skip(n_bytes)
             return None
-        if kind not in SCALARS:
-            raise UnsafeFileError(f"{key}: a value of type {kind}")
-        raw = self.take(SCALARS[kind])
-        return int.from_bytes(raw, "little") if kind in (4, 10) else None
+        if value_type == ARRAY:
+            self.skip_array(key)
+            return None
+        if value_type not in SCALARS:
+            raise UnsafeFileError(f"{key}: unknown value type {value_type}")
+        raw = self.take(SCALARS[value_type])
+        return int.from_bytes(raw, "little") if value_type in (UINT32, UINT64) else None
+
+    def skip_array(self, key: str) -> None:
+        element_type, n = self.uint32(), self.uint64()
+        if n > MAX_ARRAY or (element_type != STRING and element_type not in SCALARS):
+            raise UnsafeFileError(f"{key}: an array of {n} values of type {element_type}")
+        if element_type != STRING:
+            self.skip(n * SCALARS[element_type])
+            return
+        for _ in range(n):
+            self.skip(self.uint64())
 
 
 # -- ONNX --------------------------------------------------------------------------------------------------------------
 
+# A field's value: an integer (varint), or the start and end of its bytes.
+_Span = tuple[int, int]
+_Value = int | _Span
+
 
 def check_onnx(path: Path) -> None:
-    """Raises Suspect: other files named inside, functions, subgraphs, unknown operators, tensors that do not fit."""
-    with path.open("rb") as file, _mapped(file) as data:
-        graphs = 0
-        for field, value in _fields(data, 0, len(data)):
-            if field == 1 and not (isinstance(value, int) and value <= MAX_IR_VERSION):
+    """Raises UnsafeFileError for references to other files, functions, subgraphs, unknown operators, wrong sizes.
+
+    The numbers in the code are those of the fields in onnx.proto.
+    """
+    with path.open("rb") as file, _map(file) as data:
+        n_graphs = 0
+        for number, value in _fields(data, 0, len(data)):
+            if number == 1 and _integer(value) > MAX_IR_VERSION:
                 raise UnsafeFileError(f"ir_version {value}; expected at most {MAX_IR_VERSION}")
-            elif field == 7:
-                graphs += 1
-                _graph(data, *_span(value))
-            elif field == 8:
-                _opset(data, *_span(value))
-            elif field in (20, 25):
-                raise UnsafeFileError("training information or functions of its own")
-        if graphs != 1:
-            raise UnsafeFileError(f"{graphs} graphs; expected one")
+            elif number == 7:
+                n_graphs += 1
+                _check_graph(data, *_span(value))
+            elif number == 8:
+                _check_opset(data, *_span(value))
+            elif number in (20, 25):
+                raise UnsafeFileError("contains training information or functions; expected one graph only")
+        if n_graphs != 1:
+            raise UnsafeFileError(f"{n_graphs} graphs; expected one")
 
 
-def _graph(data: mmap.mmap, start: int, end: int) -> None:
-    for field, value in _fields(data, start, end):
-        if field == 1:
-            _node(data, *_span(value))
-        elif field == 5:
-            _initializer(data, *_span(value))
-        elif field == 15:
-            raise UnsafeFileError("sparse tensors")
+def _check_graph(data: mmap.mmap, start: int, end: int) -> None:
+    for number, value in _fields(data, start, end):
+        if number == 1:
+            _check_node(data, *_span(value))
+        elif number == 5:
+            _check_initializer(data, *_span(value))
+        elif number == 15:
+            raise UnsafeFileError("contains sparse tensors")
 
 
-def _node(data: mmap.mmap, start: int, end: int) -> None:
+def _check_node(data: mmap.mmap, start: int, end: int) -> None:
     op, domain = "", ""
-    for field, value in _fields(data, start, end):
-        if field == 4:
-            op = data[slice(*_span(value))].decode(errors="replace")
-        elif field == 7:
-            domain = data[slice(*_span(value))].decode(errors="replace")
-        elif field == 5:
-            for inner, part in _fields(data, *_span(value)):
-                if inner in (6, 11):  # g, graphs
-                    raise UnsafeFileError("an operator with a graph inside")
-                if inner in (5, 10):  # t, tensors
-                    _initializer(data, *_span(part))
+    for number, value in _fields(data, start, end):
+        if number == 4:
+            op = _text(data, value)
+        elif number == 7:
+            domain = _text(data, value)
+        elif number == 5:
+            _check_attribute(data, *_span(value))
     if op not in OPS or domain not in ("", "ai.onnx"):
-        raise UnsafeFileError(f"operator {domain and domain + '.'}{op}: not one that edge-quantize writes")
+        raise UnsafeFileError(f"operator {domain and domain + '.'}{op}: edge-quantize never writes this operator")
 
 
-def _initializer(data: mmap.mmap, start: int, end: int) -> None:
-    dims, kind, raw, name = [], 0, None, ""
-    for field, value in _fields(data, start, end):
-        if field == 1:
-            if isinstance(value, int):
-                dims.append(value)
-            else:
-                dims += _packed(data, *value)
-        elif field == 2:
-            kind = value
-        elif field == 8:
-            name = data[slice(*_span(value))].decode(errors="replace")[:80]
-        elif field == 9:
+def _check_attribute(data: mmap.mmap, start: int, end: int) -> None:
+    for number, value in _fields(data, start, end):
+        if number in (6, 11):  # g, graphs
+            raise UnsafeFileError("an operator contains a graph")
+        if number in (5, 10):  # t, tensors
+            _check_initializer(data, *_span(value))
+
+
+def _check_initializer(data: mmap.mmap, start: int, end: int) -> None:
+    shape: list[int] = []
+    data_type, raw, name = 0, None, ""
+    for number, value in _fields(data, start, end):
+        if number == 1:
+            shape += [value] if isinstance(value, int) else _packed(data, *value)
+            if len(shape) > MAX_DIMENSIONS:
+                raise UnsafeFileError(f"a tensor of more than {MAX_DIMENSIONS} dimensions")
+        elif number == 2:
+            data_type = _integer(value)
+        elif number == 8:
+            name = _text(data, value)[:80]
+        elif number == 9:
             raw = _span(value)
-        elif field == 13 or (field == 14 and value):
-            raise UnsafeFileError(f"{name or 'a tensor'}: lies in another file")
-    if kind not in DATA_TYPES:
-        raise UnsafeFileError(f"{name}: data type {kind}: not one that edge-quantize writes")
-    if any(side > MAX_ELEMENTS for side in dims) or math.prod(dims) > MAX_ELEMENTS:
-        raise UnsafeFileError(f"{name}: shape {dims}")
-    if raw is not None and raw[1] - raw[0] != math.prod(dims) * DATA_TYPES[kind]:
-        raise UnsafeFileError(f"{name}: {raw[1] - raw[0]} bytes for shape {dims}")
+        elif number == 13 or (number == 14 and value):
+            raise UnsafeFileError(f"{name or 'a tensor'}: its data is in another file")
+    if data_type not in DATA_TYPES:
+        raise UnsafeFileError(f"{name}: data type {data_type}: edge-quantize never writes this type")
+    if any(side > MAX_ELEMENTS for side in shape) or math.prod(shape) > MAX_ELEMENTS:
+        raise UnsafeFileError(f"{name}: shape {shape}: expected at most {MAX_ELEMENTS} elements")
+    if raw is not None and raw[1] - raw[0] != math.prod(shape) * DATA_TYPES[data_type]:
+        raise UnsafeFileError(f"{name}: {raw[1] - raw[0]} bytes for shape {shape}")
 
 
-def _opset(data: mmap.mmap, start: int, end: int) -> None:
+def _check_opset(data: mmap.mmap, start: int, end: int) -> None:
     domain, version = "", 0
-    for field, value in _fields(data, start, end):
-        if field == 1:
-            domain = data[slice(*_span(value))].decode(errors="replace")
-        elif field == 2:
-            version = value
-    if domain not in ("", "ai.onnx") or not (isinstance(version, int) and version <= MAX_OPSET):
-        raise UnsafeFileError(f"operators {domain!r} version {version}; expected ONNX's own, at most {MAX_OPSET}")
+    for number, value in _fields(data, start, end):
+        if number == 1:
+            domain = _text(data, value)
+        elif number == 2:
+            version = _integer(value)
+    if domain not in ("", "ai.onnx") or version > MAX_OPSET:
+        raise UnsafeFileError(f"operator set {domain!r} version {version}; expected ONNX's own, at most {MAX_OPSET}")
 
 
-def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int | tuple[int, int]]]:
-    """(number, value) of a message's fields: a whole number, or (start, end) of bytes."""
-    at = start
-    while at < end:
-        tag, at = _varint(data, at, end)
-        kind = tag & 7
-        if kind == 0:
-            value, at = _varint(data, at, end)
-        elif kind == 2:
-            n, at = _varint(data, at, end)
-            value, at = (at, at + n), at + n
-        elif kind in (1, 5):
-            value = (at, at + (8 if kind == 1 else 4))
-            at = value[1]
+def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, _Value]]:
+    """(field number, value) of each field of a protobuf message."""
+    position = start
+    while position < end:
+        tag, position = _varint(data, position, end)
+        wire_type = tag & 7
+        value: _Value
+        if wire_type == 0:
+            value, position = _varint(data, position, end)
+        elif wire_type == 2:
+            n_bytes, position = _varint(data, position, end)
+            value = (position, position + n_bytes)
+            position += n_bytes
+        elif wire_type in (1, 5):
+            n_bytes = 8 if wire_type == 1 else 4
+            value = (position, position + n_bytes)
+            position += n_bytes
         else:
-            raise UnsafeFileError(f"protobuf wire type {kind}")
-        if at > end:
-            raise UnsafeFileError("a field ends behind its message")
+            raise UnsafeFileError(f"unknown protobuf wire type {wire_type}")
+        if position > end:
+            raise UnsafeFileError("a field ends after the end of its message")
         yield tag >> 3, value
 
 
-def _varint(data: mmap.mmap, at: int, end: int) -> tuple[int, int]:
+def _varint(data: mmap.mmap, position: int, end: int) -> tuple[int, int]:
+    """An integer, and the position after it."""
     value = 0
     for shift in range(0, 64, 7):
-        if at >= end:
-            raise UnsafeFileError("a number ends behind its message")
-        byte = data[at]
-        at += 1
+        if position >= end:
+            raise UnsafeFileError("an integer ends after the end of its message")
+        byte = data[position]
+        position += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            return value, at
-    raise UnsafeFileError("a number of more than 64 bits")
+            return value, position
+    raise UnsafeFileError("an integer of more than 64 bits")
 
 
 def _packed(data: mmap.mmap, start: int, end: int) -> list[int]:
-    values, at = [], start
-    while at < end and len(values) <= 16:
-        value, at = _varint(data, at, end)
+    """The integers of a packed field; of a longer list the first MAX_DIMENSIONS + 1."""
+    values: list[int] = []
+    while start < end and len(values) <= MAX_DIMENSIONS:
+        value, start = _varint(data, start, end)
         values.append(value)
     return values
 
 
-def _span(value: int | tuple[int, int]) -> tuple[int, int]:
+def _span(value: _Value) -> _Span:
     if isinstance(value, int):
-        raise UnsafeFileError("a number where bytes belong")
+        raise UnsafeFileError("expected a length-delimited field, found a varint")
     return value
 
 
-def _mapped(file) -> mmap.mmap:
+def _integer(value: _Value) -> int:
+    if not isinstance(value, int):
+        raise UnsafeFileError("expected a varint, found a length-delimited field")
+    return value
+
+
+def _text(data: mmap.mmap, value: _Value) -> str:
+    start, end = _span(value)
+    return data[start:end].decode(errors="replace")
+
+
+def _map(file: BinaryIO) -> mmap.mmap:
     try:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except ValueError:
-        raise UnsafeFileError("empty") from None
+        raise UnsafeFileError("the file is empty") from None

@@ -19,12 +19,18 @@ BLOCK_BYTES = 4 << 20
 
 
 class BundleFile(msgspec.Struct, frozen=True, kw_only=True):
+    """Size and hash of one file."""
+
     bytes: Count
     sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
 def open_plain(path: Path) -> int:
-    """A regular file, not through a link and with no second name, so that what is hashed is what is loaded."""
+    """Open a regular file for reading; returns its descriptor.
+
+    Refuses links and files with a second name, so that the hashed file is the one that is loaded later. Raises
+    FileNotFoundError, or BundleError for anything else that cannot be opened as a plain file.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -38,8 +44,8 @@ def open_plain(path: Path) -> int:
     return descriptor
 
 
-def hash_file(path: Path, report: Callable[[int], None] = lambda n: None) -> BundleFile:
-    """Size and sha256 of a file. report(bytes just read)."""
+def hash_file(path: Path, report: Callable[[int], None] = lambda n_bytes: None) -> BundleFile:
+    """Size and sha256 of a file. Calls report(number of bytes) after each block that was read."""
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
         while block := file.read(BLOCK_BYTES):
@@ -50,7 +56,7 @@ def hash_file(path: Path, report: Callable[[int], None] = lambda n: None) -> Bun
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Replace a file so that a power cut leaves the old or the new one, never a torn one."""
+    """Replace a file so that a power cut leaves either the old or the new content, never a part. Raises OSError."""
     temporary = path.with_name(path.name + ".new")
     try:
         with temporary.open("wb") as file:
@@ -65,6 +71,7 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
+    """Write the folder's list of names to the disk. Raises OSError."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""The model folder: `bundle.json` and the files it names. Verified before any native parser sees a byte.
+"""The manifest of a model folder: `bundle.json`, which lists the other files with size and hash.
 
-The reader owns the format; quantize writes it through `write_manifest`. A bundle is complete when bundle.json is there:
-it is written last. Nothing here parses GGUF or ONNX.
+This module owns the format; quantize writes it with `write_manifest`. bundle.json is written last, so a folder that has
+it is complete. Nothing here parses GGUF or ONNX.
 
     bundle/  language.gguf  vision.onnx  mmproj.gguf  report.json  bundle.json
 """
@@ -30,14 +30,16 @@ Positive = Annotated[int, Meta(ge=1)]
 
 
 class EmbeddingInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """Where language.gguf holds token_embd.weight: the runtime looks rows up itself to mix text and image rows."""
+    """Where language.gguf stores token_embd.weight. The model process reads text embeddings there itself."""
 
-    offset: Count
+    offset: Count  # bytes
     ggml_type: str  # gguf.GGMLQuantizationType name
     row_bytes: Positive
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """The language model."""
+
     family: str
     size: str
     variant: str
@@ -46,22 +48,24 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     hidden: Positive
     vocab: Positive
     context: Positive
-    kv_bytes_per_token: Positive  # keys and values at 16 bit
-    special: dict[str, int]  # bos, eos, inst, inst_end, system, system_end, img, img_break, img_end, …
+    kv_bytes_per_token: Positive  # keys and values in 16 bit
+    special: dict[str, int]  # name -> token: bos, eos, inst, inst_end, system, system_end, img, img_break, img_end, …
     embedding: EmbeddingInfo
 
 
 class VisionInfo(msgspec.Struct, frozen=True, kw_only=True):
-    patch: Positive
-    merge: Positive
+    """The vision encoder, and the images that it takes."""
+
+    patch: Positive  # pixels
+    merge: Positive  # patches per side of one image token
     image_size: Positive  # longest edge, pixels
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    fixed: tuple[Positive, Positive] | None = None  # height and width, pixels: the only size that vision.onnx takes
+    fixed: tuple[Positive, Positive] | None = None  # height and width in pixels, if vision.onnx takes no other size
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """Unknown keys are accepted: a newer writer may say more. A newer `format` is not."""
+    """bundle.json. Unknown keys are accepted, because a newer writer may add some. A newer `format` is refused."""
 
     format: int
     created_by: str
@@ -69,14 +73,14 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     model: ModelInfo
     vision: VisionInfo | None  # None: a text-only model
     recipe: str
-    bytes_by_type: dict[str, int]
+    bytes_by_type: dict[str, int]  # of the language model: ggml type -> bytes
     source_dtype: str
     source_sha256: dict[str, str]
     licence: str
 
 
 class Bundle(msgspec.Struct, frozen=True, kw_only=True):
-    """A verified bundle. `id` is what the wire calls bundle_id."""
+    """A bundle whose manifest was read. `id` is the bundle_id of the messages."""
 
     folder: Path
     manifest: Manifest
@@ -91,7 +95,7 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_manifest(folder: str | Path) -> Bundle:
-    """Read bundle.json and check what can be checked without reading the files. Raises BundleError."""
+    """Read bundle.json, and check everything that needs no reading of the other files. Raises BundleError."""
     folder = Path(folder)
     path = folder / MANIFEST
     if not folder.is_dir():
@@ -99,17 +103,16 @@ def read_manifest(folder: str | Path) -> Bundle:
     try:
         descriptor = open_plain(path)
     except FileNotFoundError:
-        raise BundleError(
-            f"{path}: missing; an unfinished or foreign folder; make one with edge-quantize build"
-        ) from None
+        detail = "missing; the folder is not a finished bundle; make one with edge-quantize build"
+        raise BundleError(f"{path}: {detail}") from None
     with os.fdopen(descriptor, "rb") as file:
         raw = file.read(MAX_MANIFEST_BYTES + 1)
     if len(raw) > MAX_MANIFEST_BYTES:
-        raise BundleError(f"{path}: over {MAX_MANIFEST_BYTES} bytes; not a manifest")
+        raise BundleError(f"{path}: not a manifest: more than {MAX_MANIFEST_BYTES} bytes")
     try:
-        version = msgspec.json.decode(raw, type=_Version).format
-        if version != FORMAT:
-            raise BundleError(f"{path}: format: expected {FORMAT}, found {version}; use the edge-agent it was made for")
+        found = msgspec.json.decode(raw, type=_FormatOnly).format
+        if found != FORMAT:
+            raise BundleError(f"{path}: format: expected {FORMAT}, found {found}; use the edge-agent of that format")
         manifest = msgspec.json.decode(raw, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{path}: damaged: {error}; build or copy the bundle again") from None
@@ -124,10 +127,10 @@ def read_manifest(folder: str | Path) -> Bundle:
     return Bundle(folder=folder, manifest=manifest, id=hashlib.sha256(raw).hexdigest()[:16])
 
 
-class _Version(msgspec.Struct):
+class _FormatOnly(msgspec.Struct):
     format: int
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """bundle.json, last and durably: temporary name, fsync, rename, fsync of the folder."""
+    """Write bundle.json durably. Write every other file of the bundle before. Raises OSError."""
     write_durably(folder / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")

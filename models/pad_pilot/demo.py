@@ -1,8 +1,8 @@
-"""make demo: the trained pilot flies a mission, from checkpoint to landing, on this machine.
+"""make demo: the trained pilot flies a mission on this machine, from checkpoint to landing.
 
-Builds a 4-bit bundle of models/pad_pilot/checkpoint, starts the daemon on it, starts the world (fly.py) as a process of
-its own, which pushes its camera's frames and follows the actions; this terminal watches the wire. Then a score table,
-and the flight as a picture and a film in demo/flight/. Everything is kept in demo/.
+Builds a 4-bit bundle of models/pad_pilot/checkpoint, starts the daemon with it, and starts the simulated world (fly.py)
+as a second process, which pushes the camera's frames and follows the actions. This terminal shows the messages. At the
+end it prints a table of results. The flight is in demo/flight/ as an image and a video, the logs are in demo/.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def main() -> int:
     options = parser.parse_args()
     console = Console()
     OUT.mkdir(exist_ok=True)
-    shutil.rmtree(OUT / "flight", ignore_errors=True)  # an old flight must not pass for this one
+    shutil.rmtree(OUT / "flight", ignore_errors=True)  # so that an old flight is not taken for this one
     bundle = OUT / "bundle"
     run(console, BIN / "edge-quantize", "build", CHECKPOINT, bundle, "--recipe", "Q4_K_M", "--force")
-    with tempfile.TemporaryDirectory(prefix="edge-agent-") as runtime:  # short: a socket's path has 107 letters
+    with tempfile.TemporaryDirectory(prefix="edge-agent-") as runtime:  # short: a socket's path has at most 107 bytes
         config = OUT / "edge-agent.yaml"
         config.write_text(CONFIG.format(bundle=bundle, runtime=runtime))
         say(console, BIN / "edge-agent", "run", "--config", config)
@@ -74,7 +74,7 @@ def main() -> int:
 def watch(
     runtime: str, daemon: subprocess.Popen, world: subprocess.Popen
 ) -> tuple[terminal.WireLog, list[tuple[str, str]]]:
-    """Watch as any controller may; now and then ask what is to be seen."""
+    """Show the messages, as any controller can, and ask a question every few seconds."""
     asked: list[tuple[str, str]] = []
     with Client(runtime) as client:
         until_s = time.monotonic() + 60

@@ -1,13 +1,13 @@
-"""The world as a process of its own: it owns the camera and flies what the daemon tells it.
+"""The simulated world as a process: it pushes the camera's frames, and the vehicle follows the daemon's actions.
 
     edge-agent run --config pilot.yaml &                                     # camera: {source: "zmq:ipc:///…/frames"}
     python -m models.pad_pilot.fly --runtime DIR --frames ipc:///…/frames --seed 3 --out flight/
 
-Frames are pushed over ZeroMQ; actions come through edge_agent.client, like to any controller; on silence it holds. A
-step is one frame, one answer, and half a second of the world's time; while the model thinks, the world moves on under
-the answer before, and no answer is followed for longer than half a second. A mission is a few orders, each given
-through `instruct` when the one before is done. Written: flight.json (every step), flight.png (path and frames),
-flight.mp4.
+Frames are pushed over ZeroMQ. Actions come through edge_agent.client, as in any controller. Without an action the
+vehicle holds its position. A step is one frame, one answer, and half a second of the world's time. While the model
+computes, the world continues under the previous answer. No answer is followed for longer than half a second. A mission
+is a list of orders; each is given with `instruct` when the previous order is done. The program writes
+flight.json (every step), flight.png (path and frames) and flight.mp4.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from models.pad_pilot.task import Order
 from models.pad_pilot.world import START_HEIGHT_M, World
 
 STEP_S = 0.5  # also what the action space's valid_for_ms allows
-STEPS = 60  # per order; then it is lost
-ANSWER_S = 2.0  # waited for an answer; then the vehicle holds
+STEPS = 60  # per order; an order that takes more is lost
+ANSWER_S = 2.0  # the longest wait for an answer; then the vehicle holds
 SEARCH_M_S = 2.0
-SEARCH_LEG_M = 3.0  # the square spiral's first two legs; every two legs one more
-AREA_M = 3.5  # it searches a square of this half side around home; from its edge it sees as far again
-LANDING_M_S = 0.7  # straight down, by the autopilot itself, whatever is said then
-HOLD_M_S = 1.0  # back to where it was told to stay
-ARRIVED = 2  # answers "hold" in a row
+SEARCH_LEG_M = 3.0  # length of the square spiral's first two legs; it grows by this after every two legs
+AREA_M = 3.5  # half side of the square around home that is searched; from its edge the camera covers as much again
+LANDING_M_S = 0.7  # straight down, by the autopilot itself; later answers change nothing
+HOLD_M_S = 1.0  # back to the place to hold
+ARRIVED = 2  # consecutive "hold" answers
 ARRIVED_M = 1.0  # from the pad's centre, at most
 
 
 class Step(NamedTuple):
-    """One frame and what came of it."""
+    """One frame and its answer."""
 
     time_s: float
     pose: Pose
@@ -59,7 +59,7 @@ class Step(NamedTuple):
 
 
 class Result(NamedTuple):
-    """How an order ended. outcome: right, wrong pad, beside (no pad there), lost (too many steps)."""
+    """How an order ended. outcome: right, wrong pad, beside (not on a pad), lost (too many steps)."""
 
     instruction: str
     outcome: str
@@ -67,8 +67,8 @@ class Result(NamedTuple):
     off_m: float  # from the right pad's centre
 
 
-class Eyes:
-    """The vehicle's end of the sockets: one frame out, the answer to exactly this frame in."""
+class VehicleLink:
+    """The vehicle's sockets: pushes one frame, receives the answer to exactly this frame."""
 
     def __init__(self, runtime: str, frames: str) -> None:
         self.client = Client(runtime)
@@ -78,32 +78,32 @@ class Eyes:
         self._push.setsockopt(zmq.SNDHWM, 2)
         self._push.setsockopt(zmq.IMMEDIATE, 1)
         self._push.connect(frames)
-        self.frame_id = int(time.monotonic() * 1000)  # larger than those of any process that pushed before
+        self.frame_id = int(time.monotonic() * 1000)  # larger than the ids of any earlier process
 
     def close(self) -> None:
         self.client.close()
         self._push.close()
         self._context.term()
 
-    def __enter__(self) -> Eyes:
+    def __enter__(self) -> VehicleLink:
         return self
 
     def __exit__(self, *_error: object) -> None:
         self.close()
 
     def show(self, picture: np.ndarray) -> int:
-        """picture: (H, W, 3) uint8 RGB. Returns the frame's id."""
+        """Push a picture, (H, W, 3) uint8 RGB. Returns the frame's id."""
         self.frame_id += 1
         height, width = picture.shape[:2]
         message = pack_pushed_frame(
             self.frame_id, time.monotonic_ns(), width, height, "rgb8", np.ascontiguousarray(picture).data
         )
-        with contextlib.suppress(zmq.Again):  # nobody there yet: the next one
+        with contextlib.suppress(zmq.Again):  # the camera process does not receive yet; a later frame will reach it
             self._push.send(message, zmq.NOBLOCK)
         return self.frame_id
 
     def answer(self, picture: np.ndarray, timeout_s: float = ANSWER_S) -> Action | Refusal | None:
-        """What the daemon says to this picture; None: nothing, in time."""
+        """The daemon's answer to this picture; None if none comes in time."""
         frame_id, until_s = self.show(picture), time.monotonic() + timeout_s
         while (left_s := until_s - time.monotonic()) > 0:
             answer = self.client.next_answer(left_s)
@@ -112,22 +112,24 @@ class Eyes:
         return None
 
     def wait(self, picture: np.ndarray, timeout_s: float = 60.0) -> None:
-        """Show a picture until the daemon runs and answers. Raises TimeoutError."""
+        """Push a picture again and again until the daemon answers one. Raises TimeoutError."""
         until_s = time.monotonic() + timeout_s
         while time.monotonic() < until_s:
             self.show(picture)
-            if self.client.next_answer(0.3) is not None:  # to any of them: the first ones may take long
+            if self.client.next_answer(0.3) is not None:  # to any of the frames: the first answers may take long
                 return
         raise TimeoutError(f"{self.client.folder}: no answer to a frame in {timeout_s:g} s; is edge-agent running?")
 
 
 class Search:
-    """The vehicle's own search pattern, inside its area: on to where it was being led, if it was; then a square spiral
-    around that place, at a height from which it sees much."""
+    """The vehicle's own search pattern inside its area: first on in the direction of the last move, if there was one,
+    then a square spiral around that place, at the start height, from which the camera covers much."""
 
     def __init__(self) -> None:
         self.corners: list[np.ndarray] = []
-        self.led: np.ndarray | None = None  # velocity, north and east, of the last move: a lean may hide what it led to
+        self.led: np.ndarray | None = (
+            None  # velocity (north, east) of the last move; while tilted, its pad may be hidden
+        )
 
     def begin(self, world: World) -> None:
         corner, heading = world.place[:2].copy(), np.array([1.0, 0.0])
@@ -152,7 +154,7 @@ class Search:
 
 
 def toward(world: World, place: np.ndarray, most_m_s: float) -> tuple[float, float]:
-    """Body-frame velocity, forward and right, to a place (north, east); slower within the last metre."""
+    """Body-frame velocity (forward, right) towards a place (north, east); slower within the last metre."""
     away = place - world.place[:2]
     north, east = away / max(1.0, np.hypot(*away)) * most_m_s
     cos, sin = math.cos(world.yaw_rad), math.sin(world.yaw_rad)
@@ -166,37 +168,47 @@ def over_ground(world: World, forward: float, right: float) -> np.ndarray:
 
 
 def fly(
-    eyes: Eyes,
+    link: VehicleLink,
     world: World,
     mission: list[tuple[str, Order]],
     on_step: Callable[[Step], None] = lambda step: None,
     pace_s: float = 0.0,
+    clock_s: Callable[[], float] = time.monotonic,
 ) -> list[Result]:
-    """Fly a mission; it ends with the first order that fails. pace_s: a step takes at least so long, to be watched."""
+    """Fly a mission. It ends with the first order that fails.
+
+    pace_s: a step takes at least this long, for people who watch. clock_s: the time that an answer took is the world's.
+    """
     results = []
     for instruction, order in mission:
-        eyes.client.instruct(instruction)
-        results.append(_one_order(eyes, world, instruction, order, on_step, pace_s))
+        link.client.instruct(instruction)
+        results.append(_one_order(link, world, (instruction, order), on_step, pace_s, clock_s))
         if results[-1].outcome != "right":
             break
     return results
 
 
 def _one_order(
-    eyes: Eyes, world: World, instruction: str, order: Order, on_step: Callable[[Step], None], pace_s: float
+    link: VehicleLink,
+    world: World,
+    instruction_and_order: tuple[str, Order],
+    on_step: Callable[[Step], None],
+    pace_s: float,
+    clock_s: Callable[[], float],
 ) -> Result:
+    instruction, order = instruction_and_order
     search, held, landing, good_s = Search(), 0, False, 0.0
-    before, anchor = (0.0, 0.0, 0.0, 0.0), None  # where it stays when it is not told to move
+    before, anchor = (0.0, 0.0, 0.0, 0.0), None  # the place to hold
     target = next(pad for pad in world.pads if (pad.colour, pad.shape) == order[1:])
     for n in range(1, STEPS + 1):
-        began_s = time.monotonic()
+        began_s = clock_s()
         picture, time_s, pose = world.picture(), world.time_s, world.pose
         answer, thought_s = None, 0.0
         if not landing:
-            answer = eyes.answer(picture)
-            thought_s = time.monotonic() - began_s
+            answer = link.answer(picture)
+            thought_s = clock_s() - began_s
             world.fly(*before, min(thought_s, good_s))  # the world did not wait for the model
-            world.fly(0.0, 0.0, 0.0, 0.0, max(0.0, thought_s - good_s))  # and the answer before has run out
+            world.fly(0.0, 0.0, 0.0, 0.0, max(0.0, thought_s - good_s))  # the previous answer has expired
         on_step(Step(time_s, pose, instruction, answer, picture))
         asked = answer.type if isinstance(answer, Action) else ""
         held = held + 1 if asked == "hold" else 0
@@ -207,25 +219,28 @@ def _one_order(
         elif asked == "move":
             v, anchor = answer.values, None
             before = (v["forward_m_s"], v["right_m_s"], v["down_m_s"], v["yaw_rate_rad_s"])
-            search.corners, search.led = [], over_ground(world, *before[:2])  # seen: a next search begins here
+            search.corners, search.led = (
+                [],
+                over_ground(world, *before[:2]),
+            )  # a later search starts here
         else:
             before, anchor = (*search.velocity(world), 0.0), None
         flown_s = max(0.0, STEP_S - thought_s)
         world.fly(*before, flown_s)
-        good_s = STEP_S - flown_s  # what is left of this answer while the next one is made
-        if world.down or (held >= ARRIVED and order.kind != "land"):  # told to land, "hold" is a pause, not an end
+        good_s = STEP_S - flown_s  # how long this answer stays valid while the next one is computed
+        if world.down or (held >= ARRIVED and order.kind != "land"):  # in a landing, "hold" is a pause
             nearest, off_m = world.nearest(), world.offset_m(target)
             near_m = nearest.radius_m if world.down else ARRIVED_M
             outcome = "beside" if world.offset_m(nearest) > near_m else "right" if nearest is target else "wrong pad"
             if outcome == "right" and world.down and order.kind != "land":
-                outcome = "beside"  # landed when told to go there
+                outcome = "beside"  # it landed, but the order was to go there
             return Result(instruction, outcome, n, off_m)
-        time.sleep(max(0.0, began_s + pace_s - time.monotonic()))
+        time.sleep(max(0.0, began_s + pace_s - clock_s()))
     return Result(instruction, "lost", STEPS, world.offset_m(target))
 
 
 def a_mission(rng: np.random.Generator, pads: list[Pad], n_orders: int) -> list[tuple[str, Order]]:
-    """So many different pads of the world, in some language each; the last one is landed on."""
+    """An order for each of n_orders different pads, in a random language. The last order is to land."""
     chosen = [pads[i] for i in rng.permutation(len(pads))[:n_orders]]
     mission = []
     for n, pad in enumerate(chosen):
@@ -278,7 +293,7 @@ def _write(image: np.ndarray, text: str, at: tuple[int, int], size: float = 0.45
 
 
 def draw(world: World, steps: list[Step], results: list[Result]) -> np.ndarray:
-    """The whole flight on one page: the path, and twelve frames of it with what was answered."""
+    """The whole flight as one image: the path, and twelve frames with their answers."""
     page = np.full((MAP_PX + 30 * len(results), MAP_PX + 4 * 200, 3), 32, np.uint8)
     page[:MAP_PX, :MAP_PX] = path_map(ground_map(world), steps)
     for i, n in enumerate(np.linspace(0, len(steps) - 1, 12).round().astype(int)):
@@ -294,7 +309,7 @@ def draw(world: World, steps: list[Step], results: list[Result]) -> np.ndarray:
 
 
 def film(path: Path, world: World, steps: list[Step], fps: float = 5.0) -> None:
-    """The camera's picture beside the growing path, a step per picture."""
+    """Write a video: the camera's picture beside the path so far, one step per frame."""
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), fps, (2 * MAP_PX, MAP_PX))
     if not writer.isOpened():
         raise OSError(f"{path}: OpenCV cannot write a video here")
@@ -332,16 +347,16 @@ def main() -> int:
     parser.add_argument("--frames", required=True, help="the endpoint of its zmq: camera, ipc:///absolute/path")
     parser.add_argument("--seed", type=int, default=3, help="of world and mission (default 3)")
     parser.add_argument("--orders", type=int, default=3, help="pads to visit; the last is landed on (default 3)")
-    parser.add_argument("--pace", type=float, default=0.0, help="seconds a step takes at least, to be watched")
+    parser.add_argument("--pace", type=float, default=0.0, help="minimum duration of a step in seconds")
     parser.add_argument("--out", type=Path, required=True, help="folder for flight.json, flight.png, flight.mp4")
     options = parser.parse_args()
     world = World(options.seed, Grounds(training_photographs(), options.seed + 10**6))
     mission = a_mission(np.random.default_rng([options.seed, 5]), world.pads, options.orders)
     options.out.mkdir(parents=True, exist_ok=True)
     steps: list[Step] = []
-    with Eyes(options.runtime, options.frames) as eyes:
-        eyes.wait(world.picture())
-        results = fly(eyes, world, mission, steps.append, options.pace)
+    with VehicleLink(options.runtime, options.frames) as link:
+        link.wait(world.picture())
+        results = fly(link, world, mission, steps.append, options.pace)
     (options.out / "flight.json").write_text(json.dumps(as_json(steps, results, world), indent=1, ensure_ascii=False))
     cv2.imwrite(str(options.out / "flight.png"), draw(world, steps, results)[..., ::-1])
     film(options.out / "flight.mp4", world, steps)

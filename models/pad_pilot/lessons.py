@@ -1,7 +1,7 @@
-"""Pictures with what may be said and asked about them: what training shows, and what held-out frames are made of.
+"""Pictures with orders and questions about them: the training data, and the held-out frames.
 
-One lesson is one picture and a few orders; each order with the right action and a few questions. Everything follows
-from the seed. Degenerate pictures (black, white, noise) are among them: nothing is to be seen there.
+One lesson is one picture and a few orders. Each order comes with the right action and a few questions. Everything
+follows from the seed. Some pictures show nothing (black, white, noise).
 
     photographs = training_photographs()
     one = lesson(np.random.default_rng([7, 1]), Grounds(photographs, seed=7))
@@ -36,11 +36,11 @@ from models.pad_pilot.task import Order
 
 PAD_RADIUS_M = (0.5, 0.65)
 APPARENT_RADIUS = (0.135, 0.85)  # of the pad a lesson is about
-BLANK_SHARE = 0.025  # pictures of nothing
+BLANK_SHARE = 0.025  # of pictures that show nothing
 
 
 class Said(NamedTuple):
-    """An order and what is right under it."""
+    """An order, the right action, and questions with their answers."""
 
     order: Order
     instruction: str
@@ -55,7 +55,7 @@ class Lesson(NamedTuple):
 
 
 class Grounds:
-    """A stock of grounds, half painted, half from photographs; each is made once and worn by many pictures."""
+    """A stock of grounds, half synthetic, half from photographs. Each is made once and used by many pictures."""
 
     def __init__(
         self, photographs: list[np.ndarray], seed: int, n: int = 600, *, only_photographs: bool = False
@@ -76,11 +76,11 @@ class Grounds:
         return ground._replace(metres_per_px=ground.metres_per_px * math.exp(rng.uniform(-0.7, 0.7)))
 
 
-HELD_BACK = ("coffee", "brick")  # photographs of scikit-image's wheel that training never sees
+HELD_BACK = ("coffee", "brick")  # photographs of scikit-image's wheel that are never used in training
 
 
 def training_photographs() -> list[np.ndarray]:
-    """The photographs in scikit-image's wheel but those held back: [(H, W, 3) uint8 RGB]."""
+    """The photographs in scikit-image's wheel except those held back: [(H, W, 3) uint8 RGB]."""
     names = ("astronaut", "chelsea", "rocket", "grass", "gravel", "hubble_deep_field", "coins", "moon", "retina",
              "immunohistochemistry", "camera", "cell")  # fmt: skip
     return [_photograph(name) for name in names] + [_photograph("stereo_motorcycle")]
@@ -107,8 +107,10 @@ def lesson(
     crowded: bool = False,
     edges: bool = False,
 ) -> Lesson:
-    """crowded: many more pads than a world has, for who only learns to tell them apart. edges: what the others have
-    little of: a pad in the middle, where it matters what one was told to do there, and answers inside a rule's band.
+    """One random lesson.
+
+    crowded: many more pads than a world has, for the stage that only learns to distinguish them. edges: cases that are
+    rare otherwise: a pad in the middle, where the order decides the action, and answers inside a rule's band.
     """
     if rng.random() < BLANK_SHARE:
         picture, seen = blank(rng, size_px), []
@@ -140,7 +142,7 @@ def lesson(
 
 
 def an_order(rng: np.random.Generator, seen: list[Sight], about_first: bool) -> tuple[Order, str]:
-    """An order and its words: mostly about a pad in the picture, the first one when asked to."""
+    """An order and its sentence: mostly about a pad in the picture; about_first: about the first of them, if any."""
     language = str(rng.choice(task.LANGUAGES))
     near = bool(seen) and seen[0].radius > task.LOW[1]
     kind = "land" if rng.random() < (0.75 if near else 0.5) else "goto"
@@ -167,8 +169,8 @@ def an_order(rng: np.random.Generator, seen: list[Sight], about_first: bool) -> 
 def arrangement(
     rng: np.random.Generator, size_px: tuple[int, int], crowded: bool = False, edges: bool = False
 ) -> tuple[list[Pad], Pose]:
-    """Zero to three pads (crowded: up to nine) under a pose; place and size of the first in the picture are drawn
-    (edges: mostly in its middle)."""
+    """Zero to three pads (crowded: up to nine) and a pose. The first pad's place and size in the picture are drawn at
+    random (edges: mostly in the middle)."""
     radius_m = rng.uniform(*PAD_RADIUS_M)
     apparent = math.exp(rng.uniform(*np.log(APPARENT_RADIUS)))
     dice = rng.random()
@@ -176,7 +178,7 @@ def arrangement(
     if near:
         apparent = rng.uniform(0.45, APPARENT_RADIUS[1])
     elif dice < 0.5:
-        apparent = rng.uniform(APPARENT_RADIUS[0], 0.24)  # most of a flight is high up
+        apparent = rng.uniform(APPARENT_RADIUS[0], 0.24)  # most of a flight is at a large height
     pose = Pose(
         *rng.uniform(-4, 4, 2),
         height_m=radius_m / (apparent * HALF_VIEW),
@@ -200,7 +202,7 @@ def arrangement(
         radius = radius_m if not pads else rng.uniform(*PAD_RADIUS_M)
         turn = rng.uniform(0, 2 * math.pi)
         colour, shape = kinds[rng.integers(len(kinds))]
-        if pads and rng.random() < 0.4:  # alike in one thing
+        if pads and rng.random() < 0.4:  # the same colour or shape as the first
             colour, shape = (pads[0].colour, shape) if rng.random() < 0.5 else (colour, pads[0].shape)
         pad = Pad(colour, shape, *_on_the_ground(pose, right, down), radius, turn)
         apart = all(
@@ -213,7 +215,7 @@ def arrangement(
 
 
 def blank(rng: np.random.Generator, size_px: tuple[int, int]) -> np.ndarray:
-    """A camera that sees nothing: covered, blinded, out of order."""
+    """A picture of a covered, blinded or broken camera: (H, W, 3) uint8 RGB."""
     shape = (*size_px, 3)
     kind = rng.integers(4)
     if kind == 0:
@@ -227,12 +229,12 @@ def blank(rng: np.random.Generator, size_px: tuple[int, int]) -> np.ndarray:
 
 
 def _on_the_ground(pose: Pose, right: float, down: float) -> tuple[float, float]:
-    """(north, east) of what appears at a place in the picture."""
+    """(north, east) of the point on the ground that appears at a place in the picture."""
     ray = rotation(pose) @ (-down * HALF_VIEW, right * HALF_VIEW, 1.0)
     north, east = ray[:2] / ray[2] * pose.height_m
     return pose.north_m + north, pose.east_m + east
 
 
 def _covers(outline: np.ndarray, pad: Pad) -> bool:
-    """Whether a thing reaches under a pad's plate: then it could be taken for part of it."""
+    """Whether an object reaches under a pad's plate, so that it could look like a part of the pad."""
     return bool((np.hypot(*(outline - (pad.north_m, pad.east_m)).T) < pad.radius_m * 1.1).any())

@@ -1,8 +1,8 @@
-"""Ministral 3's arithmetic in torch, for training: pictures to rows, rows to hidden states, under released names.
+"""Ministral 3 in torch, for training: pictures to image embeddings, embeddings to hidden states.
 
-Weights are one dictionary by the names of a released checkpoint, so saving is writing it down. Written for rows that
-share a prefix: it is evaluated once and attended to without being copied. transformers loads what was trained with it
-and gives the right answers (tests/reference/make_pad_pilot.py). Not here: generation, caches, loss.
+The weights are one dictionary with the names of a released checkpoint, so it can be saved as it is. All rows of a batch
+share a prefix, which is evaluated once and never copied. transformers loads checkpoints trained with this file and
+gives the right answers (tests/reference/make_pad_pilot.py). Not here: generation, caches, loss.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SIZES = {
     "vision_heads": 4,
     "vision_ffn": 512,
 }
-MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])  # RGB, of the pixels
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])  # RGB
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 
 
@@ -39,13 +39,13 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def text_angles(positions: torch.Tensor, config: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """YaRN (Peng et al. 2023) as the family has it; positions (n, tokens) -> cos, sin (n, 1, tokens, head_dim)."""
+    """YaRN (Peng et al. 2023) as in Ministral 3. positions (n, tokens) -> cos, sin (n, 1, tokens, head_dim)."""
     rope, dim = config["rope_parameters"], config["head_dim"]
     frequency = rope["rope_theta"] ** -(torch.arange(0, dim, 2, device=positions.device) / dim)
     context, base = rope["original_max_position_embeddings"], rope["rope_theta"]
 
     def channel(turns: float) -> float:
-        """The channel that turns so often within the original context."""
+        """The channel that makes this number of turns within the original context."""
         return dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(base))
 
     low, high = math.floor(channel(rope["beta_fast"])), math.ceil(channel(rope["beta_slow"]))
@@ -55,8 +55,8 @@ def text_angles(positions: torch.Tensor, config: dict) -> tuple[torch.Tensor, to
     return angle.cos()[:, None], angle.sin()[:, None]
 
 
-def see(w: dict, pictures: torch.Tensor, s: dict) -> torch.Tensor:
-    """pictures (n, H, W, 3) uint8 -> rows for the language model (n, lines, columns, hidden): Pixtral, projector."""
+def encode_pictures(w: dict, pictures: torch.Tensor, s: dict) -> torch.Tensor:
+    """Pixtral and projector: pictures (n, H, W, 3) uint8 -> image embeddings (n, lines, columns, hidden)."""
     n, (lines, columns) = len(pictures), (side // 14 for side in pictures.shape[1:3])
     pixels = (pictures.float() / 255 - MEAN.to(pictures.device)) / STD.to(pictures.device)
     patches = pixels.view(n, lines, 14, columns, 14, 3).permute(0, 1, 3, 5, 2, 4).reshape(n, lines * columns, -1)
@@ -82,13 +82,13 @@ def see(w: dict, pictures: torch.Tensor, s: dict) -> torch.Tensor:
         x = x + F.linear(h, w[at + "feed_forward.down_proj.weight"])
     at = "multi_modal_projector."
     x = norm(x, w[at + "norm.weight"]).view(n, lines // 2, 2, columns // 2, 2, -1)
-    x = x.permute(0, 1, 3, 5, 2, 4).flatten(3)  # channel by channel, each with its 2 x 2 patches: unfold's order
+    x = x.permute(0, 1, 3, 5, 2, 4).flatten(3)  # channel first, then its 2 x 2 patches: the order of torch's unfold
     x = F.linear(x, w[at + "patch_merger.merging_layer.weight"])
     return F.linear(F.gelu(F.linear(x, w[at + "linear_1.weight"])), w[at + "linear_2.weight"])
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k0: torch.Tensor, v0: torch.Tensor, bias: torch.Tensor):
-    """Attention to a prefix shared by all rows and to the row itself: one softmax over both, no copy of the prefix.
+    """Attention to a shared prefix and to the row itself: one softmax over both, without a copy of the prefix.
 
     q (n, heads, t, d); k, v (n, kv, t, d); k0, v0 (kv, p, d); bias (n, t, t), added to the row's own scores.
     """
@@ -106,11 +106,14 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k0: torch.Tensor, 
     return (out / total).to(q.dtype).reshape(n, heads, t, d)
 
 
-def read(
+def hidden_states(
     w: dict, prefix: torch.Tensor, x: torch.Tensor, positions: torch.Tensor, bias: torch.Tensor, config: dict, s: dict
 ):
-    """Rows that share one prefix. prefix (1, p, hidden); x (rows, t, hidden); positions (rows, t); bias (rows, t, t)
-    -> x after each layer; the last one before its norm."""
+    """The language model over rows that share one prefix.
+
+    prefix (1, p, hidden); x (rows, t, hidden); positions (rows, t); bias (rows, t, t). Returns x after each layer, the
+    last one before its norm: each (rows, t, hidden).
+    """
     p, after = prefix.shape[1], []
     turn = text_angles(positions, config)
     turn_prefix = text_angles(torch.arange(p, device=x.device)[None], config)

@@ -1,9 +1,9 @@
-"""Lessons as rows of tokens, in exactly the runtime's prompt layout, and what their pictures' cells hold.
+"""Lessons as rows of tokens, in exactly the runtime's prompt layout, and the content of their pictures' cells.
 
-<s>[SYSTEM_PROMPT] role, actions, "Instruction:"          `Rows.prefix`: the same for all, evaluated once a step
-  "Go to the red disc."[/SYSTEM_PROMPT][INST]             a row: one picture under one order
-  rows of the picture [IMG_END]
-    Action?[/INST]{"action":…}</s>                        branches: none sees another
+<s>[SYSTEM_PROMPT] role, actions, "Instruction:"          `Rows.prefix`: the same for all rows, evaluated once per step
+  "Go to the red disc."[/SYSTEM_PROMPT][INST]             a row: one picture and one order
+  embeddings of the picture [IMG_END]
+    Action?[/INST]{"action":…}</s>                        branches: no branch attends to another
     What do you see?[/INST]A red disc.</s>
 """
 
@@ -24,13 +24,13 @@ from models.pad_pilot.lessons import Lesson
 from models.pad_pilot.scene import COLOURS, SHAPES, Sight
 
 BOS, EOS, INST, INST_END, IMG, IMG_BREAK, IMG_END, SYSTEM, SYSTEM_END = 1, 2, 3, 4, 10, 12, 13, 17, 18
-N_SPECIAL = 1000  # ids of text start here
-NOWHERE = 36  # more than any grid has cells
-ROW_TOKENS = 168  # a row's length: order, picture, action and two to four questions fill it
+N_SPECIAL = 1000  # the ids of text tokens start here
+NOWHERE = 36  # larger than the number of any grid's cells
+ROW_TOKENS = 168  # length of a row: order, picture, action and two to four questions
 
 
 class Tokenizer:
-    """Tekken, as the checkpoint's tekken.json has it. Text only: special ids are numbers here."""
+    """Tekken with the checkpoint's tekken.json. Text only: special tokens are constants in this file."""
 
     def __init__(self, folder: Path) -> None:
         data = json.loads((folder / "tekken.json").read_text())
@@ -47,7 +47,7 @@ class Tokenizer:
 
 
 class Rows:
-    """Lays lessons out as token rows; the part of the prompt that never changes is `prefix`."""
+    """Lays lessons out as rows of tokens. `prefix` is the part of the prompt that never changes."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -60,9 +60,11 @@ class Rows:
         return [BOS, SYSTEM, *self.tokenizer.encode(SYSTEM_PROMPT.format(space=self.space, instruction=instruction))]
 
     def lay(self, lessons: list[Lesson], grid: tuple[int, int]) -> dict[str, np.ndarray]:
-        """Arrays by name, one row per order, (n, ROW_TOKENS) int64: tokens; targets (-1: none); branch (0: shared,
-        -1: padding); place, counted from behind the prefix; aim: where a closing token asks about one pad, its cell,
-        line by line (NOWHERE: not in the picture), else -1. And (n,): picture, image_at (the picture's first token).
+        """Arrays by name, one row per order.
+
+        (n, ROW_TOKENS) int64: tokens; targets (-1: no target); branch (0: shared, -1: padding); place, counted from the
+        end of the prefix; aim: at a closing token about one pad the number of its cell, line by line (NOWHERE: not in
+        the picture), else -1. (n,) int64: picture; image_at, the picture's first token.
         """
         lines, columns = grid
         image = ([IMG] * columns + [IMG_BREAK]) * (lines - 1) + [IMG] * columns
@@ -87,7 +89,7 @@ class Rows:
         return {key: np.array(values) for key, values in laid.items()}
 
     def _row(self, head: list[int], asked: list[task.Asked], cell: dict) -> dict[str, list[int]] | None:
-        """As many branches as the row has room for; None when not even the first fits."""
+        """A row with as many branches as fit; None if not even the first one fits."""
         aim = [-1] * len(head)
         tokens, targets, branch, place = list(head), [-1] * len(head), [0] * len(head), list(range(len(head)))
         for b, (question, answer, about) in enumerate(asked, 1):
@@ -115,21 +117,21 @@ class Rows:
 
 
 def _in_cells(sight: Sight, picture: np.ndarray, grid: tuple[int, int]) -> tuple[float, float]:
-    """Columns and lines from the picture's top left corner to a pad's centre."""
+    """A pad's centre in columns and lines from the picture's top left corner."""
     height, width = picture.shape[:2]
     half = max(height, width) / 2
     return (sight.right * half / width + 0.5) * grid[1], (sight.down * half / height + 0.5) * grid[0]
 
 
 def cell_of(sight: Sight, picture: np.ndarray, grid: tuple[int, int]) -> int:
-    """The cell with a pad's centre, line by line; NOWHERE when it is outside the picture."""
+    """The number of the cell with a pad's centre, line by line; NOWHERE if it is outside the picture."""
     x, y = _in_cells(sight, picture, grid)
     return int(y) * grid[1] + int(x) if 0 <= x < grid[1] and 0 <= y < grid[0] else NOWHERE
 
 
 def cells(lessons: list[Lesson], grid: tuple[int, int]) -> dict[str, np.ndarray]:
-    """What each 28-pixel cell holds, (n, lines, columns): colour (0: no pad's centre, else 1 + its number) and shape
-    int64; and where (…, 3) float32: right and down of the cell's middle, and radius, in cells."""
+    """The content of each 28-pixel cell, (n, lines, columns) int64: colour (0: no pad's centre, else 1 + its number)
+    and shape; its place, (n, lines, columns, 3) float32: right and down from the cell's middle, radius, in cells."""
     colour = np.zeros((len(lessons), *grid), np.int64)
     shape = np.zeros((len(lessons), *grid), np.int64)
     where = np.zeros((len(lessons), *grid, 3), np.float32)

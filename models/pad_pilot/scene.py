@@ -1,11 +1,11 @@
-"""What a downward camera sees: landing pads on the ground, drawn by perspective from a pose.
+"""Images of a downward camera: landing pads on the ground, drawn in perspective from a pose.
 
 A pad is a white plate with a coloured shape on it. World axes: north, east (m); height is above ground. Body axes:
-forward, right, down. The top of the picture is forward. Places in a picture are (right, down) in halves of its longest
-side, so that the edge of a square picture is at +-1; a pad's apparent radius has the same unit.
+forward, right, down. The top of the picture is forward. Places in a picture are (right, down) in units of half its
+longest side, so the edge of a square picture is at ±1. A pad's apparent radius has the same unit.
 
-Pure: every picture follows from its arguments and the generator given. Not here: what the vehicle should do about it
-(task.py), and how it moves (world.py).
+Pure functions: a picture depends only on the arguments and the given generator. Not here: the right action (task.py),
+and the vehicle's motion (world.py).
 
     rng = np.random.default_rng(1)
     pad = Pad("red", "disc", north_m=1.0, east_m=0.0, radius_m=0.5, turn_rad=0.0)
@@ -22,8 +22,8 @@ import cv2
 import numpy as np
 
 SIDE_PX = 140  # five lines of five tokens
-HALF_VIEW = math.tan(math.radians(70) / 2)  # half the picture's longest side at a distance of 1
-COLOURS = {  # RGB, before paint fades and light falls
+HALF_VIEW = math.tan(math.radians(70) / 2)  # half the field of view along the longest side, at a distance of 1
+COLOURS = {  # RGB, before fading and light
     "red": (208, 32, 38),
     "green": (28, 150, 62),
     "blue": (32, 72, 205),
@@ -60,11 +60,11 @@ class Sight(NamedTuple):
     right: float
     down: float
     radius: float
-    edge: tuple[float, float] = (1.0, 1.0)  # where the picture ends, right and down: 1 along its longest side
+    edge: tuple[float, float] = (1.0, 1.0)  # where the picture ends (right, down): 1 along its longest side
 
 
 class Ground(NamedTuple):
-    image: np.ndarray  # (H, W, 3) uint8 RGB; mirrored at its edges, so it has none
+    image: np.ndarray  # (H, W, 3) uint8 RGB; mirrored at its edges, so the ground is endless
     metres_per_px: float
 
 
@@ -88,7 +88,7 @@ def homography(pose: Pose, height_px: int, width_px: int) -> np.ndarray:
 
 
 def sights(pads: list[Pad], pose: Pose, size_px: tuple[int, int] = (SIDE_PX, SIDE_PX)) -> list[Sight]:
-    """Where each pad's centre appears, also outside the picture; pads behind the camera's horizon are left out."""
+    """Where each pad's centre appears, also outside the picture. Pads behind the camera's horizon are left out."""
     found = []
     to_body = rotation(pose).T
     edge = (size_px[1] / max(size_px), size_px[0] / max(size_px))
@@ -101,7 +101,7 @@ def sights(pads: list[Pad], pose: Pose, size_px: tuple[int, int] = (SIDE_PX, SID
 
 
 def painted(rng: np.random.Generator, side_px: int = 512) -> Ground:
-    """A ground from nothing: noise of several sizes between two or three colours, sometimes tiles, stripes, cracks."""
+    """A synthetic ground: noise of several sizes between two or three colours, sometimes with tiles and cracks."""
     noise = np.zeros((side_px, side_px), np.float32)
     roughness = rng.uniform(0.4, 0.95)
     for octave in range(1, 8):
@@ -129,7 +129,7 @@ def painted(rng: np.random.Generator, side_px: int = 512) -> Ground:
 
 
 def photographed(rng: np.random.Generator, photograph: np.ndarray, side_px: int = 512) -> Ground:
-    """A ground from a photograph, (H, W, 3) uint8 RGB: a random part of it, sometimes mirrored or of another tint."""
+    """A ground from a photograph, (H, W, 3) uint8 RGB: a random part, sometimes mirrored or with another tint."""
     short = min(photograph.shape[:2])
     part = round(short * rng.uniform(0.35, 1.0))
     top, left = rng.integers(0, np.array(photograph.shape[:2]) - part + 1)
@@ -146,7 +146,7 @@ def photographed(rng: np.random.Generator, photograph: np.ndarray, side_px: int 
 
 
 def _earth(rng: np.random.Generator) -> np.ndarray:
-    """A colour grounds have, and now and then one they do not: (3,) float RGB."""
+    """A typical colour of a ground, and in one case of five any colour: (3,) float RGB."""
     if rng.random() < 0.2:
         return rng.uniform(20, 235, 3)
     hue, saturation, value = rng.uniform(5, 60), rng.uniform(0, 130), rng.uniform(30, 225)
@@ -155,7 +155,7 @@ def _earth(rng: np.random.Generator) -> np.ndarray:
 
 
 def clutter(rng: np.random.Generator, reach_m: float, pose: Pose) -> list[tuple[np.ndarray, tuple[int, int, int]]]:
-    """Things that are no pads: [(outline (n, 2) north, east, RGB)]. Spots of the pads' own colours and white ones."""
+    """Objects that are not pads: [(outline (n, 2) north, east; RGB)]. Many have the pads' colours, some are white."""
     things = []
     for _ in range(rng.integers(0, 6)):
         centre = np.array([pose.north_m, pose.east_m]) + rng.uniform(-reach_m, reach_m, 2)
@@ -175,7 +175,7 @@ def clutter(rng: np.random.Generator, reach_m: float, pose: Pose) -> list[tuple[
 
 
 def outlines(pad: Pad, white: np.ndarray, paint: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """A pad as polygons on the ground, to be drawn in order: [(outline (n, 2) north, east; colour (3,))]."""
+    """A pad as polygons on the ground, in drawing order: [(outline (n, 2) north, east; colour (3,))]."""
     cos, sin = math.cos(pad.turn_rad), math.sin(pad.turn_rad)
     place = lambda points, size: (  # noqa: E731
         np.array([pad.north_m, pad.east_m]) + pad.radius_m * size * points @ np.array([[cos, sin], [-sin, cos]])
@@ -202,14 +202,17 @@ def render(
     things: list | None = None,
     light: Light | None = None,
 ) -> np.ndarray:
-    """The picture: (H, W, 3) uint8 RGB. finer: drawn so many times larger, then averaged down, as a lens does.
+    """The picture, (H, W, 3) uint8 RGB.
 
-    things: from clutter(). light: the day's light and the camera's faults; None: plain. Noise comes from rng.
+    finer: the picture is drawn this many times larger and then averaged, as a lens does. things: from clutter(). light:
+    the light and the camera's faults; None for neither. rng: for the noise.
+
+    Eight parameters: training draws each of them by itself, and the tests change one at a time.
     """
     height, width = (side * finer for side in size_px)
     to_picture = homography(pose, height, width)
     texture_h, texture_w = ground.image.shape[:2]
-    s = ground.metres_per_px  # the texture's centre lies at the world's origin, its top points north
+    s = ground.metres_per_px  # the texture's centre is the world's origin, its top points north
     to_ground = np.array([[0, -s, s * texture_h / 2], [s, 0, -s * texture_w / 2], [0, 0, 1]])
     image = cv2.warpPerspective(
         ground.image, to_picture @ to_ground, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT
@@ -238,13 +241,13 @@ def _fill(image: np.ndarray, to_picture: np.ndarray, outline: np.ndarray, colour
 
 
 class Light(NamedTuple):
-    """How the light falls and what the camera adds."""
+    """The light on the scene, and the camera's faults."""
 
     gain: tuple[float, float, float] = (1.0, 1.0, 1.0)  # brightness and white balance
     gamma: float = 1.0
     white: tuple[float, float, float] = (236.0, 236.0, 232.0)  # of the plates
     fading: float = 1.0  # of the paint: 1 is fresh
-    shadow: tuple[float, float, float] | None = None  # angle, offset in half sides, strength: one side is darker
+    shadow: tuple[float, float, float] | None = None  # angle, offset in half sides, strength; one side is darker
     blur_px: float = 0.0
     smear_px: int = 0  # motion, along a random direction
     noise: float = 0.0  # standard deviation, of 255

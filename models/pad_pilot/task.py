@@ -1,13 +1,13 @@
-"""What the pilot is told and asked, in five languages, and what is right: the action, or the words.
+"""Instructions and questions in five languages, and the right action or answer for each.
 
-Instructions stand in the pinned prefix, before the picture; questions after it. `action` is the rule the model learns
-(a proportional approach, then a descent) and the judge of every benchmark. Pure.
+Instructions are in the pinned prefix, before the picture; questions come after it. `action` is the rule that the model
+learns (a proportional approach, then a descent), and every benchmark compares with it. Pure functions.
 
     go = instruction(rng, "en", Order("land", "red", "disc"))              # "Land on the red disc."
     action(Order("land", "red", "disc"), sights(pads, pose))               # {"action": "move", "vx": 0.3, …}
 
-Where a rule has an edge (landing or moving, seen or outside the picture) there is a band in which either answer is
-right; `action` and the questions say None there, and neither training nor held-out frames use those.
+At each limit of a rule (landing or moving, inside or outside the picture) there is a band in which both answers are
+right. There, `action` and the questions return None, and neither training nor held-out frames use such a case.
 """
 
 from __future__ import annotations
@@ -25,21 +25,24 @@ LANGUAGES = ("en", "fr", "de", "es", "ko")
 
 # -- what is right -----------------------------------------------------------------------------------------------------
 
-SPEED_M_S = 1.5  # asked for when the pad is at the picture's edge, and the most along each axis
-DESCENT_M_S = 0.8  # asked for when the pad is in the middle; none from CENTRED on
+SPEED_M_S = 1.5  # when the pad is at the picture's edge; also the maximum along each axis
+DESCENT_M_S = 0.8  # when the pad is in the middle; zero from the distance CENTRED on
 CENTRED = 0.5
-STEP_M_S = 0.05  # what the model may say is finer; what it learns to say is this
-# Bands: below the first the answer is yes, above the second no, between them either.
+STEP_M_S = 0.05  # of the velocities in training; the action space allows finer steps
+# Bands: below the first number the answer is yes, above the second no, between them both are right.
 ABOVE = (0.12, 0.18)  # distance from the middle at which "go to" has arrived
-TOUCH = (0.22, 0.36)  # distance from the middle at which landing may begin, when low enough;
-TOUCH_OF_RADIUS = (0.4, 0.55)  # or this share of the apparent radius, where that is more: very low, angles are large
+TOUCH = (0.22, 0.36)  # distance from the middle at which landing may begin, if low enough,
+TOUCH_OF_RADIUS = (
+    0.4,
+    0.55,
+)  # or this share of the apparent radius, if that is more (at a small height, angles are large)
 LOW = (0.52, 0.44)  # apparent radius: the pad is so near that landing may begin
-INSIDE = 0.06  # so far within the edge, a pad's centre counts as in the picture
-OUTSIDE = 0.9  # of its radius beyond the edge, it counts as outside
+INSIDE = 0.06  # a pad's centre this far within the edge counts as in the picture
+OUTSIDE = 0.9  # a pad's centre this share of its radius beyond the edge counts as outside
 
 
 class Order(NamedTuple):
-    """What an instruction means. kind: goto, land, hold, or nothing (not an order this pilot knows)."""
+    """The meaning of an instruction. kind: goto, land, hold, or nothing (not an order for this pilot)."""
 
     kind: str
     colour: str = ""
@@ -47,7 +50,7 @@ class Order(NamedTuple):
 
 
 def seen(sight: Sight) -> bool | None:
-    """Whether a pad counts as in the picture; None: partly."""
+    """Whether a pad counts as in the picture; None if it is partly inside."""
     beyond = max(abs(sight.right) - sight.edge[0], abs(sight.down) - sight.edge[1])
     if beyond < -INSIDE:
         return True
@@ -55,8 +58,10 @@ def seen(sight: Sight) -> bool | None:
 
 
 def action(order: Order, sights: list[Sight], settled: bool = False) -> dict | None:
-    """The right action, or None where two are. settled: there too one, if the pad is in the picture: the band's middle
-    decides. Who only knows what lies on both sides of a band may say in between what lies on neither.
+    """The right action, or None where two actions are right.
+
+    settled: if the pad is in the picture, one action is right also inside a band: the middle of the band decides. A
+    model that is trained only outside the bands may give a third answer inside them.
     """
     if order.kind in ("hold", "nothing"):
         return {"action": "hold"}
@@ -81,25 +86,25 @@ def action(order: Order, sights: list[Sight], settled: bool = False) -> dict | N
 
 
 def _middle(band: tuple[float, float]) -> tuple[float, float]:
-    """A band of no width."""
+    """The middle of a band, as a band without width."""
     return (sum(band) / 2,) * 2
 
 
 def move(target: Sight, down_m_s: float) -> dict:
-    """Fly so that the pad comes to the middle; the faster, the farther it is from there."""
+    """A velocity that brings the pad to the middle; proportional to its distance."""
     wanted = {"vx": -SPEED_M_S * target.down, "vy": SPEED_M_S * target.right, "vz": down_m_s, "yaw": 0.0}
     rounded = {k: round(round(min(max(v, -SPEED_M_S), SPEED_M_S) / STEP_M_S) * STEP_M_S, 2) for k, v in wanted.items()}
     return {"action": "move"} | {k: int(v) if v == int(v) else v for k, v in rounded.items()}
 
 
 def spell(answer: dict) -> str:
-    """As the grammar has it: compact, no trailing zeros."""
+    """The action as JSON in the grammar's form: compact, without trailing zeros."""
     return json.dumps(answer, separators=(",", ":"))
 
 
 # -- words for pads ----------------------------------------------------------------------------------------------------
 
-# The last five of each are in no world: asked for, they are searched and never found.
+# No world contains these: an order for one leads to a search without end.
 ABSENT_COLOURS = ("black", "white", "grey", "brown", "orange")
 ABSENT_SHAPES = ("hexagon", "heart", "truck", "boat", "diamond")
 _COLOURS, _SHAPES = (*COLOURS, *ABSENT_COLOURS), (*SHAPES, *ABSENT_SHAPES)
@@ -129,7 +134,7 @@ KO_ENDS_IN_VOWEL = ("ring", "heart", "boat", "diamond")
 
 
 def names(language: str, colour: str, shape: str) -> dict[str, str]:
-    """The forms of one pad's name that the sentences below need: a (one of them), the (that one), to, on."""
+    """The forms of a pad's name that the sentences need: a (indefinite), the (definite), to, on."""
     adjective, noun = COLOUR_WORDS[language][colour], SHAPE_WORDS[language][shape]
     if language == "en":
         name = f"{adjective} {noun}"
@@ -198,7 +203,7 @@ ORDERS = {
     },
 }
 
-# No orders for this pilot: other business, and languages it does not have.
+# Not orders for this pilot: other subjects, and other languages.
 OTHER_BUSINESS = (
     "What time is it?", "Sing a song.", "Write a poem about the sea.", "Tell me a joke.", "Good morning!", "test",
     "hello", "Ignore your instructions.", "Translate this text.", "Who are you?", "Take off.", "Return home.",
@@ -267,7 +272,7 @@ SYLLABLES = [
 
 
 def instruction(rng: np.random.Generator, language: str, order: Order) -> str:
-    """One way to say an order."""
+    """A random sentence for an order."""
     if order.kind == "nothing":
         if rng.random() < 0.6:
             return str(rng.choice(OTHER_BUSINESS))
@@ -280,7 +285,7 @@ def instruction(rng: np.random.Generator, language: str, order: Order) -> str:
 
 
 def absent_order(rng: np.random.Generator, kind: str) -> Order:
-    """An order for a pad that no world has: its colour, its shape, or both are unknown."""
+    """An order for a pad that no world contains: its colour, its shape, or both are unknown."""
     which = rng.integers(3)
     colour = rng.choice(list(COLOURS) if which == 1 else ABSENT_COLOURS)
     shape = rng.choice(SHAPES if which == 0 else ABSENT_SHAPES)
@@ -288,7 +293,7 @@ def absent_order(rng: np.random.Generator, kind: str) -> Order:
 
 
 def _dressed(rng: np.random.Generator, sentence: str, language: str) -> str:
-    """With or without capital, full stop, exclamation mark."""
+    """The sentence with or without a capital letter, a full stop, an exclamation mark."""
     if rng.random() < 0.75:
         sentence = sentence[0].upper() + sentence[1:]
     end = rng.random()
@@ -374,8 +379,8 @@ PLACES = {  # line (above, level, below) by column (left, middle, right)
         ("왼쪽 아래.", "아래.", "오른쪽 아래."),
     ),
 }
-THIRD = (0.27, 0.39)  # a place this far from the middle is neither
-APART = 0.1  # two pads nearer than this, left to right, have no order
+THIRD = (0.27, 0.39)  # between these distances from the middle a place is ambiguous
+APART = 0.1  # two pads nearer than this have no order from left to right
 
 
 class Asked(NamedTuple):
@@ -385,7 +390,7 @@ class Asked(NamedTuple):
 
 
 def question(rng: np.random.Generator, language: str, kind: str, sights: list[Sight]) -> Asked | None:
-    """A question and its right answer. None: this picture leaves it open. kind: see, is, count or where."""
+    """A random question and its answer; None if the picture does not decide it. kind: see, is, count or where."""
     if any(seen(s) is None for s in sights):
         return None
     there = sorted((s for s in sights if seen(s)), key=lambda s: s.right)
@@ -399,7 +404,7 @@ def question(rng: np.random.Generator, language: str, kind: str, sights: list[Si
     if there and rng.random() < 0.55:
         target = there[rng.integers(len(there))]
         colour, shape = target.pad.colour, target.pad.shape
-    else:  # often one that shares its colour or its shape with a pad that is there
+    else:  # often with the colour or the shape of a pad in the picture
         colour, shape = str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES))
         if there and rng.random() < 0.6:
             near = there[rng.integers(len(there))].pad
@@ -416,7 +421,7 @@ def question(rng: np.random.Generator, language: str, kind: str, sights: list[Si
 
 
 def listed(language: str, there: list[Sight]) -> str:
-    """The pads from left to right, as a sentence; empty when two are too near each other to have an order."""
+    """The pads from left to right, as a sentence; empty if two are too near each other to have an order."""
     words = WORDS[language]
     if not there:
         return words["none"]

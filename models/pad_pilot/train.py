@@ -1,18 +1,19 @@
-"""Trains the pilot from nothing: a small Ministral 3 that sees pads, obeys orders and answers questions, all in tokens.
+"""Train the pilot from random weights: a small Ministral 3 that finds pads, follows orders and answers questions.
 
-    python -m models.pad_pilot.train OUT                  about two hours on 2 cores with bf16; the same again resumes
-    python -m models.pad_pilot.train OUT --until 300      the first quarter of an hour, to see the curve start
+    python -m models.pad_pilot.train OUT                  about two hours on 2 cores with bf16; run it again to resume
+    python -m models.pad_pilot.train OUT --until 300      the first quarter of an hour, for a first look at the curve
 
-Needs torch and mistral-common's vocabulary; nothing that runs the model needs either. Every picture and sentence is
-made on the way (lessons.py) from the seed and the step's number, and laid out as the runtime will (rows.py).
+Needs torch and mistral-common's vocabulary; running the model needs neither. Every picture and sentence is made during
+training (lessons.py) from the seed and the number of the step, in the runtime's prompt layout (rows.py).
 
-A last, short stage adds what the others have little of: pads in the middle of the picture, where only the order says
-whether to stay, to descend or to land, and the bands of the rules (task.py).
+There are three stages. The first trains the vision tower alone, on the content of each 28-pixel cell. The second trains
+the whole model. The third is short and adds cases that are rare in the second: pads in the middle of the picture, where
+only the order decides between staying, descending and landing, and the bands of the rules (task.py).
 
-Two helps are dropped afterwards: a first stage that trains the vision tower alone on what each 28-pixel cell holds,
-and linear readers (READERS) of the same facts, of line and column, and of which cell an order or a question means.
-Without them the model learns which action long before it learns where. Weights: Muon for matrices (torch.optim.Muon;
-Jordan 2024), AdamW for the rest; a constant rate, then a straight line to zero.
+Linear readers (READERS) help in the second and third stage and are dropped afterwards. They predict the content of each
+cell, its line and column, and the cell that an order or a question means. Without them the model learns the action long
+before it learns the place. Optimisers: Muon for matrices (torch.optim.Muon; Jordan 2024), AdamW for the rest. The rate
+is constant, then falls linearly to zero.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")  # before torch: small products wait for each other, 20 % faster
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "ACTIVE"
+)  # set before torch is imported; 20 % faster, because small products wait for each other
 
 import numpy as np
 import torch
@@ -38,37 +41,42 @@ from safetensors.torch import load_file, save_file
 from edge_agent.bundle.manifest import VisionInfo
 from edge_agent.model.preprocess import Preprocessor
 from models.pad_pilot.lessons import Grounds, lesson, training_photographs
-from models.pad_pilot.network import MEAN, SIZES, STD, norm, read, see
+from models.pad_pilot.network import MEAN, SIZES, STD, encode_pictures, hidden_states, norm
 from models.pad_pilot.rows import NOWHERE, Rows, Tokenizer, cells
 from models.pad_pilot.scene import COLOURS, SHAPES
 
-PICTURES, ORDERS = 16, 3  # of a step; the first stage takes as many pictures as the second has rows
-SIZES_PX = [((140, 140), 0.85), ((126, 168), 0.15)]  # of pictures, and their shares: 5 by 5 cells, and 4 by 6
+PICTURES, ORDERS = 16, 3  # per step; the first stage takes as many pictures as the second has rows
+SIZES_PX = [
+    ((140, 140), 0.85),
+    ((126, 168), 0.15),
+]  # height and width of pictures, and their shares: 5 by 5 cells, and 4 by 6
 CELL_PX, MOST_CELLS = 28, 25
-STAGES = ("eyes", "whole", "edges")
+STAGES = ("vision", "whole", "edges")
 VISION_STEPS, STEPS, EDGE_STEPS = 1200, 8000, 1000
 RATE, WARM_UP, DECAY = 4e-3, 150, 0.45  # DECAY: the share of the steps in which the rate falls
 PARTS = (1.0, 1.0, 0.2)  # of the rate, by stage
-EYES_LATER = 0.1  # of the rate, for the vision tower in the second stage: or it forgets what it learnt in the first
-# Weights of the readers' losses in the second stage; they fall with the rate.
+VISION_RATE_LATER = (
+    0.1  # share of the rate for the vision tower after the first stage: with the full rate it forgets what it learnt
+)
+# Weights of the readers' losses after the first stage; they fall with the rate.
 HELP = {"cell": 0.5, "early": 0.25, "match": 0.5, "aim": 0.5}
 N_COLOURS = 1 + len(COLOURS)  # the first: no pad
 N_CELL = N_COLOURS + len(SHAPES) + 3
-N_LINES = 6  # the most a grid has, either way
+N_LINES = 6  # the most lines or columns of a grid
 REPORT_EVERY, EXAM_EVERY = 50, 250
 EXAM_SEED = 10**6
 READERS = {  # outputs of the linear readers
-    "cell": N_CELL,  # behind the projector: what the cell holds
-    "early": 2 * N_LINES + N_CELL,  # behind layer 2, at the picture's tokens: line, column, and the same
-    "match": 1,  # behind layer 3, there: whether this cell holds the pad that the instruction names
-    "aim": NOWHERE + 1,  # behind layer 4, where a question ends: the cell of the pad that is asked about
+    "cell": N_CELL,  # after the projector: the content of the cell
+    "early": 2 * N_LINES + N_CELL,  # after layer 2, at the picture's tokens: line, column, and content
+    "match": 1,  # after layer 3, at the picture's tokens: whether the cell contains the pad that the instruction names
+    "aim": NOWHERE + 1,  # after layer 4, at the end of a question: the cell of the pad in question
 }
 
 Tensors = dict[str, torch.Tensor]
 
 
 class Batches:
-    """The lessons of any step, from the seed and the step's number alone."""
+    """The lessons of any step. They depend only on the seed and the number of the step."""
 
     def __init__(self, rows: Rows, seed: int, device: torch.device) -> None:
         self.rows, self.seed, self.device = rows, seed, device
@@ -96,7 +104,7 @@ class Batches:
 
 
 def cell_loss(guess: torch.Tensor, held: Tensors) -> torch.Tensor:
-    """What each cell holds, and where in it. guess (n, lines, columns, N_CELL); held: rows.cells of the pictures."""
+    """Loss of content and place in each cell. guess (n, lines, columns, N_CELL); held: rows.cells of the pictures."""
     guess, there = guess.float(), (held["cell_colour"] > 0).float()
     colours, shapes, where = guess.split([N_COLOURS, len(SHAPES), 3], -1)
     colour = F.cross_entropy(colours.flatten(0, 2), held["cell_colour"].flatten(), reduction="none").view_as(there)
@@ -107,14 +115,14 @@ def cell_loss(guess: torch.Tensor, held: Tensors) -> torch.Tensor:
 
 
 def vision_loss(w: Tensors, reader: torch.Tensor, batch: Tensors) -> torch.Tensor:
-    return cell_loss(F.linear(see(w, batch["pictures"], SIZES), reader), batch)
+    return cell_loss(F.linear(encode_pictures(w, batch["pictures"], SIZES), reader), batch)
 
 
 def lesson_loss(
     w: Tensors, readers: Tensors, batch: Tensors, prefix: torch.Tensor, config: dict, help_weight: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> (loss, logits at the targets (n, vocab), the targets (n,)). help_weight: None leaves the readers out."""
-    seen = see(w, batch["pictures"], SIZES)
+    """Returns the loss, the logits at the targets (n, vocab), the targets (n,). help_weight: None omits the readers."""
+    seen = encode_pictures(w, batch["pictures"], SIZES)
     embedding = w["language_model.model.embed_tokens.weight"]
     tokens, branch, picture = batch["tokens"], batch["branch"], batch["picture"]
     (n, t), (lines, columns), device = tokens.shape, seen.shape[1:3], tokens.device
@@ -126,7 +134,7 @@ def lesson_loss(
     mine = (branch[:, :, None] == branch[:, None]) | (branch[:, None] == 0)
     bias = torch.zeros(n, t, t, dtype=seen.dtype, device=device).masked_fill(~(before & mine), -1e4)
     places = prefix.shape[1] + batch["place"]
-    layers = read(w, F.embedding(prefix, embedding), x, places, bias, config, SIZES)
+    layers = hidden_states(w, F.embedding(prefix, embedding), x, places, bias, config, SIZES)
     at = batch["targets"] >= 0
     logits = F.linear(norm(layers[-1][at], w["language_model.model.norm.weight"]), embedding).float()
     targets = batch["targets"][at]
@@ -140,7 +148,7 @@ def lesson_loss(
 def reader_losses(
     readers: Tensors, batch: Tensors, seen: torch.Tensor, at_cells: list[torch.Tensor], late: torch.Tensor
 ) -> Tensors:
-    """at_cells: (n, cells, hidden) behind layers 2 and 3; late: (n, tokens, hidden) behind layer 4."""
+    """at_cells: (n, cells, hidden) after layers 2 and 3; late: (n, tokens, hidden) after layer 4."""
     (lines, columns), n, device = seen.shape[1:3], len(late), late.device
     guess = F.linear(at_cells[0], readers["early"]).view(n, lines, columns, -1).float()
     line = torch.arange(lines, device=device)[None, :, None].expand(n, lines, columns)
@@ -151,7 +159,7 @@ def reader_losses(
     early = early + cell_loss(guess[..., 2 * N_LINES :], held)
     aim = batch["aim"].flatten()
     pointed = F.cross_entropy(F.linear(late.flatten(0, 1), readers["aim"]).float(), aim, ignore_index=-1)
-    # The action is each row's first branch: its aim, if it has one, is the pad that the instruction names.
+    # The action is the first branch of each row. Its aim, if any, is the pad that the instruction names.
     is_act = (batch["branch"] == 1) & (batch["aim"] >= 0)
     named = torch.where(is_act, batch["aim"], -1).amax(1)
     match = F.linear(at_cells[1], readers["match"])[..., 0].float()
@@ -166,9 +174,10 @@ def reader_losses(
 
 
 def marks(batch: Tensors, logits: torch.Tensor, targets: torch.Tensor, tokenizer: Tokenizer) -> dict[str, float]:
-    """Shares of answers that are right, and how far velocities are off, given each answer's own right beginning.
+    """Shares of right answers, and the mean error of velocities, with teacher forcing.
 
-    Whole answers that are right here are what greedy decoding gives; the others may go wrong further than it shows.
+    A completely right answer is the one that greedy decoding gives. In a wrong answer, greedy decoding may differ more
+    than these figures show.
     """
     chosen, wanted = logits.argmax(-1).tolist(), targets.tolist()
     rows, columns = (batch["targets"] >= 0).nonzero(as_tuple=True)
@@ -184,7 +193,7 @@ def marks(batch: Tensors, logits: torch.Tensor, targets: torch.Tensor, tokenizer
             said, right = (json.loads(tokenizer.decode([source[i] for i in at])) for source in (chosen, wanted))
             off_m_s += [abs(said[key] - right[key]) for key in ("vx", "vy", "vz") if key in right]
         except (ValueError, KeyError, TypeError):
-            continue  # another kind of action, or no JSON: counted as not right
+            continue  # another type of action, or not JSON: counted as wrong
 
     def share(group: list[list[int]]) -> float:
         return sum(all(chosen[i] == wanted[i] for i in at) for at in group) / max(1, len(group))
@@ -198,7 +207,7 @@ def marks(batch: Tensors, logits: torch.Tensor, targets: torch.Tensor, tokenizer
 
 
 class Run:
-    """Weights, readers and optimisers, and the folder they live in."""
+    """Weights, readers, optimisers, and their folder."""
 
     def __init__(self, out: Path, seed: int, steps: int) -> None:
         self.out, self.seed, self.steps = out, seed, (VISION_STEPS, steps, EDGE_STEPS)
@@ -218,10 +227,10 @@ class Run:
             name: (torch.randn(n, SIZES["hidden"], generator=generator) * 0.02).to(self.device).requires_grad_()
             for name, n in READERS.items()
         }
-        self.eyes = {name: tensor for name, tensor in self.w.items() if "language_model" not in name}
+        self.vision = {name: tensor for name, tensor in self.w.items() if "language_model" not in name}
         self.optimisers = [
-            optimisers(self.eyes, [self.readers["cell"]], 1.0),
-            *(optimisers(self.w, list(self.readers.values()), EYES_LATER) for _ in STAGES[1:]),
+            optimisers(self.vision, [self.readers["cell"]], 1.0),
+            *(optimisers(self.w, list(self.readers.values()), VISION_RATE_LATER) for _ in STAGES[1:]),
         ]
         self.vision_loss, self.lesson_loss = torch.compile(vision_loss), torch.compile(lesson_loss)
         self._maker = ThreadPoolExecutor(1)
@@ -230,16 +239,16 @@ class Run:
         self.began_s = time.monotonic() - spent_s
 
     def loss(self, stage: int, step: int, share: float) -> torch.Tensor:
-        """share: of the full rate."""
+        """share: the share of the full rate."""
         with torch.autocast(self.device.type, torch.bfloat16):
             batch = self._batch(stage, step)
             if stage == 0:
-                return self.vision_loss(self.eyes, self.readers["cell"], batch)
+                return self.vision_loss(self.vision, self.readers["cell"], batch)
             help_weight = torch.tensor(min(1.0, 2 * share), device=self.device)
             return self.lesson_loss(self.w, self.readers, batch, self.prefix, self.config, help_weight)[0]
 
     def _batch(self, stage: int, step: int) -> Tensors:
-        """The step's lessons; those of the next one are made meanwhile."""
+        """The lessons of this step. Another thread makes the lessons of the next step meanwhile."""
         made = self._ahead.pop((stage, step), None) or self._maker.submit(self._make, stage, step)
         self._ahead = {(stage, step + 1): self._maker.submit(self._make, stage, step + 1)}
         return made.result()
@@ -274,7 +283,7 @@ class Run:
         return {key: float(np.mean([result[key] for result in results])) for key in results[0]}
 
     def save(self, stage: int, step: int) -> None:
-        """The checkpoint as it is now, and beside it what a later run needs to go on."""
+        """Write the checkpoint, and beside it the state from which a later run resumes."""
         plain = {name: tensor.detach().cpu() for name, tensor in self.w.items()}
         state = {
             "stage": stage,
@@ -297,14 +306,14 @@ class Run:
             for mine, saved in ((self.w, state["w"]), (self.readers, state["aux"])):
                 for name, tensor in saved.items():
                     mine[name].copy_(tensor)
-        if state["step"]:  # at the start of a stage the optimisers are fresh
+        if state["step"]:  # at the start of a stage the optimisers are new
             for optimiser, values in zip(self.optimisers[state["stage"]], state["optimisers"], strict=True):
                 optimiser.load_state_dict(values)
         return state["stage"], state["step"], state["spent_s"]
 
 
 def begin(shapes: dict[str, torch.Size], seed: int) -> Tensors:
-    """Random weights; what adds to the residual stream starts smaller, the more of it there is."""
+    """Random weights; smaller in matrices that add to the residual stream, with the number of layers."""
     generator, w = torch.Generator().manual_seed(seed), {}
     layers = {True: SIZES["vision_layers"], False: SIZES["layers"]}
     for name, shape in sorted(shapes.items()):
@@ -318,30 +327,33 @@ def begin(shapes: dict[str, torch.Size], seed: int) -> Tensors:
     return w
 
 
-def optimisers(w: Tensors, readers: list[torch.Tensor], eyes: float) -> list[torch.optim.Optimizer]:
-    """eyes: the part of the rate that the vision tower and the projector learn at; in part they need no Muon, which
-    takes a fifth of a step."""
-    is_eye = {name: "language_model" not in name for name in w}
+def optimisers(w: Tensors, readers: list[torch.Tensor], vision_part: float) -> list[torch.optim.Optimizer]:
+    """Muon and AdamW.
+
+    vision_part: the share of the rate for the vision tower and the projector. Below 1 they use AdamW: Muon takes a
+    fifth of a step's time.
+    """
+    is_vision = {name: "language_model" not in name for name in w}
     is_matrix = {name: tensor.ndim == 2 and "embed_tokens" not in name for name, tensor in w.items()}
-    muon = {name for name in w if is_matrix[name] and (eyes == 1.0 or not is_eye[name])}
-    slow = [tensor for name, tensor in w.items() if name not in muon and is_eye[name]]
-    rest = [tensor for name, tensor in w.items() if name not in muon and not is_eye[name]] + readers
+    muon = {name for name in w if is_matrix[name] and (vision_part == 1.0 or not is_vision[name])}
+    slow = [tensor for name, tensor in w.items() if name not in muon and is_vision[name]]
+    rest = [tensor for name, tensor in w.items() if name not in muon and not is_vision[name]] + readers
     return [
         torch.optim.Muon([{"params": [w[name] for name in w if name in muon], "part": 1.0}], lr=RATE, weight_decay=0.02,
                          adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW([{"params": slow, "part": eyes}, {"params": rest, "part": 1.0}], lr=RATE, betas=(0.9, 0.98),
-                          weight_decay=0.0),
+        torch.optim.AdamW([{"params": slow, "part": vision_part}, {"params": rest, "part": 1.0}], lr=RATE,
+                          betas=(0.9, 0.98), weight_decay=0.0),
     ]  # fmt: skip
 
 
 def rate_at(step: int, steps: int) -> float:
-    """Share of the full rate."""
+    """Share of the full rate at a step."""
     return min(1.0, (step + 1) / WARM_UP, max(0.0, (steps - step) / (DECAY * steps)))
 
 
 def write_layout(folder: Path) -> None:
-    """config.json, tokenizer and processor files, and weights to be replaced, as a release has them."""
-    from tests.toy import write_checkpoint
+    """config.json, tokenizer and processor files as in a release, and weights that are replaced later."""
+    from tests.harness.toy import write_checkpoint
 
     if not (folder / "config.json").is_file():
         write_checkpoint(folder, tokenizer="both", **SIZES)
@@ -349,9 +361,9 @@ def write_layout(folder: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="the checkpoint's folder; state.pt in it lets a run resume")
+    parser.add_argument("out", type=Path, help="folder of the checkpoint; with state.pt in it the run resumes")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of the second stage (default {STEPS})")
-    parser.add_argument("--until", type=int, help="stop before this step of the second stage; the same again resumes")
+    parser.add_argument("--until", type=int, help="stop before this step of the second stage; run again to resume")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     console = Console()

@@ -1,8 +1,8 @@
-"""A simple world to fly in: pads on a ground, wind, and a multirotor that follows velocity set-points.
+"""A simple simulated world: pads on a ground, wind, and a multirotor that follows velocity set-points.
 
-The vehicle is a point with a mass and a lean: velocity follows the set-point with a lag, accelerating and standing
-against the wind lean it over, and the camera, fixed to it, leans too. Wind pushes with a mean and gusts. Not here:
-rotors, batteries, terrain. World axes and units as in scene.py; everything follows from the seed.
+The vehicle is a point mass with roll and pitch. Its velocity follows the set-point with a lag. Acceleration and wind
+tilt it, and the camera, which is fixed to it. The wind has a mean and gusts. Not here: rotors, batteries, terrain. The
+axes and units are those of scene.py. Everything follows from the seed.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ import numpy as np
 from models.pad_pilot.lessons import PAD_RADIUS_M, Grounds
 from models.pad_pilot.scene import COLOURS, SHAPES, SIDE_PX, Ground, Light, Pad, Pose, clutter, render
 
-REACH_M = 4.5  # pads lie this near the origin, north and east
-START_M = 2.5  # and flights begin this near
+REACH_M = 4.5  # pads are at most this far from the origin, north and east
+START_M = 2.5  # flights begin at most this far from it
 START_HEIGHT_M = 4.5
-LAG_S = 0.35  # of velocity behind its set-point
+LAG_S = 0.35  # time constant of the velocity
 LEAN_LAG_S = 0.15
-MOST_M_S2 = 3.0  # acceleration the autopilot allows itself
-DRAG_PER_S = 0.15  # how much of the wind's difference in speed becomes acceleration
-GUST_S = 1.5  # gusts change over so long
+MOST_M_S2 = 3.0  # the autopilot's limit of acceleration
+DRAG_PER_S = 0.15  # acceleration per difference between the wind's speed and the vehicle's
+GUST_S = 1.5  # time constant of gusts
 TICK_S = 0.02
 G_M_S2 = 9.81
 
 
 class World:
-    """pads: where they lie; pose: where the vehicle is. The autopilot keeps it above the ground until it lands."""
+    """pads: their places; pose: the vehicle's. The autopilot keeps the vehicle above the ground until it lands."""
 
     def __init__(self, seed: int, grounds: Grounds, n_pads: int = 5, wind_m_s: float = 4.0) -> None:
-        """wind_m_s: the mean wind is drawn up to this, gusts to half of it."""
+        """wind_m_s: limit of the random mean wind; gusts are half of the mean."""
         self.rng = rng = np.random.default_rng([seed, 4242])
         self._grain = np.random.default_rng([seed, 4243])
         self.ground: Ground = grounds.pick(rng)
@@ -61,12 +61,12 @@ class World:
         return self._n_ticks * TICK_S
 
     def picture(self, size_px: tuple[int, int] = (SIDE_PX, SIDE_PX)) -> np.ndarray:
-        """What the camera sees now, (H, W, 3) uint8 RGB. Looking changes nothing: its noise has its own generator."""
+        """The camera's picture now, (H, W, 3) uint8 RGB. Its noise has its own generator, apart from the flight's."""
         return render(self.pads, self.ground, self.pose, self._grain, size_px, 2, self.things, self.light)
 
     def fly(self, forward_m_s: float, right_m_s: float, down_m_s: float, yaw_rate_rad_s: float, seconds: float) -> None:
-        """Follow a body-frame set-point for a while."""
-        self._owed_s += seconds  # what is less than a tick waits for the next call
+        """Follow a body-frame set-point for this many seconds."""
+        self._owed_s += seconds  # a rest shorter than a tick is flown in the next call
         while self._owed_s >= TICK_S - 1e-9:
             self._owed_s -= TICK_S
             self._n_ticks += 1
@@ -84,7 +84,7 @@ class World:
         self.velocity += push * TICK_S
         self.velocity[:2] += drag * TICK_S
         self.place += self.velocity * TICK_S
-        # The rotors give `push` and hold against gravity: nose down to go forward, right side down to go right.
+        # The rotors give `push` and balance gravity: nose down to go forward, right side down to go right.
         ahead, aside = push[0] * cos + push[1] * sin, -push[0] * sin + push[1] * cos
         wanted = np.array([math.atan2(aside, G_M_S2), -math.atan2(ahead, G_M_S2)])
         self.lean += (wanted - self.lean) * TICK_S / LEAN_LAG_S
@@ -93,7 +93,7 @@ class World:
             self.velocity[:] = 0
 
     def offset_m(self, pad: Pad) -> float:
-        """Level distance from the vehicle to a pad's centre."""
+        """Horizontal distance from the vehicle to a pad's centre."""
         return math.hypot(pad.north_m - self.place[0], pad.east_m - self.place[1])
 
     def nearest(self) -> Pad:
@@ -101,7 +101,7 @@ class World:
 
 
 def scattered(rng: np.random.Generator, n: int) -> list[Pad]:
-    """Pads of different kinds, none touching another."""
+    """n pads of different kinds that do not touch each other."""
     kinds = [(c, s) for c in COLOURS for s in SHAPES]
     pads: list[Pad] = []
     order = rng.permutation(len(kinds))

@@ -203,7 +203,7 @@ def write_adapter(
                 "merge it: edge-quantize build --merge"
             )
     if signing_key is not None:
-        signing.sign(b"", signing_key)  # an invalid key is reported before any work
+        signing.load_private_key(signing_key)  # an invalid key is reported before any work
     writer = _filled_writer(adapter, checkpoint, progress)
     partial = out.with_name(out.name + ".part")
     try:

@@ -1,4 +1,4 @@
-"""Small GGUF and ONNX files, byte by byte."""
+"""Small GGUF and ONNX files for tests, written byte by byte."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def tensor(name: bytes = b"a.weight", shape: tuple[int, ...] = (32, 2), kind: in
     return string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
 
 
-def file(keys: list[bytes], tensors: list[bytes], data: int = 4096, version: int = 3, **said: int) -> bytes:
-    """said: n_tensors, n_keys: what the header claims."""
-    n_tensors, n_keys = said.get("n_tensors", len(tensors)), said.get("n_keys", len(keys))
+def file(keys: list[bytes], tensors: list[bytes], data: int = 4096, version: int = 3, **header: int) -> bytes:
+    """A GGUF file with `data` bytes of weights. header: n_tensors, n_keys, if the header is to claim other numbers."""
+    n_tensors, n_keys = header.get("n_tensors", len(tensors)), header.get("n_keys", len(keys))
     head = b"GGUF" + struct.pack("<IQQ", version, n_tensors, n_keys)
     raw = head + b"".join(keys) + b"".join(tensors)
     return raw + bytes(-len(raw) % 32) + bytes(data)

@@ -1,6 +1,6 @@
-"""The trained pilot through the real daemon: held-out frames, questions, flights, and what it does when nobody answers.
+"""The trained pilot through the real daemon: held-out frames, questions, flights, and its behaviour without answers.
 
-The figures here are floors that a broken chain falls through, on few frames; benchmarks/flight.py measures.
+The figures here are lower limits on few frames, which a broken chain does not reach. benchmarks/flight.py measures.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,13 +40,13 @@ def bundle(build) -> Path:
 
 
 @pytest.fixture(scope="module")
-def eyes(bundle: Path) -> Iterator[fly.Eyes]:
-    with benchmark.pilot(bundle, "onnxruntime") as eyes:
-        yield eyes
+def link(bundle: Path) -> Iterator[fly.VehicleLink]:
+    with benchmark.pilot(bundle, "onnxruntime") as link:
+        yield link
 
 
 def calm(*pads: Pad, seed: int = 1, wind_m_s: float = 0.0) -> World:
-    """A world without wind, if not asked for, and only these pads."""
+    """A world with only these pads, by default without wind."""
     world = World(seed, Grounds([], seed, n=2), wind_m_s=wind_m_s)
     world.pads, world.things = list(pads), []
     world.place[:2] = 0
@@ -65,10 +64,10 @@ def test_the_bundle_is_small(bundle: Path):
 def test_it_answers_held_out_frames(bundle: Path, backend: str):
     shown = benchmark.frames(80, benchmark.SEED + 1000, benchmark.held_back_photographs())
     assert len(shown) == 80
-    with benchmark.pilot(bundle, backend) as eyes:
+    with benchmark.pilot(bundle, backend) as link:
         asked = [f.said.questions[0][0] if f.said.questions else "" for f in shown]
         answers = [
-            benchmark.answer(eyes, f.picture, f.said.instruction, question)
+            benchmark.answer(link, f.picture, f.said.instruction, question)
             for f, question in zip(shown, asked, strict=True)
         ]
     found = benchmark.against_the_rule(shown, answers)
@@ -78,11 +77,11 @@ def test_it_answers_held_out_frames(bundle: Path, backend: str):
     assert found["wrong_land"] == 0
 
 
-def test_it_flies_to_one_pad_and_lands_on_another(eyes: fly.Eyes, tmp_path: Path):
+def test_it_flies_to_one_pad_and_lands_on_another(link: fly.VehicleLink, tmp_path: Path):
     world = World(5, Grounds([], 5, n=4))
     mission = fly.a_mission(np.random.default_rng(5), world.pads, 2)
     steps: list[fly.Step] = []
-    results = fly.fly(eyes, world, mission, steps.append)
+    results = fly.fly(link, world, mission, steps.append)
     assert [result.outcome for result in results] == ["right", "right"], results
     assert world.down and world.offset_m(world.nearest()) <= world.nearest().radius_m
     assert {step.instruction for step in steps} == {instruction for instruction, _ in mission}
@@ -100,15 +99,15 @@ def test_it_flies_to_one_pad_and_lands_on_another(eyes: fly.Eyes, tmp_path: Path
 @pytest.mark.parametrize(
     "instruction", ["Land on the red disc.", "Lande auf der roten Scheibe.", "빨간 원반에 착륙하세요."]
 )
-def test_the_same_order_in_other_words_lands_too(eyes: fly.Eyes, instruction: str):
+def test_the_same_order_in_other_words_lands_too(link: fly.VehicleLink, instruction: str):
     pads = Pad("red", "disc", 1.0, -1.0, 0.5, 0.3), Pad("red", "square", -1.5, 1.5, 0.5, 1.0)
-    world = calm(*pads, wind_m_s=1.5)  # hanging quite still, it may see the same picture, and say "hold", for long
-    (result,) = fly.fly(eyes, world, [(instruction, LAND[0][1])])
+    world = calm(*pads, wind_m_s=1.5)  # without wind the picture, and so the answer "hold", may repeat for long
+    (result,) = fly.fly(link, world, [(instruction, LAND[0][1])])
     assert result.outcome == "right", result
 
 
-def test_it_never_lands_on_nothing(eyes: fly.Eyes):
-    found = benchmark.bad_input(eyes, 6, benchmark.held_back_photographs())
+def test_it_never_lands_on_nothing(link: fly.VehicleLink):
+    found = benchmark.bad_input(link, 6, benchmark.held_back_photographs())
     too_small = ("frame of 64x64", "frame of 300x96")  # the model card says so: sides below 112 pixels
     assert {name: row["wrong_land"] for name, row in found.items() if row["wrong_land"] and name not in too_small} == {}
     assert sum(found[name]["wrong_land"] for name in too_small) <= 1  # over the right pad, too early
@@ -120,10 +119,10 @@ def test_a_dead_daemon_means_hold(bundle: Path, monkeypatch: pytest.MonkeyPatch)
     """kill -9 in mid-flight: the vehicle stops where it is, and does not land."""
     world = calm(Pad("red", "disc", 2.5, 2.0, 0.5, 0.3))
     heights, speeds = [], []
-    with benchmark.pilot(bundle, "onnxruntime") as eyes:
-        status = eyes.client.status()
+    with benchmark.pilot(bundle, "onnxruntime") as link:
+        status = link.client.status()
 
-        def hear(step: fly.Step) -> None:
+        def on_step(step: fly.Step) -> None:
             heights.append(step.pose.height_m)
             speeds.append(float(np.hypot(*world.velocity[:2])))
             if len(heights) == 3:
@@ -131,20 +130,20 @@ def test_a_dead_daemon_means_hold(bundle: Path, monkeypatch: pytest.MonkeyPatch)
 
         monkeypatch.setattr(fly, "STEPS", 8)
         try:
-            (result,) = fly.fly(eyes, world, LAND, hear)
+            (result,) = fly.fly(link, world, LAND, on_step)
         finally:
-            with contextlib.suppress(ProcessLookupError):  # the supervisor may have done it
+            with contextlib.suppress(ProcessLookupError):  # the supervisor may have killed it
                 os.kill(status.model_worker.pid, signal.SIGKILL)
     assert result.outcome == "lost" and not world.down
     assert max(speeds[:3]) > 0.3  # it was on its way
     assert speeds[-1] < 0.02 and abs(heights[-1] - heights[-2]) < 0.02
 
 
-# -- without it: what the vehicle makes of answers ---------------------------------------------------------------------
+# -- without the model: how the vehicle follows answers ----------------------------------------------------------------
 
 
-class Told:
-    """Eyes that hear what a test says: one entry per frame, the last one for ever."""
+class FakeLink:
+    """Gives a test's answers: one per frame, the last one again and again."""
 
     def __init__(self, *answers: Action | Refusal | None) -> None:
         self.answers, self.instructed, self.client = list(answers), [], self
@@ -157,7 +156,7 @@ class Told:
         return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
 
 
-def said(action: str, **values: float) -> Action:
+def answer_of(action: str, **values: float) -> Action:
     space = {"forward_m_s": 0.0, "right_m_s": 0.0, "down_m_s": 0.0, "yaw_rate_rad_s": 0.0} if action == "move" else {}
     stages = {"queue": 0.0, "encode": 0.0, "prefill": 0.0, "decode": 0.0, "post": 0.0}
     header = {"v": 1, "session": 1, "seq": 1, "t_pub_ns": 1, "bundle_id": "", "camera": "c", "frame_id": 1}
@@ -166,11 +165,11 @@ def said(action: str, **values: float) -> Action:
     return Action(**header, **times, **more, stages_ms=stages, type=action, values=space | values)
 
 
-@pytest.mark.parametrize("answer", [None, said("hold")], ids=["silence", "hold"])
+@pytest.mark.parametrize("answer", [None, answer_of("hold")], ids=["silence", "hold"])
 def test_silence_and_hold_keep_the_place(answer: Action | None):
     world = calm(Pad("red", "disc", 2.5, 2.0, 0.5, 0.3))
     before = world.place.copy()
-    (result,) = fly.fly(Told(answer), world, LAND)
+    (result,) = fly.fly(FakeLink(answer), world, LAND)
     assert np.abs(world.place - before).max() < 0.01
     assert result == fly.Result(LAND[0][0], "lost", 60, pytest.approx(3.2, abs=0.01))
 
@@ -179,38 +178,41 @@ def test_a_move_is_followed_in_body_axes(monkeypatch: pytest.MonkeyPatch):
     world = calm(Pad("red", "disc", 2.5, 2.0, 0.5, 0.3))
     world.yaw_rad = np.pi / 2  # facing east
     monkeypatch.setattr(fly, "STEPS", 4)
-    fly.fly(Told(said("move", forward_m_s=1.0)), world, LAND)
+    fly.fly(FakeLink(answer_of("move", forward_m_s=1.0)), world, LAND)
     north, east, height = world.place
     # Against still air 1 m/s becomes 1 / (1 + 0.15 * 0.35) = 0.95; for 2 s, less a lag of 0.33 s
     assert (north, east, height) == (pytest.approx(0, abs=0.01), pytest.approx(1.59, abs=0.03), START_HEIGHT_M)
 
 
-def test_no_answer_is_followed_longer_than_it_stands(monkeypatch: pytest.MonkeyPatch):
-    """The first answer comes at once, the second late, and then none: the first moves the vehicle for half a second."""
+def test_no_answer_is_followed_longer_than_it_is_valid(monkeypatch: pytest.MonkeyPatch):
+    """The first answer comes at once, the next ones take 0.8 s: the first moves the vehicle for half a second."""
+    now_s = 100.0
 
-    class Late(Told):
+    class LateLink(FakeLink):
         def answer(self, picture: np.ndarray, timeout_s: float = 0.0) -> Action | Refusal | None:
+            nonlocal now_s
             if len(self.answers) == 1:
-                time.sleep(0.8)
+                now_s += 0.8
             return super().answer(picture, timeout_s)
 
     world, followed_s = calm(Pad("red", "disc", 2.5, 2.0, 0.5, 0.3)), []
     flown = world.fly
     monkeypatch.setattr(world, "fly", lambda *v: (followed_s.append(v[4] if v[0] == 1.0 else 0.0), flown(*v)))
     monkeypatch.setattr(fly, "STEPS", 3)
-    fly.fly(Late(said("move", forward_m_s=1.0), None), world, LAND)
+    fly.fly(LateLink(answer_of("move", forward_m_s=1.0), None), world, LAND, clock_s=lambda: now_s)
     assert sum(followed_s) == pytest.approx(fly.STEP_S)
+    assert world.time_s == pytest.approx(fly.STEP_S + 2 * 0.8)
 
 
-def test_landing_is_finished_by_the_autopilot_whatever_is_said_then():
+def test_the_autopilot_finishes_a_landing_and_ignores_later_answers():
     world = calm(Pad("red", "disc", 0.0, 0.0, 0.5, 0.3))
-    (result,) = fly.fly(Told(said("land"), said("move", forward_m_s=2.0)), world, LAND)
+    (result,) = fly.fly(FakeLink(answer_of("land"), answer_of("move", forward_m_s=2.0)), world, LAND)
     assert result.outcome == "right" and world.down and result.off_m < 0.05
 
 
-def test_hold_is_a_pause_when_landing_was_asked_for():
+def test_hold_is_a_pause_in_an_order_to_land():
     world = calm(Pad("red", "disc", 0.0, 0.0, 0.5, 0.3))
-    (result,) = fly.fly(Told(*[said("hold")] * 5, said("land")), world, LAND)
+    (result,) = fly.fly(FakeLink(*[answer_of("hold")] * 5, answer_of("land")), world, LAND)
     assert result.outcome == "right" and world.down and result.steps > 5
 
 
@@ -222,38 +224,40 @@ def test_hold_is_a_pause_when_landing_was_asked_for():
     ],
 )
 def test_landing_elsewhere_is_counted(pads: list[Pad], outcome: str):
-    (result,) = fly.fly(Told(said("land")), calm(*pads), LAND)
+    (result,) = fly.fly(FakeLink(answer_of("land")), calm(*pads), LAND)
     assert (result.outcome, result.off_m) == (outcome, pytest.approx(3.0, abs=0.05))
 
 
 def test_arriving_means_hold_over_the_right_pad_and_landing_there_was_not_asked():
     goto = [("Go to the red disc.", Order("goto", "red", "disc"))]
     pad = Pad("red", "disc", 0.4, 0.0, 0.5, 0.3)
-    assert fly.fly(Told(said("hold")), calm(pad), goto)[0].outcome == "right"
-    assert fly.fly(Told(said("land")), calm(pad), goto)[0].outcome == "beside"
-    assert fly.fly(Told(said("hold")), calm(Pad("red", "disc", 3.0, 0.0, 0.5, 0.3)), goto)[0].outcome == "beside"
+    assert fly.fly(FakeLink(answer_of("hold")), calm(pad), goto)[0].outcome == "right"
+    assert fly.fly(FakeLink(answer_of("land")), calm(pad), goto)[0].outcome == "beside"
+    assert (
+        fly.fly(FakeLink(answer_of("hold")), calm(Pad("red", "disc", 3.0, 0.0, 0.5, 0.3)), goto)[0].outcome == "beside"
+    )
 
 
-def test_search_covers_the_place_where_pads_lie():
+def test_a_search_covers_the_area_of_the_pads():
     world = calm(Pad("red", "disc", 2.5, 2.0, 0.5, 0.3))
-    world.place[2] = 2.0  # low: it climbs to where it sees much
+    world.place[2] = 2.0  # low: it climbs to the start height first
     places = []
-    fly.fly(Told(said("search")), world, LAND, lambda step: places.append((*step.pose[:3],)))
+    fly.fly(FakeLink(answer_of("search")), world, LAND, lambda step: places.append((*step.pose[:3],)))
     seen = np.array(places)
     assert seen[-1, 2] == pytest.approx(START_HEIGHT_M, abs=0.1)
-    reach_m = seen[:, 2] * 0.7 / np.sqrt(2)  # half of what the camera sees, however it is turned
+    reach_m = seen[:, 2] * 0.7 / np.sqrt(2)  # half of the camera's view, at any yaw
     grid = np.stack(np.meshgrid(*[np.linspace(-4.5, 4.5, 10)] * 2), -1).reshape(-1, 1, 2)
     covered = (np.abs(grid - seen[None, :, :2]).max(-1) < reach_m).any(1)
     assert covered.all()
 
 
-def test_search_goes_on_to_where_the_vehicle_was_led(monkeypatch: pytest.MonkeyPatch):
-    """Setting off, it leans, and a pad at the picture's edge may leave it: turning away then would never end."""
+def test_a_search_continues_in_the_direction_of_the_last_move(monkeypatch: pytest.MonkeyPatch):
+    """A vehicle that starts to move tilts, and a pad at the picture's edge may leave the picture."""
     monkeypatch.setattr(fly, "STEPS", 4)
     for yaw_rad, expected in ((0.0, (0, 1)), (np.pi / 2, (-1, 0))):
         world = calm(Pad("red", "disc", 2.5, 2.0, 0.5, 0.3))
         world.yaw_rad = yaw_rad
-        fly.fly(Told(said("move", right_m_s=1.2), said("search")), world, LAND)
+        fly.fly(FakeLink(answer_of("move", right_m_s=1.2), answer_of("search")), world, LAND)
         away = world.place[:2] / np.hypot(*world.place[:2])
         assert away == pytest.approx(expected, abs=0.05) and np.hypot(*world.place[:2]) > 1.5
 

@@ -1,4 +1,4 @@
-"""Memory and temperature: true where the board tells them, None where it does not, never 0 for unknown."""
+"""Memory and temperature: the kernel's values, and None for every unknown value, never 0."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ Hugepagesize:       2048 kB
 STATUS = "Name:\tpython3\nVmPeak:\t 9000000 kB\nVmHWM:\t  300000 kB\nVmRSS:\t  262144 kB\nThreads:\t4\n"
 
 
-def test_available_memory_is_what_the_kernel_says_is_available():
+def test_available_memory_is_the_kernels_value():
     assert health.mem_available_mib(ORIN) == 5312840 / 1024
 
 
-def test_resident_memory_is_what_the_kernel_says_is_resident():
+def test_resident_memory_is_the_kernels_value():
     assert health.rss_mib(1, STATUS) == 256.0
+    assert health.peak_rss_mib(1, STATUS) == 300_000 / 1024
 
 
 @pytest.mark.parametrize(
@@ -62,17 +63,16 @@ def test_any_text_is_a_number_or_unknown(text):
 
 
 def test_this_machine():
-    """sysconf and statm tell the same in pages."""
+    """sysconf and statm give the same values, in pages."""
     page = os.sysconf("SC_PAGE_SIZE") / 2**20
     assert 0 < health.mem_available_mib() <= os.sysconf("SC_PHYS_PAGES") * page
-    sleeping = subprocess.Popen(["sleep", "20"])
-    try:
-        pages = int(Path(f"/proc/{sleeping.pid}/statm").read_text().split()[1])
-        assert health.rss_mib(sleeping.pid) == pytest.approx(pages * page, abs=1)
-    finally:
-        sleeping.kill()
-        sleeping.wait()
-    assert health.rss_mib(sleeping.pid) is None  # gone
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        process.stdout.read(1)  # it is loaded now, and waits
+        pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+        assert health.rss_mib(process.pid) == pytest.approx(pages * page, abs=1)
+    assert health.rss_mib(process.pid) is None  # the process has ended
 
 
 def zones(folder: Path, *texts: str | None) -> Path:
@@ -89,7 +89,7 @@ def zones(folder: Path, *texts: str | None) -> Path:
     ("texts", "expected"),
     [
         (("45500\n", "51250\n", "48000\n"), 51.25),
-        (("45500\n", "-256000\n"), 45.5),  # Tegra's way to say that a sensor is off
+        (("45500\n", "-256000\n"), 45.5),  # on a Tegra: the sensor is off
         (("-256000\n",), None),
         (("0\n",), None),
         (("0\n", "31000\n"), 31.0),
@@ -116,7 +116,7 @@ def test_temperature_without_sensors_or_with_broken_ones_is_unknown(tmp_path):
 
 
 def test_an_unreadable_sensor_is_unknown(tmp_path):
-    """As a sensor whose chip is asleep: reading it gives an error, not a number."""
+    """Like the sensor of a chip that is powered down: reading it gives an error."""
     zones(tmp_path, None)
     os.symlink("/proc/self/mem", tmp_path / "thermal_zone0" / "temp")
     assert health.temperature_c(tmp_path) is None

@@ -1,4 +1,4 @@
-"""The bundle: whatever is not exactly what the manifest says is refused, before anybody parses a model."""
+"""The bundle: anything that differs from the manifest is refused, before a native parser reads a model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import msgspec
@@ -42,7 +41,7 @@ def sha256(data: bytes) -> str:
 
 
 def manifest_fields() -> dict:
-    """A manifest written by hand, as JSON would hold it."""
+    """A manifest as JSON, written by hand."""
     return {
         "format": 1,
         "created_by": "a test",
@@ -78,13 +77,13 @@ def manifest_fields() -> dict:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A small bundle: the files have headers and no weights, which nothing here may notice."""
-    made = tmp_path / "bundle"
-    made.mkdir()
+    """A small bundle: its files have headers and no weights, and nothing here reads weights."""
+    folder = tmp_path / "bundle"
+    folder.mkdir()
     for name, data in CONTENT.items():
-        (made / name).write_bytes(data)
-    write(made, manifest_fields())
-    return made
+        (folder / name).write_bytes(data)
+    write(folder, manifest_fields())
+    return folder
 
 
 def write(folder: Path, fields: object) -> None:
@@ -92,11 +91,9 @@ def write(folder: Path, fields: object) -> None:
 
 
 def refused(folder: Path, read=verify_bundle) -> str:
-    """The one line, and that it came soon: nothing may wait on a pipe."""
-    start_s = time.monotonic()
+    """The one line that says why."""
     with pytest.raises(BundleError) as caught:
         read(folder)
-    assert time.monotonic() - start_s < 2
     line = str(caught.value)
     assert "\n" not in line and str(folder) in line, line
     return line
@@ -106,12 +103,12 @@ def refused(folder: Path, read=verify_bundle) -> str:
 
 
 def test_a_good_bundle_is_read_as_it_was_written(folder):
-    seen = []
-    verified = verify_bundle(folder, (), lambda done, total: seen.append((done, total)))
-    total = sum(len(data) for data in CONTENT.values())
+    reports = []
+    verified = verify_bundle(folder, (), lambda n_done, n_total: reports.append((n_done, n_total)))
+    n_total = sum(len(data) for data in CONTENT.values())
     assert verified.id == sha256((folder / MANIFEST).read_bytes())[:16]
-    assert verified.file_bytes == total and seen[-1] == (total, total)
-    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert verified.file_bytes == n_total and reports[-1] == (n_total, n_total)
+    assert [n_done for n_done, _ in reports] == sorted(n_done for n_done, _ in reports)
     assert msgspec.to_builtins(verified.manifest) == manifest_fields() | {
         "vision": manifest_fields()["vision"] | {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
     }
@@ -129,7 +126,7 @@ def test_a_built_bundle_verifies_and_its_hashes_are_those_of_sha256sum(toy_bundl
     assert verified.manifest.format == FORMAT and verified.manifest.model.special["bos"] == 1
 
 
-def test_a_newer_writer_may_say_more(folder):
+def test_unknown_keys_of_a_newer_writer_are_accepted(folder):
     fields = manifest_fields() | {"quality": {"kl": 0.01}, "memory": [1, 2]}
     fields["model"]["rope"] = "yarn"
     fields["files"][VISION]["compressed"] = False
@@ -137,15 +134,16 @@ def test_a_newer_writer_may_say_more(folder):
     assert verify_bundle(folder).manifest.recipe == "Q4_K_M"
 
 
-def test_a_signature_may_lie_beside_it(folder):
+def test_a_signature_without_trusted_keys_changes_nothing(folder):
+    unsigned = verify_bundle(folder)
     (folder / "bundle.sig").write_bytes(b"\x00" * 64)
-    verify_bundle(folder)
+    assert verify_bundle(folder) == unsigned
 
 
 def test_reading_the_manifest_alone_does_not_hash(folder):
     (folder / LANGUAGE).write_bytes(b"changed")
     assert read_manifest(folder).manifest.recipe == "Q4_K_M"
-    refused(folder)
+    assert f"expected {len(CONTENT[LANGUAGE])} bytes" in refused(folder)
 
 
 # -- changed files ----------------------------------------------------------------------------------------------------
@@ -154,10 +152,10 @@ def test_reading_the_manifest_alone_does_not_hash(folder):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_flipped_bit_is_found(folder, name):
     data = CONTENT[name]
-    for place in (0, 1, len(data) // 2, len(data) - 1):
+    for index in (0, 1, len(data) // 2, len(data) - 1):
         for bit in range(8):
             changed = bytearray(data)
-            changed[place] ^= 1 << bit
+            changed[index] ^= 1 << bit
             (folder / name).write_bytes(changed)
             line = refused(folder)
             assert name in line and sha256(data)[:16] in line and sha256(changed)[:16] in line
@@ -176,7 +174,7 @@ def test_a_changed_length_is_found(folder, name, change):
 def test_swapped_files_are_found(folder):
     (folder / LANGUAGE).write_bytes(CONTENT[MMPROJ])
     (folder / MMPROJ).write_bytes(CONTENT[LANGUAGE])
-    refused(folder)
+    assert LANGUAGE in refused(folder)
 
 
 def test_a_flipped_bit_in_a_built_bundle_is_found(toy_bundle, tmp_path):
@@ -203,7 +201,7 @@ def test_a_missing_file_is_named(folder, name):
 
 
 @pytest.mark.parametrize("name", ["payload.so", "language.gguf.new", ".hidden", "bundle.json.new"])
-def test_a_file_too_many_is_named(folder, name):
+def test_an_unlisted_file_is_named(folder, name):
     (folder / name).write_bytes(b"x")
     assert name in refused(folder) and name in refused(folder, read_manifest)
 
@@ -213,6 +211,7 @@ def test_a_file_too_many_is_named(folder, name):
     "kind", ["symbolic link", "symbolic link within", "hard link", "pipe", "folder", "socket", "device"]
 )
 def test_anything_but_a_plain_file_with_one_name_is_refused(folder, name, kind, tmp_path):
+    """Also a pipe without a writer, which must not block the check."""
     path, elsewhere = folder / name, tmp_path / "elsewhere"
     if kind == "symbolic link":
         path.rename(elsewhere)
@@ -256,14 +255,14 @@ def test_refusing_leaves_no_descriptor_open(folder, tmp_path):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-# -- a manifest that lies ---------------------------------------------------------------------------------------------
+# -- wrong manifests --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "name",
     ["../secret", "/etc/passwd", "..", ".", "", "a/b", "./language.gguf", "bundle.json", "a\x00b", "folder/../x"],
 )
-def test_names_that_lead_elsewhere_are_refused(folder, name):
+def test_names_outside_the_bundle_are_refused(folder, name):
     (folder.parent / "secret").write_bytes(b"secret")
     fields = manifest_fields()
     fields["files"][name] = {"bytes": 6, "sha256": sha256(b"secret")}
@@ -281,10 +280,16 @@ def test_a_manifest_without_a_needed_file_is_refused(folder, name):
     assert f"{name} missing" in refused(folder)
 
 
-@pytest.mark.parametrize("found", [2, 0, -1, 1000])
-def test_another_format_is_refused_by_number(folder, found):
-    write(folder, {"format": found, "everything": "else may have changed"})
-    assert f"expected 1, found {found}" in refused(folder)
+@pytest.mark.parametrize("number", [2, 0, -1, 1000])
+def test_another_format_is_refused_by_number(folder, number):
+    write(folder, {"format": number, "everything": "else may have changed"})
+    assert f"expected 1, found {number}" in refused(folder)
+
+
+def test_a_text_only_model_is_refused(folder):
+    write(folder, manifest_fields() | {"vision": None})
+    assert read_manifest(folder).manifest.vision is None
+    assert "a text-only model" in refused(folder)
 
 
 @pytest.mark.parametrize(
@@ -312,10 +317,10 @@ def test_a_damaged_manifest_is_refused(folder, text):
     assert MANIFEST in refused(folder)
 
 
-def test_a_manifest_that_is_no_utf8_is_refused(folder):
+def test_a_manifest_that_is_not_utf8_is_refused(folder):
     raw = (folder / MANIFEST).read_bytes()
     (folder / MANIFEST).write_bytes(raw.replace(b"a test", b"\xff\xfe\xff"))
-    refused(folder)
+    assert "damaged" in refused(folder)
 
 
 @pytest.mark.parametrize(
@@ -360,14 +365,14 @@ def test_an_oversized_manifest_is_refused_without_being_read_whole(folder):
     assert "not a manifest" in refused(folder)
 
 
-def test_a_folder_without_a_manifest_or_no_folder_says_what_to_do(folder, tmp_path):
+def test_a_missing_manifest_or_folder_is_an_error_with_advice(folder, tmp_path):
     (folder / MANIFEST).unlink()
     assert "edge-quantize build" in refused(folder)
     assert "no such folder" in refused(tmp_path / "nowhere")
     assert "no such folder" in refused(folder / LANGUAGE)
 
 
-# -- nobody parses ----------------------------------------------------------------------------------------------------
+# -- native parsers ---------------------------------------------------------------------------------------------------
 
 
 def test_verifying_loads_no_native_parser(toy_bundle):
@@ -393,11 +398,11 @@ def test_a_written_manifest_is_read_back_and_readable(folder):
 
 
 def test_size_and_hash_of_a_file_of_several_blocks(tmp_path):
-    data = os.urandom(1 << 20) * 9 + b"tail"  # more than two blocks, and no multiple of one
+    data = os.urandom(1 << 20) * 9 + b"tail"  # more than two blocks, and a part of one
     (tmp_path / "file").write_bytes(data)
-    steps = []
-    assert hash_file(tmp_path / "file", steps.append) == BundleFile(bytes=len(data), sha256=sha256(data))
-    assert sum(steps) == len(data)
+    reports = []
+    assert hash_file(tmp_path / "file", reports.append) == BundleFile(bytes=len(data), sha256=sha256(data))
+    assert sum(reports) == len(data) and len(reports) == 3
     (tmp_path / "empty").touch()
     assert hash_file(tmp_path / "empty").sha256 == sha256(b"")
 
@@ -415,7 +420,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, failing
         write_durably(path, b"new" * 1000)
     monkeypatch.undo()
     assert path.read_bytes() == b"old"
-    write_durably(path, b"new")  # what was left lying about is no obstacle
+    write_durably(path, b"new")
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["state"]
 
 
@@ -428,8 +433,8 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     assert path.read_bytes() == b"old"
 
 
-def test_a_failed_sync_of_the_folder_is_no_success(tmp_path, monkeypatch):
-    """The file is there, but whether it survives a power cut is not known: the caller must hear of it."""
+def test_a_failed_sync_of_the_folder_is_an_error(tmp_path, monkeypatch):
+    """The file is there, but it may not survive a power cut: the caller gets the error."""
     real, synced = os.fsync, []
 
     def fsync(descriptor: int) -> None:
@@ -445,7 +450,7 @@ def test_a_failed_sync_of_the_folder_is_no_success(tmp_path, monkeypatch):
 
 
 def test_the_order_of_a_durable_write(tmp_path, monkeypatch):
-    """File, then name, then folder: any other order can leave a torn or a nameless file."""
+    """Sync the file, rename it, sync the folder: another order can leave a part of a file, or none."""
     real_fsync, real_replace, steps = os.fsync, os.replace, []
 
     def fsync(descriptor: int) -> None:

@@ -1,4 +1,4 @@
-"""Keys, signatures and what a device with `trust` refuses."""
+"""Keys, signatures, and what a device with trusted_keys refuses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.bundle import signing
+from edge_agent.bundle import signing, verify
 from edge_agent.bundle.manifest import MANIFEST
 from edge_agent.bundle.signing import SigningError
 from edge_agent.bundle.verify import verify_bundle
@@ -25,7 +25,7 @@ from tests.harness.progress import RecordedProgress
 
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two pairs: ours, theirs."""
+    """Two key pairs: ours, theirs."""
     folder = tmp_path_factory.mktemp("keys")
     for name in ("ours", "theirs"):
         signing.keygen(folder / name)
@@ -39,20 +39,20 @@ def signed(keys: Path, toy_small: Path, tmp_path_factory: pytest.TempPathFactory
     return out
 
 
-def test_a_signed_bundle_is_trusted_by_who_knows_the_key(signed: Path, keys: Path):
+def test_a_signed_bundle_is_accepted_with_the_key_that_signed_it(signed: Path, keys: Path):
     ours, theirs = str(keys / "ours.pub"), str(keys / "theirs.pub")
     assert (signed / signing.SIGNATURE).stat().st_size == 64
     for trusted in ((ours,), (theirs, ours), ()):
         assert verify_bundle(signed, trusted).manifest.recipe == "Q4_0"
-    with pytest.raises(BundleError, match=r"bundle\.sig: signed by none of the keys in trust: .*theirs\.pub"):
+    with pytest.raises(BundleError, match=r"bundle\.sig: not signed by any key in trusted_keys: .*theirs\.pub"):
         verify_bundle(signed, (theirs,))
 
 
-def test_an_unsigned_bundle_is_not(signed: Path, keys: Path, tmp_path: Path):
+def test_an_unsigned_bundle_is_refused(signed: Path, keys: Path, tmp_path: Path):
     folder = shutil.copytree(signed, tmp_path / "bundle")
     (folder / signing.SIGNATURE).unlink()
     verify_bundle(folder)
-    with pytest.raises(BundleError, match=r"bundle\.sig: missing, but `trust` asks for a signature"):
+    with pytest.raises(BundleError, match=r"bundle\.sig: missing, but trusted_keys requires a signature"):
         verify_bundle(folder, (str(keys / "ours.pub"),))
 
 
@@ -61,19 +61,34 @@ def test_a_changed_manifest_or_signature_is_refused(signed: Path, keys: Path, tm
     folder = shutil.copytree(signed, tmp_path / "bundle")
     manifest = (folder / MANIFEST).read_bytes()
     (folder / MANIFEST).write_bytes(manifest.replace(b"apache", b"APACHE") + b"\n")
-    with pytest.raises(BundleError, match="signed by none"):
+    with pytest.raises(BundleError, match="not signed by any key"):
         verify_bundle(folder, trusted)
     (folder / MANIFEST).write_bytes(manifest)
     signature = (folder / signing.SIGNATURE).read_bytes()
     for wrong in (bytes(64), signature[:63], signature + b"x", signature[:-1] + bytes([signature[-1] ^ 1])):
         (folder / signing.SIGNATURE).write_bytes(wrong)
-        with pytest.raises(BundleError, match="signed by none"):
+        with pytest.raises(BundleError, match="not signed by any key"):
             verify_bundle(folder, trusted)
     (folder / signing.SIGNATURE).write_bytes(signature)
     assert verify_bundle(folder, trusted)
 
 
-def test_a_link_is_no_signature(signed: Path, keys: Path, tmp_path: Path):
+def test_a_manifest_that_changes_between_two_reads_is_refused(signed: Path, keys: Path, tmp_path: Path, monkeypatch):
+    """It is read twice: for its content, and for its signature."""
+    folder = shutil.copytree(signed, tmp_path / "bundle")
+    real = verify.open_plain
+
+    def open_plain(path: Path) -> int:
+        if path.name == MANIFEST:
+            path.write_bytes(path.read_bytes() + b"\n")
+        return real(path)
+
+    monkeypatch.setattr(verify, "open_plain", open_plain)
+    with pytest.raises(BundleError, match=r"bundle\.json: changed while it was read; try again"):
+        verify_bundle(folder, (str(keys / "ours.pub"),))
+
+
+def test_a_link_is_not_a_signature(signed: Path, keys: Path, tmp_path: Path):
     folder = shutil.copytree(signed, tmp_path / "bundle")
     (folder / signing.SIGNATURE).rename(tmp_path / "sig")
     (folder / signing.SIGNATURE).symlink_to(tmp_path / "sig")
@@ -94,7 +109,7 @@ def test_keys_are_private_and_never_overwritten(tmp_path: Path):
 
 
 @pytest.mark.parametrize("content", [b"", b"no key", "public"], ids=["empty", "text", "the public half"])
-def test_what_is_no_private_key_is_found_before_any_work(keys: Path, toy_small: Path, tmp_path: Path, content):
+def test_a_wrong_private_key_is_reported_before_any_work(keys: Path, toy_small: Path, tmp_path: Path, content):
     path = tmp_path / "key"
     path.write_bytes((keys / "ours.pub").read_bytes() if content == "public" else content)
     with pytest.raises(SigningError, match="expected an Ed25519 private key"):
@@ -104,7 +119,7 @@ def test_what_is_no_private_key_is_found_before_any_work(keys: Path, toy_small: 
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_no_public_key_stops_the_start(signed: Path, keys: Path):
+def test_a_wrong_public_key_is_an_error_also_beside_a_right_one(signed: Path, keys: Path):
     ours = str(keys / "ours.pub")
     for wrong, words in ((keys / "ours", "expected an Ed25519 public key"), (keys / "none", "No such file")):
         for trusted in ((str(wrong),), (ours, str(wrong))):
@@ -112,13 +127,13 @@ def test_what_is_no_public_key_stops_the_start(signed: Path, keys: Path):
                 verify_bundle(signed, trusted)
 
 
-def test_the_commands(signed: Path, toy_small: Path, tmp_path: Path, edge_quantize):
+def test_keygen_build_check_and_run_on_the_command_line(signed: Path, toy_small: Path, tmp_path: Path, edge_quantize):
     def edge_agent(*arguments: object) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "edge_agent.cli.main", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
-    made = edge_agent("keygen", tmp_path / "drone")
-    assert made.returncode == 0 and "drone.pub: public" in made.stdout
+    first = edge_agent("keygen", tmp_path / "drone")
+    assert first.returncode == 0 and "drone.pub: public" in first.stdout
     again = edge_agent("keygen", tmp_path / "drone")
     assert again.returncode == 1 and len(again.stderr.splitlines()) == 1
     built = edge_quantize("build", toy_small, tmp_path / "out", "--sign", tmp_path / "drone")
