@@ -1,6 +1,6 @@
 """The offline benchmark: how fast a bundle answers on this machine. `edge-agent bench` runs the same.
 
-    .venv/bin/python benchmarks/bench.py --bundle BUNDLE [--frames DIR|VIDEO] [-n 60] [--plot where.png]
+    .venv/bin/python benchmarks/bench.py --bundle BUNDLE [--frames DIR|VIDEO] [-n 60]
     … --compare                                       beside llama-cpp-python's own vision chat, in turn, frame by frame
     … --compare --llama-server PATH --llama-mtmd-cli PATH --llama-bench PATH      and beside llama.cpp's programs
     … --compare --with ours,plain,bins,server                 plain: ours without drafts; bins: ours in another codec
@@ -37,8 +37,8 @@ from edge_agent.actions.prompt import describe_action_space
 from edge_agent.actions.space import ActionSpace, load_action_space
 from edge_agent.board import health
 from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, read_manifest
-from edge_agent.cli.main import bench_arguments, bench_config
-from edge_agent.cli.main import run_bench as run_alone
+from edge_agent.cli.daemon import bench_arguments, bench_config
+from edge_agent.cli.daemon import run_bench as run_alone
 from edge_agent.config import Config
 from edge_agent.model.engine import ACTION_QUESTION, SYSTEM_PROMPT
 from edge_agent.model.preprocess import Preprocessor

@@ -34,7 +34,7 @@ TEXT_TOKENS = 48  # tokens of a sentence, to see how fast words come
 QUESTION = "Describe what you see."
 PERCENTILES = (50, 95, 99)
 REPEATS = 9
-STAGES = {"encode": (178, 96, 30), "prefill": (60, 160, 60), "decode": (40, 80, 220)}  # BGR
+STAGES = ("encode", "prefill", "decode")
 Progress = Callable[[int, int], None]  # (frames done, of)
 BENCH_ERRORS = (LlamaError, VisionError, ImageError, InstructionRefused)  # one line each
 
@@ -260,24 +260,3 @@ def table(figures: dict) -> list[tuple[str, str]]:
          else f"{figures['energy_j_per_frame']:g} J a frame"),
         ("answers", f"{figures['different_answers']} different ones, the last {figures['example']}"),
     ]  # fmt: skip
-
-
-def plot(figures: list[dict], path: Path) -> None:
-    """Stacked bars of the stages' medians, a bar per set of figures, as PNG. Raises OSError."""
-    width, left, height = 900, 330, 60
-    page = np.full((height * len(figures) + 70, width, 3), 255, np.uint8)
-    most = max(one["frame_to_action_ms"]["p50"] for one in figures)
-    font = cv2.FONT_HERSHEY_SIMPLEX
-    for i, one in enumerate(figures):
-        top, x = 50 + i * height, left
-        cv2.putText(page, one["bundle"][:36], (10, top + 26), font, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
-        for name, colour in STAGES.items():
-            end = x + round((width - left - 110) * one["stages_ms"].get(name, {"p50": 0})["p50"] / most)
-            cv2.rectangle(page, (x, top), (end, top + 36), colour, -1)
-            x = end
-        told = f"{one['frame_to_action_ms']['p50']:.0f} ms"
-        cv2.putText(page, told, (x + 8, top + 26), font, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
-    for i, (name, colour) in enumerate(STAGES.items()):
-        cv2.putText(page, name, (left + 120 * i, 30), font, 0.55, colour, 1, cv2.LINE_AA)
-    if not cv2.imwrite(str(path), page):
-        raise OSError(f"{path}: OpenCV cannot write a PNG there")

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from edge_agent.apps import terminal
+from edge_agent.apps.wire_log import WireLog, printable
 from edge_agent.client import Client, RequestRefused
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,9 +72,7 @@ def main() -> int:
     return summary(console, heard, asked, world.returncode, status)
 
 
-def watch(
-    runtime: str, daemon: subprocess.Popen, world: subprocess.Popen
-) -> tuple[terminal.WireLog, list[tuple[str, str]]]:
+def watch(runtime: str, daemon: subprocess.Popen, world: subprocess.Popen) -> tuple[WireLog, list[tuple[str, str]]]:
     """Watch as any controller may; now and then ask what is to be seen."""
     asked: list[tuple[str, str]] = []
     with Client(runtime) as client:
@@ -84,7 +83,7 @@ def watch(
         landed = threading.Event()
         asking = threading.Thread(target=ask, args=(runtime, landed, asked))
         asking.start()
-        heard = terminal.show(client, None, ended=lambda: world.poll() is not None or daemon.poll() is not None)
+        heard = terminal.run(client, ended=lambda: world.poll() is not None or daemon.poll() is not None)
         landed.set()
         asking.join()
     return heard, asked
@@ -100,9 +99,7 @@ def ask(runtime: str, landed: threading.Event, asked: list[tuple[str, str]]) -> 
                 asked.append((question, f"no answer: {error}"))
 
 
-def summary(
-    console: Console, heard: terminal.WireLog, asked: list[tuple[str, str]], world_status: int, status: int
-) -> int:
+def summary(console: Console, heard: WireLog, asked: list[tuple[str, str]], world_status: int, status: int) -> int:
     record = OUT / "flight" / "flight.json"
     if world_status not in (0, 1) or not record.is_file():
         console.print((OUT / "world.log").read_text(), style="red", markup=False)
@@ -118,7 +115,7 @@ def summary(
     words.add_column("question")
     words.add_column("answer")
     for question, answer in asked:
-        words.add_row(question, terminal.printable(answer))
+        words.add_row(question, printable(answer))
     console.print(words)
     figures = Table(title="What the controller heard", title_justify="left")
     figures.add_column("figure")

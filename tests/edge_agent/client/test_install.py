@@ -70,3 +70,25 @@ def test_the_client_loads_the_standard_library_and_its_two_dependencies(environm
     assert done.stderr == ""
     assert {name.split(".")[0] for name in loaded} == {"zmq", "msgspec", "edge_agent"}
     assert {name.split(".")[1] for name in loaded if name.startswith("edge_agent.")} == {"client", "wire"}
+
+
+@pytest.mark.parametrize("command", [["status"], ["status", "--json"], ["listen"], ["ask", "What?"]])
+def test_commands_of_a_controller_work_with_the_base_install(environment, tmp_path, command):
+    done = run(environment, "edge-agent", *command, "--runtime-dir", tmp_path)
+    assert (done.returncode, done.stdout) == (75, "")
+    assert len(done.stderr.splitlines()) == 1 and str(tmp_path) in done.stderr
+
+
+def test_help_works_with_the_base_install(environment):
+    assert "instruct" in run(environment, "edge-agent", "--help").stdout
+    assert "--camera" in run(environment, "edge-agent", "run", "--help").stdout
+
+
+@pytest.mark.parametrize("command", [["run", "--config", "a.yaml"], ["check"], ["bench"], ["keygen", "k"]])
+def test_commands_of_the_daemon_name_the_extra_to_install(environment, command):
+    done = run(environment, "edge-agent", *command)
+    assert (done.returncode, done.stdout) == (78, "")
+    assert done.stderr.startswith(f"edge-agent {command[0]} needs the daemon: pip install 'edge-agent[agent]'")
+    assert len(done.stderr.splitlines()) == 1
+    for words in ("'edge-agent[cpu]'", "'edge-agent[gpu]'", "not installed here: cryptography, cv2, gguf, llama_cpp"):
+        assert words in done.stderr
