@@ -1,8 +1,12 @@
-# make demo   the trained pilot flies, from checkpoint to landing, about a minute after the set-up
-# make test   ruff and all tests
-# make venv   the set-up alone: virtual environment in .venv, dependencies, this project
-# make bench  slow figures: the demo model's flying and speed (minutes), conversion at the 3B's true shape (25 GB of disk)
-# make soak   the long form of the fault tests
+# make demo      the trained pilot flies, from checkpoint to landing, about a minute after the set-up
+# make check     lint, format, types, import rules, spelling: under a minute
+# make test      make check, then all tests in random order, with coverage
+# make promises  budgets of time, rate and memory; wants a quiet machine, prints each figure
+# make soak      the long form of the fault tests
+# make bench     slow figures: how well and how fast the demo model flies (minutes), conversion at the 3B's true shape
+#                (25 GB of disk)
+# make docs      the generated pages: docs/configuration.md, docs/cli.md
+# make venv      the set-up alone: virtual environment in .venv, dependencies, this project
 #
 # A GPU build of llama.cpp and onnxruntime-gpu are taken where an NVIDIA GPU and its compiler are visible.
 
@@ -10,24 +14,40 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: venv demo test bench soak clean
+.PHONY: venv demo check test promises bench soak docs clean
 
 demo: venv
 	@$(RUN)/python -m models.pad_pilot.demo
 
-test: venv
+check: venv
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
-	$(RUN)/python -m pytest -m "not soak"
+	$(RUN)/mypy
+	$(RUN)/codespell
+	$(RUN)/python -m pytest tests/test_imports.py tests/test_documents.py
+
+# Every line and branch of these is tested: the contract, the client, the action envelope, the bundle, the gate.
+COVERED := edge_agent/wire/*,edge_agent/client/*,edge_agent/actions/*,edge_agent/bundle/*,edge_agent/supervisor/gate.py
+
+test: check
+	$(RUN)/coverage run -m pytest
+	$(RUN)/coverage report
+	$(RUN)/coverage report --include="$(COVERED)" --fail-under=100
+
+promises: venv
+	$(RUN)/python -m pytest -m promise -s -p no:randomly
 
 soak: venv
 	$(RUN)/python -m pytest -m soak
+
+docs: venv
+	$(RUN)/python docs/generate.py
 
 bench: venv
 	$(RUN)/python benchmarks/flight.py
 	mkdir -p build
 	$(RUN)/edge-quantize build models/pad_pilot/checkpoint build/pilot --force
-	$(RUN)/python benchmarks/bench.py --bundle build/pilot --max-tokens 25 --instruction "Land on the red disc." --compare
+	$(RUN)/python benchmarks/bench.py --bundle build/pilot --max-image-tokens 25 --instruction "Land on the red disc." --compare
 	$(RUN)/python benchmarks/convert.py
 
 venv: $(VENV)/.installed

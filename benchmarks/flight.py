@@ -81,7 +81,7 @@ def pilot(bundle: Path, backend: str) -> Iterator[Eyes]:
         config = {
             "bundle": str(bundle),
             "camera": {"source": f"zmq:ipc://{runtime}/frames"},
-            "vision": {"backend": backend, "max_tokens": 25},
+            "vision": {"backend": backend, "max_image_tokens": 25},
             "task": {"deadline_ms": 10000},
             "runtime_dir": runtime,
         }

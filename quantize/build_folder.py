@@ -22,13 +22,14 @@ import msgspec
 from edge_agent.bundle import signing
 from edge_agent.bundle.files import sync_folder, write_durably
 from edge_agent.bundle.manifest import LANGUAGE, MANIFEST, MMPROJ, REPORT, VISION
+from edge_agent.errors import UserError
 
 OURS = {LANGUAGE, VISION, MMPROJ, REPORT, MANIFEST, signing.SIGNATURE}
 JOURNAL = "journal.json"
 JOURNAL_INTERVAL_S = 5.0  # so often what has been written is made safe and noted
 
 
-class BuildError(Exception):
+class BuildError(UserError):
     """One line: what failed, what was expected, what to do."""
 
 

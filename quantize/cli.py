@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from edge_agent.errors import UserError
 from quantize.source.checkpoint import ADAPTER, Checkpoint, read_checkpoint
-from quantize.source.hf_config import CheckpointError, read_table
+from quantize.source.hf_config import read_table
 
 if TYPE_CHECKING:  # they load native code
     from quantize.formats.imatrix import Imatrix
@@ -55,33 +56,12 @@ def main() -> None:
         arguments.run(arguments)
     except KeyboardInterrupt:
         _fail(f"interrupted; {_resume_hint(getattr(arguments, 'out', None))}", 130)
-    except CheckpointError as error:
+    except UserError as error:
         _fail(str(error))
     except BrokenPipeError:
         sys.exit(1)
     except OSError as error:
         _fail(f"{error.filename or 'output'}: {error.strerror or error}")
-    except Exception as error:
-        if type(error).__name__ not in _ONE_LINE:
-            raise
-        _fail(str(error))
-
-
-# Errors whose text is already one line for the user; their modules load native code, so they are named, not imported.
-_ONE_LINE = {
-    "BuildError",
-    "RecipeError",
-    "ImportanceError",
-    "FitError",
-    "EvaluateError",
-    "MeasureError",
-    "ConfigError",
-    "LanguageError",
-    "VisionError",
-    "BundleError",
-    "TrustError",
-    "PictureError",
-}
 
 
 def _swallow_interrupt(lost: sys.UnraisableHookArgs) -> None:

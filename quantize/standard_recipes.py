@@ -17,6 +17,7 @@ from pathlib import Path
 import gguf
 import llama_cpp.llama_cpp as ll
 
+from edge_agent.errors import UserError
 from edge_agent.model.llama import log_to
 from quantize.formats import ggml_kernels
 from quantize.formats.gguf_files import write_outline
@@ -48,7 +49,7 @@ OVERHEAD_BYTES = 450 << 20
 CONTEXT = 2048
 
 
-class RecipeError(Exception):
+class RecipeError(UserError):
     """libllama refused; one line."""
 
 

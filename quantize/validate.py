@@ -16,6 +16,7 @@ import numpy as np
 
 from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, VISION, ModelInfo, VisionInfo
 from edge_agent.config import LanguageConfig
+from edge_agent.errors import UserError
 from edge_agent.model.llama import ACTION_SEQ, LlamaContext, LlamaError
 from edge_agent.model.preprocess import Preprocessor
 from edge_agent.model.vision_encoder import MtmdEncoder, OnnxEncoder, VisionError
@@ -35,7 +36,7 @@ class ValidationRequest(msgspec.Struct):
     break_row: list[float]  # the [IMG_BREAK] embedding
 
 
-class ValidationFailed(Exception):
+class ValidationFailed(UserError):
     """One line."""
 
 

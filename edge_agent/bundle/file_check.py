@@ -15,6 +15,8 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+from edge_agent.errors import UserError
+
 MAX_KEYS, MAX_TENSORS, MAX_KEY_BYTES, MAX_NAME_BYTES = 4096, 65536, 256, 63
 MAX_ARRAY = 1 << 24
 MAX_ELEMENTS = 1 << 40
@@ -47,7 +49,7 @@ OPS = frozenset((
 ))  # fmt: skip
 
 
-class UnsafeFileError(Exception):
+class UnsafeFileError(UserError):
     """What is wrong with the file; one line, without its name."""
 
 

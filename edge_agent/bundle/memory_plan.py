@@ -17,6 +17,7 @@ import msgspec
 
 from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, VISION, Manifest
 from edge_agent.config import Config
+from edge_agent.errors import UserError
 
 MIB = 1 << 20
 PROCESS_MIB = 150  # Python, libraries, buffers of frames
@@ -28,7 +29,7 @@ KV_CELL_ALIGNMENT = 256  # llama.cpp makes caches of a multiple of this
 Q8_0_SHARE = 34 / 64  # of 16 bit
 
 
-class NotEnoughMemoryError(Exception):
+class NotEnoughMemoryError(UserError):
     """One line, with the sum. It may pass: something else may be using the memory now."""
 
 

@@ -10,12 +10,14 @@ import contextlib
 import os
 from pathlib import Path
 
+from edge_agent.errors import UserError
+
 SIGNATURE = "bundle.sig"
 ADAPTER_SUFFIX = ".sig"  # of the file beside an adapter
 PUBLIC_SUFFIX = ".pub"
 
 
-class SigningError(Exception):
+class SigningError(UserError):
     """One line."""
 
 

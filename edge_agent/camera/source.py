@@ -22,6 +22,7 @@ import cv2
 import msgspec
 import numpy as np
 
+from edge_agent.errors import UserError
 from edge_agent.ipc.events import CameraFault, CameraFaultReason
 from edge_agent.ipc.frame_slot import MAX_IMAGE_BYTES, Slot
 from edge_agent.wire.messages import CaptureClock
@@ -44,7 +45,7 @@ class CapturedFrame(msgspec.Struct, frozen=True):
 SourceItems = Generator["CapturedFrame | CameraFault", None, None]
 
 
-class SourceError(Exception):
+class SourceError(UserError):
     """The source gives no image, and why: what a CameraFault says."""
 
     def __init__(self, reason: CameraFaultReason, detail: str, heals: bool = True):

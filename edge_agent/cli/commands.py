@@ -10,13 +10,15 @@ import os
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from edge_agent.errors import UserError
+
 EX_FAILED = 1
 EX_USAGE = 2  # argparse's own status for wrong arguments
 EX_NO_DAEMON = os.EX_TEMPFAIL  # 75
 EX_CONFIG = os.EX_CONFIG  # 78: systemd does not retry this one
 
 
-class CommandFailed(Exception):
+class CommandFailed(UserError):
     """One line for the user, and the exit status of the program."""
 
     def __init__(self, line: str, exit_status: int = EX_FAILED) -> None:

@@ -29,14 +29,10 @@ PROBE_TIMEOUT_S = 12.0
 def run(arguments: argparse.Namespace) -> int:
     """Serve until stopped. Returns the supervisor's exit status."""
     from edge_agent.supervisor import process
-    from edge_agent.supervisor.publisher import EndpointError
 
     config = read_config(arguments)
     _require_onnxruntime(config)
-    try:
-        return process.run(msgspec.structs.replace(config, trace=arguments.trace or config.trace))
-    except EndpointError as error:
-        raise CommandFailed(str(error), EX_CONFIG) from None
+    return process.run(msgspec.structs.replace(config, trace=arguments.trace or config.trace))
 
 
 def read_config(arguments: argparse.Namespace) -> Config:
@@ -185,10 +181,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
     verify_bundle(config.bundle, config.trusted_keys)
     from edge_agent.tools import bench
 
-    try:
-        figures = bench.run(config, arguments.frames, arguments.n, _show_progress)
-    except bench.BENCH_ERRORS as error:
-        raise CommandFailed(str(error)) from None
+    figures = bench.run(config, arguments.frames, arguments.n, _show_progress)
     for name, value in bench.table(figures):
         print(f"{name:20} {value}", file=sys.stderr)
     print(json.dumps(figures))

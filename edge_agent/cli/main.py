@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping
 
 from edge_agent.cli.commands import COMMANDS, EX_CONFIG, EX_FAILED, EX_NO_DAEMON, CommandFailed, add_arguments
-from edge_agent.errors import BundleError, ConfigError
+from edge_agent.errors import UserError
 
 EPILOG = """examples:
   edge-agent check --config /etc/edge-agent.yaml
@@ -38,10 +38,8 @@ def main() -> None:
     arguments = make_parser().parse_args()
     try:
         sys.exit(run_command(arguments))
-    except CommandFailed as error:
+    except UserError as error:
         _fail(str(error), error.exit_status)
-    except (ConfigError, BundleError) as error:
-        _fail(str(error), EX_CONFIG)
     except TimeoutError as error:
         _fail(str(error), EX_NO_DAEMON)
     except KeyboardInterrupt:
@@ -68,7 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run_command(arguments: argparse.Namespace) -> int:
-    """Returns the exit status. Raises CommandFailed, ConfigError, BundleError, TimeoutError, OSError."""
+    """Returns the exit status. Raises UserError, OSError, and TimeoutError if no daemon answers."""
     name = arguments.command
     file = COMMANDS[name].file
     if file == "control":

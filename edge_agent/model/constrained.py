@@ -17,6 +17,8 @@ import llguidance.llamacpp
 import llguidance.numpy
 import numpy as np
 
+from edge_agent.errors import UserError
+
 DraftSteps = list[list[int]]
 MAX_CACHED_STATES = 5_000  # that are remembered, some 2 KB each at most; then it begins anew
 DRAFT_LOOKAHEAD = 6  # so many steps of the draft are looked at for a place to go on from
@@ -27,11 +29,11 @@ def flatten(steps: DraftSteps) -> list[int]:
     return [token for step in steps for token in step]
 
 
-class NonFiniteError(Exception):
+class NonFiniteError(UserError):
     """The logits hold NaN or infinity: nothing can be chosen from them."""
 
 
-class GrammarError(Exception):
+class GrammarError(UserError):
     """The grammar gave up inside llguidance: it would allow nothing but the end, for ever."""
 
 

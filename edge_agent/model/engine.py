@@ -29,7 +29,7 @@ from edge_agent.actions.space import ActionSpace
 from edge_agent.actions.vehicle_state import max_vehicle_state_tokens
 from edge_agent.bundle.manifest import LANGUAGE, Bundle
 from edge_agent.config import Config
-from edge_agent.errors import ConfigError
+from edge_agent.errors import ConfigError, UserError
 from edge_agent.ipc.events import Heartbeat, StopReason, TextDelta, TraceSpan
 from edge_agent.model.constrained import (
     DraftSteps,
@@ -64,7 +64,7 @@ NS_PER_MS = 1e6
 Emit = Callable[[object], None]
 
 
-class InstructionRefused(Exception):
+class InstructionRefused(UserError):
     """An instruction cannot be taken; the one before stands. One line."""
 
 

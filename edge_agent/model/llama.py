@@ -28,7 +28,7 @@ import numpy as np
 
 from edge_agent.bundle.manifest import EmbeddingInfo
 from edge_agent.config import LanguageConfig
-from edge_agent.errors import ConfigError
+from edge_agent.errors import ConfigError, UserError
 
 # ggml's threads wait for each other by libgomp, which by default keeps a core busy for milliseconds after the last is
 # done: on a small board that is the core which should publish the answer. Within a graph nobody waits that long.
@@ -89,7 +89,7 @@ def log_to(receiver: Callable[[str], None] | None) -> None:
     _log = receiver
 
 
-class LlamaError(Exception):
+class LlamaError(UserError):
     """llama.cpp refused; the worker cannot go on."""
 
 

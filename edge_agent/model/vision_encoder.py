@@ -17,6 +17,7 @@ import numpy as np
 
 from edge_agent.bundle.manifest import MMPROJ, VISION, Bundle
 from edge_agent.config import VisionConfig, state_dir
+from edge_agent.errors import UserError
 from edge_agent.model.preprocess import Preprocessor, n_embedding_rows
 
 TENSORRT = "TensorrtExecutionProvider"
@@ -24,7 +25,7 @@ TENSORRT = "TensorrtExecutionProvider"
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 
 
-class VisionError(Exception):
+class VisionError(UserError):
     """The encoder refused; the worker cannot go on."""
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import zmq
 
+from edge_agent.errors import UserError
 from edge_agent.wire.endpoints import endpoint
 from edge_agent.wire.messages import MAX_MESSAGE_BYTES, Header
 from edge_agent.wire.streams import STREAMS, pack
@@ -22,8 +23,10 @@ MAX_SOCKET_PATH_BYTES = 107  # sun_path
 PUBLISH_HWM = {"actions": 8, "text": 1000, "status": 8}  # a slow subscriber loses messages, and sees it in seq
 
 
-class EndpointError(Exception):
-    """The endpoints cannot be had. One line."""
+class EndpointError(UserError):
+    """The endpoints cannot be bound. One line."""
+
+    exit_status = os.EX_CONFIG
 
 
 class Publisher:

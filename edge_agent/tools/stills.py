@@ -10,10 +10,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from edge_agent.errors import UserError
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
-class ImageError(Exception):
+class ImageError(UserError):
     """One line."""
 
 

@@ -35,7 +35,7 @@ QUESTION_EVERY_S = 3.0
 CONFIG = """\
 bundle: {bundle}
 camera: {{source: "zmq:ipc://{runtime}/frames", name: down}}
-vision: {{max_tokens: 25}}
+vision: {{max_image_tokens: 25}}
 task: {{instruction: "Hold position.", deadline_ms: 1000}}
 runtime_dir: {runtime}
 """

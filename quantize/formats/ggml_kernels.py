@@ -16,6 +16,8 @@ import llama_cpp
 import msgspec
 import numpy as np
 
+from edge_agent.errors import UserError
+
 _base = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so"))
 
 
@@ -72,7 +74,7 @@ class TensorInfo(msgspec.Struct, frozen=True):
     n_bytes: int
 
 
-class NotGguf(Exception):
+class NotGguf(UserError):
     """ggml cannot read the file. One line."""
 
 

@@ -13,12 +13,13 @@ import gguf
 import msgspec
 import numpy as np
 
+from edge_agent.errors import UserError
 from quantize.source.checkpoint import Checkpoint
 
 SUM, COUNT = ".in_sum2", ".counts"
 
 
-class ImatrixError(Exception):
+class ImatrixError(UserError):
     """One line."""
 
 

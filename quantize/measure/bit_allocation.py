@@ -27,6 +27,7 @@ import numpy as np
 from edge_agent.bundle.files import write_durably
 from edge_agent.bundle.manifest import LANGUAGE, Bundle
 from edge_agent.config import LanguageConfig
+from edge_agent.errors import UserError
 from edge_agent.model.llama import LLAMA_CPP_PYTHON, LlamaContext, observe_graph
 from quantize.build import convert, unverified_bundle
 from quantize.build_folder import temporary_folder
@@ -47,7 +48,7 @@ MAX_PROBES = 64
 SAMPLE_ROWS = 1024  # of a matrix, evenly taken, for the errors
 
 
-class FitError(Exception):
+class FitError(UserError):
     """One line."""
 
 

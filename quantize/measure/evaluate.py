@@ -18,6 +18,7 @@ from edge_agent.actions.envelope import Rejection, parse_answer
 from edge_agent.actions.space import load_action_space
 from edge_agent.bundle.manifest import LANGUAGE, MANIFEST, Bundle, read_manifest
 from edge_agent.config import CameraConfig, Config, LanguageConfig, TaskConfig, VisionConfig
+from edge_agent.errors import UserError
 from edge_agent.model.engine import Engine
 from edge_agent.model.llama import LlamaContext
 from edge_agent.tools.stills import read_stills
@@ -34,7 +35,7 @@ N_WORST = 6
 WITHIN = 0.05  # what counts as the same value of a field
 
 
-class EvaluateError(Exception):
+class EvaluateError(UserError):
     """One line."""
 
 

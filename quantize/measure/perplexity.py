@@ -16,6 +16,7 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
+from edge_agent.errors import UserError
 from edge_agent.model.llama import ACTION_SEQ, LlamaContext
 
 CHUNK, FIRST = 512, 256
@@ -27,7 +28,7 @@ ROWS_AT_ONCE = 16  # of vocabulary size: what is in memory beside the logits
 Report = Callable[[str, int, int], None]  # (what, done, in all)
 
 
-class MeasureError(Exception):
+class MeasureError(UserError):
     """One line."""
 
 

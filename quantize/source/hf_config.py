@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from edge_agent.errors import UserError
 from quantize.source.tensor_names import FAMILIES, Family, Yarn
 
 MAX_COUNT = 1 << 20  # of anything in a configuration: layers are written out one by one
@@ -22,7 +23,7 @@ TEXT_ONLY = ("MistralForCausalLM", "Ministral3ForCausalLM")  # HF's names of mod
 WITH_VISION = "Mistral3ForConditionalGeneration"
 
 
-class CheckpointError(Exception):
+class CheckpointError(UserError):
     """One line: file, key, expected, found, what to do."""
 
 

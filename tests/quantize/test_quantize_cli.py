@@ -19,6 +19,7 @@ import pytest
 
 from edge_agent.bundle.manifest import LANGUAGE, MANIFEST, MMPROJ, VISION
 from edge_agent.bundle.verify import verify_bundle
+from edge_agent.errors import UserError
 from tests.harness import ROOT, toy
 from tests.harness.quantize_cli import PROGRESS, configure, refused, remove, said
 
@@ -360,6 +361,29 @@ def test_help_shows_the_commands_with_examples(edge_quantize):
     assert result.returncode == 0
     for word in ("inspect", "convert", "build", "edge-quantize build", "tekken.json", "FP8"):
         assert word in result.stdout
+
+
+def test_an_error_is_known_by_its_class_and_not_by_its_name(toy_small: Path, run, tmp_path: Path, monkeypatch):
+    """A UserError ends with one line. An error of another library that has the same name keeps its traceback."""
+    from quantize import build
+
+    arguments = ("convert", toy_small, tmp_path / "out")
+
+    class NewError(UserError):
+        """An error class that the command line has no list of."""
+
+    def fails_with(error: Exception) -> None:
+        def convert(*_arguments: object) -> None:
+            raise error
+
+        monkeypatch.setattr(build, "convert", convert)
+
+    fails_with(NewError("disk: too small"))
+    refused(run(*arguments), ("disk: too small",))
+    theirs = type("BuildError", (Exception,), {})
+    fails_with(theirs("of another library"))
+    with pytest.raises(theirs):
+        run(*arguments)
 
 
 @pytest.mark.parametrize("command", ["convert", "build"])

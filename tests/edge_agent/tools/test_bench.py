@@ -51,7 +51,7 @@ def test_figures_hang_together(toy_bundle: Path, frames: Path):
 
 
 def test_the_command(toy_bundle: Path, tmp_path: Path):
-    common = ("--bundle", toy_bundle, "--max-tokens", 16, "-n", 3)
+    common = ("--bundle", toy_bundle, "--max-image-tokens", 16, "-n", 3)
     made = run("-m", "edge_agent.cli.main", "bench", *common, "--action-space", "waypoint")
     assert made.returncode == 0, made.stderr
     assert json.loads(made.stdout)["frames"] == 3 and "frame to action" in made.stderr
@@ -59,7 +59,7 @@ def test_the_command(toy_bundle: Path, tmp_path: Path):
         (("--bundle", tmp_path), 78, "bundle.json: missing"),
         ((*common, "--action-space", "dance"), 78, "dance"),
         ((*common, "--frames", tmp_path / "none"), 1, "expected a folder of pictures or a video"),
-        (("--bundle", toy_bundle, "--max-tokens", 3), 78, "vision.max_image_tokens"),
+        (("--bundle", toy_bundle, "--max-image-tokens", 3), 78, "vision.max_image_tokens"),
         (("--bundle", toy_bundle, "-n", 0), 2, "expected 1 or more"),
     ):
         wrong = run("-m", "edge_agent.cli.main", "bench", *arguments)
@@ -70,7 +70,16 @@ def test_the_command(toy_bundle: Path, tmp_path: Path):
 def test_beside_the_high_level_chat(toy_bundle: Path, frames: Path):
     """Both see the same: where no choice is close, they say the same."""
     made = run(
-        "benchmarks/bench.py", "--bundle", toy_bundle, "--frames", frames, "--max-tokens", 16, "-n", 3, "--compare"
+        "benchmarks/bench.py",
+        "--bundle",
+        toy_bundle,
+        "--frames",
+        frames,
+        "--max-image-tokens",
+        16,
+        "-n",
+        3,
+        "--compare",
     )
     assert made.returncode == 0, made.stderr
     figures = json.loads(made.stdout.splitlines()[-1])

@@ -1,0 +1,37 @@
+"""Errors of one line have one base class, so that a command can catch them without a list of names."""
+
+from __future__ import annotations
+
+import ast
+import os
+from pathlib import Path
+
+import pytest
+
+from edge_agent.errors import BundleError, ConfigError, UserError
+from tests.harness import ROOT
+
+# Exceptions that are not one line for the user of a command, and why.
+OTHERS = {
+    "UserError": "the base class itself",
+    "Shutdown": "a signal, carried through the supervisor's loop",
+    "RequestRefused": "the client's: a controller catches it, and the client imports only the wire",
+}
+FILES = sorted([*(ROOT / "edge_agent").rglob("*.py"), *(ROOT / "quantize").rglob("*.py")])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).with_suffix("").as_posix())
+def test_no_error_class_stands_apart_from_user_error(path: Path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    apart = {node.name for node in classes if any(isinstance(b, ast.Name) and b.id == "Exception" for b in node.bases)}
+    assert apart <= OTHERS.keys()
+
+
+def test_the_exceptions_to_the_rule_still_exist():
+    text = "".join(path.read_text(encoding="utf-8") for path in FILES)
+    assert [name for name in OTHERS if f"class {name}(Exception)" not in text] == []
+
+
+def test_a_wrong_configuration_or_bundle_ends_with_78():
+    assert (UserError.exit_status, ConfigError.exit_status, BundleError.exit_status) == (1, os.EX_CONFIG, os.EX_CONFIG)
