@@ -48,7 +48,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
 # Room -> its files; each imports only files before it. Files not named here stand beside each other and import none.
 ORDER: dict[str, list[str]] = {
     "wire": ["codec", "messages", "control", "streams", "endpoints", "pushed_frame"],
-    "client": ["client", "__init__"],
+    "client": ["client", "chunk_player", "pusher", "__init__"],
     "actions": ["space", "prompt", "grammar", "action_tokens", "vehicle_state", "envelope"],
     "bundle": ["files", "file_check", "signing", "manifest", "verify", "lora_check", "memory_plan"],
     "ipc": ["frame_slot", "events", "worker"],

@@ -13,7 +13,6 @@ flight.mp4.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import sys
@@ -25,11 +24,9 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-import zmq
 
-from edge_agent.client import Client
+from edge_agent.client import Client, FramePusher
 from edge_agent.wire.messages import Action, Refusal
-from edge_agent.wire.pushed_frame import pack_pushed_frame
 from models.pad_pilot import task
 from models.pad_pilot.lessons import Grounds, training_photographs
 from models.pad_pilot.scene import Pad, Pose, homography, render
@@ -72,18 +69,12 @@ class Eyes:
 
     def __init__(self, runtime: str, frames: str) -> None:
         self.client = Client(runtime)
-        self._context = zmq.Context()
-        self._push = self._context.socket(zmq.PUSH)
-        self._push.setsockopt(zmq.LINGER, 0)
-        self._push.setsockopt(zmq.SNDHWM, 2)
-        self._push.setsockopt(zmq.IMMEDIATE, 1)
-        self._push.connect(frames)
+        self._pusher = FramePusher(frames)
         self.frame_id = int(time.monotonic() * 1000)  # larger than those of any process that pushed before
 
     def close(self) -> None:
         self.client.close()
-        self._push.close()
-        self._context.term()
+        self._pusher.close()
 
     def __enter__(self) -> Eyes:
         return self
@@ -94,12 +85,8 @@ class Eyes:
     def show(self, picture: np.ndarray) -> int:
         """picture: (H, W, 3) uint8 RGB. Returns the frame's id."""
         self.frame_id += 1
-        height, width = picture.shape[:2]
-        message = pack_pushed_frame(
-            self.frame_id, time.monotonic_ns(), width, height, "rgb8", np.ascontiguousarray(picture).data
-        )
-        with contextlib.suppress(zmq.Again):  # nobody there yet: the next one
-            self._push.send(message, zmq.NOBLOCK)
+        # A frame that no daemon takes is dropped: the next one is shown soon.
+        self._pusher.push(picture, frame_id=self.frame_id, t_capture_ns=time.monotonic_ns())
         return self.frame_id
 
     def answer(self, picture: np.ndarray, timeout_s: float = ANSWER_S) -> Action | Refusal | None:

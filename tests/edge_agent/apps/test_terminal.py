@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import itertools
 import json
@@ -17,8 +16,8 @@ from rich.console import Console
 from edge_agent.apps import screen, terminal
 from edge_agent.apps.wire_log import WireLog, percentile
 from edge_agent.client import Client
-from edge_agent.supervisor.publisher import Publisher
-from edge_agent.wire.messages import Action, Lane, Refusal, StageTimes, Status, TextMessage, WorkerStatus
+from edge_agent.wire.messages import Action, Lane, Refusal, StageTimes, Status, TextMessage
+from tests.harness.fake_daemon import FakeDaemon, make_status
 
 HEADER = {"v": 1, "session": 1, "seq": 0, "t_pub_ns": 10**9, "bundle_id": "ab"}
 FRAME = {"camera": "c", "frame_id": 7, "t_capture_ns": 10**9, "capture_clock": "arrival", "dropped_frames": 0}
@@ -39,15 +38,6 @@ def refusal(detail: str) -> Refusal:
 
 def text(content: str, lane: str = "describe", final: bool = False) -> TextMessage:
     return TextMessage(**HEADER, lane=lane, frame_id=7, text=content, final=final)
-
-
-def status(reason: str = "", rss_mib: float | None = 80.0) -> Status:
-    worker = WorkerStatus(alive=True, pid=3, restarts=2, rss_mib=rss_mib)
-    return Status(
-        **HEADER, state="running", reason=reason, uptime_s=1.0, camera="c", camera_worker=worker, model_worker=worker,
-        frames=1, frames_dropped=0, actions=1, refusals={}, faults={}, last_frame_age_ms=None, last_action_age_ms=None,
-        inference_count=1, instruction="go", vision_backend="mtmd", mem_available_mib=None, temperature_c=None,
-    )  # fmt: skip
 
 
 def ticks(step_ns: int) -> Iterator[int]:
@@ -110,14 +100,14 @@ def test_screen_shows_action_text_status_and_note():
     log = WireLog()
     log.record(action(12.0))
     log.record(text("a red disc"))
-    log.record(status("too hot"))
+    log.record(make_status("too hot"))
     shown = rendered(log, "UNTRAINED")
     for part in ("move", "forward_m_s +1.50", "pace slow", "age 12 ms", "a red disc", "UNTRAINED"):
         assert part in shown
     for part in ("running", "too hot", "mtmd", "80 MiB, restarts 2"):
         assert part in shown
     log.record(refusal("no such type"))
-    log.record(status(rss_mib=None))
+    log.record(make_status(rss_mib=None))
     shown = rendered(log)
     assert "none: invalid  no such type" in shown and "unknown, restarts 2" in shown
 
@@ -143,7 +133,7 @@ def test_every_lane_is_kept_and_only_two_are_printed(capsys):
 def test_no_message_controls_the_terminal(evil, capsys):
     log = WireLog()
     forbidden = set("\x1b\x07\x9b\x00\r")
-    messages = [action(1.0, instruction=evil, **{evil: evil}), text(evil), status(evil), refusal(evil)]
+    messages = [action(1.0, instruction=evil, **{evil: evil}), text(evil), make_status(evil), refusal(evil)]
     for message in messages:
         log.record(message)
         assert not set(rendered(log)) & forbidden
@@ -156,12 +146,12 @@ def test_no_message_controls_the_terminal(evil, capsys):
 
 
 @pytest.fixture
-def publisher(tmp_path):
-    with contextlib.closing(Publisher(tmp_path)) as opened:
+def daemon(tmp_path):
+    with FakeDaemon(tmp_path) as opened:
         yield opened
 
 
-def listen(publisher: Publisher, folder: str, **options) -> WireLog:
+def listen(daemon: FakeDaemon, folder: str, **options) -> WireLog:
     """Run until a status and a text have arrived; both are published again at every turn."""
 
     received: set[str] = set()
@@ -178,34 +168,34 @@ def listen(publisher: Publisher, folder: str, **options) -> WireLog:
             return message
 
     def ended() -> bool:
-        publisher.publish("status", status())
-        publisher.publish("text", text("a pad", final=True))
+        daemon.publish("status", make_status())
+        daemon.publish("text", text("a pad", final=True))
         return received == {"status", "text"}
 
     with RecordingClient(folder) as client:
         return terminal.run(client, ended=ended, **options)
 
 
-def test_without_a_terminal_there_is_a_line_per_message(publisher, tmp_path, capsys):
-    log = listen(publisher, str(tmp_path), note="UNTRAINED")
+def test_without_a_terminal_there_is_a_line_per_message(daemon, tmp_path, capsys):
+    log = listen(daemon, str(tmp_path), note="UNTRAINED")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "UNTRAINED" and set(lines[1:]) == {"a pad"}
     assert log.status is not None and log.text["describe"].startswith("a pad\n")
 
 
-def test_json_is_one_line_per_message_of_every_kind(publisher, tmp_path, capsys):
-    listen(publisher, str(tmp_path), as_json=True, note="UNTRAINED")
+def test_json_is_one_line_per_message_of_every_kind(daemon, tmp_path, capsys):
+    listen(daemon, str(tmp_path), as_json=True, note="UNTRAINED")
     terminal.print_message(action(1.0), as_json=True)
     kinds = [json.loads(line)["kind"] for line in capsys.readouterr().out.splitlines()]
     assert set(kinds) == {"action", "status", "text"}
 
 
-def test_on_a_terminal_there_is_a_screen_and_without_rich_there_are_lines(publisher, tmp_path, monkeypatch, capsys):
+def test_on_a_terminal_there_is_a_screen_and_without_rich_there_are_lines(daemon, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes stdout for a terminal
-    listen(publisher, str(tmp_path))
+    listen(daemon, str(tmp_path))
     assert "╭─ edge-agent" in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "rich.console", None)  # an import raises ModuleNotFoundError
-    listen(publisher, str(tmp_path))
+    listen(daemon, str(tmp_path))
     assert set(capsys.readouterr().out.splitlines()) == {"a pad"}
 
 
