@@ -34,7 +34,7 @@ import msgspec
 import numpy as np
 
 from edge_agent.actions.prompt import describe_action_space
-from edge_agent.actions.space import ActionSpace, load_action_space
+from edge_agent.actions.space import ActionSpace, ChoiceField, load_action_space
 from edge_agent.board import health
 from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, read_manifest
 from edge_agent.cli.daemon import bench_arguments, bench_config
@@ -84,7 +84,7 @@ def gbnf(space: ActionSpace) -> str:
         parts = [json.dumps(f'{{"action":"{name}"')]
         for key, field in verb.fields.items():
             parts.append(json.dumps(f',"{key}":'))
-            if field.one_of is not None:
+            if isinstance(field, ChoiceField):
                 parts.append("(" + " | ".join(json.dumps(f'"{word}"') for word in field.one_of) + ")")
                 continue
             whole = len(str(int(max(abs(field.min), abs(field.max)))))

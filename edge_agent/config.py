@@ -102,7 +102,6 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     language: LanguageConfig = LanguageConfig()
     task: TaskConfig = TaskConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
-    trace: str = ""  # a file for a timeline of what was done when (Chrome trace format); empty: none
     runtime_dir: str = ""  # where the sockets are; empty: $RUNTIME_DIRECTORY, else /run/edge-agent, else below /tmp
 
 

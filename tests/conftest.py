@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -21,6 +22,11 @@ from tests.harness import toy
 from tests.harness.case import Case, silent
 
 TESTS = Path(__file__).resolve().parent
+# Hypothesis measures the time of an example and of the generation of data. A busy machine must not fail a test.
+hypothesis.settings.register_profile(
+    "busy machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("busy machine")
 
 
 @pytest.fixture(scope="session")

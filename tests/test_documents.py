@@ -13,14 +13,13 @@ import msgspec
 import pytest
 
 from edge_agent.config import Config
-from edge_agent.ipc.events import CameraFaultReason, StopReason
-from edge_agent.wire.messages import DaemonState, RefusalReason
+from edge_agent.ipc.events import CameraFaultReason
+from edge_agent.wire.messages import DaemonState, RefusalReason, TextStopReason
 from tests.harness import ROOT
 from tests.test_imports import ROOMS
 
 TOP_FOLDERS = ("benchmarks", "docs", "edge_agent", "examples", "models", "quantize", "systemd", "tests")
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(page for folder in TOP_FOLDERS for page in (ROOT / folder).rglob("*.md"))])
-TEXT_ONLY_STOP_REASONS = {"instruct", "asked", "restart"}  # of a text that is not an action
 
 
 def load_generator() -> ModuleType:
@@ -104,7 +103,7 @@ def test_named_files_and_modules_exist(path):
         ("The daemon's state", set(get_args(DaemonState))),
         ("Camera faults", set(get_args(CameraFaultReason))),
         ("Refusals", set(get_args(RefusalReason))),
-        ("Text that ends early", {*get_args(StopReason), *TEXT_ONLY_STOP_REASONS} - {""}),
+        ("Text that ends early", set(get_args(TextStopReason)) - {""}),
     ],
 )
 def test_troubleshooting_lists_every_value(heading, expected):

@@ -1,26 +1,31 @@
-"""The action space as a JSON schema, which binds what the model can write."""
+"""The action space as a JSON schema. The schema restricts what the model can write (codec json)."""
 
 from __future__ import annotations
 
-from edge_agent.actions.space import ActionSpace, ActionType
+from typing import Any
+
+from edge_agent.actions.space import ActionField, ActionSpace, ActionType, ChoiceField
 
 
-def json_schema(space: ActionSpace) -> dict:
-    """The JSON schema of every answer the space allows: one compact object, `action` first, fields in their order."""
-    return {"anyOf": [_action_schema(name, verb) for name, verb in space.actions.items()]}
+def json_schema(space: ActionSpace) -> dict[str, Any]:
+    """The JSON schema of every answer: one object, first the key `action`, then the fields in the order of the file."""
+    return {"anyOf": [_action_schema(name, action) for name, action in space.actions.items()]}
 
 
-def _action_schema(name: str, verb: ActionType) -> dict:
-    properties: dict[str, dict] = {"action": {"const": name}}
-    for key, field in verb.fields.items():
-        if field.one_of is not None:
-            properties[key] = {"enum": field.one_of}
-        else:
-            whole = all(float(n).is_integer() for n in (field.min, field.max, field.step))
-            properties[key] = {
-                "type": "integer" if whole else "number",
-                "minimum": int(field.min) if whole else field.min,
-                "maximum": int(field.max) if whole else field.max,
-                "multipleOf": int(field.step) if whole else field.step,
-            }
+def _action_schema(name: str, action: ActionType) -> dict[str, Any]:
+    properties: dict[str, Any] = {"action": {"const": name}}
+    properties |= {key: _field_schema(field) for key, field in action.fields.items()}
     return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+
+
+def _field_schema(field: ActionField) -> dict[str, Any]:
+    """An integer where min, max and step are whole numbers: the model then writes no decimal point."""
+    if isinstance(field, ChoiceField):
+        return {"enum": field.one_of}
+    whole = all(float(limit).is_integer() for limit in (field.min, field.max, field.step))
+    return {
+        "type": "integer" if whole else "number",
+        "minimum": int(field.min) if whole else field.min,
+        "maximum": int(field.max) if whole else field.max,
+        "multipleOf": int(field.step) if whole else field.step,
+    }

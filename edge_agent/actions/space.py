@@ -1,12 +1,14 @@
-"""What the robot may do: an action space from YAML -> a JSON schema for the decoder; text -> Asked or Rejected; and
-what the robot says of itself, as text for the model.
+"""An action space: the action types a robot accepts and the range of every field. Read from YAML and checked.
 
-Pure: no clock, no sockets, no model. The grammar already keeps the model inside the space; `read` trusts none of that
-and checks everything again, because this is the last code that sees an action before it leaves.
+This file knows no clock, no socket and no model. The other files of this folder use the action space: prompt.py
+describes it to the model, grammar.py and action_tokens.py restrict what the model can write, envelope.py checks what
+the model wrote.
 
-    >>> space = load("velocity_body")
-    >>> read('{"action":"move","vx":9,"vy":0,"vz":0,"yaw":0}', space).clamped
-    {'forward_m_s': 9.0}
+    >>> space = load_action_space("velocity_body")
+    >>> list(space.actions)
+    ['move', 'search', 'hold', 'land']
+    >>> space.actions["move"].fields["vx"].max
+    2.0
 """
 
 from __future__ import annotations
@@ -23,127 +25,183 @@ from edge_agent.errors import ConfigError
 from edge_agent.strict_yaml import convert, parse_yaml, read_text
 
 READY_SPACES = Path(__file__).parent / "spaces"
+# Below the offboard time-out of PX4 (1 s): an action expires before the autopilot declares the link lost.
+MAX_VALID_FOR_MS = 900
+PLACEHOLDER = re.compile("[{](.*?)[}]")  # {key} in the text of the vehicle state
 _NAME = Meta(pattern="^[a-z][a-z0-9_]{0,31}$")
-MAX_VALID_FOR_MS = (
-    900  # below PX4's 1 s offboard time-out: an expired action is gone before the autopilot gives up on us
-)
+_NUMBER_KEYS = {"min", "max", "step", "unit", "q01", "q99"}
 
 
-class ActionField(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A number with a range and a step, or one of several words."""
+class NumberField(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A field of an action that is a number with a range and a step."""
 
-    name: Annotated[str, _NAME] | None = None  # what controllers see; says quantity and unit. Default: the key itself
+    name: Annotated[str, _NAME] | None = None  # name on the wire: quantity and unit. Default: the key in the YAML file
     about: str = ""
     unit: str = ""
-    min: float | None = None
-    max: float | None = None
-    step: Annotated[float, Meta(gt=0)] | None = None  # the model's resolution; fewer digits are fewer tokens
-    q01: float | None = None  # codec action_tokens: the range that its 256 steps divide; default min and max
+    min: float
+    max: float
+    step: Annotated[float, Meta(gt=0)]  # the resolution of the model's answer; fewer digits are fewer tokens
+    q01: float | None = None  # codec action_tokens: the range that the 256 tokens divide. Default: min to max
     q99: float | None = None
-    one_of: list[Annotated[str, _NAME]] | None = None
 
 
-class ActionType(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class ChoiceField(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A field of an action that is one of several words."""
+
+    name: Annotated[str, _NAME] | None = None  # name on the wire. Default: the key in the YAML file
     about: str = ""
-    fields: dict[Annotated[str, _NAME], ActionField] = {}
+    one_of: Annotated[list[Annotated[str, _NAME]], Meta(min_length=1)]
+
+
+ActionField = NumberField | ChoiceField
+
+
+class ActionType(msgspec.Struct, frozen=True, kw_only=True):
+    """One action type, for example `move`, with its fields by key. The model writes the keys."""
+
+    about: str = ""
+    fields: dict[str, ActionField] = {}
 
 
 class VehicleStateField(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Something the controller knows and pushes: a number, yes or no, or a short word."""
+    """A value that the controller knows and pushes: a number, a bool or a short word."""
 
     unit: Annotated[str, Meta(max_length=16)] = ""
     decimals: Annotated[int, Meta(ge=0, le=6)] = 1
-    max_age_ms: Annotated[int, Meta(ge=1)] = 1000  # an older value is unknown
+    max_age_ms: Annotated[int, Meta(ge=1)] = 1000  # an older value is shown to the model as "unknown"
 
 
 class VehicleStatePrompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    text: Annotated[str, Meta(min_length=1, max_length=500)]  # stands before "Action?"; {key} becomes the value
+    """The text that tells the model the vehicle state, and the values that the text shows."""
+
+    text: Annotated[str, Meta(min_length=1, max_length=500)]  # before "Action?" in the prompt; {key} becomes the value
     values: Annotated[dict[Annotated[str, _NAME], VehicleStateField], Meta(min_length=1, max_length=64)]
 
 
-class ActionSpace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class _SpaceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     name: Annotated[str, _NAME]
     about: str = ""
     valid_for_ms: Annotated[int, Meta(ge=1, le=MAX_VALID_FOR_MS)]
-    actions: Annotated[dict[Annotated[str, _NAME], ActionType], Meta(min_length=1, max_length=256)]
-    codec: Literal["json", "action_tokens"] = "json"  # how the model writes an answer; see bins.py
-    horizon: Annotated[int, Meta(ge=1, le=16)] = 1  # codec action_tokens: steps in an answer
-    chunk_step_ms: Annotated[int, Meta(ge=0)] = 0  # from one to the next
+    codec: Literal["json", "action_tokens"] = "json"  # how the model writes an answer: grammar.py or action_tokens.py
+    horizon: Annotated[int, Meta(ge=1, le=16)] = 1  # codec action_tokens: number of steps in one answer
+    chunk_step_ms: Annotated[int, Meta(ge=0)] = 0  # time from one step to the next
     vehicle_state: VehicleStatePrompt | None = None
 
 
+class ActionSpace(_SpaceSettings, frozen=True, kw_only=True):
+    """Everything that the model can ask the vehicle to do."""
+
+    actions: dict[str, ActionType]
+
+
+# The same as in the YAML file, where a field is a mapping whose keys decide between NumberField and ChoiceField.
+class _ActionTypeInFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    about: str = ""
+    fields: dict[Annotated[str, _NAME], dict[str, object]] = {}
+
+
+class _ActionSpaceInFile(_SpaceSettings, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    actions: Annotated[dict[Annotated[str, _NAME], _ActionTypeInFile], Meta(min_length=1, max_length=256)]
+
+
 def load_action_space(name_or_path: str) -> ActionSpace:
-    """A ready space by name, or a YAML file by path. Raises ConfigError."""
+    """Read a ready action space by its name, or a YAML file by its path. Raises ConfigError."""
     ready = READY_SPACES / f"{name_or_path}.yaml"
     path = ready if "/" not in name_or_path and ready.is_file() else Path(name_or_path)
     if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in READY_SPACES.glob("*.yaml")))
+        names = ", ".join(sorted(file.stem for file in READY_SPACES.glob("*.yaml")))
         raise ConfigError(
-            f"task.action_space: expected one of {known}, or the path of a YAML file; found {name_or_path!r}"
+            f"task.action_space: expected one of {names}, or the path of a YAML file; found {name_or_path!r}"
         )
-    space = convert(parse_yaml(read_text(path), str(path)), ActionSpace, str(path))
-    _check_steps(space, str(path))
-    if space.vehicle_state is not None:
-        _check_vehicle_state_prompt(space.vehicle_state, str(path))
-    for verb_name, verb in space.actions.items():
-        names = [field.name or key for key, field in verb.fields.items()]
-        if len(set(names)) < len(names) or "action" in verb.fields:
-            raise ConfigError(f"{path}: actions.{verb_name}.fields: names must differ, and none may be 'action'")
-        if "chunk" in verb.fields:
-            raise ConfigError(f"{path}: actions.{verb_name}.fields: 'chunk' means the steps that follow; rename it")
-        for key, field in verb.fields.items():
-            _check_field(field, f"{path}: actions.{verb_name}.fields.{key}")
-    return space
+    file = convert(parse_yaml(read_text(path), str(path)), _ActionSpaceInFile, str(path))
+    _check_horizon(file, str(path))
+    if file.vehicle_state is not None:
+        _check_vehicle_state_prompt(file.vehicle_state, str(path))
+    actions = {name: _read_action_type(action, name, str(path)) for name, action in file.actions.items()}
+    return ActionSpace(**(msgspec.structs.asdict(file) | {"actions": actions}))
 
 
-def _check_steps(space: ActionSpace, where: str) -> None:
-    if space.horizon == 1 and not space.chunk_step_ms:
-        return
-    if space.codec != "action_tokens":
-        raise ConfigError(
-            f"{where}: horizon: expected 1 with codec json, found {space.horizon}; chunk_step_ms belongs to it"
-        )
-    if not 0 < space.chunk_step_ms * space.horizon <= space.valid_for_ms or space.horizon == 1:
-        raise ConfigError(
-            f"{where}: chunk_step_ms: expected one with a horizon of several steps that end within valid_for_ms "
-            f"{space.valid_for_ms}, found {space.horizon} of {space.chunk_step_ms} ms"
-        )
+def wire_name(key: str, field: ActionField) -> str:
+    """The name of a field in Action.values."""
+    return field.name or key
 
 
-def _check_vehicle_state_prompt(state: VehicleStatePrompt, where: str) -> None:
-    named = re.findall(r"[{](.*?)[}]", state.text)
-    if set(named) != set(state.values) or state.text.count("{") != len(named) or state.text.count("}") != len(named):
-        raise ConfigError(
-            f"{where}: vehicle_state.text: expected each of {', '.join(state.values)} as {{key}}, and no other "
-            f"brace; found {state.text!r}"
-        )
+def _read_action_type(action: _ActionTypeInFile, action_name: str, file: str) -> ActionType:
+    where = f"actions.{action_name}.fields"
+    fields: dict[str, ActionField] = {}
+    for key, value in action.fields.items():
+        if key in ("action", "chunk"):  # keys of the model's answer: the action type, and the later steps
+            raise ConfigError(f"{file}: {where}: {key!r} is reserved; rename the field")
+        fields[key] = _read_field(value, f"{where}.{key}", file)
+    names = [wire_name(key, field) for key, field in fields.items()]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"{file}: {where}: two fields have the name {repeated[0]!r} on the wire; rename one")
+    return ActionType(about=action.about, fields=fields)
 
 
-def _check_field(field: ActionField, where: str) -> None:
-    numbers = (field.min, field.max, field.step)
-    if field.one_of is not None:
-        if any(n is not None for n in (*numbers, field.q01, field.q99)) or field.unit or not field.one_of:
-            raise ConfigError(f"{where}: expected either one_of, or min, max and step; found both")
-        if len(set(field.one_of)) < len(field.one_of):
-            raise ConfigError(f"{where}: one_of: the words must differ")
-        return
-    if any(n is None or not math.isfinite(n) for n in numbers):
-        raise ConfigError(f"{where}: expected finite min, max and step, or one_of; found {numbers}")
+def _read_field(value: dict[str, object], where: str, file: str) -> ActionField:
+    if "one_of" in value:
+        if number_keys := sorted(value.keys() & _NUMBER_KEYS):
+            raise ConfigError(
+                f"{file}: {where}: expected either one_of, or min, max and step; found one_of and {number_keys[0]}"
+            )
+        choice = convert(value, ChoiceField, file, where)
+        if len(set(choice.one_of)) < len(choice.one_of):
+            raise ConfigError(f"{file}: {where}.one_of: the words must differ; found {choice.one_of}")
+        return choice
+    if not value.keys() & _NUMBER_KEYS:
+        raise ConfigError(f"{file}: {where}: expected min, max and step for a number, or one_of for a choice")
+    number = convert(value, NumberField, file, where)
+    _check_number_field(number, f"{file}: {where}")
+    return number
+
+
+def _check_number_field(field: NumberField, where: str) -> None:
+    limits = f"min {field.min:g}, max {field.max:g}, step {field.step:g}"
+    if not all(map(math.isfinite, (field.min, field.max, field.step))):
+        raise ConfigError(f"{where}: min, max and step must be finite; found {limits}")
     if not _is_decimal(field.step):
-        raise ConfigError(
-            f"{where}: step: expected one like 0.01, 0.05, 0.25 or 1; found {field.step}, which has no end"
-        )
-    if not field.min < field.max or field.step > field.max - field.min:
-        raise ConfigError(f"{where}: expected min < max and a step within; found {numbers}")
-    ends = (field.q01, field.q99)
-    if ends != (None, None) and not (None not in ends and all(map(math.isfinite, ends)) and field.q01 < field.q99):
-        raise ConfigError(f"{where}: expected finite q01 < q99, or neither; found {ends}")
+        raise ConfigError(f"{where}.step: must be a decimal fraction such as 0.01 or 0.25; found {field.step:g}")
+    if field.min >= field.max or field.step > field.max - field.min:
+        raise ConfigError(f"{where}: min must be below max, and step at most max - min; found {limits}")
+    if field.q01 is None and field.q99 is None:
+        return
+    if field.q01 is None or field.q99 is None:
+        raise ConfigError(f"{where}: expected both q01 and q99, or neither; found q01 {field.q01}, q99 {field.q99}")
+    if not (math.isfinite(field.q01) and math.isfinite(field.q99) and field.q01 < field.q99):
+        raise ConfigError(f"{where}: q01 must be below q99, both finite; found q01 {field.q01:g}, q99 {field.q99:g}")
 
 
 def _is_decimal(step: float) -> bool:
-    """Whether shifting the point gives a whole number in floating point, which is how the grammar reads a step."""
+    """True if the step times a power of ten (up to 10^6) is an exact integer in float64. llguidance reads a JSON
+    schema's multipleOf that way."""
     for _ in range(7):
         if step.is_integer():
             return True
         step *= 10
     return False
+
+
+def _check_horizon(space: _SpaceSettings, where: str) -> None:
+    if space.horizon == 1:
+        if space.chunk_step_ms:
+            raise ConfigError(f"{where}: chunk_step_ms: must be 0 when horizon is 1; found {space.chunk_step_ms}")
+        return
+    if space.codec != "action_tokens":
+        raise ConfigError(f"{where}: horizon: must be 1 with codec {space.codec}; found {space.horizon}")
+    if space.chunk_step_ms == 0:
+        raise ConfigError(f"{where}: chunk_step_ms: must be at least 1 when horizon is above 1; found 0")
+    if space.chunk_step_ms * space.horizon > space.valid_for_ms:
+        raise ConfigError(
+            f"{where}: chunk_step_ms: {space.horizon} steps must end within valid_for_ms {space.valid_for_ms}; "
+            f"found {space.horizon} steps of {space.chunk_step_ms} ms"
+        )
+
+
+def _check_vehicle_state_prompt(state: VehicleStatePrompt, where: str) -> None:
+    keys = PLACEHOLDER.findall(state.text)
+    if set(keys) != set(state.values) or not state.text.count("{") == state.text.count("}") == len(keys):
+        expected = ", ".join(f"{{{key}}}" for key in state.values)
+        raise ConfigError(
+            f"{where}: vehicle_state.text: must contain each of {expected} and no other brace; found {state.text!r}"
+        )

@@ -1,7 +1,8 @@
 """Entry of the camera process, started by the supervisor: python -m edge_agent.camera --slot FD --wake FD --events FD
 
-With --probe it reads one frame instead: the CameraConfig comes as JSON on standard input, the size of the frame goes to
-standard output. A camera can hang in the driver for ever, so `edge-agent check` runs this in a child that it can kill.
+With --probe it reads one frame instead. The CameraConfig comes as JSON on standard input, and the size of the frame
+goes to standard output. A camera can hang in the driver for ever, so `edge-agent check` runs the probe in a child
+process that it can kill.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ def main() -> int:
         except SourceError as error:
             sys.exit(f"{error.reason}: {error.detail}")
         return 0
-    slot, events, first = attach_to_supervisor()
+    attached = attach_to_supervisor()
     cv2.setNumThreads(1)  # the cores belong to the model process
-    config = msgspec.msgpack.decode(first, type=CameraConfig)
+    config = msgspec.msgpack.decode(attached.first, type=CameraConfig)
     try:
-        return run(config, slot, lambda event: events.send(encode(event)))
-    except BrokenPipeError:
+        return run(config, attached.slot, lambda event: attached.events.send(encode(event)))
+    except BrokenPipeError:  # the supervisor closed its socket
         return 0
 
 

@@ -1,4 +1,4 @@
-"""A GStreamer pipeline in a gst-launch-1.0 child; its frames come through a pipe."""
+"""A GStreamer pipeline in a gst-launch-1.0 child process. Its frames come through a pipe."""
 
 from __future__ import annotations
 
@@ -9,73 +9,103 @@ import os
 import select
 import shlex
 import subprocess
-import time
 from fractions import Fraction
 
-from edge_agent.camera.source import STALL_S, CapturedFrame, SourceError, SourceItems, check_size
+from edge_agent.camera.clock import NS_PER_S, Clock
+from edge_agent.camera.source import FRAME_POLL_MS, STALL_S, CapturedFrame, SourceError, SourceItems, check_size
 from edge_agent.config import CameraConfig
 from edge_agent.ipc.frame_slot import Slot
 from edge_agent.ipc.worker import die_with_parent
 
 GST_START_S = 8.0  # a CSI pipeline takes seconds to its first frame
+KILL_TIMEOUT_S = 1.0  # a killed child that does not end within this time hangs in a driver
+LAST_MESSAGE_S = 1.0  # how long to wait for the child's last message after its last frame
+MAX_LOG_BYTES = 500  # of the child's messages: the last ones say why it ended
+
+# Killed children that have not ended yet. While there is one, its camera is in use, and no other pipeline is started.
+_unfinished: list[subprocess.Popen[bytes]] = []
 
 
-def read_gstreamer(config: CameraConfig, slot: Slot) -> SourceItems:
-    width, height = config.width, config.height
-    if width is None or height is None:
-        raise SourceError(
-            "unreadable", "gst: needs camera.width and camera.height, the size of its frames", heals=False
-        )
-    if width % 4:
-        detail = f"gst: camera.width must be a multiple of 4 (GStreamer pads rows to 4 bytes), found {width}"
-        raise SourceError("unreadable", detail, heals=False)
-    check_size(height, width)
-    process, frames_fd = start_pipeline(config)
+def read_gstreamer(config: CameraConfig, slot: Slot, clock: Clock) -> SourceItems:
+    width, height = frame_size(config)
+    process, frames_fd = start_pipeline(config, width, height)
     try:
-        said_fd, said = process.stdout.fileno(), b""
-        poll = select.poll()
-        poll.register(frames_fd, select.POLLIN)
-        poll.register(said_fd, select.POLLIN)
-        patience_s = GST_START_S
+        output = PipelineOutput(process, frames_fd, clock)
+        timeout_s = GST_START_S
         while True:
             image = slot.write(height, width)
-            free = image.data.cast("B")
-            heard_s = time.monotonic()
-            while len(free):
-                ready = dict(poll.poll(200))
-                if said_fd in ready:
-                    said = (said + os.read(said_fd, 65536))[-500:]
-                if frames_fd in ready:
-                    n_bytes = os.readv(frames_fd, [free])
-                    if n_bytes == 0:
-                        said = (said + os.read(said_fd, 65536))[-500:]
-                        said_last = " ".join(said.decode(errors="replace").split())
-                        raise SourceError("unreadable", f"gst: the pipeline ended: {said_last or 'without a word'}")
-                    free, heard_s = free[n_bytes:], time.monotonic()
-                elif time.monotonic() - heard_s > patience_s:
-                    raise SourceError("stalled", f"gst: no frame in {patience_s:g} s")
-            patience_s = STALL_S
-            yield CapturedFrame(image, time.monotonic_ns(), "arrival", config.fps)
+            output.read_frame(image.data.cast("B"), timeout_s)
+            timeout_s = STALL_S
+            yield CapturedFrame(image, clock.now_ns(), "arrival", config.fps)
     finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
         os.close(frames_fd)
+        stop_pipeline(process)
 
 
-def start_pipeline(config: CameraConfig) -> tuple[subprocess.Popen, int]:
-    """gst-launch-1.0 as our child, and the pipe its frames come out of: not its stdout, where CSI plug-ins print."""
+def frame_size(config: CameraConfig) -> tuple[int, int]:
+    """Width and height in pixels. Raises SourceError if the configuration has none that GStreamer can deliver."""
+    width, height = config.width, config.height
+    if width is None or height is None:
+        detail = "gst: needs camera.width and camera.height, the size of its frames"
+        raise SourceError("unreadable", detail, retryable=False)
+    if width % 4:
+        detail = f"gst: camera.width must be a multiple of 4 (GStreamer pads rows to 4 bytes), found {width}"
+        raise SourceError("unreadable", detail, retryable=False)
+    check_size(height, width)
+    return width, height
+
+
+class PipelineOutput:
+    """The two outputs of the child: frames from `frames_fd`, messages from its standard output."""
+
+    def __init__(self, process: subprocess.Popen[bytes], frames_fd: int, clock: Clock) -> None:
+        assert process.stdout is not None
+        self.frames_fd, self.log_fd, self.clock = frames_fd, process.stdout.fileno(), clock
+        self.log = b""
+        self.poll = select.poll()
+        self.poll.register(self.frames_fd, select.POLLIN)
+        self.poll.register(self.log_fd, select.POLLIN)
+
+    def read_frame(self, buffer: memoryview, timeout_s: float) -> None:
+        """Fill the buffer with one frame. Raises SourceError at the pipeline's end, or after timeout_s without data."""
+        last_data_ns = self.clock.now_ns()
+        while len(buffer):
+            ready = dict(self.poll.poll(FRAME_POLL_MS))
+            if self.log_fd in ready:
+                self.read_log()
+            if self.frames_fd in ready:
+                n_bytes = os.readv(self.frames_fd, [buffer])
+                if n_bytes == 0:
+                    if select.select([self.log_fd], [], [], LAST_MESSAGE_S)[0]:
+                        self.read_log()
+                    log = " ".join(self.log.decode(errors="replace").split())
+                    raise SourceError("unreadable", f"gst: the pipeline ended: {log or 'without a message'}")
+                buffer, last_data_ns = buffer[n_bytes:], self.clock.now_ns()
+            elif self.clock.now_ns() - last_data_ns > timeout_s * NS_PER_S:
+                raise SourceError("stalled", f"gst: no frame in {timeout_s:g} s")
+
+    def read_log(self) -> None:
+        chunk = os.read(self.log_fd, 65536)
+        self.log = (self.log + chunk)[-MAX_LOG_BYTES:]
+        if not chunk:  # closed: poll() would report it at once, again and again
+            with contextlib.suppress(KeyError):
+                self.poll.unregister(self.log_fd)
+
+
+def start_pipeline(config: CameraConfig, width: int, height: int) -> tuple[subprocess.Popen[bytes], int]:
+    """Start gst-launch-1.0. Returns the child process and the descriptor of the pipe that its frames come from.
+
+    The frames do not use the child's standard output, because CSI plug-ins print messages there. Raises SourceError.
+    """
+    _unfinished[:] = [process for process in _unfinished if process.poll() is None]
+    if _unfinished:
+        detail = f"gst: the previous pipeline (process {_unfinished[0].pid}) was killed, but still hangs in a driver"
+        raise SourceError("busy", detail)
+    command = ["gst-launch-1.0", "-q", *pipeline_of(config, width, height)]
     frames_fd, write_fd = os.pipe()
-    caps = f"video/x-raw,format=RGB,width={config.width},height={config.height}"
-    rate = []
-    if config.fps:
-        rate = ["videorate", "drop-only=true", "!"]  # never repeats a frame to reach a rate
-        fps = Fraction(config.fps).limit_denominator(1001)
-        caps += f",framerate={fps.numerator}/{fps.denominator}"
-    pipeline = shlex.split(config.source.removeprefix("gst:"))
     try:
         process = subprocess.Popen(
-            ["gst-launch-1.0", "-q", *pipeline, "!", *rate, "videoconvert", "!", caps, "!", "fdsink", f"fd={write_fd}"],
+            [*command, "!", "fdsink", f"fd={write_fd}"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -83,11 +113,40 @@ def start_pipeline(config: CameraConfig) -> tuple[subprocess.Popen, int]:
             start_new_session=True,  # Ctrl-C in a terminal is for the supervisor
             preexec_fn=functools.partial(die_with_parent, os.getpid()),
         )
-    except FileNotFoundError:
+    except OSError as error:
         os.close(frames_fd)
-        raise SourceError("absent", "gst: gst-launch-1.0 is not installed (gstreamer1.0-tools)", heals=False) from None
+        if isinstance(error, FileNotFoundError):
+            detail = "gst: gst-launch-1.0 is not installed (gstreamer1.0-tools)"
+            raise SourceError("absent", detail, retryable=False) from None
+        raise SourceError("unreadable", f"gst: gst-launch-1.0: {error.strerror}") from None
     finally:
         os.close(write_fd)
-    with contextlib.suppress(PermissionError):  # the system's limit may be lower; then it is only more wake-ups
+    with contextlib.suppress(PermissionError):  # the system's limit may be lower; a small pipe only wakes us more often
         fcntl.fcntl(frames_fd, fcntl.F_SETPIPE_SZ, 1 << 20)
     return process, frames_fd
+
+
+def pipeline_of(config: CameraConfig, width: int, height: int) -> list[str]:
+    """The configured pipeline and the conversion to frames of width x height RGB pixels, as words of a command."""
+    try:
+        source = shlex.split(config.source.removeprefix("gst:"))
+    except ValueError as error:  # for example a quotation that does not end
+        raise SourceError("unreadable", f"gst: the pipeline cannot be read: {error}", retryable=False) from None
+    caps = f"video/x-raw,format=RGB,width={width},height={height}"
+    rate = []
+    if config.fps:
+        rate = ["videorate", "drop-only=true", "!"]  # never repeats a frame to reach the rate
+        fps = Fraction(config.fps).limit_denominator(1001)
+        caps += f",framerate={fps.numerator}/{fps.denominator}"
+    return [*source, "!", *rate, "videoconvert", "!", caps]
+
+
+def stop_pipeline(process: subprocess.Popen[bytes]) -> None:
+    """Kill the child. Waits KILL_TIMEOUT_S at most: a child inside a driver's call cannot end before the call does."""
+    process.kill()
+    try:
+        process.wait(KILL_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        _unfinished.append(process)
+    assert process.stdout is not None
+    process.stdout.close()

@@ -1,12 +1,27 @@
-"""The camera process: publishes the frames of one source, reports faults, opens a failed source again."""
+"""The camera process: writes the frames of one source into the newest-frame slot, and opens a failed source again.
+
+A string names the source:
+
+    /dev/video0, v4l2:/dev/v4l/by-id/..., 0    a V4L2 camera; the by-id name stays the same after a replug
+    clip.mp4                                   a video file, at its own rate or (realtime: false) at the model's rate
+    frames/                                    a folder of images in the order of their names
+    gst:nvarguscamerasrc sensor-id=0 ! nvvidconv ! video/x-raw,format=RGBA
+                                               a GStreamer pipeline, here a CSI camera; runs in gst-launch-1.0
+    zmq:ipc:///run/edge-agent/frames           frames pushed by the process that owns the camera: wire/pushed_frame.py
+
+The supervisor starts this process (ipc/worker.py) and sends the CameraConfig as first message. The process answers with
+CameraOpened, CameraFault and CameraEnded. It reports a live source that fails in a CameraFault and opens it again,
+without a limit. A permanent error (for example, no such file) ends the process with EX_CONFIG. The process cannot leave
+a read() that hangs: the supervisor kills it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Callable, Generator
 
+from edge_agent.camera.clock import MONOTONIC, NS_PER_S, Clock
 from edge_agent.camera.files import read_folder, read_video
 from edge_agent.camera.gstreamer import read_gstreamer
 from edge_agent.camera.pushed import read_pushed_frames
@@ -16,21 +31,22 @@ from edge_agent.config import CameraConfig
 from edge_agent.ipc.events import CameraEnded, CameraEvent, CameraFault, CameraOpened
 from edge_agent.ipc.frame_slot import Slot
 
-BACKOFF_S, MAX_BACKOFF_S = 0.5, 5.0
+BACKOFF_S, MAX_BACKOFF_S = 0.5, 5.0  # pause before a source is opened again: doubled until a frame comes
+PROBE_TIMEOUT_S = 10.0
+MAX_DETAIL_CHARACTERS = 1000
 
-
-SOURCES: dict[str, Callable[[CameraConfig, Slot], SourceItems]] = {
+SOURCES: dict[str, Callable[[CameraConfig, Slot, Clock], SourceItems]] = {
     "v4l2": read_v4l2,
     "gst": read_gstreamer,
     "zmq": read_pushed_frames,
     "video": read_video,
     "folder": read_folder,
 }
-CAN_FREEZE = {"v4l2", "gst"}  # a pusher's repeated frame shows in its stamp; a file may stand still as it likes
+CAN_FREEZE = {"v4l2", "gst"}  # a pushed frame has a stamp that shows a repetition; a file may repeat an image
 
 
 def source_kind(source: str) -> str:
-    """Which row of SOURCES a source string means. Raises Broken."""
+    """The row of SOURCES that a source string means. Raises SourceError."""
     prefix = source.partition(":")[0]
     if prefix in ("v4l2", "gst", "zmq") and ":" in source:
         return prefix
@@ -38,47 +54,48 @@ def source_kind(source: str) -> str:
         return "v4l2"
     if "://" in source:
         detail = f"{source}: expected /dev/videoN, v4l2:, gst:, zmq:ipc://, a file or a folder"
-        raise SourceError("absent", detail, heals=False)
+        raise SourceError("absent", detail, retryable=False)
     return "folder" if os.path.isdir(source) else "video"
 
 
-def open_source(config: CameraConfig, slot: Slot) -> Generator[CapturedFrame | CameraFault | CameraOpened, None, None]:
-    """The frames of a source, the first and every change of size announced by CameraOpened. Raises Broken."""
-    kind, shape = source_kind(config.source), None
-    items = SOURCES[kind](config, slot)
-    for item in detect_frozen(items, slot) if kind in CAN_FREEZE else items:
-        if isinstance(item, CapturedFrame) and item.image.shape != shape:
-            shape = item.image.shape
-            yield CameraOpened(width=shape[1], height=shape[0], fps=item.fps, description=f"{kind} {config.source}")
-        yield item
+def open_source(
+    config: CameraConfig, slot: Slot, clock: Clock = MONOTONIC
+) -> Generator[CapturedFrame | CameraFault | CameraOpened, None, None]:
+    """The frames of a source. CameraOpened comes before the first frame and before a new size. Raises SourceError."""
+    kind = source_kind(config.source)
+    height_width: tuple[int, int] | None = None
+    items = SOURCES[kind](config, slot, clock)
+    with contextlib.closing(detect_frozen(items, slot, clock) if kind in CAN_FREEZE else items) as items:
+        for item in items:
+            if isinstance(item, CapturedFrame) and item.image.shape[:2] != height_width:
+                height, width = height_width = item.image.shape[:2]
+                yield CameraOpened(width=width, height=height, fps=item.fps, description=f"{kind} {config.source}")
+            yield item
 
 
-def probe(config: CameraConfig, timeout_s: float = 10.0) -> str:
-    """Open the source, read one frame, and say "640x480 at 30 fps". Raises Broken.
+def probe(config: CameraConfig, timeout_s: float = PROBE_TIMEOUT_S, clock: Clock = MONOTONIC) -> str:
+    """Open the source, read one frame, and return its size: "640x480 at 30 fps". Raises SourceError.
 
     A camera can hang in read() for ever: call this in a process that you can kill.
     """
-    slot, give_up_s = Slot.create(), time.monotonic() + timeout_s
-    with contextlib.closing(slot), contextlib.closing(open_source(config, slot)) as items:
+    slot, end_ns = Slot.create(), clock.now_ns() + round(timeout_s * NS_PER_S)
+    with contextlib.closing(slot), contextlib.closing(open_source(config, slot, clock)) as items:
         for item in items:
             if isinstance(item, CameraOpened):
                 return f"{item.width}x{item.height}" + (f" at {item.fps:g} fps" if item.fps else "")
-            if isinstance(item, CameraFault) and time.monotonic() > give_up_s:
+            if isinstance(item, CameraFault) and clock.now_ns() > end_ns:
                 raise SourceError(item.reason, item.detail)
     raise SourceError("unreadable", f"{config.source}: no frame")
 
 
-# The process.
-
-
-def run(config: CameraConfig, slot: Slot, send: Callable[[CameraEvent], None]) -> int:
-    """Publish the source's frames until it ends (0) or cannot heal (EX_CONFIG)."""
+def run(config: CameraConfig, slot: Slot, send: Callable[[CameraEvent], object], clock: Clock = MONOTONIC) -> int:
+    """Publish the frames of the source. Returns 0 at the end of the source, or EX_CONFIG after a permanent error."""
     backoff_s = BACKOFF_S
     while True:
         try:
             newest = slot.peek(0)
             frame_id = newest.frame_id if newest else 0
-            for item in open_source(config, slot):
+            for item in open_source(config, slot, clock):
                 if isinstance(item, CapturedFrame):
                     frame_id = frame_id + 1 if item.frame_id is None else item.frame_id
                     slot.publish(frame_id, item.t_capture_ns, item.capture_clock)
@@ -86,12 +103,12 @@ def run(config: CameraConfig, slot: Slot, send: Callable[[CameraEvent], None]) -
                 else:
                     send(item)
             if not config.realtime:
-                wait_for_reader(slot)  # the last frame is looked at, too
+                wait_for_reader(slot, clock)  # until the model has taken the last frame, too
             send(CameraEnded())
             return 0
-        except SourceError as broken:
-            send(CameraFault(broken.reason, broken.detail[:1000]))
-            if not broken.heals:
+        except SourceError as error:
+            send(CameraFault(error.reason, error.detail[:MAX_DETAIL_CHARACTERS]))
+            if not error.retryable:
                 return os.EX_CONFIG
-        time.sleep(backoff_s)
+        clock.sleep_until(clock.now_ns() + round(backoff_s * NS_PER_S))
         backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)

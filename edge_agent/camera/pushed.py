@@ -1,48 +1,84 @@
-"""Frames pushed over ZeroMQ by the process that owns the camera."""
+"""Frames that another process, which owns the camera, pushes over ZeroMQ."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import time
+from collections.abc import Iterator
 
 import cv2
 import msgspec
 import numpy as np
 import zmq
 
-from edge_agent.camera.source import NS_PER_S, STALL_S, CapturedFrame, SourceError, SourceItems, check_size, into_slot
+from edge_agent.camera.clock import NS_PER_S, Clock
+from edge_agent.camera.source import (
+    FRAME_POLL_MS,
+    STALL_NS,
+    STALL_S,
+    CapturedFrame,
+    SourceError,
+    SourceItems,
+    check_size,
+    into_slot,
+)
 from edge_agent.config import CameraConfig
 from edge_agent.ipc.events import CameraFault
 from edge_agent.ipc.frame_slot import MAX_IMAGE_BYTES, Slot
 from edge_agent.wire.pushed_frame import PushedFrame, decode_pushed_frame
 
-MAX_AHEAD_NS, MAX_AGE_NS = 5_000_000, NS_PER_S  # a pushed frame's stamp: so far in the future or past, and no further
-
+MAX_AHEAD_NS, MAX_AGE_NS = 5_000_000, NS_PER_S  # how far a frame's stamp may lie in the future and in the past
+MAX_QUEUED_FRAMES = 2  # frames that wait in the socket
+FAULT_INTERVAL_NS = NS_PER_S  # a pusher with a defect sends wrong frames at its full rate
 
 # format -> bytes per pixel (None: compressed), and OpenCV's conversion to RGB (None: it is RGB)
-PUSHED_FORMATS = {
+PUSHED_FORMATS: dict[str, tuple[int | None, int | None]] = {
     "rgb8": (3, None),
     "bgr8": (3, cv2.COLOR_BGR2RGB),
     "gray8": (1, cv2.COLOR_GRAY2RGB),
     "jpeg": (None, cv2.COLOR_BGR2RGB),
 }
-MAX_QUEUED_FRAMES = 2  # wait in the socket at most
 
 
-def read_pushed_frames(config: CameraConfig, slot: Slot) -> SourceItems:
+def read_pushed_frames(config: CameraConfig, slot: Slot, clock: Clock) -> SourceItems:
     endpoint = config.source.removeprefix("zmq:")
-    path = endpoint.removeprefix("ipc://")
     if not endpoint.startswith("ipc:///"):
-        detail = f"zmq:{endpoint}: expected zmq:ipc:///absolute/path; frames do not come over a network"
-        raise SourceError("unreadable", detail, heals=False)
+        detail = f"zmq:{endpoint}: expected zmq:ipc:///absolute/path; frames cannot come over a network"
+        raise SourceError("unreadable", detail, retryable=False)
+    with bind_receiver(endpoint) as receiver:
+        newest = slot.peek(0)  # a frame that was published before a restart is not a new frame
+        last_captured_ns = newest.t_capture_ns if newest else 0
+        refusals = RefusalReport(endpoint)
+        last_data_ns = clock.now_ns()
+        while True:
+            message = receive_newest(receiver)
+            now_ns = clock.now_ns()
+            if message is None:
+                if now_ns - last_data_ns >= STALL_NS:
+                    last_data_ns = now_ns
+                    yield CameraFault("stalled", f"{endpoint}: no frame was pushed for {STALL_S:g} s")
+                continue
+            last_data_ns = now_ns
+            try:
+                frame = check_pushed_frame(message.buffer, last_captured_ns, now_ns)
+                image = into_slot(pushed_pixels(frame), slot, PUSHED_FORMATS[frame.format][1])
+            except SourceError as error:
+                if fault := refusals.add(error, now_ns):
+                    yield fault
+                continue
+            last_captured_ns = frame.t_capture_ns
+            yield CapturedFrame(image, frame.t_capture_ns, "sender", frame_id=frame.frame_id)
+
+
+@contextlib.contextmanager
+def bind_receiver(endpoint: str) -> Iterator[zmq.Socket[bytes]]:
+    """The PULL socket at `ipc:///absolute/path`. Raises SourceError, "busy" if another process receives there."""
     with contextlib.ExitStack() as stack:
         try:
-            # ZeroMQ lets a second process bind the same path and take the traffic without a word.
-            lock = stack.enter_context(open(path + ".lock", "a"))
+            # ZeroMQ lets a second process bind the same path and silently take the frames, so a lock file guards it.
+            lock = stack.enter_context(open(endpoint.removeprefix("ipc://") + ".lock", "a"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            receiver = stack.enter_context(zmq.Context()).socket(zmq.PULL)
-            stack.enter_context(receiver)
+            receiver = stack.enter_context(stack.enter_context(zmq.Context()).socket(zmq.PULL))
             receiver.setsockopt(zmq.LINGER, 0)
             receiver.setsockopt(zmq.RCVHWM, MAX_QUEUED_FRAMES)
             receiver.setsockopt(zmq.MAXMSGSIZE, MAX_IMAGE_BYTES + 4096)
@@ -51,33 +87,44 @@ def read_pushed_frames(config: CameraConfig, slot: Slot) -> SourceItems:
             raise SourceError("busy", f"{endpoint}: another process receives there") from None
         except (OSError, zmq.ZMQError) as error:
             raise SourceError("absent", f"{endpoint}: {error.strerror}") from None
-        newest = slot.peek(0)  # a frame from before our restart is not new again
-        last_ns = newest.t_capture_ns if newest else 0
-        n_refused, told_ns = 0, -NS_PER_S
-        while True:
-            if not receiver.poll(STALL_S * 1000):
-                yield CameraFault("stalled", f"{endpoint}: no frame pushed for {STALL_S:g} s")
-                continue
-            message = receiver.recv(copy=False)
-            with contextlib.suppress(zmq.Again):  # the newest, whatever the pusher's pace; CONFLATE may hold one back
-                for _ in range(MAX_QUEUED_FRAMES):
-                    message = receiver.recv(zmq.NOBLOCK, copy=False)
-            now_ns = time.monotonic_ns()
-            try:
-                frame = check_pushed_frame(message.buffer, last_ns, now_ns)
-                image = into_slot(pushed_pixels(frame), slot, PUSHED_FORMATS[frame.format][1])
-            except SourceError as bad:
-                n_refused += 1
-                if now_ns - told_ns >= NS_PER_S:  # a pusher that is wrong is wrong at its full rate
-                    yield CameraFault(bad.reason, f"{endpoint}: {n_refused} refused, the last: {bad.detail}")
-                    n_refused, told_ns = 0, now_ns
-                continue
-            last_ns = frame.t_capture_ns
-            yield CapturedFrame(image, frame.t_capture_ns, "sender", frame_id=frame.frame_id)
+        yield receiver
 
 
-def check_pushed_frame(message: memoryview, last_ns: int, now_ns: int) -> PushedFrame:
-    """One message, checked but for its pixels. `last_ns` is the stamp of the frame before. Raises Broken."""
+def receive_newest(receiver: zmq.Socket[bytes]) -> zmq.Frame | None:
+    """The newest message in the socket, or None if none comes within FRAME_POLL_MS.
+
+    Reads until the socket is empty: the socket option CONFLATE can hold a message back.
+    """
+    if not receiver.poll(FRAME_POLL_MS):
+        return None
+    message = receiver.recv(copy=False)
+    with contextlib.suppress(zmq.Again):
+        for _ in range(MAX_QUEUED_FRAMES):  # not for ever: a fast pusher may never leave the socket empty
+            message = receiver.recv(zmq.NOBLOCK, copy=False)
+    return message
+
+
+class RefusalReport:
+    """Makes at most one CameraFault a second of refused messages, with their number."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.endpoint = endpoint
+        self.n_refused, self.reported_ns = 0, -FAULT_INTERVAL_NS
+
+    def add(self, error: SourceError, now_ns: int) -> CameraFault | None:
+        self.n_refused += 1
+        if now_ns - self.reported_ns < FAULT_INTERVAL_NS:
+            return None
+        fault = CameraFault(error.reason, f"{self.endpoint}: {self.n_refused} refused, the last one: {error.detail}")
+        self.n_refused, self.reported_ns = 0, now_ns
+        return fault
+
+
+def check_pushed_frame(message: memoryview, last_captured_ns: int, now_ns: int) -> PushedFrame:
+    """One message, checked except for its pixels. Raises SourceError.
+
+    last_captured_ns: the stamp of the previous frame.
+    """
     if message[:1] != b"F":
         raise SourceError("unreadable", f"expected topic b'F', found {bytes(message[:1])!r}")
     try:
@@ -91,29 +138,30 @@ def check_pushed_frame(message: memoryview, last_ns: int, now_ns: int) -> Pushed
         raise SourceError("unreadable", f"{size} is {n_bytes} bytes, found {len(frame.data)}")
     age_ns = now_ns - frame.t_capture_ns
     if not -MAX_AHEAD_NS <= age_ns <= MAX_AGE_NS:
-        raise SourceError("clock", f"frame {frame.frame_id} is stamped {age_ns / 1e6:.1f} ms ago by CLOCK_MONOTONIC")
-    if frame.t_capture_ns <= last_ns:
-        behind_ms = (last_ns - frame.t_capture_ns) / 1e6
-        raise SourceError("clock", f"frame {frame.frame_id} is stamped {behind_ms:.1f} ms before the one before it")
+        detail = f"frame {frame.frame_id} is stamped {age_ns / 1e6:.1f} ms ago by CLOCK_MONOTONIC; expected 0 to 1000"
+        raise SourceError("clock", detail)
+    if frame.t_capture_ns <= last_captured_ns:
+        behind_ms = (last_captured_ns - frame.t_capture_ns) / 1e6
+        raise SourceError("clock", f"frame {frame.frame_id} is stamped {behind_ms:.1f} ms before the previous frame")
     return frame
 
 
 def pushed_pixels(frame: PushedFrame) -> np.ndarray:
-    """(H, W, 3) or (H, W) uint8, in the format's own channel order."""
+    """(H, W, 3) or (H, W) uint8, in the format's own channel order. Raises SourceError."""
     data = np.frombuffer(frame.data, np.uint8)
     if frame.format == "gray8":
         return data.reshape(frame.height, frame.width)
     if frame.format != "jpeg":
         return data.reshape(frame.height, frame.width, 3)
-    # Whole, and no other format: OpenCV has decoders for a dozen, and takes half a JPEG for a grey-bottomed image.
+    # OpenCV has decoders for a dozen formats, and decodes half a JPEG to an image with a grey bottom: both are refused.
     if bytes(data[:3]) != b"\xff\xd8\xff" or bytes(data[-2:]) != b"\xff\xd9":
         raise SourceError("unreadable", f"frame {frame.frame_id}: not one whole JPEG")
     try:
         bgr = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error as error:
         raise SourceError("unreadable", f"frame {frame.frame_id}: JPEG: {error.err}") from None
-    found = (0, 0) if bgr is None else bgr.shape[:2]
-    if found != (frame.height, frame.width):
-        size = f"{frame.width}x{frame.height}, found {found[1]}x{found[0]}"
-        raise SourceError("unreadable", f"frame {frame.frame_id}: JPEG: expected {size}")
+    height, width = (0, 0) if bgr is None else bgr.shape[:2]
+    if bgr is None or (height, width) != (frame.height, frame.width):
+        expected = f"{frame.width}x{frame.height}"
+        raise SourceError("unreadable", f"frame {frame.frame_id}: JPEG: expected {expected}, found {width}x{height}")
     return bgr

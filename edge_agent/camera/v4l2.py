@@ -1,4 +1,4 @@
-"""V4L2 cameras: /dev/videoN through OpenCV, with the time stamps of the driver."""
+"""V4L2 cameras: /dev/videoN through OpenCV, with the time stamps of the driver where they are plausible."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import errno
 import fcntl
 import os
 import struct
-import time
 
 import cv2
 
-from edge_agent.camera.source import NS_PER_S, STALL_S, CapturedFrame, SourceError, SourceItems, into_slot
+from edge_agent.camera.clock import NS_PER_S, Clock
+from edge_agent.camera.source import STALL_NS, STALL_S, CapturedFrame, SourceError, SourceItems, into_slot
 from edge_agent.config import CameraConfig
+from edge_agent.ipc.events import CameraFaultReason
 from edge_agent.ipc.frame_slot import Slot
 from edge_agent.wire.messages import CaptureClock
 
-# Sources: generators that fill the slot's free buffer and yield Captured, or a CameraFault that they can live with.
+MAX_DRIVER_AGE_NS = NS_PER_S
+VIDIOC_REQBUFS = 0xC0145608  # linux/videodev2.h
 
 
-def read_v4l2(config: CameraConfig, slot: Slot) -> SourceItems:
+def read_v4l2(config: CameraConfig, slot: Slot, clock: Clock) -> SourceItems:
     device = config.source.removeprefix("v4l2:")
     device = f"/dev/video{device}" if device.isdigit() else device
     check_device(device)
@@ -26,54 +28,60 @@ def read_v4l2(config: CameraConfig, slot: Slot) -> SourceItems:
     try:
         if not capture.isOpened():
             raise SourceError(
-                "unreadable", f"{device}: opens, but is no V4L2 camera with a pixel format known to OpenCV"
+                "unreadable", f"{device}: opens, but is not a V4L2 camera with a pixel format that OpenCV can read"
             )
-        wishes = {
-            cv2.CAP_PROP_FRAME_WIDTH: config.width,
-            cv2.CAP_PROP_FRAME_HEIGHT: config.height,
-            cv2.CAP_PROP_FPS: config.fps,
-            cv2.CAP_PROP_BUFFERSIZE: 1,  # the driver queues frames: this loop always drains, and what it gets is new
-        }
-        for wish, value in wishes.items():
-            if value is not None:
-                capture.set(wish, value)
+        configure(capture, config)
         fps = capture.get(cv2.CAP_PROP_FPS) or None
-        bgr, last_driver_ns, good_ns = None, 0, time.monotonic_ns()
+        bgr, last_driver_ns, last_image_ns = None, 0, clock.now_ns()
         while capture.grab():
-            arrival_ns = time.monotonic_ns()
-            # JetPack drivers stamp with another clock, half a minute off: only a plausible stamp is the driver's.
+            arrival_ns = clock.now_ns()
+            # JetPack drivers use another clock, half a minute away. Only a plausible stamp is taken from the driver.
             driver_ns = round(capture.get(cv2.CAP_PROP_POS_MSEC) * 1e6)
-            by_driver = 0 <= arrival_ns - driver_ns <= NS_PER_S
-            if by_driver and driver_ns <= last_driver_ns:
-                continue  # the same exposure handed out again is not a new frame
+            driver_is_plausible = 0 <= arrival_ns - driver_ns <= MAX_DRIVER_AGE_NS
+            if driver_is_plausible and driver_ns <= last_driver_ns:
+                continue  # the driver returned the same exposure again
             ok, bgr = capture.retrieve(bgr)
             if ok:
-                last_driver_ns, good_ns = (driver_ns if by_driver else 0), arrival_ns
-                clock: CaptureClock = "driver" if by_driver else "arrival"
-                yield CapturedFrame(into_slot(bgr, slot), driver_ns if by_driver else arrival_ns, clock, fps)
-            elif arrival_ns - good_ns > STALL_S * NS_PER_S:
-                raise SourceError("unreadable", f"{device}: gives buffers, but no image in {STALL_S:g} s")
+                last_driver_ns, last_image_ns = (driver_ns if driver_is_plausible else 0), arrival_ns
+                capture_clock: CaptureClock = "driver" if driver_is_plausible else "arrival"
+                captured_ns = driver_ns if driver_is_plausible else arrival_ns
+                yield CapturedFrame(into_slot(bgr, slot), captured_ns, capture_clock, fps)
+            elif arrival_ns - last_image_ns > STALL_NS:
+                raise SourceError("unreadable", f"{device}: returns buffers, but no image in {STALL_S:g} s")
         if not os.path.exists(device):
-            raise SourceError("absent", f"{device}: is gone")
-        raise SourceError("stalled", f"{device}: gives no frame")
+            raise SourceError("absent", f"{device}: the device is gone")
+        raise SourceError("stalled", f"{device}: returns no frame")
     finally:
         capture.release()
 
 
+def configure(capture: cv2.VideoCapture, config: CameraConfig) -> None:
+    """Ask the driver for the configured size and rate. A driver may choose others."""
+    properties = {
+        cv2.CAP_PROP_FRAME_WIDTH: config.width,
+        cv2.CAP_PROP_FRAME_HEIGHT: config.height,
+        cv2.CAP_PROP_FPS: config.fps,
+        cv2.CAP_PROP_BUFFERSIZE: 1,  # the driver queues frames; with one buffer the next frame is a new one
+    }
+    for number, value in properties.items():
+        if value is not None:
+            capture.set(number, value)
+
+
 def check_device(device: str) -> None:
-    """Name the reason that OpenCV keeps to itself: no device, no permission, or somebody else's."""
+    """Raise SourceError with the reason that OpenCV does not report: no device, no permission, or in use."""
     try:
         fd = os.open(device, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     except PermissionError:
         raise SourceError("unreadable", f"{device}: no permission; is this user in group video?") from None
     except OSError as error:
-        reason = "busy" if error.errno == errno.EBUSY else "absent"
+        reason: CameraFaultReason = "busy" if error.errno == errno.EBUSY else "absent"
         raise SourceError(reason, f"{device}: {error.strerror}") from None
     try:
-        # VIDIOC_REQBUFS for no buffers (count, type CAPTURE, memory MMAP, ...) fails while another process streams.
-        fcntl.ioctl(fd, 0xC0145608, struct.pack("=5I", 0, 1, 1, 0, 0))
-    except OSError as error:  # what else it may say, OpenCV finds out as well
+        # A request for 0 buffers (count, type CAPTURE, memory MMAP, ...) fails while another process streams.
+        fcntl.ioctl(fd, VIDIOC_REQBUFS, struct.pack("=5I", 0, 1, 1, 0, 0))
+    except OSError as error:  # OpenCV finds every other error when it opens the device
         if error.errno == errno.EBUSY:
-            raise SourceError("busy", f"{device}: another process has it") from None
+            raise SourceError("busy", f"{device}: another process uses it") from None
     finally:
         os.close(fd)

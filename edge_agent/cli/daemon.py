@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     config = read_config(arguments)
     _require_onnxruntime(config)
-    return process.run(msgspec.structs.replace(config, trace=arguments.trace or config.trace))
+    return process.run(config, trace_path=arguments.trace or "")
 
 
 def read_config(arguments: argparse.Namespace) -> Config:

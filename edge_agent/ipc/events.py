@@ -1,4 +1,4 @@
-"""What the three processes tell each other: events to the supervisor, commands to the model process."""
+"""The messages between the three processes: events to the supervisor, and commands to the model process."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import Literal
 import msgspec
 
 from edge_agent.wire.codec import make_decoder
-from edge_agent.wire.messages import CaptureClock, Lane, StageTimes
+from edge_agent.wire.messages import CaptureClock, Lane, StageTimes, TextStopReason
 
-# Between the processes: camera and model -> supervisor.
+# -- camera process -> supervisor -------------------------------------------------------------------------------------
 
 
 class CameraOpened(msgspec.Struct, frozen=True, tag_field="kind", tag="opened"):
+    """The source was opened, or its frames have a new size."""
+
     width: int
     height: int
     fps: float | None
@@ -20,13 +22,15 @@ class CameraOpened(msgspec.Struct, frozen=True, tag_field="kind", tag="opened"):
 
 
 class CameraEnded(msgspec.Struct, frozen=True, tag_field="kind", tag="ended"):
-    """A source with an end (video or folder, loop off) reached it."""
+    """A source that has an end (a video or a folder, loop: false) has reached it."""
 
 
 CameraFaultReason = Literal["absent", "busy", "unreadable", "stalled", "frozen", "clock", "too-large"]
 
 
 class CameraFault(msgspec.Struct, frozen=True, tag_field="kind", tag="fault"):
+    """The source delivers no frame. The camera process opens it again, or ends with EX_CONFIG."""
+
     reason: CameraFaultReason
     detail: str
 
@@ -34,23 +38,26 @@ class CameraFault(msgspec.Struct, frozen=True, tag_field="kind", tag="fault"):
 CameraEvent = CameraOpened | CameraEnded | CameraFault
 
 
+# -- model process -> supervisor --------------------------------------------------------------------------------------
+
+
 class ModelReady(msgspec.Struct, frozen=True, tag_field="kind", tag="ready"):
     """The model is loaded and has answered a warm-up frame."""
 
-    vision: str
+    vision: str  # backend and provider that really run, for example "onnxruntime CPUExecutionProvider"
     load_s: float
-    warmup_ms: float
+    warmup_ms: float  # duration of the warm-up frame
 
 
 class StartupFailed(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="cannot-start"):
-    """The last words of a model process that never gets ready."""
+    """The model process cannot load, and ends."""
 
     reason: str
-    configured: bool  # the configuration is at fault: the same would happen again
+    configured: bool  # the configuration is wrong: every other start would fail as well
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag_field="kind", tag="progress"):
-    """Work was really done: a stage of loading, or a decode while no frame came."""
+    """Work was done: a stage of loading, or a decode step while no frame came."""
 
     what: str
 
@@ -61,70 +68,77 @@ class LogLine(msgspec.Struct, frozen=True, tag_field="kind", tag="note"):
     line: str
 
 
-# Why an answer is not complete; empty: it is. cancelled: paused, or told something else meanwhile.
+# Why an answer to a frame is not complete; "": it is. cancelled: a pause or a new instruction came meanwhile.
 StopReason = Literal["", "late", "length", "grammar", "not-finite", "cancelled"]
 
 
 class InstructionApplied(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="instructed"):
-    """From here on frames are answered under this instruction and adapter; with an error, as before."""
+    """The answer to SetInstruction: frames are now answered under this instruction and adapter."""
 
     instruction_id: int
     text: str
     adapter: str
-    error: str = ""
+    error: str = ""  # why the instruction was refused: then frames are answered as before
 
 
 class Proposal(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="proposal"):
-    """The model's answer to one frame, unchecked: the supervisor makes an Action or a Refusal of it."""
+    """The model's answer to one frame, unchecked. The supervisor makes an Action or a Refusal of it."""
 
     frame_id: int
     t_capture_ns: int
     capture_clock: CaptureClock
-    frame_seq: int  # of the slot: tells how many frames were passed over
-    instruction_id: int  # which instruction it was asked under
+    frame_seq: int  # number of the frame in the slot: a gap is the number of dropped frames
+    instruction_id: int  # of the instruction that the model followed
     text: str
     stop_reason: StopReason
     stages_ms: StageTimes
 
 
 class TextDelta(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="piece"):
+    """A piece of text as it is decoded."""
+
     lane: Lane
     frame_id: int
     text: str
-    request: str = ""
-    final: bool = False
-    stop_reason: str = ""
+    request: str = ""  # of AskQuestion, if the text answers a question
+    final: bool = False  # the last piece of this text
+    stop_reason: TextStopReason = ""
 
 
 class TraceSpan(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="span"):
-    """Something that was done, for the timeline (`edge-agent run --trace`)."""
+    """What was done when, for the timeline (`edge-agent run --trace`). The model process emits it if started with
+    --trace."""
 
     name: str
     thread: str
-    start_ns: int
+    start_ns: int  # CLOCK_MONOTONIC
     stop_ns: int
 
 
 ModelEvent = ModelReady | StartupFailed | Heartbeat | LogLine | InstructionApplied | Proposal | TextDelta | TraceSpan
 
 
-# Supervisor -> model.
+# -- supervisor -> model process --------------------------------------------------------------------------------------
 
 
 class SetInstruction(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="instruct"):
-    """None: as it is."""
+    """Follow another instruction, use another adapter, or both. The answer is InstructionApplied."""
 
-    instruction_id: int
-    text: str | None = None
-    adapter: str | None = None
+    instruction_id: int  # a new number for each command
+    text: str | None = None  # None: keep the instruction
+    adapter: str | None = None  # None: keep the adapter; "": use none
 
 
 class AskQuestion(msgspec.Struct, frozen=True, tag_field="kind", tag="ask"):
-    request: str
+    """Answer a question about the newest frame. The answer is TextDelta on the lane "answer"."""
+
+    request: str  # number that the supervisor gave to this question; comes back in TextDelta
     question: str
 
 
 class SetPaused(msgspec.Struct, frozen=True, tag_field="kind", tag="paused"):
+    """Answer no frames, or answer them again."""
+
     paused: bool
 
 

@@ -1,28 +1,35 @@
 """The newest-frame slot: shared memory that one camera process writes and any number of processes read.
 
-There is no queue: a reader gets the newest frame or nothing, and sees from the sequence number how many it missed. The
-slot opens no camera and converts no pixels; whether a frame is too old to act on is the reader's question.
+There is no queue. A reader gets the newest frame or nothing, and the sequence number tells how many frames it missed.
+The slot opens no camera and converts no pixels. Whether a frame is too old to act on is for the reader to decide.
 
-    >>> slot = Slot.create()                      # the supervisor; passes slot.fd and slot.wake_fd to its children
-    >>> image = slot.write(480, 640)              # the camera fills the free buffer in place ...
+    >>> slot = Slot.create()                      # the supervisor; it passes slot.fd and slot.wake_fd to its children
+    >>> image = slot.write(480, 640)              # the camera process fills the free buffer in place ...
     >>> image[:] = 7
-    >>> slot.publish(1, 5_000_000, "arrival")     # ... and now it is the newest frame
+    >>> slot.publish(1, 5_000_000, "arrival")     # ... and makes it the newest frame
     1
-    >>> frame = slot.newest(after_seq=0)          # the model; frame.image is a view, not a copy
+    >>> frame = slot.take_newest(after_seq=0)     # the model process; frame.image is a view, not a copy
     >>> int(frame.image.max())
     7
-    >>> slot.still_valid(frame)                   # asked after the work: False means throw the result away
+    >>> slot.was_not_overwritten(frame)           # after the work: if False, throw the result away
     True
 
-Three buffers in turn: frame `seq` lies in buffer `seq % 3`. The writer fills the buffer of `latest + 1` and only then
-moves `latest`, so the newest frame and the one before it are never touched, and a writer killed in the middle of a
-frame leaves nothing but a free buffer half filled. Everything that must outlive the writer is in the memory itself.
+Three buffers take turns: frame `seq` is in buffer `seq % 3`. The writer fills the buffer of frame `latest + 1` and then
+sets `latest`, so it never touches the newest frame and the frame before it. A writer that is killed in the middle of a
+frame leaves a half filled buffer that nobody reads. Everything that must outlive the writer is in the shared memory.
 
-Beside the frames lies a small note that the supervisor writes and the model reads: what the controller knows of its
-vehicle. There too only the newest counts.
+Beside the frames is the vehicle state: one record that the supervisor writes and the model process reads. Only the
+newest record counts.
 
-Memory order: pixels and record first, `latest` last; a reader reads in the opposite order and asks again afterwards. On
-x86 stores are seen in the order they were made. ARM promises no such thing, so `_fence()` stands between the two.
+Memory order: the writer writes pixels and record first and `latest` last. A reader reads in the opposite order, and
+reads `latest` again at the end. x86 makes stores visible in the order of the program. ARM does not, so `_fence()`
+separates the two.
+
+Risk: `_fence()` is two uncontended Python locks. It rests on an assumption about CPython: that releasing a lock is a
+release operation and acquiring one an acquire operation, also when nobody waits for the lock. That is true of the
+semaphores and of the PyMutex that CPython makes its locks of, but the language does not promise it, and a test on x86
+cannot find a violation. So run test_no_torn_frame_passes_as_valid on an aarch64 machine before each
+release, and after each change of the Python version.
 """
 
 from __future__ import annotations
@@ -36,29 +43,32 @@ import threading
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
+Image = npt.NDArray[np.uint8]
 MAX_IMAGE_BYTES = 7680 * 4320 * 3  # 8K; a memfd is sparse, so untouched pages of a buffer cost nothing
 N_BUFFERS = 3
-CLOCKS = ("driver", "arrival", "sender")  # the code in shared memory is the place in this tuple; append only
+CLOCKS = ("driver", "arrival", "sender")  # shared memory holds the index in this tuple; only append
 
 HEADER_BYTES = 65536  # buffers start on a page boundary, also where pages have 64 KiB
 TOTAL_BYTES = HEADER_BYTES + N_BUFFERS * MAX_IMAGE_BYTES
 MAGIC = int.from_bytes(b"EDGEFR01", "big")
 
-# Header words, 64 bits each: an aligned word is loaded and stored in one piece.
-_MAGIC, _LATEST, _SEEN, _STATES, _RECORDS = 0, 1, 2, 3, 8
+# Indices of the header words. Each has 64 bits: the processor loads and stores an aligned word in one piece.
+_MAGIC, _LATEST, _DONE, _VEHICLE_STATES, _RECORDS = 0, 1, 2, 3, 8
 _RECORD_WORDS = 8  # per buffer: frame_id, t_capture_ns, clock, height, width
 MAX_VEHICLE_STATE_BYTES = 16384
-_STATE = 1024  # where in the header the notes begin: two, written in turn, each its length and its bytes
-_STATE_WORDS = (8 + MAX_VEHICLE_STATE_BYTES) // 8
+_VEHICLE_STATE = 1024  # index of the first of two vehicle state records, written in turn: length, then bytes
+_VEHICLE_STATE_WORDS = (8 + MAX_VEHICLE_STATE_BYTES) // 8
 
 _lock = threading.Lock()
 
 
 def _fence() -> None:
-    """A full memory barrier: what is above is done before what is below.
+    """A full memory barrier: all loads and stores before it take effect before all loads and stores after it.
 
-    Leaving a lock is a release and entering the next an acquire; ARMv8 keeps a release before a later acquire.
+    Leaving a lock is a release, and entering the next lock is an acquire. ARMv8 keeps a release before a later acquire.
+    The module's docstring states the risk.
     """
     with _lock:
         pass
@@ -67,31 +77,36 @@ def _fence() -> None:
 
 
 class Frame(NamedTuple):
-    seq: int  # counts published frames for as long as the slot exists; seq - previous seq - 1 frames were dropped
+    """One frame in the slot."""
+
+    seq: int  # counts the frames published since the slot exists; seq - previous seq - 1 frames were dropped
     frame_id: int
-    t_capture_ns: int  # CLOCK_MONOTONIC of this boot
-    capture_clock: str  # who stamped it: one of CLOCKS
-    image: np.ndarray  # (H, W, 3) uint8, RGB, read-only, in shared memory: ask still_valid() after using it
+    t_capture_ns: int  # CLOCK_MONOTONIC
+    capture_clock: str  # who set t_capture_ns: one of CLOCKS
+    image: Image  # (H, W, 3) uint8, RGB, read-only, in shared memory: call was_not_overwritten() after using it
 
 
 class Slot:
-    """Owns the memory and the two descriptors. One process writes; of the readers only the model calls newest()."""
+    """Owns the memory and the two descriptors. One process writes; only the model process calls take_newest()."""
 
-    def __init__(self, fd: int, wake_fd: int):
+    def __init__(self, fd: int, wake_fd: int) -> None:
+        """fd: a memfd of TOTAL_BYTES. wake_fd: an eventfd. Raises ValueError when the size is wrong."""
         size_bytes = os.fstat(fd).st_size
         if size_bytes != TOTAL_BYTES:
             raise ValueError(f"frame slot: expected {TOTAL_BYTES} bytes of shared memory, found {size_bytes}")
         self.fd = fd
         self.wake_fd = wake_fd
-        self._bytes = np.frombuffer(mmap.mmap(fd, TOTAL_BYTES), np.uint8)
-        self._header = memoryview(self._bytes)[:HEADER_BYTES].cast("q")
+        memory = mmap.mmap(fd, TOTAL_BYTES)
+        self._bytes: Image = np.frombuffer(memory, np.uint8)  # (TOTAL_BYTES,)
+        self._header = memoryview(memory)[:HEADER_BYTES].cast("q")
         self._shape = (0, 0)
 
     @classmethod
     def create(cls) -> Slot:
+        """A new, empty slot."""
         fd = os.memfd_create("edge-agent-frames", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(fd, TOTAL_BYTES)
-        # Nobody may shrink it: touching a page that is gone is SIGBUS for every other process.
+        # Nobody may shrink the memory: a process that touches a page which is gone gets SIGBUS.
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         slot = cls(fd, os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
         slot._header[_MAGIC] = MAGIC
@@ -99,39 +114,42 @@ class Slot:
 
     @classmethod
     def attach(cls, fd: int, wake_fd: int) -> Slot:
-        """The slot behind inherited descriptors, which then belong to this object."""
+        """The slot behind inherited descriptors. This object owns them. Raises ValueError when they are not a slot."""
         slot = cls(fd, wake_fd)
         if slot._header[_MAGIC] != MAGIC:
             raise ValueError(f"frame slot: expected magic {MAGIC:#x}, found {slot._header[_MAGIC]:#x}")
         return slot
 
     def close(self) -> None:
-        """Close the descriptors. The mapping goes when the last frame's view goes, never under a reader's feet."""
+        """Close the descriptors. The memory stays mapped until the last view of a frame is deleted."""
         os.close(self.fd)
         os.close(self.wake_fd)
         del self._header, self._bytes
 
     def fileno(self) -> int:
-        """For select.poll: readable when a frame was published since newest() was last called."""
+        """For select.poll: readable when a frame was published since the last take_newest()."""
         return self.wake_fd
 
     @property
     def latest_seq(self) -> int:
-        """How many frames were ever published; 0 before the first."""
+        """How many frames were ever published."""
         return self._header[_LATEST]
 
-    # -- the writer
+    # -- the writer ---------------------------------------------------------------------------------------------------
 
-    def write(self, height: int, width: int) -> np.ndarray:
-        """The free buffer as (height, width, 3) uint8 RGB, to be filled in place and then published."""
+    def write(self, height: int, width: int) -> Image:
+        """The free buffer as (height, width, 3) uint8 RGB: fill it in place, then publish it.
+
+        Raises ValueError when the image is larger than MAX_IMAGE_BYTES, or empty.
+        """
         if height < 1 or width < 1 or height * width * 3 > MAX_IMAGE_BYTES:
             raise ValueError(f"frame slot: {width}x{height} does not fit, the limit is {MAX_IMAGE_BYTES} bytes")
         self._shape = (height, width)
-        _fence()  # no pixel of the new frame before the publication that freed its buffer
+        _fence()  # no pixel may be written before the publication that freed this buffer
         return self._image(self._header[_LATEST] + 1, height, width)
 
     def publish(self, frame_id: int, t_capture_ns: int, capture_clock: str) -> int:
-        """Make the image filled since write() the newest frame; returns its sequence number."""
+        """Make the image that was filled since write() the newest frame. Returns its sequence number."""
         seq = self._header[_LATEST] + 1
         record = (frame_id, t_capture_ns, CLOCKS.index(capture_clock), *self._shape)
         for word, value in enumerate(record, _RECORDS + seq % N_BUFFERS * _RECORD_WORDS):
@@ -141,74 +159,77 @@ class Slot:
         os.eventfd_write(self.wake_fd, 1)
         return seq
 
-    def wanted(self) -> bool:
-        """Whether the model is done with the newest frame and asks for another: a file not played in real time waits
-        for this, so that every frame of it is seen once and none grows old in the slot."""
-        return self._header[_SEEN] >= self._header[_LATEST]
+    def reader_is_idle(self) -> bool:
+        """Whether the model process is done with the newest frame. The reader of a file that is not played in real time
+        waits for this, so that the model gets every frame and none grows old in the slot."""
+        return self._header[_DONE] >= self._header[_LATEST]
 
-    # -- the note
+    # -- the vehicle state --------------------------------------------------------------------------------------------
 
-    def write_note(self, payload: bytes) -> None:
-        """Replace the note. For one process, the supervisor."""
+    def write_vehicle_state(self, payload: bytes) -> None:
+        """Replace the record. Only the supervisor calls this. Raises ValueError when the record is too large."""
         if len(payload) > MAX_VEHICLE_STATE_BYTES:
-            raise ValueError(f"note of {len(payload)} bytes, the limit is {MAX_VEHICLE_STATE_BYTES}")
-        n = self._header[_STATES] + 1
-        first = _STATE + n % 2 * _STATE_WORDS
+            raise ValueError(f"vehicle state of {len(payload)} bytes, the limit is {MAX_VEHICLE_STATE_BYTES}")
+        n = self._header[_VEHICLE_STATES] + 1
+        first = _VEHICLE_STATE + n % 2 * _VEHICLE_STATE_WORDS
         self._header[first] = len(payload)
         start = (first + 1) * 8
         self._bytes[start : start + len(payload)] = np.frombuffer(payload, np.uint8)
         _fence()
-        self._header[_STATES] = n
+        self._header[_VEHICLE_STATES] = n
 
-    def read_note(self) -> bytes:
-        """The newest note; empty before the first."""
-        while n := self._header[_STATES]:
+    def read_vehicle_state(self) -> bytes:
+        """The newest record; empty before the first."""
+        while n := self._header[_VEHICLE_STATES]:
             _fence()
-            first = _STATE + n % 2 * _STATE_WORDS
+            first = _VEHICLE_STATE + n % 2 * _VEHICLE_STATE_WORDS
             start, size = (first + 1) * 8, self._header[first]
             payload = self._bytes[start : start + min(max(size, 0), MAX_VEHICLE_STATE_BYTES)].tobytes()
             _fence()
-            if self._header[_STATES] == n:  # the writer goes to the other one next, and then comes back to this
+            if self._header[_VEHICLE_STATES] == n:  # the writer has not begun to write this record again
                 return payload
         return b""
 
-    # -- the readers
+    # -- the readers --------------------------------------------------------------------------------------------------
 
-    def newest(self, after_seq: int) -> Frame | None:
-        """The newest frame if it is newer than `after_seq`, the last one seen. For the model, nobody else: it tells the
-        writer that all up to `after_seq` is done with, and clears the wake-up (first: a frame published meanwhile sets
-        it again)."""
-        with contextlib.suppress(BlockingIOError):  # nothing published since; there may still be a newer frame
+    def take_newest(self, after_seq: int) -> Frame | None:
+        """The newest frame, if it is newer than `after_seq`, the frame taken before. Only the model process calls this.
+
+        It tells the writer that the reader is done with all frames up to `after_seq`, and clears the wake-up. It clears
+        the wake-up first, so that a frame published meanwhile sets it again.
+        """
+        with contextlib.suppress(BlockingIOError):  # the wake-up was not set; there may still be a newer frame
             os.eventfd_read(self.wake_fd)
-        self._header[_SEEN] = after_seq
+        self._header[_DONE] = after_seq
         return self.peek(after_seq)
 
     def peek(self, after_seq: int) -> Frame | None:
-        """The same for onlookers (preview, recorder): leaves neither mark nor wake-up changed."""
+        """As take_newest(), without any effect on writer and wake-up: for a preview or a recorder."""
         while (seq := self._header[_LATEST]) > after_seq:
             _fence()
             first = _RECORDS + seq % N_BUFFERS * _RECORD_WORDS
             frame_id, t_capture_ns, clock, height, width = self._header[first : first + 5]
-            if self._free_of_writer(seq):  # otherwise the record may be half of a newer frame's
+            if self._is_intact(seq):  # otherwise the record may belong in part to a newer frame
                 image = self._image(seq, height, width)
                 image.flags.writeable = False
                 return Frame(seq, frame_id, t_capture_ns, CLOCKS[clock], image)
         return None
 
-    def still_valid(self, frame: Frame) -> bool:
-        """Whether everything read from frame.image until now was this frame: the writer had not come round to it."""
-        return self._free_of_writer(frame.seq)
+    def was_not_overwritten(self, frame: Frame) -> bool:
+        """Whether everything that was read from frame.image until now belonged to this frame."""
+        return self._is_intact(frame.seq)
 
     def wait(self, timeout_s: float) -> bool:
-        """Sleep until a frame was published since newest() was last called; False when there was none."""
+        """Sleep until a frame was published since the last take_newest(); False when none came in time."""
         poll = select.poll()
         poll.register(self.wake_fd, select.POLLIN)
         return bool(poll.poll(timeout_s * 1000))
 
-    def _free_of_writer(self, seq: int) -> bool:
+    def _is_intact(self, seq: int) -> bool:
+        """Whether the writer has not begun to write the buffer of frame `seq` again."""
         _fence()
         return self._header[_LATEST] < seq + N_BUFFERS - 1
 
-    def _image(self, seq: int, height: int, width: int) -> np.ndarray:
+    def _image(self, seq: int, height: int, width: int) -> Image:
         start = HEADER_BYTES + seq % N_BUFFERS * MAX_IMAGE_BYTES
         return self._bytes[start : start + height * width * 3].reshape(height, width, 3)

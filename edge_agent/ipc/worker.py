@@ -1,13 +1,13 @@
-"""What the two child processes have in common: how the supervisor starts and loses one, how one starts and ends itself.
+"""What the two child processes have in common: how the supervisor starts and kills one, how one starts and ends itself.
 
-A child gets the frame slot and one socket as inherited descriptors; messages are msgpack bytes, one per datagram
-(AF_UNIX, SOCK_SEQPACKET). No pickle, no shared Python state. It dies with its parent and when the socket closes.
+A child inherits descriptors of the frame slot and of one socket. A message is msgpack bytes in one datagram (AF_UNIX,
+SOCK_SEQPACKET). There is no pickle and no shared Python state. The kernel kills a child when its parent dies, and a
+child ends itself when the supervisor closes the socket.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import ctypes
 import os
 import select
@@ -16,81 +16,112 @@ import socket
 import subprocess
 import sys
 import threading
+from typing import NamedTuple
 
 from edge_agent.ipc.frame_slot import Slot
 
 MAX_EVENT_BYTES = 128 * 1024
+PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
 
 class Worker:
-    """Owns one child process and our end of its socket. kill() always works, also on a child stuck in a driver."""
+    """Owns one child process and the supervisor's end of its socket. No method waits for the child."""
 
-    def __init__(self, module: str, slot: Slot, first_message: bytes) -> None:
-        """Start `python -m module`. Call from a thread that stays: the kernel ties the child's life to it."""
-        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    def __init__(self, module: str, slot: Slot, first_message: bytes, extra_arguments: tuple[str, ...] = ()) -> None:
+        """Start `python -m module`. extra_arguments: flags that attach_to_supervisor() knows, such as --trace.
+
+        The calling thread must live as long as the child: the kernel kills the child when that thread ends.
+        """
+        self.socket, child_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket.setblocking(False)
-        fds = (slot.fd, slot.wake_fd, theirs.fileno())
+        self.hung_up = False  # the child's end of the socket is closed: no message comes any more
+        fds = (slot.fd, slot.wake_fd, child_end.fileno())
+        options = ("--slot", str(fds[0]), "--wake", str(fds[1]), "--events", str(fds[2]))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", module, "--slot", str(fds[0]), "--wake", str(fds[1]), "--events", str(fds[2])],
+            [sys.executable, "-m", module, *options, *extra_arguments],
             stdin=subprocess.DEVNULL,
             pass_fds=fds,
-            env=os.environ | {"PYTHONSAFEPATH": "1"},  # no module of this name from the folder we happen to stand in
+            env=os.environ | {"PYTHONSAFEPATH": "1"},  # never import a module from the current folder
         )
-        theirs.close()
+        child_end.close()
         self.socket.send(first_message)
 
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def exit_status(self) -> int | None:
+        """None: the process exists. Otherwise its status; -N: signal N ended it."""
+        return self.process.poll()
+
     def send(self, message: bytes) -> bool:
-        """False when the child is gone or takes nothing any more; it will be found dead or stalled soon enough."""
+        """Whether the child's socket took the message. False: the socket is full, or the child is gone."""
         try:
             self.socket.send(message)
-        except (BlockingIOError, ConnectionError, BrokenPipeError):
+        except (BlockingIOError, ConnectionError):
             return False
         return True
 
     def receive(self) -> list[bytes]:
-        """Every message that is there; never waits."""
-        messages = []
-        with contextlib.suppress(BlockingIOError, ConnectionError):
+        """All messages that have arrived."""
+        messages: list[bytes] = []
+        try:
             while message := self.socket.recv(MAX_EVENT_BYTES):
                 messages.append(message)
+            self.hung_up = True
+        except BlockingIOError:
+            pass
+        except ConnectionError:
+            self.hung_up = True
         return messages
 
-    @property
-    def exit_status(self) -> int | None:
-        return self.process.poll()
-
     def kill(self) -> None:
+        """Send SIGKILL and close the socket.
+
+        A child inside a driver call can stay in the kernel for ever. Read `exit_status` until it is not None: only then
+        the process is gone, and has released its memory and its devices.
+        """
         self.process.kill()
-        self.process.wait()
         self.socket.close()
 
 
-def attach_to_supervisor() -> tuple[Slot, socket.socket, bytes]:
-    """In the child: (slot, socket to the supervisor, its first message). Ends the process when the parent is gone."""
+class Attached(NamedTuple):
+    """What a child process gets from the supervisor."""
+
+    slot: Slot
+    events: socket.socket  # events to the supervisor, commands from the supervisor
+    first: bytes  # the first message: the configuration
+    trace: bool  # emit TraceSpan events
+
+
+def attach_to_supervisor() -> Attached:
+    """In the child process: take over what the supervisor passes. Ends the process when the supervisor is gone."""
     parser = argparse.ArgumentParser(description="started by the supervisor, not by hand")
     for name in ("--slot", "--wake", "--events"):
         parser.add_argument(name, type=int, required=True, metavar="FD")
-    fds = parser.parse_args()
+    parser.add_argument("--trace", action="store_true", help="emit what was done when")
+    arguments = parser.parse_args()
     die_with_parent(os.getppid())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the supervisor, who ends us
-    events = socket.socket(fileno=fds.events)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the supervisor, which ends its children
+    events = socket.socket(fileno=arguments.events)
     first = events.recv(MAX_EVENT_BYTES)
     if not first:
         sys.exit(0)
     threading.Thread(target=_exit_on_hangup, args=(events,), daemon=True).start()
-    return Slot.attach(fds.slot, fds.wake), events, first
+    return Attached(Slot.attach(arguments.slot, arguments.wake), events, first, arguments.trace)
 
 
 def die_with_parent(parent_pid: int) -> None:
-    """Have the kernel kill this process when its parent dies, however it dies."""
-    _libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent_pid:  # it was gone before we asked
+    """Ask the kernel to kill this process when its parent dies."""
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent_pid:  # the parent died before this process asked
         os._exit(1)
 
 
 def _exit_on_hangup(events: socket.socket) -> None:
-    """Exit at once when the supervisor closes its end, whatever the main thread hangs in."""
+    """Exit at once when the supervisor closes its end, also while the main thread hangs."""
     poll = select.poll()
     poll.register(events, select.POLLRDHUP)
     poll.poll()

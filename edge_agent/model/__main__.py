@@ -33,7 +33,7 @@ _libc = ctypes.CDLL(None)
 
 
 def main() -> int:
-    slot, events, first = attach_to_supervisor()
+    slot, events, first, trace = attach_to_supervisor()
     config = msgspec.msgpack.decode(first, type=Config)
 
     def emit(event: object) -> None:
@@ -47,6 +47,7 @@ def main() -> int:
             emit(LogLine(f"memory is short: {key} is {value} instead of what was configured"))
         config = planned.config
         engine = Engine(config, model_bundle, load_action_space(config.task.action_space), emit)
+        engine.trace = trace
         emit(Heartbeat("warm-up"))
         warmup_ms = warm_up(engine)
         gc.collect()

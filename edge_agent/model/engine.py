@@ -44,7 +44,7 @@ from edge_agent.model.constrained import (
 from edge_agent.model.llama import ACTION_SEQ, ROW_ALIGNMENT, TEXT_SEQ, LlamaContext
 from edge_agent.model.preprocess import Preprocessor
 from edge_agent.model.vision_encoder import open_encoder
-from edge_agent.wire.messages import Lane
+from edge_agent.wire.messages import Lane, TextStopReason
 
 SYSTEM_PROMPT = (
     "You are the eyes and judgement of a robot. You see one camera frame.\n"
@@ -93,6 +93,7 @@ class Engine:
         manifest = model_bundle.manifest
         self.special = manifest.model.special
         self.action_space, self.emit, self.config = space, emit, config
+        self.trace = False  # whether span() emits
         if config.language.max_reasoning_tokens and "think" not in self.special:
             raise ConfigError("language.max_reasoning_tokens: expected 0 for a model without [THINK]")
         self.language = LlamaContext(
@@ -161,7 +162,7 @@ class Engine:
                 f"{self.language.n_ctx}; raise it, lower vision.max_image_tokens, or shorten the instruction"
             )
         if self.sentence is not None:
-            self.end("instruct")
+            self.end("new-instruction")
         self.language.forget(TEXT_SEQ, 0)
         self.language.forget(ACTION_SEQ, 0)
         self.language.adapt(adapter)
@@ -340,7 +341,7 @@ class Engine:
         self._go_on(logits)
         self.span("text", "language", start_ns)
 
-    def end(self, stop_reason: str) -> None:
+    def end(self, stop_reason: TextStopReason) -> None:
         """The sentence ends here; stop_reason: why, or empty."""
         if self.sentence.thinking:
             self._stop_thinking()
@@ -380,7 +381,7 @@ class Engine:
         self.sentence.letters.reset()
         self.sentence.thinking = False
 
-    def _utter(self, text: str, final: bool = False, stop_reason: str = "") -> None:
+    def _utter(self, text: str, final: bool = False, stop_reason: TextStopReason = "") -> None:
         sentence = self.sentence
         lane = "reasoning" if sentence.thinking else sentence.lane
         piece = TextDelta(
@@ -404,7 +405,7 @@ class Engine:
 
     def span(self, name: str, thread: str, start_ns: int, stop_ns: int | None = None) -> None:
         """For the timeline, if one is asked for: what was done from when to when, or to now."""
-        if self.config.trace:
+        if self.trace:
             stop_ns = time.monotonic_ns() if stop_ns is None else stop_ns
             self.emit(TraceSpan(name=name, thread=thread, start_ns=start_ns, stop_ns=stop_ns))
 

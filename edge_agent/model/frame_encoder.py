@@ -95,7 +95,7 @@ class FrameEncoder:
         return self._look() if poll.poll(IDLE_S * 1000) else None
 
     def _look(self) -> EncodedFrame | None:
-        frame, taken_ns = self.slot.newest(self.seen_seq), time.monotonic_ns()
+        frame, taken_ns = self.slot.take_newest(self.seen_seq), time.monotonic_ns()
         if frame is None:
             return None
         engine = self.engine
@@ -103,7 +103,7 @@ class FrameEncoder:
         engine.preprocessor.max_tokens = self.budget.choose((deadline_ns - taken_ns) / NS_PER_MS)
         image = engine.preprocessor.image(frame.image)
         engine.span("resize", "eyes", taken_ns)
-        if not self.slot.still_valid(frame):
+        if not self.slot.was_not_overwritten(frame):
             return None  # the camera came round while we read: there is a newer one
         self.seen_seq = frame.seq
         rows, stop_reason = None, ""

@@ -67,7 +67,7 @@ class ModelLoop:
             self._answer(glance)
             self.idle_since = time.monotonic()
         if self.questions and engine.sentence is not None and engine.sentence.lane == "describe":
-            engine.end("asked")  # somebody waits for an answer; nobody waits for a description
+            engine.end("new-question")  # somebody waits for an answer; nobody waits for a description
         if engine.sentence is None:
             self._begin()
         if engine.sentence is not None:
@@ -151,7 +151,7 @@ class ModelLoop:
         """What the controller last said of its vehicle, in the words of the action space."""
         if self.engine.action_space.vehicle_state is None:
             return ""
-        facts = _decode_vehicle_state(self.slot.read_note() or encode({}))
+        facts = _decode_vehicle_state(self.slot.read_vehicle_state() or encode({}))
         return render_vehicle_state(self.engine.action_space, facts, now_ns)
 
     def _begin(self) -> None:

@@ -1,6 +1,6 @@
-"""Tell systemd how we are: READY, STATUS, WATCHDOG, STOPPING. Does nothing where no service manager listens.
+"""Messages to systemd: READY, STATUS, WATCHDOG, STOPPING. Without a service manager nothing is sent.
 
-The watchdog is fed by `Watchdog.feed` when work was done, never by a clock.
+Watchdog.feed() sends WATCHDOG=1 when work was done, never because time has passed.
 https://www.freedesktop.org/software/systemd/man/latest/sd_notify.html
 """
 
@@ -10,10 +10,14 @@ import contextlib
 import os
 import socket
 import time
+from collections.abc import Callable
+
+FEEDS_PER_INTERVAL = 4
+NS_PER_US = 1000
 
 
 def notify(*lines: str) -> None:
-    """Send lines like "READY=1" to $NOTIFY_SOCKET; a manager that does not listen is no error of ours."""
+    """Send lines such as "READY=1" to $NOTIFY_SOCKET. A manager that does not listen is not an error."""
     path = os.environ.get("NOTIFY_SOCKET", "")
     if not path:
         return
@@ -23,20 +27,31 @@ def notify(*lines: str) -> None:
 
 
 class Watchdog:
-    """Feeds systemd's watchdog when `progress` has grown, at most four times per interval."""
+    """Feeds systemd's watchdog when the count of finished work has grown, at most four times per interval."""
 
-    def __init__(self) -> None:
-        ours = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        self.interval_us = int(os.environ.get("WATCHDOG_USEC", "0")) if ours else 0
-        self._fed_s, self._progress = 0.0, -1
+    def __init__(self, clock: Callable[[], int] = time.monotonic_ns) -> None:
+        """Reads WATCHDOG_PID and WATCHDOG_USEC. clock: monotonic time in nanoseconds."""
+        is_for_us = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        self.interval_us = int(os.environ.get("WATCHDOG_USEC", "0")) if is_for_us else 0  # 0: no watchdog
+        self._clock = clock
+        self._fed_ns: int | None = None
+        self._fed_count = -1
 
-    def feed(self, progress: int) -> None:
-        now_s = time.monotonic()
-        if self.interval_us and progress != self._progress and now_s - self._fed_s > self.interval_us / 4e6:
-            self._fed_s, self._progress = now_s, progress
+    def feed(self, work_count: int) -> None:
+        """work_count: how much work was ever finished."""
+        if not self.interval_us or work_count == self._fed_count:
+            return
+        now_ns = self._clock()
+        if self._fed_ns is None or now_ns - self._fed_ns > self.interval_us * NS_PER_US / FEEDS_PER_INTERVAL:
+            self._fed_ns, self._fed_count = now_ns, work_count
             notify("WATCHDOG=1")
 
-    def allow(self, seconds: float | None) -> None:
-        """While a model loads nothing can be fed: ask for so many seconds; None: the unit's own interval again."""
+    def extend(self, seconds: float) -> None:
+        """Ask systemd for a longer interval: while a model loads, nothing can be fed."""
         if self.interval_us:
-            notify(f"WATCHDOG_USEC={self.interval_us if seconds is None else round(seconds * 1e6)}", "WATCHDOG=1")
+            notify(f"WATCHDOG_USEC={round(seconds * 1e6)}", "WATCHDOG=1")
+
+    def restore(self) -> None:
+        """Back to the interval of the unit."""
+        if self.interval_us:
+            notify(f"WATCHDOG_USEC={self.interval_us}", "WATCHDOG=1")

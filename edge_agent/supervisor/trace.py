@@ -1,8 +1,8 @@
-"""A timeline of what was done when, for https://ui.perfetto.dev or chrome://tracing: Chrome's trace format, as a JSON
-array of complete events. Asked for by `edge-agent run --trace FILE`; a tool for a bench, not for a flight: it writes to
-a disk that may be slow.
+"""A timeline of what was done when, for https://ui.perfetto.dev or chrome://tracing: a JSON array of complete events in
+Chrome's trace format. `edge-agent run --trace FILE` asks for it. It is for a bench, not for a flight: the disk that the
+file is on may be slow.
 
-An array that was not closed can be opened all the same, so a killed daemon leaves a timeline as well.
+Viewers also open an array that is not closed, so a daemon that was killed leaves a usable timeline.
 https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
 """
 
@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from edge_agent.errors import ConfigError
 
-MAX_EVENTS = 200_000  # about 20 MB; then it is enough
+MAX_EVENTS = 200_000  # about 20 MB; later events are not written
+NS_PER_US = 1000
 
 
 class Trace:
@@ -21,26 +23,34 @@ class Trace:
 
     def __init__(self, path: str) -> None:
         """Raises ConfigError when the file cannot be written."""
-        self._threads: dict[str, int] = {}
-        self._left = MAX_EVENTS
+        self._thread_numbers: dict[str, int] = {}
+        self._events_left = MAX_EVENTS
         try:
-            self._file = Path(path).open("w", encoding="ascii") if path else None  # noqa: SIM115
+            # Line buffered: a daemon that is killed leaves whole events.
+            self._file = Path(path).open("w", buffering=1, encoding="ascii") if path else None  # noqa: SIM115
         except OSError as error:
-            raise ConfigError(f"trace: {path}: cannot be written: {error.strerror}") from None
+            raise ConfigError(f"--trace: {path}: cannot be written: {error.strerror}") from None
         if self._file is not None:
             self._file.write('[{"name":"process_name","ph":"M","pid":1,"args":{"name":"edge-agent"}}')
 
-    def span(self, name: str, thread: str, start_ns: int, stop_ns: int) -> None:
-        if self._file is None or not self._left:
-            return
-        self._left -= 1
-        if thread not in self._threads:
-            self._threads[thread] = len(self._threads) + 1
-            self._write({"name": "thread_name", "ph": "M", "tid": self._threads[thread], "args": {"name": thread}})
-        times = {"ts": start_ns / 1000, "dur": max(0, stop_ns - start_ns) / 1000}  # microseconds
-        self._write({"name": name, "ph": "X", "tid": self._threads[thread], **times})
+    @property
+    def is_on(self) -> bool:
+        return self._file is not None
 
-    def _write(self, event: dict) -> None:
+    def span(self, name: str, thread: str, start_ns: int, stop_ns: int) -> None:
+        """One event: `name` was done in `thread` from start_ns to stop_ns, CLOCK_MONOTONIC."""
+        if self._file is None or not self._events_left:
+            return
+        self._events_left -= 1
+        number = self._thread_numbers.get(thread)
+        if number is None:
+            number = self._thread_numbers[thread] = len(self._thread_numbers) + 1
+            self._write({"name": "thread_name", "ph": "M", "tid": number, "args": {"name": thread}})
+        times_us = {"ts": start_ns / NS_PER_US, "dur": max(0, stop_ns - start_ns) / NS_PER_US}
+        self._write({"name": name, "ph": "X", "tid": number, **times_us})
+
+    def _write(self, event: dict[str, Any]) -> None:
+        assert self._file is not None
         self._file.write(",\n" + json.dumps(event | {"pid": 1}))
 
     def close(self) -> None:

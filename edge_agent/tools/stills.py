@@ -1,5 +1,4 @@
-"""Pictures from a folder or a video, for what is done at leisure: measuring, calibrating. The camera process has
-readers of its own."""
+"""Images from a folder or a video, for measurements and calibration: not in real time, and no more than needed."""
 
 from __future__ import annotations
 
@@ -10,35 +9,50 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from edge_agent.camera.files import image_paths, read_image
+from edge_agent.camera.source import SourceError
 from edge_agent.errors import UserError
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
 class ImageError(UserError):
-    """One line."""
+    """One line: the file, and what is wrong with it."""
 
 
 def read_stills(source: Path, at_most: int) -> Iterator[np.ndarray]:
-    """(H, W, 3) uint8 RGB from a folder of pictures in the order of their names, or evenly from a video."""
-    if source.is_dir():
-        paths = sorted(path for path in source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-        if not paths:
-            raise ImageError(f"{source}: no pictures; expected {', '.join(IMAGE_SUFFIXES)}")
-        for path in paths[:: -(-len(paths) // at_most)]:
-            image = cv2.imread(str(path), cv2.IMREAD_COLOR)
-            if image is None:
-                raise ImageError(f"{path}: not a picture OpenCV can read; remove it")
-            yield cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-        return
-    video = cv2.VideoCapture(str(source)) if source.is_file() else None
+    """At most `at_most` images, (H, W, 3) uint8 RGB, at equal distances in a folder (by name) or a video.
+
+    Raises ImageError, also for a single image that cannot be read.
+    """
+    images = _folder_images(source, at_most) if source.is_dir() else _video_images(source, at_most)
+    for bgr in images:
+        yield cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
+
+
+def _folder_images(folder: Path, at_most: int) -> Iterator[np.ndarray]:
+    try:
+        paths = image_paths(folder)
+        for path in paths[:: _step(len(paths), at_most)]:
+            yield read_image(path)
+    except SourceError as error:
+        raise ImageError(error.detail) from None
+
+
+def _video_images(path: Path, at_most: int) -> Iterator[np.ndarray]:
+    video = cv2.VideoCapture(str(path)) if path.is_file() else None
     if video is None or not video.isOpened():
-        raise ImageError(f"{source}: expected a folder of pictures or a video")
-    step = max(1, -(-int(video.get(cv2.CAP_PROP_FRAME_COUNT)) // at_most))
-    for i in itertools.count():
-        there, image = video.read()
-        if not there:
-            break
-        if i % step == 0:
-            yield cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-    video.release()
+        raise ImageError(f"{path}: expected a folder of images or a video that OpenCV can read")
+    try:
+        step = _step(int(video.get(cv2.CAP_PROP_FRAME_COUNT)), at_most)
+        for i in itertools.count():
+            ok, bgr = video.read()
+            if not ok:
+                return
+            if i % step == 0:
+                yield bgr
+    finally:
+        video.release()
+
+
+def _step(n_images: int, at_most: int) -> int:
+    """Take every n-th image: n, at least 1."""
+    return max(1, -(-n_images // at_most))

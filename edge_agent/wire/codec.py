@@ -1,24 +1,31 @@
-"""msgpack bytes of one struct, and back. The only place that configures msgspec for the wire."""
+"""One struct <-> msgpack bytes. The only file that configures msgspec for the wire."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from types import UnionType
+from typing import Any, TypeVar, overload
 
 import msgspec
 
-_encoder = msgspec.msgpack.Encoder()
-encode = _encoder.encode  # between processes: any struct -> msgpack bytes
+T = TypeVar("T")
+
+encode: Callable[[msgspec.Struct | dict[str, Any]], bytes] = msgspec.msgpack.Encoder().encode
 
 
+@overload
+def make_decoder(kind: type[T]) -> Callable[[bytes | memoryview], T]: ...
+@overload
+def make_decoder(kind: UnionType) -> Callable[[bytes | memoryview], Any]: ...
 def make_decoder(kind: Any) -> Callable[[bytes | memoryview], Any]:
-    """msgpack bytes -> a struct. Raises msgspec.DecodeError, and nothing else, on anything that is none."""
+    """A function: msgpack bytes -> a value of `kind`. It raises msgspec.DecodeError, and nothing else, if the bytes
+    are not valid msgpack or the value has another type."""
     decode = msgspec.msgpack.Decoder(kind).decode
 
-    def checked(payload: bytes | memoryview) -> Any:
+    def decode_or_decode_error(payload: bytes | memoryview) -> Any:
         try:
             return decode(payload)
-        except (UnicodeDecodeError, RecursionError) as error:  # msgspec lets these two through
+        except (UnicodeDecodeError, RecursionError) as error:  # msgspec does not convert these two
             raise msgspec.DecodeError(str(error)) from None
 
-    return checked
+    return decode_or_decode_error

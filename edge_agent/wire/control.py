@@ -1,4 +1,4 @@
-"""The control endpoint: one request map in, one reply map with the same id out. PROTOCOL.md describes both."""
+"""The control endpoint: one request, one reply with the same id. PROTOCOL.md describes every operation."""
 
 from __future__ import annotations
 
@@ -8,26 +8,28 @@ import msgspec
 
 from edge_agent.wire.codec import make_decoder
 
-# Control: a request is one map, the answer one map with the same id. Repeating an id returns the first answer.
-
 Operation = Literal["instruct", "adapter", "ask", "vehicle_state", "pause", "resume", "stats"]
-StateValue = bool | int | float | str  # a value that a controller pushes about its vehicle
+StateValue = bool | int | float | str  # a value of the vehicle state that the controller pushes
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    v: int
-    id: str  # chosen by the controller; at most 64 characters
+    """One request of a controller."""
+
+    v: int  # PROTOCOL_VERSION
+    id: str  # 1 to 64 characters, chosen by the controller, different for every request
     op: Operation
-    text: str = ""  # the instruction, the question, or the adapter's name
-    values: dict[str, StateValue] = {}  # of state: key -> newest value
+    text: str = ""  # the instruction, the question, or the name of the adapter
+    values: dict[str, StateValue] = {}  # vehicle_state: key -> newest value
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
-    v: int
-    id: str
+    """The reply to one request."""
+
+    v: int  # PROTOCOL_VERSION
+    id: str  # of the request; "" if the request could not be read
     ok: bool
-    error: str = ""
-    result: dict[str, Any] = {}
+    error: str = ""  # one line that says why the operation was refused; "" if ok
+    result: dict[str, Any] = {}  # if ok
 
 
 decode_request = make_decoder(Request)

@@ -1,142 +1,175 @@
-"""Every message in and out, with its units, and the one table of streams.
+"""The published messages: every field with its type and unit. PROTOCOL.md has the same fields as tables.
 
-Three families, all msgpack maps written by msgspec: what leaves on the wire (PROTOCOL.md), what a controller may ask
-for (control), and what the three processes tell each other. Nothing here opens a socket or a file, and nothing here
-needs numpy: a controller on a small board imports this file.
+A controller on a small computer imports this file, so it needs msgspec only. Nothing here opens a socket or a file.
 
-    >>> header = dict(v=1, session=7, seq=0, t_pub_ns=0, bundle_id="ab")
-    >>> unpack("text", pack("text", TextMessage(lane="describe", frame_id=3, text="a", **header))).text
-    'a'
+Rules for changes: a field may be added, with a default. A field is never renamed and never removed. Readers ignore
+fields that they do not know.
+
+    >>> from edge_agent.wire.streams import pack, unpack
+    >>> header = dict(v=1, session=7, seq=0, t_pub_ns=0, bundle_id="0123456789abcdef")
+    >>> unpack("text", pack("text", TextMessage(lane="describe", frame_id=3, text="a disc", **header))).text
+    'a disc'
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION: Final = 1
 MAX_MESSAGE_BYTES = 64 * 1024
 NS_PER_MS = 1_000_000
 
-# On the wire. Readers ignore keys they do not know; a field is added, never renamed.
-
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):
-    v: int  # PROTOCOL_VERSION
-    session: int  # random per start of the daemon: a new one means that seq starts again
-    seq: int  # counts every message of this stream: a gap is a loss
-    t_pub_ns: int  # CLOCK_MONOTONIC of this boot
-    bundle_id: str  # first 16 hex digits of the sha256 of bundle.json; empty while none is verified
+    """The first fields of every published message."""
+
+    v: Literal[1]  # PROTOCOL_VERSION
+    session: int  # random number, new at every start of the daemon; seq then starts again at 0
+    seq: int  # counts the messages of this stream within a session; a gap is a lost message
+    t_pub_ns: int  # time of publication, CLOCK_MONOTONIC
+    bundle_id: str  # first 16 hex digits of the SHA-256 of bundle.json
+
+
+# -- stream actions ---------------------------------------------------------------------------------------------------
 
 
 class StageTimes(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the time of one frame went, milliseconds."""
+    """Where the time of one frame went. Milliseconds."""
 
-    queue: float  # capture until the model process took the frame
-    encode: float  # resize, normalise and vision encoder
-    prefill: float  # frame rows and closing text through the language model
-    decode: float  # the answer, token by token
-    check: float  # text to checked action
+    queue: float  # the frame waits: from capture until the model process starts to work on it
+    encode: float  # resize, normalise, vision encoder
+    prefill: float  # language model: image embeddings, vehicle state and closing prompt
+    decode: float  # language model: the answer, token by token
+    check: float  # from the answer's arrival in the supervisor to publication
 
 
-CaptureClock = Literal[
-    "driver", "arrival", "sender"
-]  # who stamped the frame: the kernel, our read(), or the pushing process
+# Who set t_capture_ns: the camera driver, our own read() when the frame arrived, or the process that pushed the frame.
+CaptureClock = Literal["driver", "arrival", "sender"]
+ActionValue = float | str  # of a NumberField, of a ChoiceField
 
 
 class Action(Header, frozen=True, kw_only=True, tag_field="kind", tag="action"):
-    """A checked request to the vehicle. It stands until valid_until_ns and not a moment longer."""
+    """A checked request to the vehicle. It is valid until valid_until_ns."""
 
     camera: str
     frame_id: int
-    t_capture_ns: int
+    t_capture_ns: int  # CLOCK_MONOTONIC
     capture_clock: CaptureClock
-    age_ms: float  # capture until publication
+    age_ms: float  # from capture to publication
     stages_ms: StageTimes
     valid_for_ms: int
-    valid_until_ns: int  # t_pub_ns + valid_for_ms
-    action_space: str  # name of the action space: what the names in values mean
-    type: str
-    values: dict[str, float | int | str | bool]  # SI units as the action space names them, inside its ranges
-    clamped: dict[str, float]  # field -> what the model had asked for, where the envelope changed it
-    instruction: str  # the instruction this answers
-    dropped_frames: int  # frames the camera delivered since the previous answer and nobody looked at
-    adapter: str = ""  # under which the model answered; empty: none
-    chunk: list[dict[str, float | int | str | bool]] = []  # values of the steps after this one, where the space has any
-    chunk_step_ms: int = 0  # from one of them to the next; 0: there is one
+    valid_until_ns: int  # t_pub_ns + valid_for_ms; CLOCK_MONOTONIC
+    action_space: str  # name of the action space: defines the action types and the names in values
+    type: str  # action type
+    values: dict[str, ActionValue]  # unit by the action space; each number inside its range
+    clamped: dict[str, float]  # name -> number that the model had written, where it was outside the range
+    instruction: str  # the instruction that the model follows
+    dropped_frames: int  # frames that the camera delivered and the model skipped since the previous answer
+    adapter: str = ""  # name of the active LoRA adapter; "" without one
+    chunk: list[dict[str, ActionValue]] = []  # values of the steps after this one; empty with horizon 1
+    chunk_step_ms: int = 0  # time from one step to the next; 0 with horizon 1
 
 
 RefusalReason = Literal[
-    "late",  # ready only after deadline_ms
-    "invalid",  # the text is no action of this space
+    "late",  # the answer is older than task.deadline_ms
+    "invalid",  # the model's text is not an action of this action space
     "truncated",  # the answer ended before it was complete
     "not-finite",  # the model's numbers were NaN or infinite
-    "paused",  # control paused the daemon while this frame was on its way
-    "stale-instruction",  # the frame was answered under an instruction that has since been replaced
-    "future-timestamp",  # the frame claims to be from the future
+    "paused",  # control paused the daemon while the model worked on this frame
+    "stale-instruction",  # the model answered under an instruction that has since been replaced
+    "future-timestamp",  # t_capture_ns is later than the present
 ]
 
 
 class Refusal(Header, frozen=True, kw_only=True, tag_field="kind", tag="refusal"):
-    """No action for this frame, and why. The controller holds."""
+    """There is no action for this frame. The controller holds."""
 
     camera: str
     frame_id: int
-    t_capture_ns: int
+    t_capture_ns: int  # CLOCK_MONOTONIC
     capture_clock: CaptureClock
-    age_ms: float
+    age_ms: float  # from capture to publication
     reason: RefusalReason
-    detail: str
+    detail: str  # for people; at most 500 characters
     instruction: str
     dropped_frames: int
 
 
-Lane = Literal["describe", "answer", "action", "reasoning"]
+# -- stream text ------------------------------------------------------------------------------------------------------
+
+Lane = Literal[
+    "action",  # the model's own text of an answer to a frame, before any check
+    "describe",  # the running description of what the camera shows
+    "answer",  # the answer to a question
+    "reasoning",  # what a reasoning model writes before a description or an answer
+]
+TextStopReason = Literal[
+    "",  # the text is complete, or goes on
+    "late",  # the deadline passed
+    "length",  # the limit of tokens or of the context was reached
+    "grammar",  # no token of the model fits the grammar of the action space
+    "not-finite",  # the model's numbers were NaN or infinite
+    "cancelled",  # a new instruction or a pause came while the model wrote an answer to a frame
+    "new-instruction",  # a new instruction ended a description or an answer
+    "new-question",  # a question ended a description
+    "model-restart",  # the model process ended
+]
 
 
 class TextMessage(Header, frozen=True, kw_only=True, tag_field="kind", tag="text"):
-    """A piece of language as it is decoded. Pieces of one sentence share lane, frame_id and request."""
+    """A piece of text as the model writes it. The pieces of one text share lane, frame_id and request."""
 
-    # describe: the running description; answer: to a question; thought: what a reasoning model thinks before either;
-    # action: the action's own text
     lane: Lane
-    frame_id: int
+    frame_id: int  # the frame that the text is about
     text: str
-    request: str = ""  # id of the question this answers
-    final: bool = False
-    stop_reason: str = ""  # with last: why the sentence ended early (PROTOCOL.md lists them)
+    request: str = ""  # id of the request `ask` that this text answers; "" without one
+    final: bool = False  # the last piece of this text
+    stop_reason: TextStopReason = ""  # in the final piece: why the text ended early
 
 
-DaemonState = Literal["starting", "running", "paused", "no-frames", "stalled", "fault", "stopping"]
+# -- stream status ----------------------------------------------------------------------------------------------------
+
+DaemonState = Literal[
+    "starting",  # not ready yet
+    "running",  # frames are answered
+    "paused",  # by control
+    "no-frames",  # the camera delivers nothing
+    "stalled",  # the model process made no progress and is restarted
+    "fault",  # the model process ended and is restarted
+    "stopping",  # the daemon ends; the last status of a session
+]
 
 
 class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One child process of the daemon."""
+
     alive: bool
-    pid: int | None
+    pid: int | None  # None: no process
     restarts: int
-    rss_mib: float | None  # None: unknown
+    rss_mib: float | None  # resident memory; None: unknown
 
 
 class Status(Header, frozen=True, kw_only=True, tag_field="kind", tag="status"):
-    """What the daemon is doing. Numbers count since this session began; None means unknown, never 0."""
+    """What the daemon does. Counters start at 0 with the session. None means unknown."""
 
     state: DaemonState
-    reason: str  # why it is not running; empty when it is
+    reason: str  # why the state is not "running"; "" otherwise
     uptime_s: float
     camera: str
     camera_worker: WorkerStatus
     model_worker: WorkerStatus
-    frames: int  # delivered by the camera
-    frames_dropped: int  # of these, never looked at: a newer one was there
-    actions: int
-    refusals: dict[str, int]  # by reason
-    faults: dict[str, int]  # by "camera: reason" or "model: reason"
-    last_frame_age_ms: float | None
-    last_action_age_ms: float | None  # since the last action was published
-    inference_count: int  # grows with every inference; what the watchdog looks at
+    frames: int  # frames that the camera delivered
+    frames_dropped: int  # frames that the model skipped because a newer one was there
+    actions: int  # actions published
+    refusals: dict[str, int]  # refusal reason -> count
+    faults: dict[str, int]  # "camera: REASON" or "model: REASON" -> count
+    last_frame_age_ms: float | None  # since the newest frame arrived; None: no frame yet
+    last_action_age_ms: float | None  # since the last action was published; None: no action yet
+    inference_count: int  # grows while the model process works; the watchdog checks it
     instruction: str
-    vision_backend: str  # which backend and provider really run, e.g. "onnxruntime CPUExecutionProvider"
-    mem_available_mib: float | None
-    temperature_c: float | None
-    adapter: str = ""  # that is on; empty: none
+    vision_backend: str  # for example "onnxruntime CPUExecutionProvider"; "" until the model is ready
+    mem_available_mib: float | None  # memory that the kernel can still give, of the whole machine
+    temperature_c: float | None  # the hottest thermal zone, degrees Celsius
+    adapter: str = ""  # name of the active LoRA adapter; "" without one

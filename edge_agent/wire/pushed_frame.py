@@ -1,4 +1,4 @@
-"""A frame that another process pushes to the daemon over ZeroMQ: its fields and its bytes."""
+"""A frame that another process pushes to the daemon over ZeroMQ (`camera.source: zmq:ipc:///path`)."""
 
 from __future__ import annotations
 
@@ -6,37 +6,39 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from edge_agent.wire.codec import encode, make_decoder
+from edge_agent.wire.messages import PROTOCOL_VERSION
+
+TOPIC = b"F"  # first byte of every pushed frame
+PixelFormat = Literal["rgb8", "bgr8", "gray8", "jpeg"]
+
+
+class PushedFrame(msgspec.Struct, frozen=True, kw_only=True):
+    """The map that follows the topic byte."""
+
+    v: Literal[1]  # PROTOCOL_VERSION
+    frame_id: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]  # chosen by the sender; comes back in the action
+    t_capture_ns: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]  # time of exposure, CLOCK_MONOTONIC
+    width: Annotated[int, msgspec.Meta(ge=1, le=65535)]  # pixels
+    height: Annotated[int, msgspec.Meta(ge=1, le=65535)]  # pixels
+    format: PixelFormat
+    data: bytes  # rows from the top, pixels from the left, no padding; or one JPEG file
+
 
 def pack_pushed_frame(
-    frame_id: int, t_capture_ns: int, width: int, height: int, format: str, data: memoryview
+    frame_id: int, t_capture_ns: int, width: int, height: int, format: PixelFormat, data: bytes | memoryview
 ) -> bytes:
-    """One message for a `zmq:` source, from the process that owns the camera (a simulator, a flight stack).
+    """The one ZeroMQ frame of an image. `data`: any C-contiguous buffer. The camera process checks the values.
 
-        image = render()                                               # (H, W, 3) uint8, RGB, contiguous
-        push.send(pack_frame(n, time.monotonic_ns(), image.shape[1], image.shape[0], "rgb8", image.data))
+        image = camera.read()                                          # (H, W, 3) uint8, RGB, C-contiguous
+        push.send(pack_pushed_frame(n, time.monotonic_ns(), image.shape[1], image.shape[0], "rgb8", image.data))
 
-    `push` is a PUSH socket with SNDHWM = 2, IMMEDIATE = 1 and LINGER = 0, set before it connects; send with NOBLOCK
-    and drop the frame when that raises zmq.Again: nobody is there, or takes it. `format` is rgb8, bgr8, gray8 or jpeg;
-    `data` anything that holds bytes in a row. The stamp is that of the exposure on this machine's monotonic clock, not
-    of the sending.
-    Nothing is checked here: the camera process does.
+    `push` is a PUSH socket with SNDHWM 2, IMMEDIATE 1 and LINGER 0, all set before it connects. Send with NOBLOCK and
+    drop the frame on zmq.Again: no daemon is there, or its queue is full. edge_agent.client.FramePusher does this.
+    t_capture_ns is the time of the exposure and not of the sending.
     """
-    import msgspec  # only who pushes needs it; whoever reads the slot needs numpy alone
-
-    fields = {"v": 1, "frame_id": frame_id, "t_capture_ns": t_capture_ns, "width": width, "height": height}
-    return b"F" + msgspec.msgpack.encode(fields | {"format": format, "data": data})
+    fields = {"v": PROTOCOL_VERSION, "frame_id": frame_id, "t_capture_ns": t_capture_ns}
+    return TOPIC + encode(fields | {"width": width, "height": height, "format": format, "data": data})
 
 
-class PushedFrame(msgspec.Struct, frozen=True):
-    """What a pusher sends, after the topic byte b"F"."""
-
-    v: Literal[1]
-    frame_id: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
-    t_capture_ns: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
-    width: Annotated[int, msgspec.Meta(ge=1, le=65535)]
-    height: Annotated[int, msgspec.Meta(ge=1, le=65535)]
-    format: Literal["rgb8", "bgr8", "gray8", "jpeg"]
-    data: bytes
-
-
-decode_pushed_frame = msgspec.msgpack.Decoder(PushedFrame).decode
+decode_pushed_frame = make_decoder(PushedFrame)

@@ -1,35 +1,34 @@
-"""The table of published streams; a message as its one wire frame, and back."""
+"""The table of streams. A published message <-> its one ZeroMQ frame."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, overload
 
 import msgspec
 
-from edge_agent.wire.codec import _encoder, make_decoder
+from edge_agent.wire.codec import encode, make_decoder
 from edge_agent.wire.messages import MAX_MESSAGE_BYTES, Action, Header, Refusal, Status, TextMessage
 
 
 class Stream(msgspec.Struct, frozen=True):
-    """One row of the table below: how a stream is carried."""
+    """One row of the table: how a stream is carried."""
 
-    topic: bytes  # the first byte of every message of the stream; empty for control, which has one reader per message
-    socket: str  # what the daemon binds
-    reader: str  # what a controller connects
+    topic: bytes  # first byte of every message; empty for control
+    socket: str  # ZeroMQ socket type that the daemon binds
+    reader: str  # ZeroMQ socket type that a controller connects
     rate: str
-    newest: bool  # the client reads what waits and keeps the newest message
+    newest: bool  # a reader receives all waiting messages and uses the last one
 
 
 STREAMS = {
-    "actions": Stream(b"A", "PUB", "SUB", "one per frame", newest=True),
-    "text": Stream(b"T", "PUB", "SUB", "one per decoded piece", newest=False),
-    "status": Stream(b"S", "XPUB", "SUB", "5 Hz, on change, and the last value on subscribing", newest=True),
-    "control": Stream(b"", "ROUTER", "DEALER", "on request", newest=False),
+    "actions": Stream(b"A", "PUB", "SUB", "one message for each answered frame", newest=True),
+    "text": Stream(b"T", "PUB", "SUB", "one message for each decoded piece", newest=False),
+    "status": Stream(b"S", "XPUB", "SUB", "5 Hz, at every change, and once after you subscribe", newest=True),
+    "control": Stream(b"", "ROUTER", "DEALER", "one reply for each request", newest=False),
 }
-
-
-_DECODERS = {
+_DECODERS: dict[str, Callable[[memoryview], Any]] = {
     "actions": make_decoder(Action | Refusal),
     "text": make_decoder(TextMessage),
     "status": make_decoder(Status),
@@ -37,13 +36,13 @@ _DECODERS = {
 
 
 def pack(stream: str, message: Header) -> bytes:
-    """The one frame that goes on the wire: topic byte, then the map.
+    """A message -> its one ZeroMQ frame: the topic byte, then the msgpack map.
 
-    Raises ValueError when the message is too large or an action's number is not finite: neither may leave.
+    Raises ValueError if the frame is larger than MAX_MESSAGE_BYTES, or if an action contains NaN or infinity.
     """
     if isinstance(message, Action) and not _is_finite(message):
-        raise ValueError(f"action {message.type!r} of frame {message.frame_id} holds a number that is not finite")
-    payload = STREAMS[stream].topic + _encoder.encode(message)
+        raise ValueError(f"action {message.type!r} of frame {message.frame_id} contains a number that is not finite")
+    payload = STREAMS[stream].topic + encode(message)
     if len(payload) > MAX_MESSAGE_BYTES:
         raise ValueError(f"{stream}: message of {len(payload)} bytes, the limit is {MAX_MESSAGE_BYTES}")
     return payload
@@ -60,8 +59,17 @@ def _is_finite(action: Action) -> bool:
     return all(math.isfinite(number) for number in numbers if isinstance(number, float))
 
 
+@overload
+def unpack(stream: Literal["actions"], payload: bytes) -> Action | Refusal: ...
+@overload
+def unpack(stream: Literal["text"], payload: bytes) -> TextMessage: ...
+@overload
+def unpack(stream: Literal["status"], payload: bytes) -> Status: ...
+@overload
+def unpack(stream: str, payload: bytes) -> Any: ...
 def unpack(stream: str, payload: bytes) -> Any:
-    """The message in one wire frame. Raises msgspec.DecodeError (a ValueError) on anything else."""
+    """One ZeroMQ frame -> its message. Raises msgspec.DecodeError (a ValueError) if the frame has another topic byte,
+    is not valid msgpack, lacks a required field, or has a field of another type."""
     topic = STREAMS[stream].topic
     if payload[:1] != topic:
         raise msgspec.DecodeError(f"{stream}: expected topic {topic!r}, found {payload[:1]!r}")

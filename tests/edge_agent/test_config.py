@@ -39,7 +39,6 @@ def test_what_is_written_is_what_is_loaded():
         "           adapters: {night: /n.gguf, rain-2: r.gguf}, adapter: night}\n"
         "task: {action_space: waypoint, instruction: 'Land.', deadline_ms: 700}\n"
         "watchdog: {model_stall_s: 1, model_load_s: 2.5, camera_stall_s: 0.5}\n"
-        "trace: /t.json\n"
         "runtime_dir: /run/x\n",
         "agent.yaml",
     )
@@ -76,7 +75,6 @@ def test_what_is_written_is_what_is_loaded():
         },
         "task": {"action_space": "waypoint", "instruction": "Land.", "deadline_ms": 700},
         "watchdog": {"model_stall_s": 1.0, "model_load_s": 2.5, "camera_stall_s": 0.5},
-        "trace": "/t.json",
         "runtime_dir": "/run/x",
     }
 
@@ -115,7 +113,6 @@ def test_defaults():
         },
         "task": {"action_space": "velocity_body", "instruction": "Hold position.", "deadline_ms": 2000},
         "watchdog": {"model_stall_s": 10.0, "model_load_s": 120.0, "camera_stall_s": 3.0},
-        "trace": "",
         "runtime_dir": "",
     }
 

@@ -1,6 +1,7 @@
-"""A daemon for tests: real process, real sockets, real camera process; the model real or tests/fake_model.py.
+"""A daemon for tests: a real process with real sockets and a real camera process. The model process is real, or
+tests/harness/fake_model.py.
 
-Run as a program it is `edge-agent run` with the fake model in place of the real one.
+    python -m tests.harness.rig CONFIG [TRACE]      runs the daemon with the fake model
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import yaml
 
 from edge_agent.actions.space import READY_SPACES
 from edge_agent.client import Client, FramePusher
-from edge_agent.config import CameraConfig, Config, LanguageConfig, TaskConfig, VisionConfig
+from edge_agent.config import CameraConfig, Config, LanguageConfig, TaskConfig, VisionConfig, load_config
+from edge_agent.supervisor.process import run
 from edge_agent.wire.messages import Status
 from tests.harness import ROOT
 
@@ -47,7 +49,7 @@ def numbers_only(folder: Path) -> str:
 
 
 class Daemon:
-    """One running daemon; use within `daemon(...)`."""
+    """One running daemon; `daemon(...)` makes it."""
 
     def __init__(self, process: subprocess.Popen, runtime: Path, log: Path) -> None:
         self.process, self.runtime, self.log = process, runtime, log
@@ -55,8 +57,8 @@ class Daemon:
     def client(self) -> Client:
         return Client(str(self.runtime))
 
-    def wait(self, *states: str, timeout_s: float = 30.0) -> Status:
-        """The first status in one of these states."""
+    def wait(self, *states: str, timeout_s: float = 120.0) -> Status:
+        """The first status in one of these states. The time-out only bounds a hang."""
         until_s, status = time.monotonic() + timeout_s, None
         with self.client() as client:
             while time.monotonic() < until_s:
@@ -66,23 +68,34 @@ class Daemon:
                 assert self.process.poll() is None, f"daemon ended: {self.log.read_text()}"
         raise AssertionError(f"not {states} in {timeout_s} s but {status}: {self.log.read_text()}")
 
-    def stop(self, timeout_s: float = 5.0) -> int:
+    def stop(self, timeout_s: float = 60.0) -> int:
+        """Ask the daemon to stop; its exit status."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout_s)
 
 
 @contextlib.contextmanager
 def daemon(
-    runtime: Path, config: dict, *, fake: dict | None = None, env: dict[str, str] | None = None, wait: bool = True
+    runtime: Path,
+    config: dict,
+    *,
+    fake: dict | None = None,
+    env: dict[str, str] | None = None,
+    trace: Path | None = None,
+    wait: bool = True,
 ) -> Iterator[Daemon]:
-    """Start a daemon on this configuration, give it, and make sure that nothing of it is left."""
+    """Start a daemon with this configuration; at the end, make sure that none of its processes is left.
+
+    fake: what the fake model does ($FAKE_MODEL); None: the real model. wait: until the state is running.
+    """
     runtime.mkdir(exist_ok=True)
     path, log = runtime / "config.yaml", runtime / "log"
     path.write_text(yaml.safe_dump(config | {"runtime_dir": str(runtime)}))
-    program = ["-m", "edge_agent.cli.main"] if fake is None else ["-m", "tests.harness.rig"]
+    real = ["edge_agent.cli.main", "run", "--config", str(path), *(["--trace", str(trace)] if trace else [])]
+    command = real if fake is None else ["tests.harness.rig", str(path), *([str(trace)] if trace else [])]
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [sys.executable, *program, "run", "--config", str(path)],
+            [sys.executable, "-m", *command],
             stdout=out,
             stderr=out,
             env=os.environ | {"PYTHONPATH": str(ROOT), "FAKE_MODEL": json.dumps(fake or {})} | (env or {}),
@@ -99,7 +112,7 @@ def daemon(
 
 
 class Pusher:
-    """A process that owns the camera, as a thread: noise at a steady rate, remembering what it sent."""
+    """In place of a process that owns the camera: a thread that pushes noise at a steady rate, and keeps a record."""
 
     def __init__(self, endpoint: str, rate_hz: float = 50.0, height: int = 120, width: int = 160) -> None:
         self.endpoint, self.period_s, self.shape = endpoint, 1 / rate_hz, (height, width, 3)
@@ -131,23 +144,26 @@ class Pusher:
 
 
 def children(pid: int) -> list[int]:
-    """Direct children of a process."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        found += [int(word) for word in (task / "children").read_text().split()]
-    return found
+    """Process ids of the direct children of a process."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
 
 
 def alive(pid: int) -> bool:
+    """Whether a process exists and is not a zombie."""
     try:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
 
 
-if __name__ == "__main__":
-    from edge_agent.cli.main import main
-    from edge_agent.supervisor import process
+def wait_until_gone(*pids: int, timeout_s: float = 60.0) -> None:
+    """Until none of these processes exists. The time-out only bounds a hang."""
+    until_s = time.monotonic() + timeout_s
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() < until_s, f"still there: {[pid for pid in pids if alive(pid)]}"
+        time.sleep(0.02)
 
-    process.MODEL_MODULE = "tests.harness.fake_model"
-    main()
+
+if __name__ == "__main__":
+    sys.exit(run(load_config(sys.argv[1]), *sys.argv[2:], model_module="tests.harness.fake_model"))

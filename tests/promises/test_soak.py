@@ -1,4 +1,4 @@
-"""The long form, run by `make soak`: many faults, many frames. Each test prints one JSON line with its figures."""
+"""The long form of the fault tests, run by `make soak`. Each test prints one JSON line with its figures."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("r")
 
 
-class Ear(threading.Thread):
-    """Hears every action, and remembers when and of which frame."""
+class ActionRecorder(threading.Thread):
+    """Keeps of every action when it arrived, of which frame it is, and its age in milliseconds."""
 
     def __init__(self, client) -> None:
         super().__init__(daemon=True)
-        self.client, self.actions, self.ended = client, [], threading.Event()
+        self.client, self.ended = client, threading.Event()
+        self.actions: list[tuple[int, int, float]] = []
 
     def run(self) -> None:
         while not self.ended.is_set():
@@ -43,7 +44,7 @@ class Ear(threading.Thread):
 
 
 def test_faults(toy_bundle, runtime, capsys):
-    """kill -9 and SIGSTOP on either worker, in random order: silence and its reason within bounds, nothing replayed."""
+    """SIGKILL and SIGSTOP to either worker, in random order: silence and a reason in time, and nothing is replayed."""
     generator = random.Random(0)
     config = {
         "bundle": str(toy_bundle),
@@ -56,8 +57,8 @@ def test_faults(toy_bundle, runtime, capsys):
         rig.daemon(runtime, config, fake={}) as running,
         running.client() as listening,
     ):
-        ear = Ear(listening)
-        ear.start()
+        recorder = ActionRecorder(listening)
+        recorder.start()
         for _ in range(ROUNDS):
             status = running.wait("running", timeout_s=30)
             time.sleep(0.3)
@@ -68,13 +69,13 @@ def test_faults(toy_bundle, runtime, capsys):
             reason_ms.append((time.monotonic_ns() - hurt_ns) / 1e6)
             assert victim.split("_")[0] in hurt.reason
             known_ns = time.monotonic_ns()
-            after = [at for at, _, _ in ear.actions if hurt_ns < at < known_ns]
+            after = [at for at, _, _ in recorder.actions if hurt_ns < at < known_ns]
             silence_ms.append((max(after, default=hurt_ns) - hurt_ns) / 1e6)
         running.wait("running", timeout_s=30)
-        ear.ended.set()
-        ear.join()
+        recorder.ended.set()
+        recorder.join()
         assert running.process.poll() is None
-    frames = [frame_id for _, frame_id, _ in ear.actions]
+    frames = [frame_id for _, frame_id, _ in recorder.actions]
     figures = {
         "promise": 2,
         "rounds": ROUNDS,
@@ -82,7 +83,7 @@ def test_faults(toy_bundle, runtime, capsys):
         "worst_ms_to_reason": round(max(reason_ms)),
         "worst_ms_to_silence": round(max(silence_ms)),
         "replays": len(frames) - len(set(frames)),
-        "worst_age_ms": round(max(age for _, _, age in ear.actions), 1),
+        "worst_age_ms": round(max(age for _, _, age in recorder.actions), 1),
     }
     with capsys.disabled():
         print("\n" + json.dumps(figures))
@@ -90,7 +91,7 @@ def test_faults(toy_bundle, runtime, capsys):
 
 
 def test_memory_is_flat(toy_bundle, runtime, tmp_path_factory, capsys):
-    """The real model as fast as it goes: resident memory after a third of the flight, and at its end."""
+    """The real model at full speed: resident memory after a third of the flight, and at its end."""
     config = {
         "bundle": str(toy_bundle),
         "camera": {"source": f"zmq:ipc://{runtime}/frames"},
@@ -112,8 +113,8 @@ def test_memory_is_flat(toy_bundle, runtime, tmp_path_factory, capsys):
 
 
 def test_from_camera_to_wire_all_but_the_model_takes_a_few_milliseconds(toy_bundle, runtime, capsys):
-    """640x480 frames, a model that is free when they come: receiving, slot, waking up, resizing, envelope, publication.
-    Not counted: encode, prefill and decode. Three tries: a shared machine takes the processor away now and then."""
+    """640x480 frames that come when the model is free: receiving, slot, wake-up, resizing, gate, publication. Encode,
+    prefill and decode do not count. Three tries: a shared machine takes the processor away now and then."""
     for _ in range(3):
         beside_ms = beside_the_model_ms(toy_bundle, runtime, n_frames=380)
         p50, p99 = (round(float(np.percentile(beside_ms, p)), 2) for p in (50, 99))
@@ -127,15 +128,15 @@ def test_from_camera_to_wire_all_but_the_model_takes_a_few_milliseconds(toy_bund
 def beside_the_model_ms(toy_bundle: Path, runtime: Path, n_frames: int) -> list[float]:
     trace = runtime / "trace.json"
     config = {
-        "bundle": str(toy_bundle), "camera": {"source": f"zmq:ipc://{runtime}/frames"}, "trace": str(trace),
+        "bundle": str(toy_bundle), "camera": {"source": f"zmq:ipc://{runtime}/frames"},
         "vision": {"max_image_tokens": 144}, "language": {"gpu_layers": 0}, "task": {"deadline_ms": 5000},
     }  # fmt: skip
     pusher = rig.Pusher(f"ipc://{runtime}/frames", rate_hz=8.0, height=480, width=640)
-    with pusher, rig.daemon(runtime, config) as running:
+    with pusher, rig.daemon(runtime, config, trace=trace) as running:
         with running.client() as client:
             answers = [client.next_answer(5.0) for _ in range(n_frames + 20)][20:]
         running.stop()
-    resize_ms, newest_ms = {}, 0.0  # by frame; a frame's waiting is told after its resizing
+    resize_ms, newest_ms = {}, 0.0  # frame id -> duration; the span "waits" of a frame follows its span "resize"
     for span in json.loads(trace.read_text()):
         if span["name"] == "resize":
             newest_ms = span["dur"] / 1000

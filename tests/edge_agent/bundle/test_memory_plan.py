@@ -111,7 +111,9 @@ def test_too_little_memory_may_pass_and_is_no_fault_of_the_configuration(toy_bun
         def send(self, payload: bytes) -> None:
             said.append(decode_model_event(payload))
 
-    monkeypatch.setattr("edge_agent.model.__main__.attach_to_supervisor", lambda: (None, Events(), encode(config)))
+    monkeypatch.setattr(
+        "edge_agent.model.__main__.attach_to_supervisor", lambda: (None, Events(), encode(config), False)
+    )
     monkeypatch.setattr("edge_agent.board.health.mem_available_mib", lambda: 100.0)
     assert main() == 1
     assert isinstance(said[-1], StartupFailed) and not said[-1].configured

@@ -11,7 +11,7 @@ import pytest
 
 from edge_agent.actions.envelope import CheckedAction, Rejection, parse_answer
 from edge_agent.actions.grammar import json_schema
-from edge_agent.actions.space import ActionField, ActionSpace, ActionType, load_action_space
+from edge_agent.actions.space import ActionSpace, ActionType, ChoiceField, NumberField, load_action_space
 from edge_agent.bundle.manifest import LANGUAGE, read_manifest
 from edge_agent.config import LanguageConfig
 from edge_agent.errors import ConfigError
@@ -83,7 +83,7 @@ def test_every_answer_is_whole_inside_its_space_and_short(language, grammar, pie
         written = json.loads(text, parse_float=Decimal, parse_int=Decimal)
         assert list(written) == ["action", *fields]
         for key, field in fields.items():
-            if field.one_of is None:
+            if isinstance(field, NumberField):
                 assert written[key] % Decimal(str(field.step)) == 0, text
         assert text == text.strip() and " " not in text
         wordings.add(text)
@@ -132,7 +132,7 @@ def test_the_likeliest_allowed_token_is_chosen(language, grammar, pieces):
     space = ActionSpace(
         name="s",
         valid_for_ms=1,
-        actions={"go": ActionType(fields={"to": ActionField(one_of=sorted(words))}), "hold": ActionType()},
+        actions={"go": ActionType(fields={"to": ChoiceField(one_of=sorted(words))}), "hold": ActionType()},
     )
     grammar.allow(grammar_from_schema(json_schema(space)))
     seen = set()

@@ -439,8 +439,10 @@ def test_a_sentence_can_be_cut_and_says_why(engine, events):
     act(engine, picture(engine, 1))
     engine.begin("describe", "", "Describe.")
     engine.step()
-    engine.end("asked")
-    assert events[-1] == TextDelta(lane="describe", frame_id=1, text=events[-1].text, final=True, stop_reason="asked")
+    engine.end("new-question")
+    assert events[-1] == TextDelta(
+        lane="describe", frame_id=1, text=events[-1].text, final=True, stop_reason="new-question"
+    )
 
 
 def test_a_frame_can_be_looked_at_without_an_answer(engine, events):
@@ -528,7 +530,7 @@ def drafted(bundle_folder: Path, space: str, n_frames: int) -> int:
                     engine.step()
                 runs += 1
             if engine.sentence is not None:
-                engine.end("asked")
+                engine.end("new-question")
             others = [*others[-20:], answer]
     return runs
 
@@ -717,9 +719,9 @@ def test_a_sentence_cut_while_it_thinks_ends_both_lanes(toy_bundle):
         events.clear()
         engine.begin("describe", "", "What?")
         engine.step()
-        engine.end("asked")
+        engine.end("new-question")
         ends = [(piece.lane, piece.stop_reason) for piece in events if piece.final]
-        assert ends == [("reasoning", ""), ("describe", "asked")]
+        assert ends == [("reasoning", ""), ("describe", "new-question")]
 
 
 def test_thinking_needs_a_model_that_can(toy_bundle, tmp_path):
@@ -776,7 +778,7 @@ def test_words_do_not_ride_where_answers_are_exact(engine, events):
     before = said_by(engine)
     act(engine, picture(engine, 2))
     assert said_by(engine) == before and not engine.language.rides
-    engine.end("asked")
+    engine.end("new-question")
 
 
 def test_a_sentence_that_ends_while_it_rides_harms_nothing(exact_bundle, monkeypatch):

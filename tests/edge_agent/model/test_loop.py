@@ -301,7 +301,7 @@ def test_state_is_read_from_the_slot_when_the_frame_is_answered(toy_bundle, tmp_
         loop.instruction_id = 0
         for n, altitude in enumerate((None, 3.25, None)):
             if altitude is not None:
-                slot.write_note(encode({"altitude_m": (altitude, time.monotonic_ns())}))
+                slot.write_vehicle_state(encode({"altitude_m": (altitude, time.monotonic_ns())}))
             else:
                 time.sleep(0.25)
             slot.write(120, 160)[:] = 5
@@ -371,10 +371,10 @@ def test_a_description_gives_way_to_a_question(start):
     process.publish(1)
     process.wait(TextDelta, lane="describe")
     process.send(AskQuestion("q", "What is it?"))
-    assert process.wait(TextDelta, lane="describe", final=True).stop_reason == "asked"
+    assert process.wait(TextDelta, lane="describe", final=True).stop_reason == "new-question"
     process.wait(TextDelta, request="q")
     process.send(SetInstruction(instruction_id=1, text="Land."))
-    assert process.wait(TextDelta, request="q", final=True).stop_reason == "instruct"
+    assert process.wait(TextDelta, request="q", final=True).stop_reason == "new-instruction"
     process.wait(InstructionApplied, instruction_id=1)
 
 

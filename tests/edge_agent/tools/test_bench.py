@@ -58,7 +58,7 @@ def test_the_command(toy_bundle: Path, tmp_path: Path):
     for arguments, status, words in (
         (("--bundle", tmp_path), 78, "bundle.json: missing"),
         ((*common, "--action-space", "dance"), 78, "dance"),
-        ((*common, "--frames", tmp_path / "none"), 1, "expected a folder of pictures or a video"),
+        ((*common, "--frames", tmp_path / "none"), 1, "expected a folder of images or a video"),
         (("--bundle", toy_bundle, "--max-image-tokens", 3), 78, "vision.max_image_tokens"),
         (("--bundle", toy_bundle, "-n", 0), 2, "expected 1 or more"),
     ):

@@ -1,4 +1,4 @@
-"""Messages as bytes: what leaves is one topic byte and one map, what arrives is that or a DecodeError."""
+"""Messages as bytes: a message is one topic byte and one msgpack map; anything else is a DecodeError."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ from edge_agent.wire.messages import (
     StageTimes,
     Status,
     TextMessage,
+    TextStopReason,
     WorkerStatus,
 )
+from edge_agent.wire.pushed_frame import decode_pushed_frame, pack_pushed_frame
 from edge_agent.wire.streams import STREAMS, pack, unpack
 
 HEADER = {"v": 1, "session": 7, "seq": 3, "t_pub_ns": 2_000_000, "bundle_id": "0123456789abcdef"}
@@ -45,7 +47,7 @@ ACTION = Action(
     valid_until_ns=502_000_000,
     action_space="velocity_body",
     type="move",
-    values={"forward_m_s": 2.0, "count": 2, "pace": "slow", "lights": True},
+    values={"forward_m_s": 2.0, "count": 2.0, "pace": "slow"},
     clamped={"forward_m_s": 9.5},
     instruction="Hold position.",
     dropped_frames=2,
@@ -53,7 +55,7 @@ ACTION = Action(
 REFUSAL = Refusal(
     **HEADER, **FRAME, reason="late", detail="2100 ms old", instruction="Hold position.", dropped_frames=0
 )
-WORDS = TextMessage(**HEADER, lane="answer", frame_id=41, text="ein Würfel ", request="4f", final=False)
+TEXT = TextMessage(**HEADER, lane="answer", frame_id=41, text="ein Würfel ", request="4f", final=False)
 WORKER = WorkerStatus(alive=True, pid=None, restarts=0, rss_mib=None)
 STATUS = Status(
     **HEADER,
@@ -76,19 +78,22 @@ STATUS = Status(
     mem_available_mib=None,
     temperature_c=None,
 )
-WIRE = [("actions", ACTION), ("actions", REFUSAL), ("text", WORDS), ("status", STATUS)]
+WIRE = [("actions", ACTION), ("actions", REFUSAL), ("text", TEXT), ("status", STATUS)]
 EACH = pytest.mark.parametrize(("stream", "message"), WIRE, ids=["action", "refusal", "text", "status"])
 
 
-# -- what leaves ------------------------------------------------------------------------------------------------------
+KIND = {Action: "action", Refusal: "refusal", TextMessage: "text", Status: "status"}
+
+
+# -- encode -----------------------------------------------------------------------------------------------------------
 
 
 @EACH
 def test_a_message_is_its_topic_byte_and_one_map(stream, message):
     payload = pack(stream, message)
     assert payload[:1] == STREAMS[stream].topic and len(STREAMS[stream].topic) == 1
-    fields = msgspec.msgpack.decode(payload[1:])  # refuses anything behind the map
-    assert fields["kind"] == type(message).__name__.lower()
+    fields = msgspec.msgpack.decode(payload[1:])  # raises if anything follows the map
+    assert fields["kind"] == KIND[type(message)]
     assert HEADER.items() <= fields.items()
     assert fields.keys() == {"kind", *message.__struct_fields__}
 
@@ -99,7 +104,7 @@ def test_topics_differ():
 
 
 def test_the_bytes_are_those_of_the_msgpack_specification():
-    """Written by hand from the specification: fixmap, fixstr, positive fixint, uint16, float64 (30.0 = 0x403e…)."""
+    """Expected bytes by hand from the specification: fixmap, fixstr, fixint, uint16, float64 (30.0 is 0x403e…)."""
     by_hand = (
         b"\x85\xa4kind\xa6opened\xa5width\xcd\x02\x80\xa6height\xcd\x01\xe0"
         b"\xa3fps\xcb\x40\x3e\x00\x00\x00\x00\x00\x00\xabdescription\xa3cam"
@@ -117,26 +122,32 @@ def test_the_bytes_are_those_of_the_msgpack_specification():
 
 
 @EACH
-def test_a_message_comes_back_as_it_went(stream, message):
+def test_decoding_an_encoded_message_gives_the_message(stream, message):
     assert unpack(stream, pack(stream, message)) == message
 
 
 def test_numbers_keep_their_types():
     fields = msgspec.msgpack.decode(pack("actions", ACTION)[1:])
-    assert [type(fields["values"][name]) for name in ACTION.values] == [float, int, str, bool]
-    whole = {name: type(value) for name, value in fields.items() if name.endswith("_ns") or name == "valid_for_ms"}
-    assert set(whole.values()) == {int}
+    assert [type(fields["values"][name]) for name in ACTION.values] == [float, float, str]
+    integers = {name: type(value) for name, value in fields.items() if name.endswith("_ns") or name == "valid_for_ms"}
+    assert len(integers) == 4 and set(integers.values()) == {int}
     assert type(fields["age_ms"]) is float and type(fields["stages_ms"]["queue"]) is float
-    back = unpack("actions", pack("actions", ACTION)).values
-    assert [type(back[name]) for name in ACTION.values] == [float, int, str, bool]
+
+
+def test_an_integer_in_the_place_of_a_float_is_read_as_a_float():
+    """Other languages write 2.0 as the integer 2."""
+    fields = msgspec.to_builtins(ACTION) | {"age_ms": 1, "values": {"forward_m_s": 2}}
+    action = unpack("actions", b"A" + msgspec.msgpack.encode(fields))
+    assert (type(action.age_ms), type(action.values["forward_m_s"])) == (float, float)
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("place", ["values", "clamped", "age_ms", "stages_ms"])
-def test_an_action_with_a_number_that_is_not_finite_does_not_leave(place, number):
+@pytest.mark.parametrize("place", ["values", "clamped", "age_ms", "stages_ms", "chunk"])
+def test_an_action_with_a_number_that_is_not_finite_is_not_encoded(place, number):
     changed = {
         "values": {"forward_m_s": 0.0, "right_m_s": number},
         "clamped": {"forward_m_s": number},
+        "chunk": [{"forward_m_s": 0.0}, {"forward_m_s": number}],
         "age_ms": number,
         "stages_ms": StageTimes(queue=1.0, encode=number, prefill=3.0, decode=4.0, check=0.5),
     }[place]
@@ -144,22 +155,82 @@ def test_an_action_with_a_number_that_is_not_finite_does_not_leave(place, number
         pack("actions", msgspec.structs.replace(ACTION, **{place: changed}))
 
 
-def test_a_message_of_64_kib_leaves_and_a_larger_one_does_not():
-    room = 64 * 1024 - len(pack("text", msgspec.structs.replace(WORDS, text="x" * 40_000))) + 40_000
-    payload = pack("text", msgspec.structs.replace(WORDS, text="x" * room))
+def test_the_largest_message_has_64_kib():
+    n_chars = 64 * 1024 - len(pack("text", msgspec.structs.replace(TEXT, text="x" * 40_000))) + 40_000
+    payload = pack("text", msgspec.structs.replace(TEXT, text="x" * n_chars))
     assert len(payload) == 65536
-    with pytest.raises(ValueError, match=r"words: message of 65537 bytes, the limit is 65536"):
-        pack("text", msgspec.structs.replace(WORDS, text="x" * (room + 1)))
+    with pytest.raises(ValueError, match=r"text: message of 65537 bytes, the limit is 65536"):
+        pack("text", msgspec.structs.replace(TEXT, text="x" * (n_chars + 1)))
 
 
-# -- what arrives -----------------------------------------------------------------------------------------------------
+# -- decode ----------------------------------------------------------------------------------------------------------
 
 
 @EACH
-def test_readers_ignore_keys_they_do_not_know(stream, message):
+def test_readers_ignore_unknown_keys(stream, message):
     fields = msgspec.to_builtins(message) | {"altitude_m": 3.5, "nested": {"a": [1, {"b": None}]}}
     payload = STREAMS[stream].topic + msgspec.msgpack.encode(fields)
     assert unpack(stream, payload) == message
+
+
+@EACH
+@pytest.mark.parametrize(
+    ("field", "value"), [("v", 2), ("v", "1"), ("t_pub_ns", 1.5), ("t_pub_ns", None), ("kind", "x")]
+)
+def test_another_version_or_type_is_an_error(stream, message, field, value):
+    fields = msgspec.to_builtins(message) | {field: value}
+    with pytest.raises(msgspec.DecodeError):
+        unpack(stream, STREAMS[stream].topic + msgspec.msgpack.encode(fields))
+
+
+@pytest.mark.parametrize(
+    ("stream", "message", "field"),
+    [
+        ("actions", ACTION, "capture_clock"),
+        ("actions", REFUSAL, "reason"),
+        ("text", TEXT, "lane"),
+        ("text", TEXT, "stop_reason"),
+        ("status", STATUS, "state"),
+    ],
+)
+def test_a_value_outside_the_list_of_a_field_is_an_error(stream, message, field):
+    fields = msgspec.to_builtins(message) | {field: "from a later version"}
+    with pytest.raises(msgspec.DecodeError, match=field):
+        unpack(stream, STREAMS[stream].topic + msgspec.msgpack.encode(fields))
+
+
+# -- pushed frames ----------------------------------------------------------------------------------------------------
+
+
+def test_a_pushed_frame_is_its_topic_byte_and_one_map():
+    pixels = bytes(range(2 * 3 * 3))
+    payload = pack_pushed_frame(41, 1_000_000, 3, 2, "rgb8", memoryview(pixels).cast("B", (2, 3, 3)))
+    assert payload[:1] == b"F"
+    frame = decode_pushed_frame(payload[1:])
+    assert (frame.frame_id, frame.t_capture_ns, frame.width, frame.height) == (41, 1_000_000, 3, 2)
+    assert (frame.format, frame.data) == ("rgb8", pixels)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("v", 2),
+        ("frame_id", -1),
+        ("frame_id", 2**63),
+        ("t_capture_ns", 1.5),
+        ("width", 0),
+        ("height", 65536),
+        ("format", "rgba8"),
+        ("data", 7),
+    ],
+)
+def test_a_pushed_frame_with_a_wrong_field_is_an_error(field, value):
+    fields = msgspec.msgpack.decode(pack_pushed_frame(1, 2, 1, 1, "gray8", b"x")[1:])
+    with pytest.raises(msgspec.DecodeError):
+        decode_pushed_frame(msgspec.msgpack.encode(fields | {field: value}))
+
+
+# -- control ----------------------------------------------------------------------------------------------------------
 
 
 def test_control_and_worker_messages_ignore_unknown_keys_too():
@@ -180,7 +251,7 @@ def test_a_missing_key_is_an_error(stream, message):
     for name in {"kind", *message.__struct_fields__} - optional:
         fields = msgspec.to_builtins(message)
         if name == "kind" and stream != "actions":
-            continue  # a stream with one kind of message can be read without being told which
+            continue  # msgspec needs the kind only on a stream with two kinds of messages
         del fields[name]
         with pytest.raises(msgspec.DecodeError, match=name):
             unpack(stream, STREAMS[stream].topic + msgspec.msgpack.encode(fields))
@@ -233,26 +304,27 @@ READERS |= {
     "camera event": decode_camera_event,
     "model event": decode_model_event,
     "model command": decode_model_command,
+    "pushed frame": decode_pushed_frame,
 }
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_text_that_is_no_utf8_is_a_decode_error(reader):
-    """Found in every reader's own keys, and in one that nobody reads."""
-    first = {"request": "id", "reply": "id"}.get(reader, "kind").encode()
+def test_invalid_utf8_is_a_decode_error(reader):
+    """In a field of the message, and in an unknown field."""
+    first = {"request": "id", "reply": "id", "pushed frame": "format"}.get(reader, "kind").encode()
     if reader in ("actions", "text", "status"):
         first = b"bundle_id"
-    for key in (first, b"chunk"):
+    for key in (first, b"unknown"):
         data = b"\x81" + bytes([0xA0 + len(key)]) + key + b"\xa2\xff\xff"
         with pytest.raises(msgspec.DecodeError):
             READERS[reader](data)
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_a_key_nested_for_ever_is_a_decode_error(reader):
-    """Within the size limit a sender can nest 60 000 arrays into a key that nobody reads."""
+def test_a_deeply_nested_value_is_a_decode_error(reader):
+    """A message of 64 KiB can hold 60 000 nested arrays in an unknown field."""
     with pytest.raises(msgspec.DecodeError):
-        READERS[reader](b"\x81\xa5later" + b"\x91" * 60_000 + b"\xc0")
+        READERS[reader](b"\x81\xa7unknown" + b"\x91" * 60_000 + b"\xc0")
 
 
 # -- round trips ------------------------------------------------------------------------------------------------------
@@ -279,11 +351,11 @@ any_action = st.builds(
     valid_until_ns=count,
     action_space=text,
     type=text,
-    values=st.dictionaries(text, number | count | text | st.booleans(), max_size=5),
+    values=st.dictionaries(text, number | text, max_size=5),
     clamped=st.dictionaries(text, number, max_size=5),
 )
 any_refusal = st.builds(Refusal, **header, **frame, reason=st.sampled_from(RefusalReason.__args__), detail=text)
-any_words = st.builds(
+any_text = st.builds(
     TextMessage,
     **header,
     lane=st.sampled_from(Lane.__args__),
@@ -291,7 +363,7 @@ any_words = st.builds(
     text=text,
     request=text,
     final=st.booleans(),
-    stop_reason=text,
+    stop_reason=st.sampled_from(TextStopReason.__args__),
 )
 worker = st.builds(WorkerStatus, alive=st.booleans(), pid=st.none() | count, restarts=count, rss_mib=st.none() | number)
 any_status = st.builds(
@@ -320,15 +392,15 @@ any_status = st.builds(
 
 @pytest.mark.parametrize(
     ("stream", "messages"),
-    [("actions", any_action), ("actions", any_refusal), ("text", any_words), ("status", any_status)],
+    [("actions", any_action), ("actions", any_refusal), ("text", any_text), ("status", any_status)],
     ids=["action", "refusal", "text", "status"],
 )
 @settings(deadline=None)
 @given(data=st.data())
-def test_any_message_comes_back_as_it_went(stream, messages, data):
+def test_decoding_any_encoded_message_gives_the_message(stream, messages, data):
     message = data.draw(messages)
     payload = pack(stream, message)
     assert unpack(stream, payload) == message
-    assert msgspec.msgpack.decode(payload[1:]) == {"kind": type(message).__name__.lower()} | {
+    assert msgspec.msgpack.decode(payload[1:]) == {"kind": KIND[type(message)]} | {
         key: value for key, value in msgspec.to_builtins(message).items() if key != "kind"
     }

@@ -297,9 +297,9 @@ def test_our_own_text_is_enough_for_several_chunks(toy_bf16: Path):
 REFUSED = {
     "no text": (["--calibration", "~/none.txt"], ("none.txt: not readable",)),
     "too little text": (["--calibration", "~/short.txt"], ("short.txt", "tokens; expected 512 or more")),
-    "no pictures": (["--frames", "~/empty"], ("empty: no pictures; expected .png",)),
-    "no folder": (["--frames", "~/none"], ("none: expected a folder of pictures or a video",)),
-    "not a picture": (["--frames", "~/broken"], ("a.png: not a picture",)),
+    "no pictures": (["--frames", "~/empty"], ("empty: no image in this folder; expected .bmp",)),
+    "no folder": (["--frames", "~/none"], ("none: expected a folder of images or a video",)),
+    "not a picture": (["--frames", "~/broken"], ("a.png: not an image",)),
     "no instructions": (["--instructions", "~/blank.txt"], ("blank.txt: no instructions",)),
 }
 

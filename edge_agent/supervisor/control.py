@@ -1,0 +1,334 @@
+"""Requests of controllers: one reply per request, and the same id again gets the same reply.
+
+OPERATIONS says of each operation what it needs and when it is answered. An operation that is answered later waits for
+the model process: for InstructionApplied, or for the last piece of an answer. The model process knows a question by a
+number of the supervisor's own, so two controllers may use the same id.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import msgspec
+
+from edge_agent.actions.space import ActionSpace
+from edge_agent.actions.vehicle_state import check_vehicle_state
+from edge_agent.ipc.events import AskQuestion, InstructionApplied, SetInstruction, SetPaused, TextDelta
+from edge_agent.ipc.frame_slot import Slot
+from edge_agent.supervisor.gate import Instruction, Orders
+from edge_agent.supervisor.managed_worker import NS_PER_S, Clock, Readiness
+from edge_agent.supervisor.model_worker import ModelWorker
+from edge_agent.supervisor.publisher import Publisher, Sender
+from edge_agent.supervisor.status import StatusReporter
+from edge_agent.wire.codec import encode
+from edge_agent.wire.control import Operation, Reply, Request, StateValue, decode_request
+from edge_agent.wire.messages import PROTOCOL_VERSION, TextMessage, TextStopReason
+
+MAX_ID_CHARS = 64
+MAX_TEXT_CHARS = 2000  # of an instruction or a question
+MAX_ANSWER_CHARS = 12_000  # of the whole answer in the reply; the pieces on the text stream are not cut
+MAX_ERROR_CHARS = 500
+MAX_REMEMBERED_REPLIES = 256
+MAX_PENDING_REQUESTS = 8  # questions and instructions that the model has not answered yet
+ASK_TIMEOUT_S = 60.0
+
+
+@dataclass
+class Pending:
+    """A request that the model process has to answer."""
+
+    sender: Sender
+    request_id: str
+    started_ns: int
+    parts: list[str] = field(default_factory=list)  # of the answer to a question
+
+
+class VehicleState:
+    """The newest value per key that controllers pushed, written beside the frames for the model process."""
+
+    def __init__(self, slot: Slot, space: ActionSpace, clock: Clock = time.monotonic_ns) -> None:
+        self._slot, self._space, self._clock = slot, space, clock
+        self._values: dict[str, tuple[StateValue, int]] = {}  # key -> value, and when it came
+
+    def update(self, values: dict[str, StateValue]) -> str:
+        """Why the values cannot be taken; "": they were taken."""
+        error = check_vehicle_state(values, self._space)
+        if not error:
+            now_ns = self._clock()
+            self._values |= {key: (value, now_ns) for key, value in values.items()}
+            self._slot.write_vehicle_state(encode(self._values))
+        return error
+
+
+class ReplyMemory:
+    """The replies to the last requests, by sender and id, so that a repeated request is not carried out twice."""
+
+    def __init__(self, limit: int = MAX_REMEMBERED_REPLIES) -> None:
+        self._limit = limit
+        self._replies: OrderedDict[tuple[bytes, str], bytes | None] = OrderedDict()  # None: not answered yet
+
+    def begin(self, sender: Sender, request_id: str) -> bool:
+        """Whether this request is new. From now on it is known."""
+        key = (sender[0], request_id)
+        if key in self._replies:
+            return False
+        self._replies[key] = None
+        while len(self._replies) > self._limit:
+            self._replies.popitem(last=False)
+        return True
+
+    def get(self, sender: Sender, request_id: str) -> bytes | None:
+        """The reply that was sent; None: there is none yet."""
+        return self._replies.get((sender[0], request_id))
+
+    def store(self, sender: Sender, request_id: str, payload: bytes) -> None:
+        """Remember the reply, if the request is still known."""
+        if (sender[0], request_id) in self._replies:
+            self._replies[sender[0], request_id] = payload
+
+
+class Control:
+    """Answers requests. Owns the orders of controllers and everything that waits for the model process."""
+
+    def __init__(
+        self,
+        adapters: tuple[str, ...],
+        model: ModelWorker,
+        status: StatusReporter,
+        publisher: Publisher,
+        vehicle_state: VehicleState,
+        clock: Clock = time.monotonic_ns,
+    ) -> None:
+        """adapters: names of the configured adapters."""
+        self.adapters = ("", *adapters)
+        self.orders: Orders = status.orders
+        self.model, self.status, self.publisher, self.vehicle_state = model, status, publisher, vehicle_state
+        self.clock = clock
+        self._questions: dict[str, Pending] = {}  # the number given to the model process -> request
+        self._instructions: dict[int, Pending] = {}  # Instruction.number -> request
+        self._question_numbers = itertools.count(1)
+        self._instruction_numbers = itertools.count(self.orders.instruction.number + 1)
+        self._replies = ReplyMemory()
+        self._sent_paused: bool | None = None  # what the model process knows; None: it is not loaded
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    def handle(self, sender: Sender, payload: bytes) -> None:
+        """Carry out one request, or refuse it; the reply follows now or later."""
+        try:
+            request: Request = decode_request(payload)
+        except msgspec.DecodeError as error:
+            self._refuse(sender, "", f"not a request: {error}")
+            return
+        if request.v != PROTOCOL_VERSION or not 0 < len(request.id) <= MAX_ID_CHARS:
+            expected = f"expected v {PROTOCOL_VERSION} and an id of 1 to {MAX_ID_CHARS} characters"
+            self._refuse(sender, request.id[:MAX_ID_CHARS], expected)
+            return
+        rule = OPERATIONS[request.op]
+        if not rule.idempotent and not self._replies.begin(sender, request.id):
+            if (payload_before := self._replies.get(sender, request.id)) is not None:
+                self.publisher.reply(sender, payload_before)
+            return
+        if why_not := self._why_not(rule, request):
+            self._refuse(sender, request.id, why_not)
+        else:
+            rule.carry_out(self, Pending(sender, request.id, self.clock()), request)
+
+    def _why_not(self, rule: OperationRule, request: Request) -> str:
+        """Why the operation cannot be carried out now; "": it can."""
+        n_chars = len(request.text.strip())
+        if rule.needs_text and not 0 < n_chars <= MAX_TEXT_CHARS:
+            return f"text: expected 1 to {MAX_TEXT_CHARS} characters, found {n_chars}"
+        if rule.model_must_be and self.model.readiness not in rule.model_must_be:
+            reason = self.model.explained()
+            return f"the model is not ready ({reason.text if reason is not None else 'starting'}); try again"
+        if rule.answered_later and len(self._questions) + len(self._instructions) >= MAX_PENDING_REQUESTS:
+            return f"{MAX_PENDING_REQUESTS} requests are waiting already; try again"
+        return ""
+
+    def _instruct(self, pending: Pending, request: Request) -> None:
+        self._send_instruction(pending, SetInstruction(instruction_id=0, text=request.text.strip()))
+
+    def _switch_adapter(self, pending: Pending, request: Request) -> None:
+        name = request.text.strip()
+        if name not in self.adapters:
+            expected = ", ".join(map(repr, self.adapters))
+            error = f"adapter: expected one of {expected}, found {name[:MAX_ID_CHARS]!r}"
+            self._refuse(pending.sender, pending.request_id, error)
+            return
+        self._send_instruction(pending, SetInstruction(instruction_id=0, adapter=name))
+
+    def _send_instruction(self, pending: Pending, change: SetInstruction) -> None:
+        number, in_force = next(self._instruction_numbers), self.orders.instruction
+        text, adapter = change.text, change.adapter
+        if self.model.readiness is Readiness.REFUSED:  # the process is new, and holds neither text nor adapter
+            text = in_force.text if text is None else text
+            adapter = in_force.adapter if adapter is None else adapter
+        command = SetInstruction(instruction_id=number, text=text, adapter=adapter)
+        if self._send_command(pending, encode(command)):
+            self._instructions[number] = pending
+
+    def _ask(self, pending: Pending, request: Request) -> None:
+        number = str(next(self._question_numbers))
+        if self._send_command(pending, encode(AskQuestion(number, request.text.strip()))):
+            self._questions[number] = pending
+
+    def _send_command(self, pending: Pending, command: bytes) -> bool:
+        """Whether the model process took the command. If not, the request is refused, and nothing waits."""
+        sent = self.model.send(command)
+        if not sent:
+            self._refuse(pending.sender, pending.request_id, "the model process takes no commands now; try again")
+        return sent
+
+    def _push_vehicle_state(self, pending: Pending, request: Request) -> None:
+        if error := self.vehicle_state.update(request.values):
+            self._refuse(pending.sender, pending.request_id, error)
+        else:
+            self._reply(pending, {})
+
+    def _pause(self, pending: Pending, request: Request) -> None:
+        self.orders.paused = request.op == "pause"  # from this moment the gate lets no action through
+        self.sync_paused()
+        self._reply(pending, {"paused": self.orders.paused})
+
+    def _stats(self, pending: Pending, request: Request) -> None:
+        self._reply(pending, self.status.counts() | {"state": self.status.state()[0]})
+
+    # -- the model process --------------------------------------------------------------------------------------------
+
+    def introduce_model(self) -> bool:
+        """Send a loaded model process the orders in force. False: it takes no commands."""
+        self._sent_paused = None
+        instruction = self.orders.instruction
+        command = SetInstruction(instruction_id=instruction.number, text=instruction.text, adapter=instruction.adapter)
+        if not self.model.send(encode(SetPaused(self.orders.paused))) or not self.model.send(encode(command)):
+            return False
+        self._sent_paused = self.orders.paused
+        return True
+
+    def sync_paused(self) -> None:
+        """Once per turn: send pause or resume again until the model process takes it.
+
+        A resume that got lost would leave a model that answers nothing, in a daemon that says it is running.
+        """
+        if self._sent_paused not in (None, self.orders.paused):
+            paused = self.orders.paused
+            self._sent_paused = paused if self.model.send(encode(SetPaused(paused))) else self._sent_paused
+
+    def instruction_applied(self, event: InstructionApplied) -> bool:
+        """Take in the answer to SetInstruction. False: the model process refuses the instruction in force."""
+        pending = self._instructions.pop(event.instruction_id, None)
+        if event.error:
+            if pending is not None:
+                self._refuse(pending.sender, pending.request_id, event.error)
+            return pending is not None
+        self.orders.instruction = Instruction(event.instruction_id, event.text, event.adapter)
+        if pending is not None:
+            self._reply(pending, {"instruction": event.text, "adapter": event.adapter})
+        return True
+
+    def publish_text(self, event: TextDelta) -> None:
+        """Publish a piece of text, and collect it if it answers a question.
+
+        A piece that answers a question which nobody waits for any more is dropped: its text has ended already.
+        """
+        pending = self._questions.get(event.request)
+        if event.request and pending is None:
+            return
+        self.publisher.send(
+            "text",
+            TextMessage,
+            lane=event.lane,
+            frame_id=event.frame_id,
+            text=event.text,
+            request=pending.request_id if pending is not None else "",
+            final=event.final,
+            stop_reason=event.stop_reason,
+        )
+        if pending is None or event.lane != "answer":
+            return
+        pending.parts.append(event.text)
+        if event.final:
+            del self._questions[event.request]
+            text = "".join(pending.parts)[:MAX_ANSWER_CHARS]
+            self._reply(pending, {"text": text, "frame_id": event.frame_id, "stop_reason": event.stop_reason})
+
+    def model_lost(self, reason: str) -> None:
+        """Answer everything that waits for the model process: it will not answer any more."""
+        self._sent_paused = None
+        for number in list(self._questions):
+            self._abandon(number, "model-restart", f"the model process was lost ({reason}); ask again")
+        for pending in self._instructions.values():
+            error = f"the model process was lost ({reason}); the instruction and the adapter before stay in force"
+            self._refuse(pending.sender, pending.request_id, error)
+        self._instructions.clear()
+
+    def check_timeouts(self) -> None:
+        """Refuse the questions that the model process has not answered in time."""
+        state, reason = self.status.state()
+        why = reason.text if reason is not None else state
+        for number, pending in list(self._questions.items()):
+            if self.clock() - pending.started_ns > ASK_TIMEOUT_S * NS_PER_S:
+                self._abandon(number, "late", f"no answer in {ASK_TIMEOUT_S:g} s ({why})")
+
+    def _abandon(self, number: str, stop_reason: TextStopReason, error: str) -> None:
+        """End the text of a question, and refuse its request."""
+        pending = self._questions.pop(number)
+        self.publisher.send(
+            "text",
+            TextMessage,
+            lane="answer",
+            frame_id=0,
+            text="",
+            request=pending.request_id,
+            final=True,
+            stop_reason=stop_reason,
+        )
+        self._refuse(pending.sender, pending.request_id, error)
+
+    # -- replies ------------------------------------------------------------------------------------------------------
+
+    def _reply(self, pending: Pending, result: dict[str, Any]) -> None:
+        reply = Reply(v=PROTOCOL_VERSION, id=pending.request_id, ok=True, result=result)
+        self._send_reply(pending.sender, reply)
+
+    def _refuse(self, sender: Sender, request_id: str, error: str) -> None:
+        self._send_reply(sender, Reply(v=PROTOCOL_VERSION, id=request_id, ok=False, error=error[:MAX_ERROR_CHARS]))
+
+    def _send_reply(self, sender: Sender, reply: Reply) -> None:
+        payload = encode(reply)
+        self._replies.store(sender, reply.id, payload)
+        self.publisher.reply(sender, payload)
+
+
+class OperationRule(NamedTuple):
+    """One row of OPERATIONS."""
+
+    carry_out: Callable[[Control, Pending, Request], None]
+    needs_text: bool  # Request.text: 1 to MAX_TEXT_CHARS characters
+    model_must_be: frozenset[Readiness]  # empty: the operation needs no model process
+    answered_later: bool  # the reply follows when the model process has answered
+    idempotent: bool  # a repetition does no harm: the reply is not remembered
+
+
+_ANY: frozenset[Readiness] = frozenset()
+_READY = frozenset({Readiness.READY})
+_LOADED = frozenset({Readiness.READY, Readiness.REFUSED})
+
+# fmt: off
+OPERATIONS: dict[Operation, OperationRule] = {
+    #                               carry out                     needs text  model    later  idempotent
+    "instruct":      OperationRule(Control._instruct,             True,       _LOADED, True,  False),
+    "adapter":       OperationRule(Control._switch_adapter,       False,      _LOADED, True,  False),
+    "ask":           OperationRule(Control._ask,                  True,       _READY,  True,  False),
+    "vehicle_state": OperationRule(Control._push_vehicle_state,   False,      _ANY,    False, True),
+    "pause":         OperationRule(Control._pause,                False,      _ANY,    False, False),
+    "resume":        OperationRule(Control._pause,                False,      _ANY,    False, False),
+    "stats":         OperationRule(Control._stats,                False,      _ANY,    False, False),
+}
+# fmt: on

@@ -1,0 +1,69 @@
+"""The gate: a proposal of the model becomes an action inside the envelope, or a refusal with its reason.
+
+Every check of a proposal is here. It opens no socket and reads no clock: the caller gives the time.
+
+    >>> orders = Orders(Instruction(number=4, text="Land.", adapter=""))
+    >>> Gate(space, deadline_ms=2000).check(proposal, orders, model_is_ready=True, now_ns=now_ns)
+    Rejection(reason='late', detail='2300 ms old, deadline_ms is 2000')
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from edge_agent.actions.envelope import CheckedAction, Rejection, parse_answer
+from edge_agent.actions.space import ActionSpace
+from edge_agent.ipc.events import Proposal
+
+NS_PER_MS = 1_000_000
+MAX_QUOTED_CHARS = 200
+
+
+class Instruction(NamedTuple):
+    """An instruction and an adapter together; a change of either is a new number."""
+
+    number: int
+    text: str
+    adapter: str  # name of the LoRA adapter; "" without one
+
+
+@dataclass
+class Orders:
+    """What controllers have ordered: the instruction in force, and whether the daemon is paused."""
+
+    instruction: Instruction
+    paused: bool = False
+
+
+class Gate:
+    """Decides about one proposal at a time; keeps no state."""
+
+    def __init__(self, space: ActionSpace, deadline_ms: int) -> None:
+        """deadline_ms: an answer that is older, from capture, is refused."""
+        self.space, self.deadline_ms = space, deadline_ms
+
+    def check(
+        self, proposal: Proposal, orders: Orders, *, model_is_ready: bool, now_ns: int
+    ) -> CheckedAction | Rejection:
+        """now_ns: CLOCK_MONOTONIC. model_is_ready: the model process answers under the instruction in force."""
+        age_ms = (now_ns - proposal.t_capture_ns) / NS_PER_MS
+        stop_reason = proposal.stop_reason
+        if orders.paused:
+            return Rejection("paused", "")
+        is_stale = proposal.instruction_id != orders.instruction.number or not model_is_ready
+        if is_stale or stop_reason == "cancelled":
+            return Rejection("stale-instruction", "")
+        if age_ms < 0:
+            return Rejection("future-timestamp", f"the frame is stamped {-age_ms:.1f} ms in the future")
+        if stop_reason == "late" or age_ms > self.deadline_ms:
+            return Rejection("late", f"{age_ms:.0f} ms old, deadline_ms is {self.deadline_ms}")
+        if stop_reason == "not-finite":
+            return Rejection("not-finite", _quote(proposal.text))
+        if stop_reason:
+            return Rejection("truncated", _quote(proposal.text))
+        return parse_answer(proposal.text, self.space)
+
+
+def _quote(text: str) -> str:
+    return f"after {text[:MAX_QUOTED_CHARS]!r}"

@@ -1,0 +1,125 @@
+"""The daemon's state, its reason and its counters, and the status message that publishes them."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from edge_agent.board import health
+from edge_agent.config import CameraConfig
+from edge_agent.supervisor.camera_worker import CameraWorker
+from edge_agent.supervisor.gate import NS_PER_MS, Orders
+from edge_agent.supervisor.log import log_line
+from edge_agent.supervisor.managed_worker import NS_PER_S, Clock, Reason, ReasonKind
+from edge_agent.supervisor.model_worker import ModelWorker
+from edge_agent.supervisor.publisher import Publisher
+from edge_agent.wire.messages import DaemonState, Status
+
+STATUS_INTERVAL_NS = 200_000_000
+MAX_REASON_CHARS = 1000
+PAUSED = Reason("", ReasonKind.PAUSED, "by control")
+
+
+@dataclass
+class Counters:
+    """Numbers since this session began."""
+
+    inference_count: int = 0  # events of the model process: each means that work was done
+    actions: int = 0
+    dropped_frames: int = 0
+    refusals: Counter[str] = field(default_factory=Counter)  # refusal reason -> count
+    last_frame_seq: int = 0  # number in the slot of the frame that was answered last
+    last_action_ns: int = 0  # when the last action was published; 0: none yet
+
+    def count_dropped(self, frame_seq: int) -> int:
+        """Frames between the last answered frame and this one."""
+        dropped = max(0, frame_seq - self.last_frame_seq - 1)
+        self.last_frame_seq = frame_seq
+        self.dropped_frames += dropped
+        return dropped
+
+
+class StatusReporter:
+    """Knows everything that status needs, and publishes it: five times a second, on change, and to a new subscriber."""
+
+    def __init__(
+        self,
+        config: CameraConfig,
+        orders: Orders,
+        camera: CameraWorker,
+        model: ModelWorker,
+        clock: Clock = time.monotonic_ns,
+    ) -> None:
+        self.config, self.orders, self.camera, self.model, self.clock = config, orders, camera, model, clock
+        self.counters = Counters()
+        self.is_ready = False  # READY was sent
+        self.is_stopping = False
+        self._started_ns = clock()
+        self._published_ns = 0
+        self._published_key: tuple[DaemonState, str] | None = None
+
+    def state(self) -> tuple[DaemonState, Reason | None]:
+        """The daemon's state; the reason is None when it is running."""
+        if self.is_stopping:
+            return "stopping", None
+        if not self.is_ready:
+            return "starting", self.model.explained() or self.camera.explained()
+        model_reason = self.model.explained()
+        if model_reason is not None:
+            return ("stalled" if model_reason.kind is ReasonKind.STALLED else "fault"), model_reason
+        if self.orders.paused:
+            return "paused", PAUSED
+        camera_reason = self.camera.missing_frames()
+        return ("running", None) if camera_reason is None else ("no-frames", camera_reason)
+
+    def counts(self) -> dict[str, Any]:
+        """The fields that status and the reply to `stats` have in common."""
+        counters = self.counters
+        return {
+            "uptime_s": (self.clock() - self._started_ns) / NS_PER_S,
+            "frames": self.camera.slot.latest_seq,
+            "frames_dropped": counters.dropped_frames,
+            "actions": counters.actions,
+            "refusals": dict(counters.refusals),
+            "faults": dict(self.camera.faults + self.model.faults),
+            "inference_count": counters.inference_count,
+            "instruction": self.orders.instruction.text,
+            "adapter": self.orders.instruction.adapter,
+        }
+
+    def publish_if_due(self, publisher: Publisher) -> None:
+        state, reason = self.state()
+        key = (state, reason.key if reason is not None else "")
+        changed = key != self._published_key
+        if changed:
+            self._published_key = key
+            log_line(f"state {state}" + (f": {reason.text}" if reason is not None else ""))
+        is_due = self.clock() - self._published_ns >= STATUS_INTERVAL_NS
+        if changed or is_due or publisher.has_new_subscriber():
+            self.publish(publisher, state, reason.text if reason is not None else "")
+
+    def publish(self, publisher: Publisher, state: DaemonState, reason: str) -> None:
+        now_ns = self._published_ns = self.clock()
+        publisher.send(
+            "status",
+            Status,
+            t_pub_ns=now_ns,
+            state=state,
+            reason=reason[:MAX_REASON_CHARS],
+            camera=self.config.name,
+            camera_worker=self.camera.status(),
+            model_worker=self.model.status(),
+            last_frame_age_ms=_age_ms(self.camera.last_frame_ns, now_ns),
+            last_action_age_ms=_age_ms(self.counters.last_action_ns, now_ns),
+            vision_backend=self.model.vision_backend,
+            mem_available_mib=health.mem_available_mib(),
+            temperature_c=health.temperature_c(),
+            **self.counts(),
+        )
+
+
+def _age_ms(then_ns: int, now_ns: int) -> float | None:
+    """None: it never happened."""
+    return (now_ns - then_ns) / NS_PER_MS if then_ns else None

@@ -1,0 +1,200 @@
+"""Videos and folders of images. Pacing is tested on a clock that the test moves, so it is exact."""
+
+from __future__ import annotations
+
+import itertools
+import socket
+from contextlib import closing
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from edge_agent.camera import files
+from edge_agent.camera.process import open_source, run
+from edge_agent.camera.source import CapturedFrame
+from edge_agent.config import CameraConfig
+from edge_agent.ipc.events import CameraEnded, CameraFault, CameraOpened
+from tests.harness.camera import FakeClock, counting_video, number_of, photograph
+
+
+def frames_of(path: Path, slot, clock, **config) -> list[CapturedFrame]:
+    """Every frame of a source that ends, published, with a copy of its image."""
+    frames = []
+    for item in open_source(CameraConfig(source=str(path), **config), slot, clock):
+        if isinstance(item, CapturedFrame):
+            frames.append(CapturedFrame(item.image.copy(), item.t_capture_ns, item.capture_clock, item.fps))
+            slot.publish(len(frames), item.t_capture_ns, item.capture_clock)
+    return frames
+
+
+def write_grey(path: Path, grey: int, width: int = 30) -> None:
+    cv2.imwrite(str(path), np.full((20, width, 3), grey, np.uint8))
+
+
+# -- videos -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_frame_of_a_video_arrives_once(camera_process, tmp_path):
+    camera = camera_process(counting_video(tmp_path / "v.avi", 30), realtime=False, loop=False)
+    frames = [camera.frame() for _ in range(30)]
+    assert [number_of(frame.image) for frame in frames] == list(range(30))
+    assert [frame.seq for frame in frames] == [frame.frame_id for frame in frames] == list(range(1, 31))
+    assert camera.event() == CameraOpened(160, 120, 30.0, f"video {camera.config.source}")
+    assert camera.slot.take_newest(camera.seq) is None  # tells the camera that the last frame was taken
+    assert camera.event() == CameraEnded() and camera.process.wait(30) == 0
+    assert all(a.t_capture_ns < b.t_capture_ns for a, b in itertools.pairwise(frames))
+    assert {frame.capture_clock for frame in frames} == {"arrival"}
+
+
+def test_a_video_does_not_end_before_its_last_frame_was_taken(slot, tmp_path):
+    """The reader asks for a frame at every 50th poll of the camera. That it asks again means that it took the last."""
+    events, taken = [], []
+
+    def reader() -> None:
+        if len(clock.pauses_s) % 50 == 0:
+            assert CameraEnded() not in events
+            frame = slot.take_newest(max(taken, default=0))
+            taken.append(frame.seq if frame else 0)
+
+    clock = FakeClock(on_sleep=reader)
+    config = CameraConfig(source=str(counting_video(tmp_path / "v.avi", 2)), realtime=False, loop=False)
+    assert run(config, slot, events.append, clock) == 0
+    assert taken == [1, 0, 2, 0]
+    assert [type(event) for event in events] == [CameraOpened, CameraEnded]
+
+
+def test_a_video_in_real_time_keeps_its_rate_and_the_newest_frame_wins(slot, tmp_path):
+    """A model at 5 Hz takes every third frame of a video at 15 Hz."""
+    taken, next_ns = [], 0
+
+    def model() -> None:
+        nonlocal next_ns
+        if clock.time_ns >= next_ns and (frame := slot.take_newest(taken[-1].seq if taken else 0)):
+            taken.append(frame._replace(image=frame.image.copy()))
+            next_ns += 200_000_000
+
+    clock = FakeClock(on_sleep=model)
+    start_ns = clock.time_ns
+    next_ns = start_ns + 200_000_000
+    config = CameraConfig(source=str(counting_video(tmp_path / "v.avi", 30, fps=15)), loop=False)
+    assert run(config, slot, lambda event: None, clock) == 0
+    assert [number_of(frame.image) for frame in taken] == list(range(2, 30, 3))
+    assert [frame.seq for frame in taken] == list(range(3, 31, 3))
+    for frame in [*taken, slot.peek(0)]:
+        assert frame.t_capture_ns == start_ns + (frame.seq - 1) * 66_666_667
+    assert slot.latest_seq == 30
+
+
+def test_a_video_that_is_late_skips_to_the_frame_that_is_due(slot, clock, tmp_path):
+    config = CameraConfig(source=str(counting_video(tmp_path / "v.avi", 64)), loop=False)
+    with closing(open_source(config, slot, clock)) as items:
+        assert isinstance(next(items), CameraOpened)
+        first = next(items)
+        assert number_of(first.image) == 0
+        slot.publish(1, first.t_capture_ns, first.capture_clock)
+        clock.advance(0.8)  # as if the process had been stopped
+        late = next(items)
+        assert number_of(late.image) == 24 and late.t_capture_ns - first.t_capture_ns == 800_000_000
+        slot.publish(2, late.t_capture_ns, late.capture_clock)
+        assert number_of(next(items).image) == 25
+
+
+def test_skipping_ends_where_decoding_is_slower_than_the_video(clock):
+    """After the frames of one second were skipped, the next frame is shown."""
+    n_grabbed = 0
+
+    class SlowCapture:
+        def grab(self) -> bool:
+            nonlocal n_grabbed
+            clock.advance(0.03)
+            n_grabbed += 1
+            return n_grabbed < 1000
+
+    due_ns = files.skip_late_frames(SlowCapture(), clock.time_ns - 100_000_000, 20_000_000, clock)
+    assert n_grabbed == 50 and due_ns == clock.time_ns
+
+
+def test_a_video_loops(slot, clock, tmp_path):
+    config = CameraConfig(source=str(counting_video(tmp_path / "v.avi", 3)))
+    with closing(open_source(config, slot, clock)) as items:
+        images = [number_of(item.image) for item in itertools.islice(items, 9) if isinstance(item, CapturedFrame)]
+    assert images == [0, 1, 2, 0, 1, 2, 0, 1]
+
+
+def test_a_playlist_in_a_file_reaches_no_network(camera_process, tmp_path):
+    """FFmpeg follows a playlist in a file to other files only, unless somebody sets its protocol_whitelist."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/a.ts"
+        (tmp_path / "v.m3u8").write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{url}\n#EXT-X-ENDLIST\n")
+        camera = camera_process(tmp_path / "v.m3u8")
+        assert camera.event().reason == "unreadable"
+        camera.process.wait(30)  # whatever it tried, it tried before
+        with pytest.raises(BlockingIOError):
+            server.accept()
+
+
+# -- folders ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_colours_of_a_photograph_are_right(camera_process, tmp_path):
+    """PNG is lossless: what scikit-image reads and the image in the slot are equal, byte for byte."""
+    rgb = photograph()
+    cv2.imwrite(str(tmp_path / "a.png"), cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
+    frame = camera_process(tmp_path).frame()
+    assert frame.image.flags.c_contiguous and np.array_equal(frame.image, rgb)
+
+
+def test_a_folder_is_played_in_the_order_of_its_names(camera_process, tmp_path):
+    for name, grey in (("c.bmp", 30), ("a.png", 10), ("B.PNG", 5), ("b.webp", 20), ("d.jpg", 40)):
+        write_grey(tmp_path / name, grey)
+    (tmp_path / "notes.txt").write_text("not an image")
+    camera = camera_process(tmp_path, realtime=False, loop=False)
+    assert [round(float(camera.frame().image.mean())) for _ in range(5)] == [5, 10, 20, 30, 40]
+    assert camera.frame_or_none() is None
+    assert camera.event() == CameraOpened(30, 20, None, f"folder {tmp_path}") and camera.event() == CameraEnded()
+    assert camera.process.wait(30) == 0 and camera.slot.latest_seq == 5
+
+
+@pytest.mark.parametrize(("config", "period_s"), [({"fps": 20}, 0.05), ({}, 0.2)])
+def test_a_folder_in_real_time_has_the_configured_rate(slot, clock, tmp_path, config, period_s):
+    for k in range(5):
+        write_grey(tmp_path / f"{k}.png", k)
+    frames = frames_of(tmp_path, slot, clock, loop=False, **config)
+    stamps_s = [(frame.t_capture_ns - frames[0].t_capture_ns) / 1e9 for frame in frames]
+    assert stamps_s == pytest.approx([k * period_s for k in range(5)])
+    assert {frame.fps for frame in frames} == {1 / period_s}
+
+
+def test_a_corrupt_image_is_reported_once_and_skipped(slot, clock, tmp_path):
+    write_grey(tmp_path / "a.png", 10)
+    write_grey(tmp_path / "c.png", 30)
+    (tmp_path / "b.png").write_bytes(b"\x89PNG\r\n\x1a\nnot really")
+    with closing(open_source(CameraConfig(source=str(tmp_path)), slot, clock)) as items:
+        played = list(itertools.islice(items, 8))
+    faults = [item for item in played if isinstance(item, CameraFault)]
+    assert [type(item) for item in played].count(CapturedFrame) == 6  # three rounds
+    assert [fault.reason for fault in faults] == ["unreadable"]
+    assert str(tmp_path / "b.png") in faults[0].detail and faults[0].detail.endswith("; skipped")
+
+
+def test_images_of_a_new_size_are_announced(slot, clock, tmp_path):
+    for name, width in (("a.png", 30), ("b.png", 50), ("c.png", 50)):
+        write_grey(tmp_path / name, 0, width)
+    items = list(open_source(CameraConfig(source=str(tmp_path), loop=False), slot, clock))
+    opened = [(k, item.width, item.height) for k, item in enumerate(items) if isinstance(item, CameraOpened)]
+    assert opened == [(0, 30, 20), (2, 50, 20)] and len(items) == 5
+
+
+def test_an_image_that_makes_opencv_raise_is_unreadable(slot, clock, tmp_path, monkeypatch):
+    """For example an image of more pixels than OPENCV_IO_MAX_IMAGE_PIXELS."""
+
+    def raise_error(*arguments: object) -> None:
+        raise cv2.error("too many pixels")
+
+    write_grey(tmp_path / "a.png", 0)
+    monkeypatch.setattr("cv2.imread", raise_error)
+    items = open_source(CameraConfig(source=str(tmp_path), loop=False), slot, clock)
+    assert next(items).reason == "unreadable"

@@ -1,0 +1,294 @@
+"""Pushed frames, through a real socket. Their stamps are from a clock that the test moves, so no frame is ever late."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import zmq
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_agent.camera.clock import MONOTONIC
+from edge_agent.camera.process import open_source
+from edge_agent.camera.pushed import (
+    RefusalReport,
+    bind_receiver,
+    check_pushed_frame,
+    read_pushed_frames,
+    receive_newest,
+)
+from edge_agent.camera.source import SourceError
+from edge_agent.config import CameraConfig
+from edge_agent.ipc.events import CameraFault
+from edge_agent.wire.pushed_frame import pack_pushed_frame
+from tests.harness.camera import HANG_S, FakeClock, Pusher, photograph
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> CameraConfig:
+    return CameraConfig(source=f"zmq:ipc://{tmp_path}/frames")
+
+
+@pytest.fixture
+def new_pusher(tmp_path: Path, clock: FakeClock) -> Iterator[Callable[[], Pusher]]:
+    """new_pusher(): a socket that is not connected yet keeps its messages; one whose camera went away may lose some."""
+    pushers: list[Pusher] = []
+
+    def make() -> Pusher:
+        pushers.append(Pusher(tmp_path / "frames", clock))
+        return pushers[-1]
+
+    yield make
+    for pusher in pushers:
+        pusher.socket.close()
+
+
+@pytest.fixture
+def pusher(new_pusher: Callable[[], Pusher]) -> Pusher:
+    return new_pusher()
+
+
+@pytest.fixture
+def source(config, slot, clock):
+    with closing(read_pushed_frames(config, slot, clock)) as items:
+        yield items
+
+
+def test_number_and_stamp_are_those_of_the_pusher(source, pusher, clock):
+    for frame_id in (1000, 1001, 17):  # a pusher that starts again may count anew
+        clock.advance(0.02)
+        stamp_ns = pusher.send(frame_id)
+        frame = next(source)
+        assert (frame.frame_id, frame.t_capture_ns, frame.capture_clock) == (frame_id, stamp_ns, "sender")
+        assert (frame.image == frame_id % 256).all() and frame.fps is None
+
+
+def test_formats(source, pusher, clock):
+    rgb = np.random.default_rng(1).integers(0, 256, (33, 47, 3), np.uint8)
+    bgr = cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR)
+
+    def sent(frame_id: int, **fields) -> np.ndarray:
+        clock.advance(0.02)
+        pusher.send(frame_id, **({"width": 47, "height": 33} | fields))
+        return next(source).image
+
+    assert np.array_equal(sent(1, format="rgb8", data=rgb.tobytes()), rgb)
+    assert np.array_equal(sent(2, format="bgr8", data=bgr.tobytes()), rgb)
+    assert np.array_equal(sent(3, format="gray8", data=rgb[:, :, 0].tobytes()), np.repeat(rgb[:, :, :1], 3, axis=2))
+    photo = photograph()
+    jpeg = cv2.imencode(".jpg", cv2.cvtColor(photo, cv2.COLOR_RGB2BGR))[1].tobytes()
+    image = sent(4, width=photo.shape[1], height=photo.shape[0], format="jpeg", data=jpeg)
+    assert np.abs(image.astype(int) - photo).mean() < 4
+
+
+def test_a_camera_process_publishes_pushed_frames(camera_process, tmp_path):
+    """A frame that is older than a second when it arrives is refused, so the test pushes until one is not."""
+    camera = camera_process(f"zmq:ipc://{tmp_path}/frames")
+    pusher, frame = Pusher(tmp_path / "frames", MONOTONIC), None
+    with closing(pusher.socket):
+        end_s = time.monotonic() + HANG_S
+        while frame is None and time.monotonic() < end_s:
+            pusher.send(7)
+            camera.slot.wait(0.05)
+            frame = camera.frame_or_none()
+    assert (frame.frame_id, frame.capture_clock) == (7, "sender") and (frame.image == 7).all()
+
+
+# -- the newest frame -------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_message_in_the_socket_is_taken():
+    """With inproc a sent message is in the receiver's queue when send() returns."""
+    with zmq.Context() as context, context.socket(zmq.PULL) as receiver, context.socket(zmq.PUSH) as sender:
+        receiver.bind("inproc://frames")
+        sender.connect("inproc://frames")
+        for word in (b"1", b"2", b"3"):
+            sender.send(word)
+        assert receive_newest(receiver).bytes == b"3"
+        assert receive_newest(receiver) is None
+        for word in (b"1", b"2", b"3", b"4"):  # never for ever: a fast pusher could keep the socket full
+            sender.send(word)
+        assert receive_newest(receiver).bytes == b"3"
+
+
+def test_after_a_pause_of_the_camera_the_last_pushed_frame_arrives(source, pusher, clock):
+    pusher.send(1)
+    assert next(source).frame_id == 1
+    for frame_id in range(2, 30):
+        clock.advance(0.002)
+        pusher.send(frame_id)
+    arrived = []
+    while not arrived or arrived[-1] != 29:
+        arrived.append(next(source).frame_id)
+    assert arrived == sorted(arrived)
+
+
+# -- refused messages -------------------------------------------------------------------------------------------------
+
+PNG = cv2.imencode(".png", np.zeros((12, 20, 3), np.uint8))[1].tobytes()
+JPEG = cv2.imencode(".jpg", np.zeros((12, 20, 3), np.uint8))[1].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("stamp_ms", "changed", "reason", "words"),
+    [
+        (50, {}, "clock", "stamped -"),
+        (-1500, {}, "clock", "ms ago"),
+        (-29000, {}, "clock", "ms ago"),
+        (-300, {}, "clock", "before the previous frame"),
+        (0, {"width": 21}, "unreadable", "21x12 rgb8 is 756 bytes, found 720"),
+        (0, {"data": b""}, "unreadable", "found 0"),
+        (0, {"width": 0}, "unreadable", "width"),
+        (0, {"format": "rgba8"}, "unreadable", "format"),
+        (0, {"width": 60000, "height": 60000}, "too-large", "60000x60000"),
+        (0, {"format": "jpeg", "data": PNG + JPEG[-2:]}, "unreadable", "not one whole JPEG"),
+        (0, {"format": "jpeg", "data": JPEG[:-20]}, "unreadable", "not one whole JPEG"),
+        (0, {"format": "jpeg", "data": JPEG[:4] + JPEG[-2:]}, "unreadable", "expected 20x12, found 0x0"),
+        (0, {"format": "jpeg", "data": JPEG, "width": 40}, "unreadable", "expected 40x12, found 20x12"),
+    ],
+    ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
+)
+def test_a_refused_message_is_reported_and_the_next_one_is_taken(
+    source, pusher, clock, stamp_ms, changed, reason, words
+):
+    pusher.send(1)
+    assert next(source).frame_id == 1
+    clock.advance(0.02)
+    pusher.send(2, clock.time_ns + stamp_ms * 1_000_000, **changed)
+    fault = next(source)
+    assert isinstance(fault, CameraFault) and fault.reason == reason and words in fault.detail, fault
+    pusher.send(3)
+    assert next(source).frame_id == 3
+
+
+def test_a_jpeg_that_makes_opencv_raise_is_unreadable(source, pusher, monkeypatch):
+    def raise_error(*arguments: object) -> None:
+        raise cv2.error("too many pixels")
+
+    monkeypatch.setattr("cv2.imdecode", raise_error)
+    pusher.send(1, format="jpeg", data=JPEG)
+    fault = next(source)
+    assert fault.reason == "unreadable" and "frame 1: JPEG" in fault.detail
+
+
+def test_refused_messages_are_counted_and_reported_once_a_second():
+    report, error = RefusalReport("ipc:///frames"), SourceError("unreadable", "garbage")
+    assert report.add(error, 0) == CameraFault("unreadable", "ipc:///frames: 1 refused, the last one: garbage")
+    assert [report.add(error, k * 10_000_000) for k in range(1, 100)] == [None] * 99
+    late = SourceError("clock", "late")
+    assert report.add(late, 1_000_000_000) == CameraFault("clock", "ipc:///frames: 100 refused, the last one: late")
+    assert report.add(late, 1_999_999_999) is None
+    assert report.add(late, 2_000_000_000).detail == "ipc:///frames: 2 refused, the last one: late"
+
+
+def test_garbage_does_not_hide_the_frames_between(source, pusher, clock):
+    """One fault for the first message; within the same second only good frames come out."""
+    pusher.socket.send(b"F\xc1 garbage")
+    assert next(source).reason == "unreadable"
+    for frame_id in range(1, 6):
+        pusher.socket.send(b"F\xc1 garbage")
+        pusher.socket.send(b"A" + pack_pushed_frame(9, clock.time_ns, 2, 1, "rgb8", b"abcdef")[1:])
+        pusher.socket.send_multipart([b"F", b"two parts"])
+        clock.advance(0.02)
+        pusher.send(frame_id)
+        assert next(source).frame_id == frame_id
+
+
+def test_any_message_is_a_frame_or_a_refusal():
+    outcomes: set[str] = set()
+
+    @given(st.binary(max_size=200), st.booleans())
+    @settings(deadline=None, derandomize=True)
+    def check(data: bytes, overwrite: bool) -> None:
+        good = pack_pushed_frame(1, 10**9, 2, 1, "rgb8", b"abcdef")
+        message = data + good[len(data) :] if overwrite else b"F" + data
+        try:
+            frame = check_pushed_frame(memoryview(message), 0, 10**9 + 5)
+        except SourceError as error:
+            assert error.reason in ("unreadable", "clock", "too-large")
+            outcomes.add("refused")
+        else:
+            assert len(frame.data) == frame.width * frame.height * 3 or frame.format != "rgb8"
+            outcomes.add("accepted")
+
+    check()
+    assert outcomes == {"accepted", "refused"}
+
+
+# -- silence, a second process, a restart -----------------------------------------------------------------------------
+
+
+def test_a_silent_pusher_has_stalled_and_may_come_back(config, slot, pusher):
+    fast = FakeClock(step_ns=1_900_000_000)  # each look at this clock takes almost two seconds
+    pusher.clock = fast
+    with closing(read_pushed_frames(config, slot, fast)) as source:
+        for _ in range(2):
+            assert next(source) == CameraFault("stalled", f"{config.source[4:]}: no frame was pushed for 2 s")
+        fast.step_ns = 0
+        pusher.send(1)
+        assert next(source).frame_id == 1
+
+
+def test_a_pause_of_less_than_two_seconds_is_not_a_stall(config, slot, pusher, clock, monkeypatch):
+    """The socket is empty for 19 polls of 100 ms, then a frame comes."""
+    polls = []
+
+    def receive(receiver: zmq.Socket) -> zmq.Frame | None:
+        polls.append(clock.time_ns)
+        clock.advance(0.1)
+        if len(polls) < 20:
+            return None
+        pusher.send(1)
+        receiver.poll(HANG_S * 1000)
+        return receiver.recv(copy=False)
+
+    monkeypatch.setattr("edge_agent.camera.pushed.receive_newest", receive)
+    with closing(read_pushed_frames(config, slot, clock)) as source:
+        assert next(source).frame_id == 1
+    assert len(polls) == 20
+
+
+def test_a_second_process_does_not_take_the_frames(config, slot, clock, source, pusher, new_pusher):
+    pusher.send(1)
+    assert next(source).frame_id == 1
+    with pytest.raises(SourceError) as caught:
+        next(read_pushed_frames(config, slot, clock))
+    assert caught.value.reason == "busy" and caught.value.retryable
+    clock.advance(0.02)
+    pusher.send(2)
+    assert next(source).frame_id == 2
+    source.close()  # now a second one may have it
+    with closing(read_pushed_frames(config, slot, clock)) as second:
+        clock.advance(0.02)
+        new_pusher().send(3)
+        assert next(second).frame_id == 3
+
+
+def test_an_old_frame_is_not_new_again_after_a_restart(config, slot, clock, new_pusher):
+    stamp_ns = new_pusher().send(5)
+    with closing(read_pushed_frames(config, slot, clock)) as source:
+        frame = next(source)
+        slot.publish(frame.frame_id, frame.t_capture_ns, frame.capture_clock)
+    new_pusher().send(5, stamp_ns)
+    with closing(read_pushed_frames(config, slot, clock)) as source:
+        fault = next(source)
+    assert fault.reason == "clock" and "before the previous frame" in fault.detail
+
+
+@pytest.mark.parametrize("endpoint", ["tcp://*:5555", "ipc://relative", "ipc:///no/such/folder/frames"])
+def test_an_endpoint_that_cannot_be_bound_is_refused(slot, clock, endpoint):
+    with pytest.raises(SourceError) as caught:
+        next(open_source(CameraConfig(source=f"zmq:{endpoint}"), slot, clock))
+    assert endpoint in caught.value.detail
+    assert caught.value.retryable == ("no/such" in endpoint)
+
+
+def test_a_path_that_is_too_long_for_a_socket_is_named(tmp_path):
+    with pytest.raises(SourceError, match="absent"), bind_receiver(f"ipc://{tmp_path}/{'x' * 120}"):
+        pass

@@ -1,0 +1,191 @@
+"""One worker over its restarts, with a fake process and a fake clock."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from edge_agent.config import WatchdogConfig
+from edge_agent.ipc.events import Heartbeat, SetPaused
+from edge_agent.supervisor.managed_worker import ManagedWorker, Readiness, Reason, ReasonKind, describe_exit
+from edge_agent.supervisor.model_worker import ModelWorker
+from edge_agent.supervisor.shutdown import Shutdown
+from edge_agent.wire.codec import encode
+from tests.harness.in_process import FakeClock, FakeWorker
+
+FAILED = Reason("model", ReasonKind.FAILED, "ended with status 3")
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def managed(clock):
+    worker = ManagedWorker("model", FakeWorker, clock)
+    yield worker
+    worker.end(FAILED)
+
+
+def test_before_its_start_there_is_no_process(managed):
+    assert managed.readiness is Readiness.LOST and managed.is_gone
+    assert managed.reason.text == "model: starting"
+    assert managed.receive() == [] and not managed.send(b"") and managed.exit_reason() is None
+    status = managed.status()
+    assert (status.alive, status.pid, status.restarts, status.rss_mib) == (False, None, 0, None)
+
+
+def test_a_start_launches_a_process(managed):
+    managed.start()
+    assert managed.readiness is Readiness.STARTING and managed.status().pid == managed.worker.pid
+    managed.worker.emit(Heartbeat("weights"))
+    assert managed.receive() == [encode(Heartbeat("weights"))]
+    assert managed.send(encode(SetPaused(True))) and managed.worker.commands == [SetPaused(True)]
+
+
+def test_resident_memory_is_of_the_process(managed):
+    managed.start()
+    managed.worker.pid = os.getpid()
+    assert managed.status().rss_mib > 1
+
+
+def test_a_lost_process_is_killed_counted_and_started_again_after_the_pause(managed, clock):
+    managed.start()
+    first = managed.worker
+    managed.mark_ready()
+    assert managed.reason is None
+    managed.lose(FAILED)
+    assert first.killed and managed.readiness is Readiness.LOST and managed.reason is FAILED
+    assert managed.faults == {"model: ended with status 3": 1}
+    clock.advance(0.19)
+    managed.start_if_due()
+    assert managed.worker is None
+    clock.advance(0.01)
+    managed.start_if_due()
+    assert managed.worker is not first and managed.status().restarts == 1
+    managed.start_if_due()
+    assert managed.status().restarts == 1, "one process at a time"
+    assert managed.reason is FAILED, "the reason stays until the new process is ready"
+
+
+def test_a_reason_that_was_counted_before_is_not_counted_again(managed):
+    managed.start()
+    managed.restart_later(FAILED)
+    assert managed.faults == {} and managed.failures_before_ready == 1
+
+
+def test_an_ended_worker_is_not_started_again(managed, clock):
+    managed.start()
+    managed.end(Reason("camera", ReasonKind.ENDED, "the source has ended"))
+    clock.advance(1000.0)
+    managed.start_if_due()
+    assert managed.worker is None and managed.readiness is Readiness.ENDED
+
+
+def test_failures_before_ready_end_with_the_first_ready(managed):
+    for expected in (1, 2, 3):
+        managed.start()
+        managed.lose(FAILED)
+        assert managed.failures_before_ready == expected
+    managed.start()
+    managed.mark_ready()
+    assert managed.failures_before_ready == 0
+
+
+def test_silence_is_counted_from_the_last_sign_of_progress(managed, clock):
+    assert not managed.is_silent_for(0.0)
+    managed.start()
+    clock.advance(5.0)
+    assert managed.is_silent_for(4.9) and not managed.is_silent_for(5.0)
+    managed.heard()
+    assert not managed.is_silent_for(4.9)
+
+
+def test_a_process_that_does_not_die_stays_on_the_list_until_it_is_gone(managed, clock, capfd):
+    managed.start()
+    stuck = managed.worker
+    stuck.in_kernel = True
+    managed.lose(FAILED)
+    assert not managed.is_gone
+    assert managed.explained().text == (
+        f"model: ended with status 3: the old process {stuck.pid} is still in the kernel"
+    )
+    managed.reason = Reason("model", ReasonKind.STALLED, "stalled", "no progress in 10 s")
+    assert managed.explained().text == (
+        f"model: stalled: no progress in 10 s; the old process {stuck.pid} is still in the kernel"
+    )
+    for _ in range(3):
+        clock.advance(0.6)
+        managed.reap()
+    assert capfd.readouterr().err.count("is still in the kernel") == 1
+    stuck.exit_status = -9
+    managed.reap()
+    assert managed.is_gone and managed.explained() is managed.reason
+
+
+def test_how_a_process_ended_is_told_by_its_status(managed):
+    managed.start()
+    assert managed.exit_reason() is None
+    managed.worker.exit_status = -signal.SIGSEGV
+    assert managed.exit_reason().text == "model: killed by SIGSEGV"
+    assert describe_exit(3) == "ended with status 3" and describe_exit(0) == "ended with status 0"
+    assert describe_exit(-1000) == "ended with status -1000"
+
+
+def test_a_reason_has_a_key_that_stays_and_a_text_that_tells_all():
+    reason = Reason("camera", ReasonKind.NO_FRAME, "no frame", "for 4 s")
+    assert (reason.key, reason.text) == ("camera: no frame", "camera: no frame: for 4 s")
+    assert Reason("", ReasonKind.PAUSED, "by control").text == "by control"
+
+
+# -- the model process ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(clock):
+    worker = ModelWorker(WatchdogConfig(model_stall_s=10.0, model_load_s=120.0), FakeWorker, clock)
+    worker.start()
+    yield worker
+    worker.end(FAILED)
+
+
+def test_the_stall_limit_is_longer_while_it_loads_and_for_a_slow_model(model):
+    assert model.stall_s == 120.0 and not model.is_loaded
+    model.mark_ready()
+    assert model.stall_s == 10.0 and model.is_loaded
+    model.warmup_s = 4.0
+    assert model.stall_s == 12.0
+
+
+def test_a_silent_model_is_stalled(model, clock):
+    model.mark_ready()
+    clock.advance(10.0)
+    assert model.timeout_reason() is None
+    clock.advance(0.1)
+    assert model.timeout_reason().kind is ReasonKind.STALLED
+
+
+def test_a_model_that_refuses_is_tried_again_after_a_while(model, clock):
+    model.mark_refused("too long")
+    assert model.readiness is Readiness.REFUSED and model.is_loaded and model.failures_before_ready == 0
+    for _ in range(30):
+        clock.advance(1.0)
+        model.heard()
+        assert model.timeout_reason() is None
+    clock.advance(0.1)
+    assert model.timeout_reason() is model.reason and model.reason.kind is ReasonKind.REFUSED
+
+
+def test_after_six_failures_before_ready_it_is_hopeless(model, clock):
+    for _ in range(5):
+        model.lose(FAILED)
+        model.give_up_if_hopeless()
+        clock.advance(6.0)
+        model.start_if_due()
+    model.lose(FAILED)
+    with pytest.raises(Shutdown, match="model: ended with status 3; 6 model processes in a row") as caught:
+        model.give_up_if_hopeless()
+    assert caught.value.status == 1

@@ -1,0 +1,108 @@
+"""The daemon's state, when status is published, and what it counts."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.harness.in_process import InProcess
+
+
+@pytest.fixture
+def running():
+    with InProcess() as supervised:
+        supervised.make_ready()
+        yield supervised
+
+
+def n_published(running: InProcess) -> int:
+    return len(running.publisher.stream("status"))
+
+
+def test_the_start_says_what_it_waits_for():
+    with InProcess() as starting:
+        assert starting.state == ("starting", "model: starting")
+        starting.load_model()
+        assert starting.state == ("starting", "camera: starting")
+        starting.supervisor.status.is_stopping = True
+        assert starting.state == ("stopping", "")
+
+
+def test_a_missing_model_is_reported_before_everything_else(running):
+    running.publisher.request("pause")
+    running.turn()
+    assert running.state[0] == "paused"
+    running.lose_model()
+    assert running.state[0] == "fault"
+
+
+def test_status_is_published_five_times_a_second(running):
+    running.turn(1.0)
+    before = n_published(running)
+    for _ in range(100):
+        running.push_frame()
+        running.supervisor.model.heard()
+        running.turn(0.01)
+    assert n_published(running) - before == 5
+
+
+def test_a_change_and_a_new_subscriber_are_published_at_once(running):
+    running.turn(1.0)
+    before = n_published(running)
+    running.turn()
+    assert n_published(running) == before
+    running.publisher.new_subscriber = True
+    running.turn()
+    assert n_published(running) == before + 1
+    running.publisher.request("pause")
+    running.turn()
+    assert n_published(running) == before + 2
+
+
+def test_a_change_is_one_line_in_the_log(running, capfd):
+    running.publisher.request("pause")
+    running.turn()
+    running.turn(1.0)
+    assert capfd.readouterr().err.count("state paused: by control") == 1
+
+
+def test_a_reason_whose_number_grows_is_not_a_change(running, capfd):
+    for _ in range(8):
+        running.supervisor.model.heard()
+        running.turn(1.0)
+    assert running.publisher.stream("status")[-1].reason == "camera: no frame: for 8 s"
+    assert capfd.readouterr().err.count("state no-frames") == 1
+
+
+def test_status_has_the_counters_and_the_ages(running):
+    running.push_frame()
+    running.answer(text="not json")
+    running.turn(0.5)
+    status = running.publisher.stream("status")[-1]
+    assert (status.state, status.reason, status.camera, status.uptime_s) == ("running", "", "front", 0.5)
+    assert (status.frames, status.frames_dropped, status.actions) == (4, 2, 1)
+    assert (status.refusals, status.faults) == ({"invalid": 1}, {})
+    assert (status.last_frame_age_ms, status.last_action_age_ms) == (500.0, 500.0)
+    assert (status.instruction, status.adapter, status.vision_backend) == ("Hold position.", "", "fake")
+    assert status.camera_worker.alive and status.model_worker.pid == running.model.pid
+    assert status.mem_available_mib is None or status.mem_available_mib > 0
+
+
+def test_before_the_first_frame_the_ages_are_unknown():
+    with InProcess() as starting:
+        starting.turn()
+        status = starting.publisher.stream("status")[-1]
+    assert (status.last_frame_age_ms, status.last_action_age_ms) == (None, None)
+
+
+def test_faults_of_both_workers_are_counted_by_their_reason(running):
+    running.camera.exit_status = 3
+    running.lose_model()
+    running.turn(1.0)
+    expected = {"camera: ended with status 3": 1, "model: killed by SIGABRT": 1}
+    assert running.publisher.stream("status")[-1].faults == expected
+
+
+def test_a_reason_of_any_length_can_be_published(running):
+    running.restart_model()
+    running.load_model(error="x" * 100_000)
+    assert len(running.publisher.stream("status")[-1].reason) == 1000

@@ -1,0 +1,266 @@
+"""A supervisor inside the test's own process. Workers, publisher and clock are small fakes that the test drives.
+
+    with InProcess() as running:
+        running.make_ready()
+        running.publisher.request("ask", "what?")
+        running.turn(seconds=61.0)               # the clock moves, then one turn of the loop
+
+Nothing here waits, and no time passes unless a test says so.
+"""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+
+from edge_agent.actions.space import load_action_space
+from edge_agent.config import CameraConfig, Config
+from edge_agent.ipc.events import (
+    CameraOpened,
+    InstructionApplied,
+    ModelReady,
+    Proposal,
+    SetInstruction,
+    decode_model_command,
+)
+from edge_agent.supervisor.process import Supervisor
+from edge_agent.supervisor.status import Counters
+from edge_agent.supervisor.trace import Trace
+from edge_agent.wire.codec import encode
+from edge_agent.wire.control import Reply, Request, decode_reply
+from edge_agent.wire.messages import Header, StageTimes
+from edge_agent.wire.streams import pack
+
+NS_PER_S = 1_000_000_000
+MOVE = '{"action":"move","vx":1,"vy":0,"vz":0,"yaw":0}'
+
+
+class FakeClock:
+    """A monotonic clock in nanoseconds that stands still until the test moves it."""
+
+    def __init__(self, start_s: float = 1000.0) -> None:
+        self.now_ns = round(start_s * NS_PER_S)
+
+    def __call__(self) -> int:
+        return self.now_ns
+
+    def advance(self, seconds: float) -> None:
+        self.now_ns += round(seconds * NS_PER_S)
+
+
+class FakeWorker:
+    """In place of ipc.worker.Worker. The test emits its events and reads the commands that it got."""
+
+    pids = itertools.count(100_000)
+
+    def __init__(self, module: str = "", slot: object = None, first: bytes = b"", flags: tuple[str, ...] = ()) -> None:
+        self.module, self.first, self.flags = module, first, flags
+        self.socket, self._other_end = socket.socketpair()
+        self.pid = next(self.pids)
+        self.exit_status: int | None = None
+        self.hung_up = False
+        self.takes_messages = True  # False: its socket is full
+        self.in_kernel = False  # True: SIGKILL does not end it: it hangs in a driver call
+        self.killed = False
+        self.commands: list[Any] = []
+        self._events: list[bytes] = []
+
+    def emit(self, *events: object) -> None:
+        self._events += [event if isinstance(event, bytes) else encode(event) for event in events]
+
+    def send(self, message: bytes) -> bool:
+        if self.takes_messages:
+            self.commands.append(decode_model_command(message))
+        return self.takes_messages
+
+    def receive(self) -> list[bytes]:
+        events, self._events = self._events, []
+        return events
+
+    def kill(self) -> None:
+        self.killed = True
+        self.socket.close()
+        self._other_end.close()
+        if self.exit_status is None and not self.in_kernel:
+            self.exit_status = -signal.SIGKILL
+
+
+class FakePublisher:
+    """In place of supervisor.publisher.Publisher. Keeps what would have left, packed as it would be."""
+
+    folder = Path("/nowhere")
+
+    def __init__(self) -> None:
+        self._pairs = socket.socketpair(), socket.socketpair()
+        (self.control, other_end), (self.status, _) = self._pairs
+        other_end.send(b"x")  # always readable: the loop never waits
+        self.published: list[tuple[str, Header]] = []
+        self.replies: list[Reply] = []
+        self.reply_senders: list[bytes] = []
+        self.new_subscriber = False
+        self._requests: list[tuple[list[bytes], bytes]] = []
+        self._request_numbers = itertools.count(1)
+
+    def request(self, op: str, text: str = "", request_id: str = "", sender: bytes = b"controller", **more: Any) -> str:
+        """A controller sends a request. Its id."""
+        request_id = request_id or f"request-{next(self._request_numbers)}"
+        self.request_bytes(encode(Request(v=1, id=request_id, op=op, text=text, **more)), sender)
+        return request_id
+
+    def request_bytes(self, payload: bytes, sender: bytes = b"controller") -> None:
+        self._requests.append(([sender], payload))
+
+    def requests(self) -> list[tuple[list[bytes], bytes]]:
+        requests, self._requests = self._requests, []
+        return requests
+
+    def reply(self, sender: list[bytes], payload: bytes) -> None:
+        self.reply_senders.append(sender[0])
+        self.replies.append(decode_reply(payload))
+
+    def send(self, stream: str, message_type: type, *, t_pub_ns: int = 0, **fields: Any) -> Header:
+        message = message_type(v=1, session=1, seq=len(self.stream(stream)), t_pub_ns=t_pub_ns, bundle_id="", **fields)
+        pack(stream, message)  # raises what the real one raises
+        self.published.append((stream, message))
+        return message
+
+    def stream(self, name: str) -> list[Any]:
+        return [message for stream, message in self.published if stream == name]
+
+    def has_new_subscriber(self) -> bool:
+        new, self.new_subscriber = self.new_subscriber, False
+        return new
+
+    def close(self) -> None:
+        for pair in self._pairs:
+            for end in pair:
+                end.close()
+
+
+def fake_config(**changes: Any) -> Config:
+    return Config(**({"bundle": "none", "camera": CameraConfig(source="zmq:ipc:///none")} | changes))
+
+
+class InProcess:
+    """A supervisor with fakes around it, one turn of its loop at a time."""
+
+    def __init__(self, config: Config | None = None) -> None:
+        self.config = config or fake_config()
+        self.clock, self.publisher = FakeClock(), FakePublisher()
+        self.frame_id = 0
+        model = SimpleNamespace(family="fake", size="0B")
+        bundle = SimpleNamespace(id="0" * 16, manifest=SimpleNamespace(model=model))
+        space = load_action_space(self.config.task.action_space)
+        self.supervisor = Supervisor(
+            self.config, bundle, space, self.publisher, Trace(""), clock=self.clock, start_worker=FakeWorker
+        )
+        self.supervisor.start()
+
+    def __enter__(self) -> InProcess:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.supervisor.close()
+        self.publisher.close()
+
+    @property
+    def model(self) -> FakeWorker:
+        return self.supervisor.model.worker
+
+    @property
+    def camera(self) -> FakeWorker:
+        return self.supervisor.camera.worker
+
+    @property
+    def counters(self) -> Counters:
+        return self.supervisor.counters
+
+    @property
+    def state(self) -> tuple[str, str]:
+        """The daemon's state and the text of its reason."""
+        state, reason = self.supervisor.status.state()
+        return state, reason.text if reason is not None else ""
+
+    def turn(self, seconds: float = 0.0) -> None:
+        self.clock.advance(seconds)
+        self.supervisor.poll_once()
+
+    # -- what the two child processes do ------------------------------------------------------------------------------
+
+    def open_camera(self) -> None:
+        self.camera.emit(CameraOpened(width=6, height=4, fps=30.0, description="fake"))
+        self.push_frame()
+
+    def push_frame(self) -> None:
+        slot = self.supervisor.slot
+        self.frame_id += 1
+        slot.write(4, 6)[:] = 0
+        slot.publish(self.frame_id, self.clock(), "driver")
+
+    def load_model(self, error: str = "") -> None:
+        """The model process reports that it is loaded, and answers the instruction that it then gets."""
+        self.model.emit(ModelReady(vision="fake", load_s=0.0, warmup_ms=0.0))
+        self.turn()
+        if self.model is not None:
+            self.apply_instruction(error)
+
+    def apply_instruction(self, error: str = "") -> None:
+        """The model process answers the newest SetInstruction that it got."""
+        command = [command for command in self.model.commands if isinstance(command, SetInstruction)][-1]
+        in_force = self.supervisor.orders.instruction
+        text = in_force.text if command.text is None else command.text
+        adapter = in_force.adapter if command.adapter is None else command.adapter
+        number = command.instruction_id
+        self.model.emit(InstructionApplied(instruction_id=number, text=text, adapter=adapter, error=error))
+        self.turn()
+
+    def answer(self, **changes: Any) -> None:
+        """The model process answers a new frame."""
+        self.push_frame()
+        proposal = proposal_of(
+            frame_id=self.frame_id,
+            t_capture_ns=self.clock(),
+            frame_seq=self.supervisor.slot.latest_seq,
+            instruction_id=self.supervisor.orders.instruction.number,
+        )
+        self.model.emit(msgspec.structs.replace(proposal, **changes))
+        self.turn()
+
+    def make_ready(self) -> None:
+        self.open_camera()
+        self.load_model()
+        self.answer()
+        assert self.state == ("running", "")
+
+    def lose_model(self, exit_status: int = -signal.SIGABRT) -> None:
+        """The model process ends. Its successor is not started yet."""
+        self.model.exit_status = exit_status
+        self.turn()
+
+    def restart_model(self) -> None:
+        """The model process ends, and its successor is started."""
+        self.lose_model()
+        self.turn(6.0)  # longer than the longest pause
+        self.push_frame()
+        assert self.model is not None
+
+
+def proposal_of(**changes: Any) -> Proposal:
+    """A proposal of frame 1, captured at time 0, whose answer is MOVE."""
+    proposal = Proposal(
+        frame_id=1,
+        t_capture_ns=0,
+        capture_clock="driver",
+        frame_seq=1,
+        instruction_id=0,
+        text=MOVE,
+        stop_reason="",
+        stages_ms=StageTimes(queue=0, encode=0, prefill=0, decode=0, check=0),
+    )
+    return msgspec.structs.replace(proposal, **changes)
