@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 from edge_agent.actions.space import load_action_space  # noqa: E402
 from edge_agent.wire.messages import Action  # noqa: E402
 from models.pad_pilot import task  # noqa: E402
-from models.pad_pilot.fly import Eyes, a_mission, fly  # noqa: E402
+from models.pad_pilot.fly import DaemonLink, a_mission, fly  # noqa: E402
 from models.pad_pilot.lessons import Grounds, Said, held_back_photographs, lesson  # noqa: E402
 from models.pad_pilot.world import World  # noqa: E402
 
@@ -75,7 +75,7 @@ def frames(n: int, seed: int, photographs: list[np.ndarray]) -> list[Frame]:
 
 
 @contextlib.contextmanager
-def pilot(bundle: Path, backend: str) -> Iterator[Eyes]:
+def pilot(bundle: Path, backend: str) -> Iterator[DaemonLink]:
     """A daemon on a bundle, and the vehicle's end of its sockets."""
     with tempfile.TemporaryDirectory(prefix="edge-agent-") as runtime:
         config = {
@@ -90,22 +90,22 @@ def pilot(bundle: Path, backend: str) -> Iterator[Eyes]:
         log = (Path(runtime) / "log").open("wb")
         daemon = subprocess.Popen([BIN / "edge-agent", "run", "--config", path], stdout=log, stderr=log)
         try:
-            with Eyes(runtime, f"ipc://{runtime}/frames") as eyes:
+            with DaemonLink(runtime, f"ipc://{runtime}/frames") as link:
                 try:
-                    eyes.wait(np.random.default_rng(0).integers(0, 255, (140, 140, 3), np.uint8))
+                    link.wait(np.random.default_rng(0).integers(0, 255, (140, 140, 3), np.uint8))
                 except TimeoutError:
                     sys.exit(f"the daemon does not answer:\n{(Path(runtime) / 'log').read_text()}")
-                yield eyes
+                yield link
         finally:
             daemon.send_signal(signal.SIGTERM)
             daemon.wait(10)
             log.close()
 
 
-def answer(eyes: Eyes, picture: np.ndarray, instruction: str, question: str = "") -> Answer:
-    eyes.client.instruct(instruction)
-    heard = eyes.answer(picture, 10.0)
-    words = eyes.client.ask(question, 10.0) if question else ""
+def answer(link: DaemonLink, picture: np.ndarray, instruction: str, question: str = "") -> Answer:
+    link.client.instruct(instruction)
+    heard = link.answer(picture, 10.0)
+    words = link.client.ask(question, 10.0) if question else ""
     if not isinstance(heard, Action):
         return Answer("", {}, words)
     return Answer(heard.type, {key: heard.values[name] for key, name in NAMES.items() if name in heard.values}, words)
@@ -147,7 +147,7 @@ def agreement(answers: list[Answer], reference: list[Answer]) -> dict:
     }
 
 
-def flights(eyes: Eyes, n: int, photographs: list[np.ndarray], say: str) -> dict:
+def flights(link: DaemonLink, n: int, photographs: list[np.ndarray], say: str) -> dict:
     """One order each, most of them landings; the world over painted and held-back ground in turn."""
     grounds = [Grounds([], SEED + 7), Grounds(photographs, SEED + 7, only_photographs=True)]
     outcomes, steps, ages_ms = Counter(), [], []
@@ -160,7 +160,7 @@ def flights(eyes: Eyes, n: int, photographs: list[np.ndarray], say: str) -> dict
         world = World(SEED + i, grounds[i % 2])
         rng = np.random.default_rng([SEED, i, 1])
         mission = a_mission(rng, world.pads, 1 if i % 4 else 2)  # every fourth one goes somewhere else first
-        results = fly(eyes, world, mission, hear)
+        results = fly(link, world, mission, hear)
         done = len(results) == len(mission) and results[-1].outcome == "right"
         outcomes["right" if done else results[-1].outcome] += 1
         if done:
@@ -176,7 +176,7 @@ def flights(eyes: Eyes, n: int, photographs: list[np.ndarray], say: str) -> dict
     }
 
 
-def bad_input(eyes: Eyes, n: int, photographs: list[np.ndarray]) -> dict[str, dict]:
+def bad_input(link: DaemonLink, n: int, photographs: list[np.ndarray]) -> dict[str, dict]:
     """What it does when what it gets is wrong: answers by kind, and every landing that should not be."""
     rng = np.random.default_rng([SEED, 99])
     grounds = Grounds(photographs, SEED + 9)
@@ -194,7 +194,7 @@ def bad_input(eyes: Eyes, n: int, photographs: list[np.ndarray]) -> dict[str, di
         said = []
         for _ in range(n):
             order = task.Order("land", str(rng.choice(list(task.COLOURS))), str(rng.choice(task.SHAPES)))
-            said.append(answer(eyes, make(), task.instruction(rng, str(rng.choice(task.LANGUAGES)), order)))
+            said.append(answer(link, make(), task.instruction(rng, str(rng.choice(task.LANGUAGES)), order)))
         count(name, said, sum(a.action == "land" for a in said))
     orders = {
         "a language it never saw": lambda: str(rng.choice(UNSEEN)),
@@ -206,14 +206,14 @@ def bad_input(eyes: Eyes, n: int, photographs: list[np.ndarray]) -> dict[str, di
         said = []
         for i in range(n):
             one = lesson(np.random.default_rng([SEED + 3, i]), grounds, n_orders=1)
-            said.append(answer(eyes, one.picture, say()))
+            said.append(answer(link, one.picture, say()))
         count(name, said, sum(a.action == "land" for a in said))
     for size in SIZES:
         said, wrong, right = [], 0, 0
         for i in range(n):
             one = lesson(np.random.default_rng([SEED + 5, i]), grounds, n_orders=1, size_px=size)
             for asked in one.said:
-                said.append(answer(eyes, one.picture, asked.instruction))
+                said.append(answer(link, one.picture, asked.instruction))
                 wrong += said[-1].action == "land" != asked.action["action"]
                 right += said[-1].action == asked.action["action"]
         count(f"frame of {size[1]}x{size[0]}", said, wrong)
@@ -268,10 +268,10 @@ def main() -> int:
             if not bundle.is_dir():
                 built(Path(folder), recipe)
             main_run = name == "Q4_K_M" or len(options.recipes) == 1
-            with pilot(bundle, backend) as eyes:
+            with pilot(bundle, backend) as link:
                 answers[name] = [
                     answer(
-                        eyes,
+                        link,
                         f.picture,
                         f.said.instruction,
                         f.said.questions[0][0] if main_run and f.said.questions else "",
@@ -284,10 +284,10 @@ def main() -> int:
                     row[part] = against_the_rule([shown[i] for i in which], [answers[name][i] for i in which])
                 row["against"] = agreement(answers[name], answers[options.recipes[0]])
                 if options.flights and recipe in options.fly and backend == "onnxruntime":
-                    row["flights"] = flights(eyes, options.flights, photographs, f"{name}: flights")
+                    row["flights"] = flights(link, options.flights, photographs, f"{name}: flights")
                 if options.bad and main_run:
-                    row["bad_input"] = bad_input(eyes, options.bad, photographs)
-                row["model_rss_mib"] = eyes.client.status().model_worker.rss_mib
+                    row["bad_input"] = bad_input(link, options.bad, photographs)
+                row["model_rss_mib"] = link.client.status().model_worker.rss_mib
             result["recipes"][name] = row
             if backend == "onnxruntime" and recipe != "Q4_K_M":
                 shutil.rmtree(bundle)

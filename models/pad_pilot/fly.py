@@ -1,12 +1,12 @@
-"""The world as a process of its own: it owns the camera and flies what the daemon tells it.
+"""The simulated world, in a process of its own: it owns the camera and flies the actions of the daemon.
 
     edge-agent run --config pilot.yaml &                                     # camera: {source: "zmq:ipc:///…/frames"}
     python -m models.pad_pilot.fly --runtime DIR --frames ipc:///…/frames --seed 3 --out flight/
 
-Frames are pushed over ZeroMQ; actions come through edge_agent.client, like to any controller; on silence it holds. A
-step is one frame, one answer, and half a second of the world's time; while the model thinks, the world moves on under
-the answer before, and no answer is followed for longer than half a second. A mission is a few orders, each given
-through `instruct` when the one before is done. Written: flight.json (every step), flight.png (path and frames),
+It pushes frames with FramePusher and reads actions with Client, as any controller does. On silence it holds. One step
+is one frame, one answer, and half a second of the world's time. While the model works, the world moves on under the
+previous answer, and no answer is followed for longer than half a second. A mission is a few orders; each one is given
+with `instruct` when the order before it is done. Written: flight.json (every step), flight.png (path and frames),
 flight.mp4.
 """
 
@@ -64,34 +64,34 @@ class Result(NamedTuple):
     off_m: float  # from the right pad's centre
 
 
-class Eyes:
-    """The vehicle's end of the sockets: one frame out, the answer to exactly this frame in."""
+class DaemonLink:
+    """The vehicle's end of the sockets: pushes one frame, and waits for the answer to exactly this frame."""
 
     def __init__(self, runtime: str, frames: str) -> None:
+        """runtime: the daemon's runtime folder. frames: the endpoint of its zmq: camera."""
         self.client = Client(runtime)
         self._pusher = FramePusher(frames)
-        self.frame_id = int(time.monotonic() * 1000)  # larger than those of any process that pushed before
+        self.frame_id = int(time.monotonic() * 1000)  # larger than the ids of an earlier process
 
     def close(self) -> None:
         self.client.close()
         self._pusher.close()
 
-    def __enter__(self) -> Eyes:
+    def __enter__(self) -> DaemonLink:
         return self
 
     def __exit__(self, *_error: object) -> None:
         self.close()
 
-    def show(self, picture: np.ndarray) -> int:
-        """picture: (H, W, 3) uint8 RGB. Returns the frame's id."""
+    def push(self, picture: np.ndarray) -> int:
+        """picture: (H, W, 3) uint8 RGB. Returns the frame's id. A frame that no daemon takes is dropped."""
         self.frame_id += 1
-        # A frame that no daemon takes is dropped: the next one is shown soon.
         self._pusher.push(picture, frame_id=self.frame_id, t_capture_ns=time.monotonic_ns())
         return self.frame_id
 
     def answer(self, picture: np.ndarray, timeout_s: float = ANSWER_S) -> Action | Refusal | None:
-        """What the daemon says to this picture; None: nothing, in time."""
-        frame_id, until_s = self.show(picture), time.monotonic() + timeout_s
+        """The daemon's answer to this picture. None: no answer within timeout_s."""
+        frame_id, until_s = self.push(picture), time.monotonic() + timeout_s
         while (left_s := until_s - time.monotonic()) > 0:
             answer = self.client.next_answer(left_s)
             if answer is not None and answer.frame_id == frame_id:
@@ -99,11 +99,11 @@ class Eyes:
         return None
 
     def wait(self, picture: np.ndarray, timeout_s: float = 60.0) -> None:
-        """Show a picture until the daemon runs and answers. Raises TimeoutError."""
+        """Push a picture again and again until the daemon answers. Raises TimeoutError."""
         until_s = time.monotonic() + timeout_s
         while time.monotonic() < until_s:
-            self.show(picture)
-            if self.client.next_answer(0.3) is not None:  # to any of them: the first ones may take long
+            self.push(picture)
+            if self.client.next_answer(0.3) is not None:  # to any of these frames: the first answers may be slow
                 return
         raise TimeoutError(f"{self.client.folder}: no answer to a frame in {timeout_s:g} s; is edge-agent running?")
 
@@ -153,7 +153,7 @@ def over_ground(world: World, forward: float, right: float) -> np.ndarray:
 
 
 def fly(
-    eyes: Eyes,
+    link: DaemonLink,
     world: World,
     mission: list[tuple[str, Order]],
     on_step: Callable[[Step], None] = lambda step: None,
@@ -162,15 +162,15 @@ def fly(
     """Fly a mission; it ends with the first order that fails. pace_s: a step takes at least so long, to be watched."""
     results = []
     for instruction, order in mission:
-        eyes.client.instruct(instruction)
-        results.append(_one_order(eyes, world, instruction, order, on_step, pace_s))
+        link.client.instruct(instruction)
+        results.append(_one_order(link, world, instruction, order, on_step, pace_s))
         if results[-1].outcome != "right":
             break
     return results
 
 
 def _one_order(
-    eyes: Eyes, world: World, instruction: str, order: Order, on_step: Callable[[Step], None], pace_s: float
+    link: DaemonLink, world: World, instruction: str, order: Order, on_step: Callable[[Step], None], pace_s: float
 ) -> Result:
     search, held, landing, good_s = Search(), 0, False, 0.0
     before, anchor = (0.0, 0.0, 0.0, 0.0), None  # where it stays when it is not told to move
@@ -180,7 +180,7 @@ def _one_order(
         picture, time_s, pose = world.picture(), world.time_s, world.pose
         answer, thought_s = None, 0.0
         if not landing:
-            answer = eyes.answer(picture)
+            answer = link.answer(picture)
             thought_s = time.monotonic() - began_s
             world.fly(*before, min(thought_s, good_s))  # the world did not wait for the model
             world.fly(0.0, 0.0, 0.0, 0.0, max(0.0, thought_s - good_s))  # and the answer before has run out
@@ -326,9 +326,9 @@ def main() -> int:
     mission = a_mission(np.random.default_rng([options.seed, 5]), world.pads, options.orders)
     options.out.mkdir(parents=True, exist_ok=True)
     steps: list[Step] = []
-    with Eyes(options.runtime, options.frames) as eyes:
-        eyes.wait(world.picture())
-        results = fly(eyes, world, mission, steps.append, options.pace)
+    with DaemonLink(options.runtime, options.frames) as link:
+        link.wait(world.picture())
+        results = fly(link, world, mission, steps.append, options.pace)
     (options.out / "flight.json").write_text(json.dumps(as_json(steps, results, world), indent=1, ensure_ascii=False))
     cv2.imwrite(str(options.out / "flight.png"), draw(world, steps, results)[..., ::-1])
     film(options.out / "flight.mp4", world, steps)

@@ -41,9 +41,9 @@ def bundle(build) -> Path:
 
 
 @pytest.fixture(scope="module")
-def eyes(bundle: Path) -> Iterator[fly.Eyes]:
-    with benchmark.pilot(bundle, "onnxruntime") as eyes:
-        yield eyes
+def link(bundle: Path) -> Iterator[fly.DaemonLink]:
+    with benchmark.pilot(bundle, "onnxruntime") as link:
+        yield link
 
 
 def calm(*pads: Pad, seed: int = 1, wind_m_s: float = 0.0) -> World:
@@ -65,10 +65,10 @@ def test_the_bundle_is_small(bundle: Path):
 def test_it_answers_held_out_frames(bundle: Path, backend: str):
     shown = benchmark.frames(80, benchmark.SEED + 1000, benchmark.held_back_photographs())
     assert len(shown) == 80
-    with benchmark.pilot(bundle, backend) as eyes:
+    with benchmark.pilot(bundle, backend) as link:
         asked = [f.said.questions[0][0] if f.said.questions else "" for f in shown]
         answers = [
-            benchmark.answer(eyes, f.picture, f.said.instruction, question)
+            benchmark.answer(link, f.picture, f.said.instruction, question)
             for f, question in zip(shown, asked, strict=True)
         ]
     found = benchmark.against_the_rule(shown, answers)
@@ -78,11 +78,11 @@ def test_it_answers_held_out_frames(bundle: Path, backend: str):
     assert found["wrong_land"] == 0
 
 
-def test_it_flies_to_one_pad_and_lands_on_another(eyes: fly.Eyes, tmp_path: Path):
+def test_it_flies_to_one_pad_and_lands_on_another(link: fly.DaemonLink, tmp_path: Path):
     world = World(5, Grounds([], 5, n=4))
     mission = fly.a_mission(np.random.default_rng(5), world.pads, 2)
     steps: list[fly.Step] = []
-    results = fly.fly(eyes, world, mission, steps.append)
+    results = fly.fly(link, world, mission, steps.append)
     assert [result.outcome for result in results] == ["right", "right"], results
     assert world.down and world.offset_m(world.nearest()) <= world.nearest().radius_m
     assert {step.instruction for step in steps} == {instruction for instruction, _ in mission}
@@ -100,15 +100,15 @@ def test_it_flies_to_one_pad_and_lands_on_another(eyes: fly.Eyes, tmp_path: Path
 @pytest.mark.parametrize(
     "instruction", ["Land on the red disc.", "Lande auf der roten Scheibe.", "빨간 원반에 착륙하세요."]
 )
-def test_the_same_order_in_other_words_lands_too(eyes: fly.Eyes, instruction: str):
+def test_the_same_order_in_other_words_lands_too(link: fly.DaemonLink, instruction: str):
     pads = Pad("red", "disc", 1.0, -1.0, 0.5, 0.3), Pad("red", "square", -1.5, 1.5, 0.5, 1.0)
     world = calm(*pads, wind_m_s=1.5)  # hanging quite still, it may see the same picture, and say "hold", for long
-    (result,) = fly.fly(eyes, world, [(instruction, LAND[0][1])])
+    (result,) = fly.fly(link, world, [(instruction, LAND[0][1])])
     assert result.outcome == "right", result
 
 
-def test_it_never_lands_on_nothing(eyes: fly.Eyes):
-    found = benchmark.bad_input(eyes, 6, benchmark.held_back_photographs())
+def test_it_never_lands_on_nothing(link: fly.DaemonLink):
+    found = benchmark.bad_input(link, 6, benchmark.held_back_photographs())
     too_small = ("frame of 64x64", "frame of 300x96")  # the model card says so: sides below 112 pixels
     assert {name: row["wrong_land"] for name, row in found.items() if row["wrong_land"] and name not in too_small} == {}
     assert sum(found[name]["wrong_land"] for name in too_small) <= 1  # over the right pad, too early
@@ -120,8 +120,8 @@ def test_a_dead_daemon_means_hold(bundle: Path, monkeypatch: pytest.MonkeyPatch)
     """kill -9 in mid-flight: the vehicle stops where it is, and does not land."""
     world = calm(Pad("red", "disc", 2.5, 2.0, 0.5, 0.3))
     heights, speeds = [], []
-    with benchmark.pilot(bundle, "onnxruntime") as eyes:
-        status = eyes.client.status()
+    with benchmark.pilot(bundle, "onnxruntime") as link:
+        status = link.client.status()
 
         def hear(step: fly.Step) -> None:
             heights.append(step.pose.height_m)
@@ -131,7 +131,7 @@ def test_a_dead_daemon_means_hold(bundle: Path, monkeypatch: pytest.MonkeyPatch)
 
         monkeypatch.setattr(fly, "STEPS", 8)
         try:
-            (result,) = fly.fly(eyes, world, LAND, hear)
+            (result,) = fly.fly(link, world, LAND, hear)
         finally:
             with contextlib.suppress(ProcessLookupError):  # the supervisor may have done it
                 os.kill(status.model_worker.pid, signal.SIGKILL)
@@ -144,7 +144,7 @@ def test_a_dead_daemon_means_hold(bundle: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 class Told:
-    """Eyes that hear what a test says: one entry per frame, the last one for ever."""
+    """A link whose answers a test gives: one per frame, the last one again and again."""
 
     def __init__(self, *answers: Action | Refusal | None) -> None:
         self.answers, self.instructed, self.client = list(answers), [], self

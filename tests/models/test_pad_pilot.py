@@ -40,10 +40,10 @@ def asked(text: str) -> benchmark.Answer:
 
 
 def test_nothing_lost_gives_the_reference_answers(build, frozen):
-    with benchmark.pilot(build(CHECKPOINT, "BF16"), "onnxruntime") as eyes:
+    with benchmark.pilot(build(CHECKPOINT, "BF16"), "onnxruntime") as link:
         n_clear = 0
         for i, picture in enumerate(frozen["pictures"]):
-            said = benchmark.answer(eyes, picture, str(frozen["instructions"][i]), str(frozen["questions"][i]))
+            said = benchmark.answer(link, picture, str(frozen["instructions"][i]), str(frozen["questions"][i]))
             expected, (lead, words_lead) = asked(str(frozen["actions"][i])), frozen["margins"][i]
             if lead > CLEAR:
                 assert said[:2] == expected[:2], frozen["instructions"][i]
@@ -54,9 +54,9 @@ def test_nothing_lost_gives_the_reference_answers(build, frozen):
 
 
 def test_four_bits_seldom_choose_another_action(build, frozen):
-    with benchmark.pilot(build(CHECKPOINT, "Q4_K_M"), "onnxruntime") as eyes:
+    with benchmark.pilot(build(CHECKPOINT, "Q4_K_M"), "onnxruntime") as link:
         said = [
-            benchmark.answer(eyes, picture, str(instruction))
+            benchmark.answer(link, picture, str(instruction))
             for picture, instruction in zip(frozen["pictures"], frozen["instructions"], strict=True)
         ]
     same = [a.action == asked(str(text)).type for a, text in zip(said, frozen["actions"], strict=True)]
