@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import re
@@ -110,6 +111,33 @@ def test_troubleshooting_lists_every_value(heading, expected):
     assert sorted(first_column("docs/troubleshooting.md", heading)) == sorted(expected)
 
 
+def definitions(path: Path) -> set[str]:
+    """Names of the functions, classes and methods of a module: f, C, C.m."""
+    names: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
+    return names
+
+
+def code_flow(heading: str) -> list[tuple[str, list[str]]]:
+    """(file, names in it) of each row of a table of docs/architecture.md that has a cell with one file."""
+    rows = re.findall(r"\| `([\w/]+\.py)` \| ([^|]+) \|", section("docs/architecture.md", heading))
+    return [(file, re.findall(r"`([\w.]+)`", cell)) for file, cell in rows]
+
+
+@pytest.mark.parametrize("heading", ["One frame", "One question", "One tensor in `edge-quantize build`"])
+def test_architecture_names_functions_that_exist(heading):
+    rows = code_flow(heading)
+    assert len(rows) > 5
+    for file, names in rows:
+        assert names, f"{file}: no function"
+        missing = set(names) - definitions(ROOT / file)
+        assert not missing, f"{file}: no {', '.join(sorted(missing))}"
+
+
 def test_contributing_repeats_the_table_of_rooms():
     rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| ([^|]*) ?\|$", section("CONTRIBUTING.md", "Rooms"), flags=re.MULTILINE)
     assert {room: set(re.findall(r"`(\w+)`", cell)) for room, cell in rows} == {
@@ -132,3 +160,6 @@ def test_the_checks_find_what_they_are_for(tmp_path):
     page.write_text("# One heading\n\n[a](other.md) ![b](b.png) [c](https://x.org) `[d](d.md)`\n\n    [e](e.md)\n")
     assert links(page) == ["other.md", "b.png"]
     assert anchors(page) == {"one-heading"}
+    module = tmp_path / "module.py"
+    module.write_text("def f(): pass\nclass C:\n    def m(self): pass\nX = 1\n")
+    assert definitions(module) == {"f", "C", "C.m"}

@@ -117,13 +117,13 @@ def summary(console: Console, received: WireLog, asked: list[tuple[str, str]], w
     for result in results["results"]:
         orders.add_row(result["instruction"], result["outcome"], str(result["steps"]), f"{result['off_m']:.2f}")
     console.print(orders)
-    words = Table(title="Asked on the way", title_justify="left")
+    words = Table(title="Questions and answers", title_justify="left")
     words.add_column("question")
     words.add_column("answer")
     for question, answer in asked:
         words.add_row(question, printable(answer))
     console.print(words)
-    figures = Table(title="What the controller received", title_justify="left")
+    figures = Table(title="Figures", title_justify="left")
     figures.add_column("figure")
     figures.add_column("value", justify="right")
     for name, value in received.summary().items():

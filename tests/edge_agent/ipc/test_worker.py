@@ -8,6 +8,8 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,7 @@ from edge_agent.ipc.worker import Worker
 from tests.harness import ROOT, rig
 
 ECHO = """
+import time
 from edge_agent.ipc import worker
 slot, events, first, trace = worker.attach_to_supervisor()
 events.send(b"first " + first)
@@ -37,16 +40,25 @@ time.sleep(600)
 """
 
 
+@contextlib.contextmanager
+def started(module: str, code: str, folder: Path, monkeypatch, flags: tuple[str, ...] = ()) -> Iterator[Worker]:
+    """A child process that runs `code`; it is gone at the end."""
+    (folder / f"{module}.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", f"{folder}:{ROOT}")
+    with contextlib.closing(Slot.create()) as slot:
+        worker = Worker(module, slot, b"hello", flags)
+        worker.slot = slot
+        try:
+            yield worker
+        finally:
+            worker.kill()
+            worker.process.wait(60)
+
+
 @pytest.fixture
 def echo(tmp_path, monkeypatch):
-    (tmp_path / "echo_worker.py").write_text(ECHO)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
-    slot = Slot.create()
-    worker = Worker("echo_worker", slot, b"hello")
-    yield worker
-    worker.kill()
-    worker.process.wait(60)
-    slot.close()
+    with started("echo_worker", ECHO, tmp_path, monkeypatch) as worker:
+        yield worker
 
 
 def wait_for(worker: Worker, n: int, seconds: float = 60.0) -> list[bytes]:
@@ -56,6 +68,7 @@ def wait_for(worker: Worker, n: int, seconds: float = 60.0) -> list[bytes]:
     while len(messages) < n and time.monotonic() < until_s:
         messages += worker.receive()
         time.sleep(0.01)
+    assert len(messages) >= n, f"got {messages}; the process: {worker.exit_status}"
     return messages
 
 
@@ -98,10 +111,11 @@ def test_a_child_that_takes_nothing_is_reported_and_nothing_waits(echo):
     assert 0 < n_sent < 1000, "the queue of the socket is bounded"
 
 
-def test_closing_the_socket_ends_a_child_that_waits_elsewhere(echo):
-    wait_for(echo, 1)
-    echo.socket.close()
-    assert echo.process.wait(60) == 0
+def test_closing_the_socket_ends_a_child_whose_main_thread_hangs(tmp_path, monkeypatch):
+    with started("tell_worker", TELL, tmp_path, monkeypatch) as worker:  # sleeps after two messages
+        wait_for(worker, 2)
+        worker.socket.close()
+        assert worker.process.wait(60) == 0
 
 
 def test_the_child_dies_with_its_parent(tmp_path):
@@ -145,11 +159,6 @@ def test_a_child_that_has_left_messages_unread_hangs_up_with_an_error(echo):
 
 @pytest.mark.parametrize("flags", [(), ("--trace",)])
 def test_a_child_gets_the_slot_the_first_message_and_its_flags(tmp_path, monkeypatch, flags):
-    (tmp_path / "tell_worker.py").write_text(TELL)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
-    with contextlib.closing(Slot.create()) as slot:
-        worker = Worker("tell_worker", slot, b"hello", flags)
+    with started("tell_worker", TELL, tmp_path, monkeypatch, flags) as worker:
         assert wait_for(worker, 2) == [b"hello", b"True" if flags else b"False"]
-        assert worker.pid == worker.process.pid and slot.peek(0).frame_id == 5
-        worker.kill()
-        worker.process.wait(60)
+        assert worker.pid == worker.process.pid and worker.slot.peek(0).frame_id == 5

@@ -53,6 +53,7 @@ class Rig:
     def close(self) -> None:
         if self.worker.exit_status is None:
             self.worker.kill()
+            self.worker.process.wait()
         self.slot.close()
 
     def send(self, command: object) -> None:

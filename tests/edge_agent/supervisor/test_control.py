@@ -370,7 +370,8 @@ def test_vehicle_state_is_written_beside_the_frames_with_its_time(tmp_path):
 
 
 def test_an_action_space_without_vehicle_state_takes_none(running):
-    assert not request(running, "vehicle_state", values={"altitude_m": 3.5}).ok
+    error = request(running, "vehicle_state", values={"altitude_m": 3.5}).error
+    assert "this action space has no vehicle_state" in error
 
 
 def test_stats_are_the_counters_and_the_state(running):
