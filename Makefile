@@ -63,13 +63,13 @@ $(VENV)/.installed: setup.cfg pyproject.toml Makefile
 	@echo "== virtual environment in $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(RUN)/python -m pip install -q --upgrade pip
-	@echo "== dependencies and this project; the first time llama.cpp is compiled, 5 to 15 minutes"
+	@echo "== dependencies and this project. The first time this compiles llama.cpp, 5 to 15 minutes"
 	@if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then \
 	   echo "== NVIDIA GPU: onnxruntime-gpu"; extra=gpu; \
 	   if command -v nvcc >/dev/null; then echo "== nvcc: llama.cpp with CUDA"; \
 	     export CMAKE_ARGS="-DGGML_CUDA=on -DGGML_CUDA_NO_VMM=ON"; fi; \
 	 else extra=cpu; fi; \
-	 $(RUN)/python -m pip install --progress-bar off -e ".[$$extra,test]"
+	 $(RUN)/python -m pip install --progress-bar off -e ".[$$extra,quantize,terminal,dev]"
 	@$(RUN)/python -c 'import cv2' 2>/dev/null || { \
 	   echo "== no libGL on this machine: the same OpenCV without windows (opencv-python-headless)"; \
 	   version=$$($(RUN)/python -c 'from importlib.metadata import version; print(version("opencv-python"))'); \

@@ -38,8 +38,8 @@ from edge_agent.actions.prompt import describe_action_space
 from edge_agent.actions.space import ActionSpace, ChoiceField, load_action_space
 from edge_agent.board import health
 from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, read_manifest
-from edge_agent.cli.main import bench_arguments, bench_config
-from edge_agent.cli.main import run_bench as run_alone
+from edge_agent.cli.daemon import bench_arguments, bench_config
+from edge_agent.cli.daemon import run_bench as run_alone
 from edge_agent.config import Config
 from edge_agent.model.preprocess import Preprocessor
 from edge_agent.model.prompt import ACTION_QUESTION, SYSTEM_PROMPT

@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 from edge_agent.actions.space import load_action_space  # noqa: E402
 from edge_agent.wire.messages import Action  # noqa: E402
 from models.pad_pilot import task  # noqa: E402
-from models.pad_pilot.fly import VehicleLink, a_mission, fly  # noqa: E402
+from models.pad_pilot.fly import DaemonLink, a_mission, fly  # noqa: E402
 from models.pad_pilot.lessons import Grounds, Said, held_back_photographs, lesson  # noqa: E402
 from models.pad_pilot.world import World  # noqa: E402
 
@@ -75,7 +75,7 @@ def frames(n: int, seed: int, photographs: list[np.ndarray]) -> list[Frame]:
 
 
 @contextlib.contextmanager
-def pilot(bundle: Path, backend: str) -> Iterator[VehicleLink]:
+def pilot(bundle: Path, backend: str) -> Iterator[DaemonLink]:
     """A daemon on a bundle, and the vehicle's end of its sockets."""
     with tempfile.TemporaryDirectory(prefix="edge-agent-") as runtime:
         config = {
@@ -90,7 +90,7 @@ def pilot(bundle: Path, backend: str) -> Iterator[VehicleLink]:
         log = (Path(runtime) / "log").open("wb")
         daemon = subprocess.Popen([BIN / "edge-agent", "run", "--config", path], stdout=log, stderr=log)
         try:
-            with VehicleLink(runtime, f"ipc://{runtime}/frames") as link:
+            with DaemonLink(runtime, f"ipc://{runtime}/frames") as link:
                 try:
                     link.wait(np.random.default_rng(0).integers(0, 255, (140, 140, 3), np.uint8))
                 except TimeoutError:
@@ -102,7 +102,7 @@ def pilot(bundle: Path, backend: str) -> Iterator[VehicleLink]:
             log.close()
 
 
-def answer(link: VehicleLink, picture: np.ndarray, instruction: str, question: str = "") -> Answer:
+def answer(link: DaemonLink, picture: np.ndarray, instruction: str, question: str = "") -> Answer:
     link.client.instruct(instruction)
     heard = link.answer(picture, 10.0)
     words = link.client.ask(question, 10.0) if question else ""
@@ -147,7 +147,7 @@ def agreement(answers: list[Answer], reference: list[Answer]) -> dict:
     }
 
 
-def flights(link: VehicleLink, n: int, photographs: list[np.ndarray], say: str) -> dict:
+def flights(link: DaemonLink, n: int, photographs: list[np.ndarray], say: str) -> dict:
     """One order each, most of them landings; the world over painted and held-back ground in turn."""
     grounds = [Grounds([], SEED + 7), Grounds(photographs, SEED + 7, only_photographs=True)]
     outcomes, steps, ages_ms = Counter(), [], []
@@ -176,7 +176,7 @@ def flights(link: VehicleLink, n: int, photographs: list[np.ndarray], say: str) 
     }
 
 
-def bad_input(link: VehicleLink, n: int, photographs: list[np.ndarray]) -> dict[str, dict]:
+def bad_input(link: DaemonLink, n: int, photographs: list[np.ndarray]) -> dict[str, dict]:
     """What it does when what it gets is wrong: answers by kind, and every landing that should not be."""
     rng = np.random.default_rng([SEED, 99])
     grounds = Grounds(photographs, SEED + 9)

@@ -1,13 +1,14 @@
-"""What a controller imports: actions that still stand, words, status, and control. Light: no numpy, no model code.
+"""What a controller imports: valid actions, text, status, and control. Loads msgspec and pyzmq, nothing else.
 
     with Client() as agent:
         for action in agent.actions(silence_s=0.5):
             if action is None:
-                hold()                      # nothing valid for half a second
+                hold()                      # no valid action for half a second
             elif action.type == "move":
                 fly(action.values["forward_m_s"], action.values["right_m_s"])
 
-Silence means hold. An action is never handed out after its expiry, twice, or with a clock that is not this machine's.
+Silence means hold. The client never returns an action after its expiry, never returns an action twice, and never
+returns an action whose time stamps are not from the clock of this machine.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import msgspec
 import zmq
@@ -23,29 +25,43 @@ import zmq
 from edge_agent.wire.codec import encode
 from edge_agent.wire.control import Operation, Request, StateValue, decode_reply
 from edge_agent.wire.endpoints import endpoint, runtime_dir
-from edge_agent.wire.messages import MAX_MESSAGE_BYTES, PROTOCOL_VERSION, Action, Refusal, Status, TextMessage
+from edge_agent.wire.messages import (
+    MAX_MESSAGE_BYTES,
+    NS_PER_MS,
+    PROTOCOL_VERSION,
+    Action,
+    Refusal,
+    Status,
+    TextMessage,
+)
 from edge_agent.wire.streams import STREAMS, unpack
 
-MAX_AHEAD_NS = 5_000_000  # a publication may not lie in our future: another machine's clock, or another boot's
-MAX_SKIPPED_MESSAGES = 2000  # messages that a reader who comes late passes over at once, more than its socket holds
-MAX_VALID_NS = 1_000_000_000  # the autopilot's own time-out: nothing on this wire stands longer
+NS_PER_S = 1_000_000_000
+MAX_AHEAD_NS = 5 * NS_PER_MS  # a later stamp is from another machine's clock, or from another boot
+MAX_VALID_NS = 1 * NS_PER_S  # no action may be valid for longer: autopilots time out after about a second
+MAX_SKIPPED_MESSAGES = 2000  # read at once to find the newest; more than a socket's queue holds
+POLL_S = 1.0  # one wait of an iterator that has no time-out
 
 
 class RequestRefused(Exception):
-    """The daemon answered, and said no. One line."""
+    """The daemon refused a request. One line: the reason."""
 
 
 class Client:
-    """Owns its sockets; close() or a with block frees them. Use from one thread."""
+    """Owns its sockets; close() or a with block frees them. Use one client per thread."""
 
-    def __init__(self, folder: str = "") -> None:
-        """folder: the daemon's runtime folder; empty: where a daemon on this machine puts it by default."""
+    def __init__(self, folder: str = "", clock: Callable[[], int] = time.monotonic_ns) -> None:
+        """folder: the daemon's runtime folder; empty: the default folder of a daemon on this machine.
+
+        clock: CLOCK_MONOTONIC in nanoseconds, the clock of the daemon's time stamps.
+        """
         self.folder = runtime_dir(folder)
+        self.expired = 0  # actions that arrived after their expiry, or with stamps of another clock; not returned
+        self.missed = 0  # messages of the actions stream that did not arrive, counted by their seq
+        self._clock = clock
         self._context = zmq.Context()
-        self._sockets: dict[str, zmq.Socket] = {}
-        self.expired = 0  # actions received after their expiry, or with a clock we cannot trust; never handed out
-        self.missed = 0  # actions of the stream that never reached us, by their seq
-        self._last: tuple[int, int] | None = None  # session and seq of the newest message of the actions stream
+        self._sockets: dict[str, zmq.Socket[bytes]] = {}  # stream -> its socket, opened at first use
+        self._newest: tuple[int, int] | None = None  # session and seq of the newest message of the actions stream
 
     def close(self) -> None:
         for socket in self._sockets.values():
@@ -62,89 +78,112 @@ class Client:
     # -- streams ------------------------------------------------------------------------------------------------------
 
     def next_answer(self, timeout_s: float) -> Action | Refusal | None:
-        """The newest message of the actions stream, valid now, or None after timeout_s without one."""
-        socket, until_s = self._subscriber("actions"), time.monotonic() + timeout_s
-        while socket.poll(max(0.0, until_s - time.monotonic()) * 1000):
-            with contextlib.suppress(msgspec.DecodeError):
-                message = unpack("actions", self._receive("actions"))
-                if not self._is_new(message):
-                    continue
-                if isinstance(message, Refusal) or is_valid(message, time.monotonic_ns()):
-                    return message
-                self.expired += 1
+        """The newest message of the actions stream, if it is new and valid; None: none came within timeout_s."""
+        deadline_ns = self._deadline_ns(timeout_s)
+        while (payload := self._receive("actions", deadline_ns)) is not None:
+            message = _unpack("actions", payload)
+            if message is None or not self._is_new(message):
+                continue
+            if isinstance(message, Refusal) or is_valid(message, self._clock()):
+                answer: Action | Refusal = message
+                return answer
+            self.expired += 1
         return None
 
     def actions(self, silence_s: float | None = None) -> Iterator[Action | None]:
-        """Actions that stand, newest first, for ever. With silence_s: None whenever nothing valid came for so long."""
-        heard_s = time.monotonic()
+        """Valid actions, newest first, without end.
+
+        With silence_s: also None, each time that silence_s has passed without a valid action. Refusals and expired
+        actions do not end a silence.
+        """
+        silence_ends_ns = None if silence_s is None else self._deadline_ns(silence_s)
         while True:
-            wait_s = 1.0 if silence_s is None else max(0.0, heard_s + silence_s - time.monotonic())
-            answer = self.next_answer(wait_s)
+            if silence_ends_ns is None:
+                answer = self.next_answer(POLL_S)
+            else:
+                answer = self.next_answer(max(0, silence_ends_ns - self._clock()) / NS_PER_S)
             if isinstance(answer, Action):
                 yield answer
-                heard_s = time.monotonic()
-            elif silence_s is not None and time.monotonic() - heard_s >= silence_s:
+            elif silence_ends_ns is not None and (answer is None or self._clock() >= silence_ends_ns):
                 yield None
-                heard_s = time.monotonic()
+            else:
+                continue
+            silence_ends_ns = None if silence_s is None else self._deadline_ns(silence_s)
 
     def next_text(self, timeout_s: float) -> TextMessage | None:
-        return self._next("text", timeout_s)
+        """The next piece of text, in the order of publication; None: none came within timeout_s."""
+        message: TextMessage | None = self._next("text", timeout_s)
+        return message
 
     def text(self) -> Iterator[TextMessage]:
-        """Every piece of language as it is decoded, for ever."""
+        """Every piece of text as the model decodes it, without end."""
         while True:
-            if (words := self.next_text(1.0)) is not None:
-                yield words
+            message = self.next_text(POLL_S)
+            if message is not None:
+                yield message
 
     def status(self, timeout_s: float = 2.0) -> Status | None:
-        """The newest status; None when no daemon answers in time."""
-        return self._next("status", timeout_s)
+        """The newest status; None: no daemon published one within timeout_s."""
+        message: Status | None = self._next("status", timeout_s)
+        return message
 
     # -- control ------------------------------------------------------------------------------------------------------
 
     def instruct(self, text: str, timeout_s: float = 30.0) -> None:
-        """Give a new instruction; returns once frames are answered under it. Raises Refused, TimeoutError."""
+        """Give a new instruction. Returns when the first frame is answered under it.
+
+        Raises RequestRefused, and TimeoutError if no reply came in time.
+        """
         self.request("instruct", text, timeout_s)
 
     def adapter(self, name: str, timeout_s: float = 30.0) -> None:
-        """Switch to one of the configured adapters; "": to none. Raises Refused, TimeoutError."""
+        """Switch to one of the configured adapters; "": to none. Raises RequestRefused, TimeoutError."""
         self.request("adapter", name, timeout_s)
 
     def ask(self, question: str, timeout_s: float = 90.0) -> str:
-        """A question about what the camera sees, answered in words. Raises Refused, TimeoutError."""
+        """The model's answer to a question about the newest frame. Raises RequestRefused, TimeoutError."""
         return str(self.request("ask", question, timeout_s)["text"])
 
     def ask_stream(self, question: str, timeout_s: float = 90.0) -> Iterator[str]:
-        """The same, piece by piece as it is decoded; together the pieces are the answer."""
-        words, heard = self._subscriber("text"), ""
-        until_s = time.monotonic() + timeout_s
+        """The same, piece by piece as the model decodes it. The pieces together are the answer.
+
+        If a piece was lost, the last one is a line feed and the whole answer. Raises RequestRefused, TimeoutError.
+        """
+        deadline_ns = self._deadline_ns(timeout_s)
+        text_socket, received = self._subscriber("text"), ""
         control, request_id = self._send("ask", question, "", timeout_s)
         poller = zmq.Poller()
-        poller.register(words, zmq.POLLIN)
+        poller.register(text_socket, zmq.POLLIN)
         poller.register(control, zmq.POLLIN)
-        while ready := dict(poller.poll(max(0.0, until_s - time.monotonic()) * 1000)):
+        while ready := dict(poller.poll(self._left_ms(deadline_ns))):
             if control in ready and (reply := self._reply_to(request_id)) is not None:
-                whole = str(reply["text"])  # of what was lost or is still on its way, the reply holds all
-                yield whole.removeprefix(heard) if whole.startswith(heard) else f"\n{whole}"
+                whole = str(reply["text"])  # with the pieces that are lost, or still in the socket
+                yield whole.removeprefix(received) if whole.startswith(received) else f"\n{whole}"
                 return
-            piece = self.next_text(0.0) if words in ready else None
+            piece = self.next_text(0.0) if text_socket in ready else None
             if piece is not None and (piece.request, piece.lane) == (request_id, "answer"):
-                heard += piece.text
+                received += piece.text
                 yield piece.text
-        raise self._no_answer("ask", timeout_s)
+        raise self._no_reply("ask", timeout_s)
 
     def vehicle_state(self, /, **values: StateValue) -> None:
-        """Tell the model what the vehicle knows of itself: keys of the action space's state. Call it at the rate the
-        values change; the newest counts, and an old one is none. Raises Refused, TimeoutError."""
+        """Send values of the vehicle's state to the model, by the keys of the action space's vehicle_state.
+
+        Call it whenever a value changes. The newest value of a key is part of the next prompt, until it is older than
+        the action space allows. Raises RequestRefused, TimeoutError.
+        """
         self.request("vehicle_state", "", 5.0, values=values)
 
     def pause(self, timeout_s: float = 5.0) -> None:
+        """No action is published after the reply. Raises RequestRefused, TimeoutError."""
         self.request("pause", "", timeout_s)
 
     def resume(self, timeout_s: float = 5.0) -> None:
+        """Publish actions again. Raises RequestRefused, TimeoutError."""
         self.request("resume", "", timeout_s)
 
-    def stats(self, timeout_s: float = 5.0) -> dict:
+    def stats(self, timeout_s: float = 5.0) -> dict[str, Any]:
+        """The daemon's counters (PROTOCOL.md lists them). Raises RequestRefused, TimeoutError."""
         return self.request("stats", "", timeout_s)
 
     def request(
@@ -154,14 +193,17 @@ class Client:
         timeout_s: float,
         request_id: str = "",
         values: dict[str, StateValue] | None = None,
-    ) -> dict:
-        """Any operation. The same request_id again gets the first answer again, without doing it twice."""
-        until_s = time.monotonic() + timeout_s
+    ) -> dict[str, Any]:
+        """Any operation; returns the result of the reply. Raises RequestRefused, TimeoutError.
+
+        request_id: the same id again gets the first reply again, and nothing is done twice; empty: a random one.
+        """
+        deadline_ns = self._deadline_ns(timeout_s)
         control, request_id = self._send(op, text, request_id, timeout_s, values)
-        while control.poll(max(0.0, until_s - time.monotonic()) * 1000):
+        while control.poll(self._left_ms(deadline_ns)):
             if (result := self._reply_to(request_id)) is not None:
                 return result
-        raise self._no_answer(op, timeout_s)
+        raise self._no_reply(op, timeout_s)
 
     def _send(
         self,
@@ -170,25 +212,27 @@ class Client:
         request_id: str,
         timeout_s: float,
         values: dict[str, StateValue] | None = None,
-    ) -> tuple[zmq.Socket, str]:
-        """Only to a daemon that is there: a request must not wait in a queue and be carried out some other day."""
-        request = Request(
-            v=PROTOCOL_VERSION, id=request_id or os.urandom(8).hex(), op=op, text=text, values=values or {}
-        )
-        control = self._control()
-        if not control.poll(timeout_s * 1000, zmq.POLLOUT):
-            raise self._no_answer(op, timeout_s)
-        control.send(encode(request), zmq.NOBLOCK)
-        return control, request.id
+    ) -> tuple[zmq.Socket[bytes], str]:
+        """Send to a daemon that is connected: a request must not wait in a queue and be carried out later.
 
-    def _no_answer(self, op: str, timeout_s: float) -> TimeoutError:
-        """The error to raise. The socket goes, and with it whatever of the request has not left."""
+        Returns the socket and the request's id. Raises TimeoutError.
+        """
+        request_id = request_id or os.urandom(8).hex()
+        request = Request(v=PROTOCOL_VERSION, id=request_id, op=op, text=text, values=values or {})
+        control = self._control()
+        if not control.poll(self._left_ms(self._deadline_ns(timeout_s)), zmq.POLLOUT):
+            raise self._no_reply(op, timeout_s)
+        control.send(encode(request), zmq.NOBLOCK)
+        return control, request_id
+
+    def _no_reply(self, op: str, timeout_s: float) -> TimeoutError:
+        """The error to raise. Closes the socket, and with it drops what has not been sent."""
         self._sockets.pop("control").close()
         where = endpoint(self.folder, "control")
         return TimeoutError(f"{where}: no answer to {op} in {timeout_s:g} s; is edge-agent running?")
 
-    def _reply_to(self, request_id: str) -> dict | None:
-        """The result, if the waiting reply is to this request; None if to an earlier one that we gave up on."""
+    def _reply_to(self, request_id: str) -> dict[str, Any] | None:
+        """The result in the waiting reply; None: a reply to another request, which has timed out here."""
         try:
             reply = decode_reply(self._control().recv())
         except msgspec.DecodeError:
@@ -197,21 +241,22 @@ class Client:
             return None
         if not reply.ok:
             raise RequestRefused(reply.error)
-        return reply.result
+        result: dict[str, Any] = reply.result
+        return result
 
     # -- sockets ------------------------------------------------------------------------------------------------------
 
-    def _subscriber(self, stream: str) -> zmq.Socket:
+    def _subscriber(self, stream: str) -> zmq.Socket[bytes]:
         if stream not in self._sockets:
-            row, socket = STREAMS[stream], self._context.socket(zmq.SUB)
+            socket = self._context.socket(zmq.SUB)
             socket.setsockopt(zmq.LINGER, 0)
             socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-            socket.setsockopt(zmq.SUBSCRIBE, row.topic)
+            socket.setsockopt(zmq.SUBSCRIBE, STREAMS[stream].topic)
             socket.connect(endpoint(self.folder, stream))
             self._sockets[stream] = socket
         return self._sockets[stream]
 
-    def _control(self) -> zmq.Socket:
+    def _control(self) -> zmq.Socket[bytes]:
         if "control" not in self._sockets:
             socket = self._context.socket(zmq.DEALER)
             socket.setsockopt(zmq.LINGER, 0)
@@ -221,37 +266,62 @@ class Client:
             self._sockets["control"] = socket
         return self._sockets["control"]
 
-    def _next(self, stream: str, timeout_s: float) -> TextMessage | Status | None:
-        socket, until_s = self._subscriber(stream), time.monotonic() + timeout_s
-        while socket.poll(max(0.0, until_s - time.monotonic()) * 1000):
-            with contextlib.suppress(msgspec.DecodeError):
-                return unpack(stream, self._receive(stream))
+    def _next(self, stream: str, timeout_s: float) -> Any:
+        """The next valid message of a stream, or None."""
+        deadline_ns = self._deadline_ns(timeout_s)
+        while (payload := self._receive(stream, deadline_ns)) is not None:
+            message = _unpack(stream, payload)
+            if message is not None:
+                return message
         return None
 
-    def _receive(self, stream: str) -> bytes:
-        """A message that waits: on streams of which only the newest counts, that one.
+    def _receive(self, stream: str, deadline_ns: int) -> bytes | None:
+        """The next message of a stream; the newest one, if only the newest counts. None: none before the deadline.
 
-        Not left to libzmq's CONFLATE: a message that arrives while the reader looks is held back until the next one.
+        Not with libzmq's CONFLATE: it can hold back a message that arrives during a read until the following one.
         """
-        payload = self._sockets[stream].recv()
+        socket = self._subscriber(stream)
+        if not socket.poll(self._left_ms(deadline_ns)):
+            return None
+        payload = socket.recv()
         with contextlib.suppress(zmq.Again):
             for _ in range(MAX_SKIPPED_MESSAGES if STREAMS[stream].newest else 0):
-                payload = self._sockets[stream].recv(zmq.NOBLOCK)
+                payload = socket.recv(zmq.NOBLOCK)
         return payload
 
     def _is_new(self, message: Action | Refusal) -> bool:
-        """Count what is missing; a message seen before, or older than one seen, is not handed out again."""
-        if self._last is not None and self._last[0] == message.session:
-            gap = message.seq - self._last[1]
+        """Whether a message is newer than every message before it. Counts the missing ones."""
+        if self._newest is not None and self._newest[0] == message.session:
+            gap = message.seq - self._newest[1]
             if gap <= 0:
                 return False
             self.missed += gap - 1
-        self._last = (message.session, message.seq)
+        self._newest = (message.session, message.seq)
         return True
+
+    # -- time ---------------------------------------------------------------------------------------------------------
+
+    def _deadline_ns(self, timeout_s: float) -> int:
+        return self._clock() + round(timeout_s * NS_PER_S)
+
+    def _left_ms(self, deadline_ns: int) -> int:
+        """The time until a deadline for poll(), rounded up to a millisecond; 0: the deadline has passed."""
+        return max(0, -((self._clock() - deadline_ns) // NS_PER_MS))
+
+
+def _unpack(stream: str, payload: bytes) -> Any:
+    """The message, or None if the bytes are not a message of this stream."""
+    try:
+        return unpack(stream, payload)
+    except msgspec.DecodeError:
+        return None
 
 
 def is_valid(action: Action, now_ns: int) -> bool:
-    """Whether an action may still be followed: not expired, and stamped by a clock that can be this machine's."""
+    """Whether a controller may act on an action: it has not expired, and its stamps can be from this machine's clock.
+
+    now_ns: CLOCK_MONOTONIC.
+    """
     return (
         action.t_pub_ns <= now_ns + MAX_AHEAD_NS
         and action.t_capture_ns <= action.t_pub_ns

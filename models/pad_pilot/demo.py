@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from edge_agent.apps import terminal
+from edge_agent.apps.wire_log import WireLog, printable
 from edge_agent.client import Client, RequestRefused
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,44 +51,48 @@ def main() -> int:
     shutil.rmtree(OUT / "flight", ignore_errors=True)  # so that an old flight is not taken for this one
     bundle = OUT / "bundle"
     run(console, BIN / "edge-quantize", "build", CHECKPOINT, bundle, "--recipe", "Q4_K_M", "--force")
-    with tempfile.TemporaryDirectory(prefix="edge-agent-") as runtime:  # short: a socket's path has at most 107 bytes
+    with tempfile.TemporaryDirectory(prefix="edge-agent-") as runtime:  # a socket's path has at most 107 bytes
         config = OUT / "edge-agent.yaml"
         config.write_text(CONFIG.format(bundle=bundle, runtime=runtime))
         say(console, BIN / "edge-agent", "run", "--config", config)
-        with (OUT / "daemon.log").open("wb") as log, (OUT / "world.log").open("wb") as world_log:
-            daemon = subprocess.Popen([BIN / "edge-agent", "run", "--config", config], stdout=log, stderr=log)
+        with (OUT / "daemon.log").open("wb") as daemon_log, (OUT / "world.log").open("wb") as world_log:
+            daemon = subprocess.Popen(
+                [BIN / "edge-agent", "run", "--config", config], stdout=daemon_log, stderr=daemon_log
+            )
             fly = [sys.executable, "-m", "models.pad_pilot.fly", "--runtime", runtime]
             command = [*fly, "--frames", f"ipc://{runtime}/frames", "--out", OUT / "flight"]
             command += ["--seed", options.seed, "--pace", options.pace]
             say(console, *command)
             world = subprocess.Popen([str(word) for word in command], cwd=ROOT, stdout=world_log, stderr=world_log)
             try:
-                heard, asked = watch(runtime, daemon, world)
+                received, asked = watch(runtime, daemon, world)
             finally:
                 world.terminate()
                 world.wait(10)
                 daemon.send_signal(signal.SIGTERM)
                 status = daemon.wait(10)
-    return summary(console, heard, asked, world.returncode, status)
+    return summary(console, received, asked, world.returncode, status)
 
 
-def watch(
-    runtime: str, daemon: subprocess.Popen, world: subprocess.Popen
-) -> tuple[terminal.WireLog, list[tuple[str, str]]]:
-    """Show the messages, as any controller can, and ask a question every few seconds."""
+def watch(runtime: str, daemon: subprocess.Popen, world: subprocess.Popen) -> tuple[WireLog, list[tuple[str, str]]]:
+    """Show what the daemon publishes until the flight ends; another thread asks a question now and then.
+
+    Returns everything received, and the questions with their answers.
+    """
     asked: list[tuple[str, str]] = []
     with Client(runtime) as client:
         until_s = time.monotonic() + 60
         while (status := client.status(0.5)) is None or status.state != "running":
             if daemon.poll() is not None or world.poll() is not None or time.monotonic() > until_s:
-                sys.exit(f"it did not start:\n{(OUT / 'daemon.log').read_text()}{(OUT / 'world.log').read_text()}")
+                logs = (OUT / "daemon.log").read_text() + (OUT / "world.log").read_text()
+                sys.exit(f"the daemon or the world did not start:\n{logs}")
         landed = threading.Event()
         asking = threading.Thread(target=ask, args=(runtime, landed, asked))
         asking.start()
-        heard = terminal.show(client, None, ended=lambda: world.poll() is not None or daemon.poll() is not None)
+        received = terminal.run(client, ended=lambda: world.poll() is not None or daemon.poll() is not None)
         landed.set()
         asking.join()
-    return heard, asked
+    return received, asked
 
 
 def ask(runtime: str, landed: threading.Event, asked: list[tuple[str, str]]) -> None:
@@ -100,9 +105,7 @@ def ask(runtime: str, landed: threading.Event, asked: list[tuple[str, str]]) -> 
                 asked.append((question, f"no answer: {error}"))
 
 
-def summary(
-    console: Console, heard: terminal.WireLog, asked: list[tuple[str, str]], world_status: int, status: int
-) -> int:
+def summary(console: Console, received: WireLog, asked: list[tuple[str, str]], world_status: int, status: int) -> int:
     record = OUT / "flight" / "flight.json"
     if world_status not in (0, 1) or not record.is_file():
         console.print((OUT / "world.log").read_text(), style="red", markup=False)
@@ -118,15 +121,15 @@ def summary(
     words.add_column("question")
     words.add_column("answer")
     for question, answer in asked:
-        words.add_row(question, terminal.printable(answer))
+        words.add_row(question, printable(answer))
     console.print(words)
     figures = Table(title="Figures", title_justify="left")
     figures.add_column("figure")
     figures.add_column("value", justify="right")
-    for name, value in heard.summary().items():
+    for name, value in received.summary().items():
         figures.add_row(name, str(value))
-    if heard.status is not None:
-        figures.add_row("model process resident, MiB", f"{heard.status.model_worker.rss_mib or 0:.0f}")
+    if received.status is not None:
+        figures.add_row("model process resident, MiB", f"{received.status.model_worker.rss_mib or 0:.0f}")
     console.print(figures)
     console.print(f"picture: {OUT / 'flight' / 'flight.png'}\nfilm:    {OUT / 'flight' / 'flight.mp4'}")
     return 0 if world_status == 0 and status == 0 else 1

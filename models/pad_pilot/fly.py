@@ -3,17 +3,16 @@
     edge-agent run --config pilot.yaml &                                     # camera: {source: "zmq:ipc:///…/frames"}
     python -m models.pad_pilot.fly --runtime DIR --frames ipc:///…/frames --seed 3 --out flight/
 
-Frames are pushed over ZeroMQ. Actions come through edge_agent.client, as in any controller. Without an action the
-vehicle holds its position. A step is one frame, one answer, and half a second of the world's time. While the model
-computes, the world continues under the previous answer. No answer is followed for longer than half a second. A mission
-is a list of orders; each is given with `instruct` when the previous order is done. The program writes
-flight.json (every step), flight.png (path and frames) and flight.mp4.
+It pushes frames with FramePusher and reads actions with Client, as any controller does. On silence it holds. One step
+is one frame, one answer, and half a second of the world's time. While the model works, the world moves on under the
+previous answer, and no answer is followed for longer than half a second. A mission is a few orders; each one is given
+with `instruct` when the order before it is done. Written: flight.json (every step), flight.png (path and frames),
+flight.mp4.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import sys
@@ -25,11 +24,9 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-import zmq
 
-from edge_agent.client import Client
+from edge_agent.client import Client, FramePusher
 from edge_agent.wire.messages import Action, Refusal
-from edge_agent.wire.pushed_frame import pack_pushed_frame
 from models.pad_pilot import task
 from models.pad_pilot.lessons import Grounds, training_photographs
 from models.pad_pilot.scene import Pad, Pose, homography, render
@@ -67,44 +64,34 @@ class Result(NamedTuple):
     off_m: float  # from the right pad's centre
 
 
-class VehicleLink:
-    """The vehicle's sockets: pushes one frame, receives the answer to exactly this frame."""
+class DaemonLink:
+    """The vehicle's end of the sockets: pushes one frame, and waits for the answer to exactly this frame."""
 
     def __init__(self, runtime: str, frames: str) -> None:
+        """runtime: the daemon's runtime folder. frames: the endpoint of its zmq: camera."""
         self.client = Client(runtime)
-        self._context = zmq.Context()
-        self._push = self._context.socket(zmq.PUSH)
-        self._push.setsockopt(zmq.LINGER, 0)
-        self._push.setsockopt(zmq.SNDHWM, 2)
-        self._push.setsockopt(zmq.IMMEDIATE, 1)
-        self._push.connect(frames)
-        self.frame_id = int(time.monotonic() * 1000)  # larger than the ids of any earlier process
+        self._pusher = FramePusher(frames)
+        self.frame_id = int(time.monotonic() * 1000)  # larger than the ids of an earlier process
 
     def close(self) -> None:
         self.client.close()
-        self._push.close()
-        self._context.term()
+        self._pusher.close()
 
-    def __enter__(self) -> VehicleLink:
+    def __enter__(self) -> DaemonLink:
         return self
 
     def __exit__(self, *_error: object) -> None:
         self.close()
 
-    def show(self, picture: np.ndarray) -> int:
-        """Push a picture, (H, W, 3) uint8 RGB. Returns the frame's id."""
+    def push(self, picture: np.ndarray) -> int:
+        """picture: (H, W, 3) uint8 RGB. Returns the frame's id. A frame that no daemon takes is dropped."""
         self.frame_id += 1
-        height, width = picture.shape[:2]
-        message = pack_pushed_frame(
-            self.frame_id, time.monotonic_ns(), width, height, "rgb8", np.ascontiguousarray(picture).data
-        )
-        with contextlib.suppress(zmq.Again):  # the camera process does not receive yet; a later frame will reach it
-            self._push.send(message, zmq.NOBLOCK)
+        self._pusher.push(picture, frame_id=self.frame_id, t_capture_ns=time.monotonic_ns())
         return self.frame_id
 
     def answer(self, picture: np.ndarray, timeout_s: float = ANSWER_S) -> Action | Refusal | None:
-        """The daemon's answer to this picture; None if none comes in time."""
-        frame_id, until_s = self.show(picture), time.monotonic() + timeout_s
+        """The daemon's answer to this picture. None: no answer within timeout_s."""
+        frame_id, until_s = self.push(picture), time.monotonic() + timeout_s
         while (left_s := until_s - time.monotonic()) > 0:
             answer = self.client.next_answer(left_s)
             if answer is not None and answer.frame_id == frame_id:
@@ -112,11 +99,11 @@ class VehicleLink:
         return None
 
     def wait(self, picture: np.ndarray, timeout_s: float = 60.0) -> None:
-        """Push a picture again and again until the daemon answers one. Raises TimeoutError."""
+        """Push a picture again and again until the daemon answers. Raises TimeoutError."""
         until_s = time.monotonic() + timeout_s
         while time.monotonic() < until_s:
-            self.show(picture)
-            if self.client.next_answer(0.3) is not None:  # to any of the frames: the first answers may take long
+            self.push(picture)
+            if self.client.next_answer(0.3) is not None:  # to any of these frames: the first answers may be slow
                 return
         raise TimeoutError(f"{self.client.folder}: no answer to a frame in {timeout_s:g} s; is edge-agent running?")
 
@@ -168,7 +155,7 @@ def over_ground(world: World, forward: float, right: float) -> np.ndarray:
 
 
 def fly(
-    link: VehicleLink,
+    link: DaemonLink,
     world: World,
     mission: list[tuple[str, Order]],
     on_step: Callable[[Step], None] = lambda step: None,
@@ -189,7 +176,7 @@ def fly(
 
 
 def _one_order(
-    link: VehicleLink,
+    link: DaemonLink,
     world: World,
     instruction_and_order: tuple[str, Order],
     on_step: Callable[[Step], None],
@@ -354,7 +341,7 @@ def main() -> int:
     mission = a_mission(np.random.default_rng([options.seed, 5]), world.pads, options.orders)
     options.out.mkdir(parents=True, exist_ok=True)
     steps: list[Step] = []
-    with VehicleLink(options.runtime, options.frames) as link:
+    with DaemonLink(options.runtime, options.frames) as link:
         link.wait(world.picture())
         results = fly(link, world, mission, steps.append, options.pace)
     (options.out / "flight.json").write_text(json.dumps(as_json(steps, results, world), indent=1, ensure_ascii=False))

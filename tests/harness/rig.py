@@ -19,14 +19,12 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-import zmq
 
 from edge_agent.actions.space import READY_SPACES
-from edge_agent.client import Client
+from edge_agent.client import Client, FramePusher
 from edge_agent.config import CameraConfig, Config, LanguageConfig, TaskConfig, VisionConfig, load_config
 from edge_agent.supervisor.process import run
 from edge_agent.wire.messages import Status
-from edge_agent.wire.pushed_frame import pack_pushed_frame
 from tests.harness import ROOT
 
 TASK = "Find the red box."
@@ -136,19 +134,13 @@ class Pusher:
 
     def _push(self) -> None:
         generator = np.random.default_rng(0)
-        with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
-            socket.setsockopt(zmq.LINGER, 0)
-            socket.setsockopt(zmq.SNDHWM, 2)
-            socket.setsockopt(zmq.IMMEDIATE, 1)
-            socket.connect(self.endpoint)
+        with FramePusher(self.endpoint) as pusher:
             while not self._ended.wait(self.period_s):
                 if not self.running.is_set():
                     continue
                 image = generator.integers(0, 256, self.shape, dtype=np.uint8)
                 self.sent[self.next_id] = stamp_ns = time.monotonic_ns()
-                message = pack_pushed_frame(self.next_id, stamp_ns, self.shape[1], self.shape[0], "rgb8", image.data)
-                with contextlib.suppress(zmq.Again):
-                    socket.send(message, zmq.NOBLOCK)
+                pusher.push(image, frame_id=self.next_id, t_capture_ns=stamp_ns)
                 self.next_id += 1
 
 

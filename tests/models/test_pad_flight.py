@@ -40,7 +40,7 @@ def bundle(build) -> Path:
 
 
 @pytest.fixture(scope="module")
-def link(bundle: Path) -> Iterator[fly.VehicleLink]:
+def link(bundle: Path) -> Iterator[fly.DaemonLink]:
     with benchmark.pilot(bundle, "onnxruntime") as link:
         yield link
 
@@ -77,7 +77,7 @@ def test_it_answers_held_out_frames(bundle: Path, backend: str):
     assert found["wrong_land"] == 0
 
 
-def test_it_flies_to_one_pad_and_lands_on_another(link: fly.VehicleLink, tmp_path: Path):
+def test_it_flies_to_one_pad_and_lands_on_another(link: fly.DaemonLink, tmp_path: Path):
     world = World(5, Grounds([], 5, n=4))
     mission = fly.a_mission(np.random.default_rng(5), world.pads, 2)
     steps: list[fly.Step] = []
@@ -99,14 +99,14 @@ def test_it_flies_to_one_pad_and_lands_on_another(link: fly.VehicleLink, tmp_pat
 @pytest.mark.parametrize(
     "instruction", ["Land on the red disc.", "Lande auf der roten Scheibe.", "빨간 원반에 착륙하세요."]
 )
-def test_the_same_order_in_other_words_lands_too(link: fly.VehicleLink, instruction: str):
+def test_the_same_order_in_other_words_lands_too(link: fly.DaemonLink, instruction: str):
     pads = Pad("red", "disc", 1.0, -1.0, 0.5, 0.3), Pad("red", "square", -1.5, 1.5, 0.5, 1.0)
     world = calm(*pads, wind_m_s=1.5)  # without wind the picture, and so the answer "hold", may repeat for long
     (result,) = fly.fly(link, world, [(instruction, LAND[0][1])])
     assert result.outcome == "right", result
 
 
-def test_it_never_lands_on_nothing(link: fly.VehicleLink):
+def test_it_never_lands_on_nothing(link: fly.DaemonLink):
     found = benchmark.bad_input(link, 6, benchmark.held_back_photographs())
     too_small = ("frame of 64x64", "frame of 300x96")  # the model card says so: sides below 112 pixels
     assert {name: row["wrong_land"] for name, row in found.items() if row["wrong_land"] and name not in too_small} == {}

@@ -138,7 +138,7 @@ def test_keygen_build_check_and_run_on_the_command_line(signed: Path, toy_small:
     assert again.returncode == 1 and len(again.stderr.splitlines()) == 1
     built = edge_quantize("build", toy_small, tmp_path / "out", "--sign", tmp_path / "drone")
     assert built.returncode == 0, built.stderr
-    for trusted, words in (("drone.pub", "every hash right, signed"), ("other.pub", "No such file")):
+    for trusted, words in (("drone.pub", "every hash is right, signed"), ("other.pub", "No such file")):
         config = tmp_path / "config.yaml"
         config.write_text(
             f"bundle: {tmp_path / 'out'}\ntrusted_keys: [{tmp_path / trusted}]\n"

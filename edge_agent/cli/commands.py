@@ -1,0 +1,142 @@
+"""The table of commands of edge-agent: what each one does, its arguments, and the file of this room that runs it.
+
+Data only: this file loads neither the daemon nor the client, so `edge-agent --help` works on every install.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from edge_agent.errors import UserError
+
+EX_FAILED = 1
+EX_USAGE = 2  # argparse's own status for wrong arguments
+EX_NO_DAEMON = os.EX_TEMPFAIL  # 75
+EX_CONFIG = os.EX_CONFIG  # 78: systemd does not retry this one
+
+
+class CommandFailed(UserError):
+    """One line for the user, and the exit status of the program."""
+
+    def __init__(self, line: str, exit_status: int = EX_FAILED) -> None:
+        super().__init__(line)
+        self.exit_status = exit_status
+
+
+class Argument(NamedTuple):
+    """The arguments of one call of argparse's add_argument."""
+
+    flag: str
+    options: dict[str, Any]
+
+
+class Command(NamedTuple):
+    file: Literal["daemon", "control", "bundles"]  # the file of this room that runs the command
+    summary: str  # one line, in edge-agent --help
+    details: str  # the following lines, in edge-agent COMMAND --help
+    arguments: tuple[Argument, ...]
+
+
+def _argument(flag: str, **options: Any) -> Argument:
+    return Argument(flag, options)
+
+
+_CONFIG = _argument("--config", metavar="FILE", help="configuration file; systemd/edge-agent.yaml explains every key")
+_BUNDLE = _argument("--bundle", metavar="DIR", help="folder of the bundle; replaces `bundle` of the file")
+_CAMERA = _argument("--camera", metavar="SOURCE", help="video device, video file, folder of images, gst:PIPELINE or "
+                    "zmq:ENDPOINT; replaces `camera.source` of the file")  # fmt: skip
+_RUNTIME_DIR = _argument("--runtime-dir", default="", metavar="DIR", help="the daemon's folder of sockets; default: "
+                         "$RUNTIME_DIRECTORY, /run/edge-agent, or that of a daemon this user started")  # fmt: skip
+_JSON = _argument("--json", action="store_true", help="print every message as one line of JSON")
+
+# Command -> what it is. The order is the order in --help.
+COMMANDS: dict[str, Command] = {
+    "run": Command(
+        "daemon",
+        "start the daemon: camera, model and sockets",
+        "Runs until SIGTERM or Ctrl-C. Give --config, or --bundle and --camera.",
+        (
+            _CONFIG, _BUNDLE, _CAMERA,
+            _argument("--trace", metavar="FILE", help="write a timeline of every frame; open it in ui.perfetto.dev"),
+        ),
+    ),
+    "check": Command(
+        "daemon",
+        "check action space, bundle, camera and memory without starting the daemon",
+        "Prints one line per part and goes on after a fault. Exit status 78 if any part has a fault.",
+        (_CONFIG, _BUNDLE, _CAMERA),
+    ),
+    "bench": Command(
+        "daemon",
+        "measure how fast a bundle answers on this machine",
+        "Runs the model alone, without camera and sockets. Prints a table on stderr and one line of JSON on stdout.",
+        (
+            _argument("--config", metavar="FILE", help="configuration file, as for run; its camera is not opened"),
+            _BUNDLE,
+            _argument("--frames", type=Path, metavar="PATH", help="folder of images or a video; default: generated"),
+            _argument("-n", type=int, default=60, metavar="N", help="number of frames to answer (default: 60)"),
+            _argument("--max-image-tokens", type=int, metavar="N", help="replaces vision.max_image_tokens"),
+            _argument("--backend", choices=("onnxruntime", "mtmd"), help="replaces vision.backend"),
+            _argument("--action-space", metavar="SPACE", help="replaces task.action_space"),
+            _argument("--instruction", metavar="TEXT", help="replaces task.instruction"),
+        ),
+    ),
+    "keygen": Command(
+        "bundles",
+        "make a pair of keys that sign bundles",
+        "FILE is the private key: keep it where bundles are built. FILE.pub is the public key: copy it to the devices.",
+        (_argument("file", metavar="FILE", help="path of the new private key; an existing file is not overwritten"),),
+    ),
+    "listen": Command(
+        "control",
+        "show actions, text and status as they are published",
+        "On a terminal with the package rich installed: a live screen. Otherwise: one line per message.",
+        (_RUNTIME_DIR, _JSON, _argument("--seconds", type=float, metavar="S", help="stop after S seconds")),
+    ),
+    "status": Command(
+        "control",
+        "print the daemon's state",
+        "Exit status 75 if no daemon answers.",
+        (_RUNTIME_DIR, _JSON),
+    ),
+    "ask": Command(
+        "control",
+        "ask the model a question about the newest frame",
+        "Prints the answer while the model writes it.",
+        (_argument("text", metavar="TEXT", help="the question"), _RUNTIME_DIR),
+    ),
+    "instruct": Command(
+        "control",
+        "give the model a new instruction",
+        "Returns when the first frame is answered under the new instruction.",
+        (_argument("text", metavar="TEXT", help="the instruction, 1 to 2000 characters"), _RUNTIME_DIR),
+    ),
+    "adapter": Command(
+        "control",
+        "switch to one of the configured LoRA adapters",
+        "Without NAME: switch the adapter off.",
+        (
+            _argument("text", metavar="NAME", nargs="?", default="", help="a name from language.adapters"),
+            _RUNTIME_DIR,
+        ),
+    ),
+    "vehicle-state": Command(
+        "control",
+        "send values of the vehicle's state, such as its altitude, to the model",
+        "A controller does the same with Client.vehicle_state().",
+        (
+            _argument("values", metavar="KEY=VALUE", nargs="+", help="a key of the action space's state, its value"),
+            _RUNTIME_DIR,
+        ),
+    ),
+    "pause": Command("control", "stop publishing actions", "", (_RUNTIME_DIR,)),
+    "resume": Command("control", "publish actions again after a pause", "", (_RUNTIME_DIR,)),
+}  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
+    for argument in COMMANDS[command].arguments:
+        parser.add_argument(argument.flag, **argument.options)

@@ -1,0 +1,196 @@
+"""Commands that need the daemon's packages: run, check, bench. Imported when one of them is called.
+
+The native code is not loaded here either: run and check start it in processes of their own, bench imports it last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import signal
+import subprocess
+import sys
+
+import msgspec
+
+from edge_agent.actions.space import load_action_space
+from edge_agent.bundle.lora_check import verify_adapters
+from edge_agent.bundle.manifest import Manifest
+from edge_agent.bundle.verify import verify_bundle
+from edge_agent.cli.commands import EX_CONFIG, EX_USAGE, CommandFailed, add_arguments
+from edge_agent.config import CameraConfig, Config, load_config
+from edge_agent.errors import BundleError, ConfigError
+from edge_agent.strict_yaml import convert
+
+PROBE_TIMEOUT_S = 12.0
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until stopped. Returns the supervisor's exit status."""
+    from edge_agent.supervisor import process
+
+    config = read_config(arguments)
+    _require_onnxruntime(config)
+    return process.run(config, trace_path=arguments.trace or "")
+
+
+def read_config(arguments: argparse.Namespace) -> Config:
+    """The configuration of --config, with --bundle and --camera in place of the file's values. Raises ConfigError.
+
+    With both --bundle and --camera no file is needed.
+    """
+    bundle, source = arguments.bundle, arguments.camera
+    if arguments.config:
+        config = load_config(arguments.config)
+        camera = msgspec.structs.replace(config.camera, source=source or config.camera.source)
+        return msgspec.structs.replace(config, bundle=bundle or config.bundle, camera=camera)
+    if bundle and source:
+        return Config(bundle=bundle, camera=CameraConfig(source=source))
+    raise ConfigError("expected --config FILE, or --bundle DIR and --camera SOURCE")
+
+
+def _require_onnxruntime(config: Config) -> None:
+    if config.vision.backend == "onnxruntime" and importlib.util.find_spec("onnxruntime") is None:
+        raise CommandFailed(
+            "vision.backend: onnxruntime is not installed; for a CPU: pip install 'edge-agent[cpu]', for an NVIDIA "
+            "GPU: pip install 'edge-agent[gpu]'",
+            EX_CONFIG,
+        )
+
+
+# -- check ------------------------------------------------------------------------------------------------------------
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Print one line per part. Goes on after a fault, so that one run shows every fault."""
+    config = read_config(arguments)
+    status, manifest = 0, None
+    try:
+        space = load_action_space(config.task.action_space)
+        _print_ok("actions", f"{space.name}: {', '.join(space.actions)}")
+    except ConfigError as error:
+        status = _print_fault("actions", str(error))
+    try:
+        manifest, line = _check_bundle(config)
+        _print_ok("bundle", line)
+    except (BundleError, ConfigError) as error:
+        status = _print_fault("bundle", str(error))
+    opened, line = _probe_camera(config.camera)
+    if opened:
+        _print_ok("camera", line)
+    else:
+        status = _print_fault("camera", f"camera.source: {line}")
+    if manifest is not None:
+        status = _check_memory(config, manifest) or status
+    return status
+
+
+def _print_ok(part: str, line: str) -> None:
+    print(f"ok    {part:8} {line}")
+
+
+def _print_fault(part: str, line: str) -> int:
+    """Returns the exit status of check."""
+    print(f"FAIL  {part:8} {line}")
+    return EX_CONFIG
+
+
+def _check_bundle(config: Config) -> tuple[Manifest, str]:
+    """The manifest, and one line about it. Raises BundleError, ConfigError."""
+    verified = verify_bundle(config.bundle, config.trusted_keys)
+    verify_adapters(config.language.adapters, verified, config.trusted_keys)
+    manifest = verified.manifest
+    signed = ", signed" if config.trusted_keys else ""
+    return manifest, (
+        f"{verified.id}: {manifest.model.family} {manifest.model.size} {manifest.recipe}, "
+        f"{verified.file_bytes / 1e6:.1f} MB, every hash is right{signed}"
+    )
+
+
+def _check_memory(config: Config, manifest: Manifest) -> int:
+    """Returns the exit status of check."""
+    from edge_agent.board import health
+    from edge_agent.bundle.memory_plan import NotEnoughMemoryError, adapters_mib, plan_memory
+
+    free_mib = health.mem_available_mib()
+    try:
+        plan = plan_memory(config, manifest, free_mib, adapters_mib(config))
+    except NotEnoughMemoryError as error:
+        return _print_fault("memory", str(error).removeprefix("memory: "))
+    parts = ", ".join(f"{name} {mib:.0f}" for name, mib in plan.parts_mib.items() if mib >= 1)
+    free = "unknown" if free_mib is None else f"{free_mib:.0f}"
+    _print_ok("memory", f"about {plan.mib:.0f} MiB needed ({parts}), {free} MiB available")
+    for key, value in plan.given_up.items():
+        print(f"      memory   low memory: {key} is reduced to {value}")
+    return 0
+
+
+def _probe_camera(config: CameraConfig) -> tuple[bool, str]:
+    """Read one frame. Returns whether it arrived, and one line.
+
+    In a child process: a driver can block a read for ever, and a child can be killed.
+    """
+    child = subprocess.Popen(
+        [sys.executable, "-m", "edge_agent.camera", "--probe"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        out, error = child.communicate(msgspec.json.encode(config).decode(), timeout=PROBE_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+        return False, f"{config.source}: no frame in {PROBE_TIMEOUT_S:g} s"
+    if child.returncode:
+        return False, (error.strip().splitlines() or ["the probe failed"])[-1]
+    return True, f"{config.source}: {out.strip()}"
+
+
+# -- bench ------------------------------------------------------------------------------------------------------------
+
+
+def bench_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of edge-agent bench, for benchmarks/bench.py too."""
+    add_arguments(parser, "bench")
+
+
+def bench_config(arguments: argparse.Namespace) -> Config:
+    """The configuration with the arguments of bench in place of its values. Raises ConfigError."""
+    arguments.camera = "none"
+    config = msgspec.to_builtins(read_config(arguments))
+    for table, key in (
+        ("vision", "max_image_tokens"),
+        ("vision", "backend"),
+        ("task", "action_space"),
+        ("task", "instruction"),
+    ):
+        if (value := getattr(arguments, key)) is not None:
+            config[table][key] = value
+    return convert(config, Config, "bench")
+
+
+def run_bench(arguments: argparse.Namespace) -> int:
+    """Print a table on stderr, and one line of JSON as the last line of stdout."""
+    if arguments.n < 1:
+        raise CommandFailed(f"-n: expected 1 or more, found {arguments.n}", EX_USAGE)
+    config = bench_config(arguments)
+    _require_onnxruntime(config)
+    verify_bundle(config.bundle, config.trusted_keys)
+    from edge_agent.tools import bench
+
+    figures = bench.run(config, arguments.frames, arguments.n, _show_progress)
+    for name, value in bench.table(figures):
+        print(f"{name:20} {value}", file=sys.stderr)
+    print(json.dumps(figures))
+    return 0
+
+
+def _show_progress(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\rframe {done} of {total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+
+HANDLERS = {"run": run, "check": check, "bench": run_bench}
