@@ -72,7 +72,7 @@ MAX_PIECE_CHARS = 12_000  # of one piece of text; four bytes each must fit in a 
 class Supervisor:
     """Owns the slot, both child processes and the loop. run() returns the exit status of the daemon."""
 
-    # Eight parameters: three are there for tests alone.
+    # Nine parameters: tests replace the last four.
     def __init__(
         self,
         config: Config,
