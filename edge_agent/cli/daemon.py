@@ -21,6 +21,7 @@ from edge_agent.bundle.verify import verify_bundle
 from edge_agent.cli.commands import EX_CONFIG, EX_USAGE, CommandFailed, add_arguments
 from edge_agent.config import CameraConfig, Config, load_config
 from edge_agent.errors import BundleError, ConfigError
+from edge_agent.profile import resolve
 from edge_agent.strict_yaml import convert
 
 PROBE_TIMEOUT_S = 12.0
@@ -51,7 +52,7 @@ def read_config(arguments: argparse.Namespace) -> Config:
 
 
 def _require_onnxruntime(config: Config) -> None:
-    if config.vision.backend == "onnxruntime" and importlib.util.find_spec("onnxruntime") is None:
+    if resolve(config, gpu=False).vision_backend == "onnxruntime" and importlib.util.find_spec("onnxruntime") is None:
         raise CommandFailed(
             "vision.backend: onnxruntime is not installed; for a CPU: pip install 'edge-agent[cpu]', for an NVIDIA "
             "GPU: pip install 'edge-agent[gpu]'",
