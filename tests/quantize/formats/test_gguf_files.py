@@ -129,19 +129,9 @@ def test_metadata_is_what_llama_cpps_architecture_reads(tmp_path: Path):
     from quantize.progress import SILENT
     from quantize.source import checkpoint
 
-    # No two numbers alike, so that none can stand in the place of another.
-    folder = toy.write_checkpoint(
-        tmp_path / "odd",
-        hidden=512,
-        layers=3,
-        heads=6,
-        kv_heads=2,
-        head_dim=128,
-        ffn=768,
-        vocab=2304,
-        original_context=4096,
-        rope_theta=1e9,
-    )
+    # Every number is different, so that none can take the place of another.
+    shape = {"hidden": 512, "layers": 3, "heads": 6, "kv_heads": 2, "head_dim": 128, "ffn": 768, "vocab": 2304}
+    folder = toy.write_checkpoint(tmp_path / "odd", original_context=4096, rope_theta=1e9, **shape)
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["rms_norm_eps"] = 2e-5
     (folder / "config.json").write_text(json.dumps(config))
