@@ -17,7 +17,6 @@ REASONS: dict[str, str] = {
     "tests/harness/toy.py:write_checkpoint": "every parameter is one way in which checkpoints differ",
     "tests/harness/toy_config.py:config": "the content of a file, key for key",
     "tests/harness/toy_tokenizer.py:write_tokenizer": "the content of a file, key for key",
-    "tests/quantize/formats/test_gguf_files.py:test_metadata_is_what_llama_cpps_architecture_reads": "a table of keys",
 }
 
 
