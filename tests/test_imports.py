@@ -40,8 +40,8 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "cli": (
         {
-            "actions", "apps", "board", "bundle", "client", "config", "errors", "strict_yaml", "supervisor", "tools",
-            "wire",
+            "actions", "apps", "board", "bundle", "client", "config", "errors", "profile", "strict_yaml", "supervisor",
+            "tools", "wire",
         },
         {"msgspec"},
     ),

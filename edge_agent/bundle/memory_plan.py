@@ -4,8 +4,9 @@ The daemon, `edge-agent check`, `edge-quantize inspect` and `edge-quantize build
 are estimates from the manifest, rather too large than too small. If memory is short, options are reduced in this order
 until the sum fits:
 
-1. language.mmap: repacked weights are no longer mapped as well
-2. language.kv_cache_type: 8 bit instead of 16; with it, an answer can depend on the draft
+1. advanced.mmap: repacked weights are no longer mapped as well
+2. advanced.kv_cache_type: 8 bit instead of 16; with it, an answer can depend on the draft. Not where the configuration
+   asks for `profile: reproducible` or `advanced.reproducible: true`, or forbids flash attention
 3. vision.backend: mtmd instead of onnxruntime, which holds the encoder in float32; the same embeddings, slower on a CPU
 4. vision.max_image_tokens: in steps of a quarter, down to MIN_IMAGE_TOKENS; small objects are recognised less well
 5. language.context: in steps of a quarter, down to MIN_CONTEXT

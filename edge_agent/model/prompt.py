@@ -50,7 +50,7 @@ class CacheState(msgspec.Struct):
 class Prompt:
     """Texts and special tokens of one model and action space, as token ids and embedding rows."""
 
-    def __init__(  # seven parameters: everything the layout depends on
+    def __init__(
         self,
         llama: LlamaContext,
         special: dict[str, int],

@@ -91,6 +91,25 @@ def test_a_cache_in_8_bit_is_not_offered_where_flash_attention_is_forbidden(toy)
     assert planned.given_up == {"vision.backend": "mtmd"}
 
 
+@pytest.mark.parametrize(
+    "changes", [{"profile": "reproducible"}, {"advanced": AdvancedConfig(reproducible=True)}], ids=["profile", "switch"]
+)
+def test_a_cache_in_8_bit_is_not_offered_where_reproducible_answers_are_requested(toy, changes):
+    """Without a request, answers are reproducible on a CPU as long as the memory allows it."""
+    free_mib = plan_memory(CONFIG, shape_3b(toy), None).mib - 50
+    assert plan_memory(CONFIG, shape_3b(toy), free_mib).given_up == {"advanced.kv_cache_type": "q8_0"}
+    config = msgspec.structs.replace(CONFIG, **changes)
+    assert plan_memory(config, shape_3b(toy), free_mib).given_up == {"vision.backend": "mtmd"}
+
+
+def test_the_small_profile_needs_what_is_left_after_the_first_reductions(toy):
+    small = msgspec.structs.replace(CONFIG, profile="small")
+    reduced = msgspec.structs.replace(
+        CONFIG, vision=VisionConfig(backend="mtmd"), advanced=AdvancedConfig(kv_cache_type="q8_0")
+    )
+    assert needed_mib(small, shape_3b(toy)) == needed_mib(reduced, shape_3b(toy))
+
+
 def test_on_a_gpu_there_is_no_copy(toy):
     config = msgspec.structs.replace(CONFIG, language=LanguageConfig(gpu_layers=26), advanced=AdvancedConfig(mmap=True))
     assert needed_mib(config, shape_3b(toy))["its file's pages"] == 0
