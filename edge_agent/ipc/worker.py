@@ -8,6 +8,7 @@ child ends itself when the supervisor closes the socket.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import os
 import select
@@ -21,6 +22,7 @@ from typing import NamedTuple
 from edge_agent.ipc.frame_slot import Slot
 
 MAX_EVENT_BYTES = 128 * 1024
+MAX_EVENTS_AT_ONCE = 256
 PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
@@ -38,14 +40,20 @@ class Worker:
         self.hung_up = False  # the child's end of the socket is closed: no message comes any more
         fds = (slot.fd, slot.wake_fd, child_end.fileno())
         options = ("--slot", str(fds[0]), "--wake", str(fds[1]), "--events", str(fds[2]))
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", module, *options, *extra_arguments],
-            stdin=subprocess.DEVNULL,
-            pass_fds=fds,
-            env=os.environ | {"PYTHONSAFEPATH": "1"},  # never import a module from the current folder
-        )
-        child_end.close()
-        self.socket.send(first_message)
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", module, *options, *extra_arguments],
+                stdin=subprocess.DEVNULL,
+                pass_fds=fds,
+                env=os.environ | {"PYTHONSAFEPATH": "1"},  # never import a module from the current folder
+            )
+        except OSError:
+            self.socket.close()
+            raise
+        finally:
+            child_end.close()
+        with contextlib.suppress(ConnectionError):  # the child has ended already; its exit status will be read
+            self.socket.send(first_message)
 
     @property
     def pid(self) -> int:
@@ -65,12 +73,15 @@ class Worker:
         return True
 
     def receive(self) -> list[bytes]:
-        """All messages that have arrived."""
+        """Messages that have arrived; at most 256, so that a child that floods does not stop the supervisor."""
         messages: list[bytes] = []
         try:
-            while message := self.socket.recv(MAX_EVENT_BYTES):
+            while len(messages) < MAX_EVENTS_AT_ONCE:
+                message = self.socket.recv(MAX_EVENT_BYTES)
+                if not message:
+                    self.hung_up = True
+                    break
                 messages.append(message)
-            self.hung_up = True
         except BlockingIOError:
             pass
         except ConnectionError:

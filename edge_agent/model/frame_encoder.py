@@ -113,6 +113,10 @@ class FrameEncoder:
         weight = EMA_WEIGHT if self.expected_answer_ms else 1.0
         self.expected_answer_ms += weight * (answer_ms - self.expected_answer_ms)
 
+    def record_late(self, encoded: EncodedFrame) -> None:
+        """The time of a frame whose encoding alone passed the deadline: the next frames get fewer image tokens."""
+        self.budget = self.budget.record(encoded.n_tokens, encoded.encode_ms, self.budget.rest_ms)
+
     def _note_selection(self, encoded: EncodedFrame | None) -> EncodedFrame | None:
         if encoded is not None:
             self.budget = msgspec.structs.replace(self.budget, tokens=encoded.max_tokens)

@@ -32,7 +32,7 @@ _decode_vehicle_state = msgspec.msgpack.Decoder(dict[str, tuple[StateValue, int]
 
 
 class ModelLoop:
-    """step() is one turn. Between two turns nothing is under way but the encoder thread's next frame."""
+    """step() is one turn. Between two calls only the encoder thread works."""
 
     def __init__(
         self,
@@ -60,10 +60,9 @@ class ModelLoop:
             self._wait()
             return
         frame = self.frames.next() if self._needs_frame else None
-        if frame is not None:
-            self._answer(frame)
+        was_evaluated = frame is not None and self._answer(frame)
         has_text = self._start_text()
-        if has_text and not (frame is not None and self.engine.llama.can_batch_text):  # else it was in the batch
+        if has_text and not (was_evaluated and self.engine.llama.can_batch_text):  # else its token was in that batch
             self.engine.text.step()
         if frame is not None or has_text:
             self._last_work_ns = self._clock()
@@ -72,7 +71,7 @@ class ModelLoop:
 
     @property
     def _needs_frame(self) -> bool:
-        return not self.paused or bool(self.supervisor.pending_questions)
+        return self.instruction_id >= 0 and (not self.paused or bool(self.supervisor.pending_questions))
 
     def _apply(self, command: SetInstruction | SetPaused) -> None:
         if isinstance(command, SetPaused):
@@ -93,17 +92,22 @@ class ModelLoop:
             )
         )
 
-    def _answer(self, encoded: EncodedFrame) -> None:
-        """One frame -> one proposal; while paused, the frame is only evaluated, for the question that waits."""
+    def _answer(self, encoded: EncodedFrame) -> bool:
+        """One frame -> one proposal; while paused, the frame is only evaluated, for the question that waits.
+
+        Returns whether the language model evaluated the frame.
+        """
         frame_id = encoded.frame.frame_id
         if self.paused:
             if encoded.embeddings is not None:  # else the question waits for a better frame
                 self.engine.actions.prefill_only(encoded.embeddings, frame_id)
-            return
+            return encoded.embeddings is not None
         started_ns, events = self._clock(), self.supervisor.events
         decision = Decision("", encoded.stop_reason, 0.0, 0.0)
-        if encoded.embeddings is not None and started_ns > encoded.deadline_ns:
+        is_in_time = encoded.embeddings is not None and started_ns <= encoded.deadline_ns
+        if encoded.embeddings is not None and not is_in_time:
             decision = Decision("", "late", 0.0, 0.0)
+            self.frames.record_late(encoded)
         elif encoded.embeddings is not None:
             state = self._vehicle_state(started_ns)
             decision = self.engine.actions.decide(
@@ -115,6 +119,7 @@ class ModelLoop:
         if encoded.embeddings is not None:
             events.span("encode", "encoder", encoded.resized_ns, encoded.done_ns)
         self.supervisor.send(self._proposal(encoded, started_ns, decision))
+        return is_in_time
 
     def _proposal(self, encoded: EncodedFrame, started_ns: int, decision: Decision) -> Proposal:
         frame = encoded.frame

@@ -53,16 +53,18 @@ class CameraWorker(ManagedWorker):
 
         was_ready: READY was sent. Before that, a source that can never work ends the daemon: raises Shutdown.
         """
+        # Read first: a fault that the process sent before its end is received below.
+        status = self.worker.exit_status if self.worker is not None else None
         for payload in self.receive():
             try:
                 event = decode_camera_event(payload)
             except msgspec.DecodeError as error:
-                self.lose(Reason("camera", ReasonKind.FAILED, "garbage from the camera process", str(error)))
+                self.lose(Reason("camera", ReasonKind.FAILED, "invalid event from the camera process", str(error)))
                 return
             self.heard()
             self._handle_event(event)
-        if self.worker is not None and self.worker.exit_status is not None:
-            self._handle_exit(self.worker.exit_status, was_ready)
+        if status is not None:
+            self._handle_exit(status, was_ready)
 
     def _handle_event(self, event: CameraEvent) -> None:
         if isinstance(event, CameraOpened):
@@ -104,7 +106,8 @@ class CameraWorker(ManagedWorker):
         if self.config.realtime and self.is_silent_for(hung_s):
             self.lose(Reason("camera", ReasonKind.STALLED, "stalled", f"no frame and no event in {hung_s:g} s"))
         waited_ns = self.clock() - self._created_ns
-        if not was_ready and self.readiness is not Readiness.READY and waited_ns > CAMERA_WAIT_S * NS_PER_S:
+        is_open = self.readiness in (Readiness.READY, Readiness.ENDED)
+        if not was_ready and not is_open and waited_ns > CAMERA_WAIT_S * NS_PER_S:
             why = f"{self.reason.what}: {self.reason.detail}" if self.reason is not None else "no frame"
             raise Shutdown(EX_UNAVAILABLE, f"camera.source: {why}; connect the camera, or correct camera.source")
 

@@ -329,6 +329,6 @@ OPERATIONS: dict[Operation, OperationRule] = {
     "vehicle_state": OperationRule(Control._push_vehicle_state,   False,      _ANY,    False, True),
     "pause":         OperationRule(Control._pause,                False,      _ANY,    False, False),
     "resume":        OperationRule(Control._pause,                False,      _ANY,    False, False),
-    "stats":         OperationRule(Control._stats,                False,      _ANY,    False, False),
+    "stats":         OperationRule(Control._stats,                False,      _ANY,    False, True),
 }
 # fmt: on

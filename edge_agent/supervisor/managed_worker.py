@@ -81,7 +81,7 @@ class _Dying:
 
 
 class ManagedWorker:
-    """Owns the worker process of one kind, one after the other."""
+    """Starts, kills and restarts the process of one kind."""
 
     def __init__(self, name: str, launch: Callable[[], Worker], clock: Clock = time.monotonic_ns) -> None:
         """name: "camera" or "model". launch: starts a process. clock: monotonic time in nanoseconds."""
@@ -95,13 +95,20 @@ class ManagedWorker:
         self.last_heard_ns = 0
         self.restart_at_ns = 0
         self._starts = 0
+        self._was_ready = False  # the current process
         self._backoff = Backoff(FIRST_PAUSE_S, MAX_PAUSE_S)
         self._dying: list[_Dying] = []
 
     # -- one process after the other ----------------------------------------------------------------------------------
 
     def start(self) -> None:
-        self.worker = self._launch()
+        """Start a process. If the system cannot (no memory, no process number), try again after a pause."""
+        self._was_ready = False
+        try:
+            self.worker = self._launch()
+        except OSError as error:
+            self.lose(Reason(self.name, ReasonKind.FAILED, "cannot be started", error.strerror or str(error)))
+            return
         self.readiness = Readiness.STARTING
         self.last_heard_ns = self.clock()
         self._starts += 1
@@ -113,7 +120,7 @@ class ManagedWorker:
 
     def mark_ready(self) -> None:
         self.readiness, self.reason = Readiness.READY, None
-        self.failures_before_ready = 0
+        self.failures_before_ready, self._was_ready = 0, True
 
     def delivered(self) -> None:
         """A frame was delivered or answered. See Backoff.delivered."""
@@ -137,10 +144,10 @@ class ManagedWorker:
         self.restart_later(reason)
 
     def restart_later(self, reason: Reason) -> None:
-        """As lose(), for a reason that was counted already."""
+        """Kill the process and start the next one after a pause. The fault was counted already."""
         self._kill()
         self.readiness, self.reason = Readiness.LOST, reason
-        self.failures_before_ready += 1
+        self.failures_before_ready += not self._was_ready
         self.restart_at_ns = self.clock() + round(self._backoff.next_pause_s() * NS_PER_S)
 
     def end(self, reason: Reason) -> None:

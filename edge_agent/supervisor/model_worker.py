@@ -49,7 +49,7 @@ class ModelWorker(ManagedWorker):
         reason = Reason("model", ReasonKind.REFUSED, what, f"{error}; send another instruction")
         self.record_fault(reason)
         self.readiness, self.reason = Readiness.REFUSED, reason
-        self.failures_before_ready = 0
+        self.failures_before_ready, self._was_ready = 0, True
         self._refused_ns = self.clock()
 
     def timeout_reason(self) -> Reason | None:

@@ -66,6 +66,7 @@ POLL_ENDING_MS = 5  # a child has closed its socket: its exit status follows wit
 EXIT_WAIT_S = 2.0  # at the end, for killed children; the unit's TimeoutStopSec is longer
 EXIT_POLL_S = 0.01
 MAX_DETAIL_CHARS = 500  # of a refusal
+MAX_NAME_CHARS = 200  # of a vision backend or an adapter
 MAX_PIECE_CHARS = 12_000  # of one piece of text; four bytes each must fit in a message
 
 
@@ -141,6 +142,7 @@ class Supervisor:
             if shutdown.line:
                 log_line(f"edge-agent: {shutdown.line}")
             self.status.is_stopping = True
+            self.control.model_lost(shutdown.line or "the daemon was stopped")  # every request gets its reply
             self.status.publish(self.publisher, "stopping", shutdown.line)
             return shutdown.status
         finally:
@@ -226,8 +228,9 @@ class Supervisor:
 
     def _become_ready(self) -> None:
         """Tell systemd once that camera and model work."""
-        is_ready = self.model.readiness is self.camera.readiness is Readiness.READY
-        if is_ready and not self.status.is_ready:
+        # A short source (camera.loop: false) may have ended before the model was loaded.
+        has_camera = self.camera.readiness in (Readiness.READY, Readiness.ENDED)
+        if has_camera and self.model.readiness is Readiness.READY and not self.status.is_ready:
             self.status.is_ready = True
             model = self.bundle.manifest.model
             notify("READY=1", f"STATUS={model.family} {model.size}")
@@ -237,22 +240,23 @@ class Supervisor:
 
     def _handle_model_events(self) -> None:
         worker = self.model.worker
+        exit_reason = self.model.exit_reason()  # read first: what the process sent before its end is received below
         for payload in self.model.receive():
             try:
                 event: ModelEvent = decode_model_event(payload)
-                error = _implausible(event)
+                error = _event_fault(event, self.slot.latest_seq)
             except msgspec.DecodeError as decode_error:
                 error = str(decode_error)
             if error:
-                self._lose_model(Reason("model", ReasonKind.FAILED, "garbage from the model process", error))
+                self._lose_model(Reason("model", ReasonKind.FAILED, "invalid event from the model process", error))
             else:
                 self.model.heard()
                 self.counters.inference_count += 1
                 self._handlers[type(event)](event)
             if self.model.worker is not worker:  # lost: what else the old process has sent does not count
                 return
-        if reason := self.model.exit_reason():
-            self._lose_model(reason)
+        if exit_reason:
+            self._lose_model(exit_reason)
 
     def _on_proposal(self, proposal: Proposal) -> None:
         """Publish the action or the refusal that the gate makes of a proposal."""
@@ -332,24 +336,36 @@ class Supervisor:
 
     def _lose_model(self, reason: Reason) -> None:
         """Kill the model process and tell everybody who waits for it; its successor starts after a pause."""
-        self.model.lose(reason)
+        if reason is self.model.reason:  # a refusal of the instruction, which was counted already
+            self.model.restart_later(reason)
+        else:
+            self.model.lose(reason)
         self.watchdog.outlast(self.config.watchdog.model_load_s)
         self.control.model_lost(reason.text)
         self.model.give_up_if_hopeless()
 
 
-def _implausible(event: ModelEvent) -> str:
-    """Why an event cannot be right, although it could be decoded; "": it can. A bad model must not end the daemon."""
+def _event_fault(event: ModelEvent, latest_seq: int) -> str:
+    """Why an event cannot be right, although it could be decoded; "": it can. A bad model must not end the daemon.
+
+    Everything that the supervisor publishes of an event has a bound here: a message that is too large, or an integer
+    that msgpack cannot hold, would raise an exception in the loop. latest_seq: of the slot.
+    """
     if isinstance(event, Proposal):
-        finite = all(map(math.isfinite, msgspec.structs.astuple(event.stages_ms)))
-        return "" if finite else "a stage time is not finite"
+        if not all(map(math.isfinite, msgspec.structs.astuple(event.stages_ms))):
+            return "a stage time is not finite"
+        integers_fit = all(abs(n) < 2**63 for n in (event.frame_id, event.t_capture_ns))
+        is_known = 0 <= event.frame_seq <= latest_seq
+        return "" if integers_fit and is_known else f"frame {event.frame_seq}, the newest is {latest_seq}"
     if isinstance(event, ModelReady):
         finite = math.isfinite(event.load_s) and math.isfinite(event.warmup_ms)
-        return "" if finite else "a duration is not finite"
+        return "" if finite and len(event.vision) <= MAX_NAME_CHARS else "a duration or a name out of bounds"
     if isinstance(event, TextDelta):
-        return "" if len(event.text) <= MAX_PIECE_CHARS else f"a piece of text of {len(event.text)} characters"
+        fits = len(event.text) <= MAX_PIECE_CHARS and abs(event.frame_id) < 2**63
+        return "" if fits else f"a piece of text of {len(event.text)} characters"
     if isinstance(event, InstructionApplied):
-        return "" if len(event.text) <= MAX_TEXT_CHARS else f"an instruction of {len(event.text)} characters"
+        fits = len(event.text) <= MAX_TEXT_CHARS and len(event.adapter) <= MAX_NAME_CHARS
+        return "" if fits else f"an instruction of {len(event.text)} characters"
     return ""
 
 

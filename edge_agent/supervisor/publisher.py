@@ -29,7 +29,7 @@ MAX_REQUESTS_PER_TURN = 64
 MAX_SOCKET_PATH_BYTES = 107  # sun_path
 PUBLISH_HWM = {"actions": 8, "text": 1000, "status": 8}  # messages queued per subscriber; then messages are lost
 CONTROL_HWM = 256
-LAST_STATUS_LINGER_MS = 100  # the last status says why no more will come: give it time to leave
+LAST_MESSAGE_LINGER_MS = 100  # the last status says why no more will come: give it time to leave
 SESSION_BITS = 48
 
 Message = TypeVar("Message", bound=Header)
@@ -84,7 +84,7 @@ class Publisher:
 
     def close(self) -> None:
         for stream, socket in self._sockets.items():
-            socket.close(linger=LAST_STATUS_LINGER_MS if stream == "status" else 0)
+            socket.close(linger=LAST_MESSAGE_LINGER_MS if stream in ("status", "control") else 0)
             with contextlib.suppress(OSError):
                 (self.folder / stream).unlink()
         self._context.term()

@@ -8,11 +8,13 @@ https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 from edge_agent.errors import ConfigError
+from edge_agent.supervisor.log import log_line
 
 MAX_EVENTS = 200_000  # about 20 MB; later events are not written
 NS_PER_US = 1000
@@ -31,7 +33,7 @@ class Trace:
         except OSError as error:
             raise ConfigError(f"--trace: {path}: cannot be written: {error.strerror}") from None
         if self._file is not None:
-            self._file.write('[{"name":"process_name","ph":"M","pid":1,"args":{"name":"edge-agent"}}')
+            self._write_text('[{"name":"process_name","ph":"M","pid":1,"args":{"name":"edge-agent"}}')
 
     @property
     def is_on(self) -> bool:
@@ -50,11 +52,24 @@ class Trace:
         self._write({"name": name, "ph": "X", "tid": number, **times_us})
 
     def _write(self, event: dict[str, Any]) -> None:
-        assert self._file is not None
-        self._file.write(",\n" + json.dumps(event | {"pid": 1}))
+        self._write_text(",\n" + json.dumps(event | {"pid": 1}))
+
+    def _write_text(self, text: str) -> None:
+        """A file that takes no more (a full disk) ends the timeline, never the daemon."""
+        if self._file is None:
+            return
+        try:
+            self._file.write(text)
+        except OSError as error:
+            log_line(f"--trace: {error.strerror}; the timeline ends here")
+            self._close_file()
+
+    def _close_file(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            with contextlib.suppress(OSError):
+                file.close()
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.write("]\n")
-            self._file.close()
-            self._file = None
+        self._write_text("]\n")
+        self._close_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from edge_agent.ipc.frame_slot import Slot
-from edge_agent.ipc.worker import Worker
+from edge_agent.ipc.worker import MAX_EVENTS_AT_ONCE, Worker
 from tests.harness import ROOT, rig
 
 ECHO = """
@@ -123,7 +124,7 @@ def test_the_child_dies_with_its_parent(tmp_path):
     parent = textwrap.dedent("""
         import time
         from edge_agent.ipc.frame_slot import Slot
-        from edge_agent.ipc.worker import Worker
+        from edge_agent.ipc.worker import MAX_EVENTS_AT_ONCE, Worker
         worker = Worker("echo_worker", Slot.create(), b"hello")
         while not worker.receive():
             time.sleep(0.01)
@@ -162,3 +163,36 @@ def test_a_child_gets_the_slot_the_first_message_and_its_flags(tmp_path, monkeyp
     with started("tell_worker", TELL, tmp_path, monkeypatch, flags) as worker:
         assert wait_for(worker, 2) == [b"hello", b"True" if flags else b"False"]
         assert worker.pid == worker.process.pid and worker.slot.peek(0).frame_id == 5
+
+
+def test_a_child_that_floods_is_read_in_parts(tmp_path, monkeypatch):
+    (tmp_path / "flooding_worker.py").write_text(
+        "from edge_agent.ipc.worker import MAX_EVENTS_AT_ONCE, attach_to_supervisor\n"
+        "attached = attach_to_supervisor()\n"
+        "while True: attached.events.send(b'x')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    slot = Slot.create()
+    worker = Worker("flooding_worker", slot, b"hello")
+    try:
+        end_s = time.monotonic() + 60
+        while not (messages := worker.receive()):
+            assert time.monotonic() < end_s
+        for _ in range(50):
+            messages = worker.receive()
+            assert len(messages) <= MAX_EVENTS_AT_ONCE
+        assert not worker.hung_up
+    finally:
+        worker.kill()
+        worker.process.wait()
+        slot.close()
+
+
+def test_a_program_that_cannot_be_started_leaves_no_socket(monkeypatch):
+    monkeypatch.setattr("edge_agent.ipc.worker.sys.executable", "/no/such/python")
+    slot = Slot.create()
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match="No such file"):
+        Worker("anything", slot, b"hello")
+    assert len(os.listdir("/proc/self/fd")) == before
+    slot.close()

@@ -157,7 +157,7 @@ def test_garbage_costs_the_camera_process(running):
     sender = running.camera
     running.camera.emit(b"\xc1 not msgpack")
     running.turn()
-    assert sender.killed and "camera: garbage from the camera process" in running.state[1]
+    assert sender.killed and "camera: invalid event from the camera process" in running.state[1]
 
 
 def test_a_camera_that_delivers_nothing_is_reported_after_the_stall_time(running):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import signal
@@ -14,6 +15,7 @@ import yaml
 from edge_agent.actions.space import READY_SPACES
 from edge_agent.config import LanguageConfig, TaskConfig, WatchdogConfig
 from edge_agent.ipc.events import (
+    CameraEnded,
     Heartbeat,
     InstructionApplied,
     LogLine,
@@ -26,7 +28,7 @@ from edge_agent.ipc.events import (
 from edge_agent.supervisor.process import MAX_PIECE_CHARS, Supervisor
 from edge_agent.supervisor.shutdown import Shutdown
 from edge_agent.wire.messages import Action, Refusal, StageTimes
-from tests.harness.in_process import InProcess, fake_config
+from tests.harness.in_process import InProcess, fake_config, proposal_of
 
 
 @pytest.fixture
@@ -317,8 +319,8 @@ def test_after_a_good_period_the_pause_is_short_again(running):
 def test_a_model_that_never_gets_ready_again_ends_the_daemon_with_1(running):
     """systemd then starts everything anew."""
     running.make_ready()
-    running.restart_model()
-    for _ in range(4):
+    running.restart_model()  # this process was ready, and does not count
+    for _ in range(5):
         running.restart_model()
     with pytest.raises(Shutdown, match=r"SIGABRT; 6 model processes in a row did not get ready") as caught:
         running.lose_model()
@@ -329,7 +331,7 @@ def test_a_model_that_never_gets_ready_again_ends_the_daemon_with_1(running):
 
 
 @pytest.mark.parametrize(
-    "garbage",
+    "invalid",
     [
         b"\xc1 not msgpack",
         ModelReady(vision="", load_s=float("nan"), warmup_ms=1.0),
@@ -339,13 +341,13 @@ def test_a_model_that_never_gets_ready_again_ends_the_daemon_with_1(running):
     ],
     ids=["bytes", "duration", "infinite", "piece", "instruction"],
 )
-def test_garbage_costs_the_model_process_and_not_the_daemon(running, garbage):
+def test_an_invalid_event_costs_the_model_process_and_not_the_daemon(running, invalid):
     running.make_ready()
     sender = running.model
-    running.model.emit(garbage, TextDelta(lane="describe", frame_id=1, text="sent after the garbage"))
+    running.model.emit(invalid, TextDelta(lane="describe", frame_id=1, text="sent after it"))
     running.turn()
-    assert sender.killed and running.state[0] == "fault" and "garbage" in running.state[1]
-    assert running.supervisor.model.faults == {"model: garbage from the model process": 1}
+    assert sender.killed and running.state[0] == "fault" and "invalid event" in running.state[1]
+    assert running.supervisor.model.faults == {"model: invalid event from the model process": 1}
     assert running.publisher.stream("text") == []
 
 
@@ -484,3 +486,101 @@ def test_a_shutdown_is_the_reason_of_the_last_status(running, notified, signal_h
     last = running.publisher.stream("status")[-1]
     assert (last.state, last.reason) == ("stopping", "bundle: damaged")
     assert "edge-agent: bundle: damaged" in capfd.readouterr().err
+
+
+# -- a bad model, a full machine --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        ModelReady(vision="x" * 100_000, load_s=1.0, warmup_ms=1.0),
+        InstructionApplied(instruction_id=0, text="Go.", adapter="x" * 100_000),
+        proposal_of(frame_seq=2**63),
+        proposal_of(frame_seq=-1),
+        proposal_of(frame_id=2**63),
+        TextDelta(lane="describe", frame_id=-(2**63), text="x"),
+    ],
+    ids=lambda event: type(event).__name__,
+)
+def test_an_event_out_of_bounds_costs_the_model_process_and_not_the_daemon(running, event):
+    running.make_ready()
+    running.model.emit(event)
+    running.turn()
+    running.turn(1.0)  # the status is published again
+    assert running.state[0] == "fault" and "invalid event" in running.state[1]
+    running.turn(60.0)
+    assert running.model is not None
+
+
+def test_a_process_that_the_system_cannot_start_is_tried_again(running):
+    running.make_ready()
+    launch, running.supervisor.model._launch = running.supervisor.model._launch, no_memory
+    running.lose_model()
+    running.turn(60.0)
+    assert running.state == ("fault", "model: cannot be started: Cannot allocate memory")
+    running.supervisor.model._launch = launch
+    running.turn(60.0)
+    assert running.model is not None
+
+
+def no_memory() -> None:
+    raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+
+def test_what_a_process_sent_before_its_end_is_its_reason(running):
+    """The process reports its fault and ends between two steps of a turn."""
+
+    running.make_ready()
+    model, receive = running.model, running.model.receive
+
+    def receive_then_end() -> list[bytes]:
+        events = receive()
+        model.emit(StartupFailed(reason="out of memory", configured=False))
+        model.exit_status = 1
+        return events
+
+    model.receive = receive_then_end
+    running.turn()
+    model.receive = receive
+    running.turn()
+    assert "out of memory" in running.state[1]
+
+
+def test_a_shutdown_answers_what_waits(running, notified, signal_handlers, monkeypatch):
+    running.make_ready()
+    running.publisher.request("ask", "what?", "q")
+    running.turn()
+    monkeypatch.setattr(running.supervisor, "start", lambda: None)
+    monkeypatch.setattr(running.supervisor, "close", lambda: None)
+    stop_after(running.supervisor, 1, monkeypatch)
+    assert running.supervisor.run() == 0
+    monkeypatch.undo()
+    last = running.publisher.replies[-1]
+    assert (last.id, last.ok) == ("q", False) and "the daemon was stopped" in last.error
+
+
+def test_a_source_that_ended_while_the_model_was_loading_is_no_missing_camera():
+    with InProcess() as running:
+        running.open_camera()
+        running.camera.emit(CameraEnded())
+        running.camera.exit_status = 0
+        running.turn(16.0)  # longer than the daemon waits for a camera
+        running.load_model()
+        assert running.supervisor.status.is_ready
+        assert running.state[0] == "no-frames" and "the source has ended" in running.state[1]
+
+
+def test_a_refusal_is_counted_once(running):
+    running.make_ready()
+    running.restart_model()
+    running.load_model(error="too long")
+    faults = sum(running.supervisor.model.faults.values())
+    refused = running.model
+    for _ in range(40):  # the process refuses for 30 s, and makes progress all the time
+        running.model.emit(Heartbeat("idle"))
+        running.push_frame()
+        running.turn(1.0)
+        if running.model is None:
+            break
+    assert refused.killed and sum(running.supervisor.model.faults.values()) == faults

@@ -83,3 +83,11 @@ def test_a_run_shows_what_was_done_when(toy_bundle, tmp_path_factory, overlap):
     assert {thread for thread, *_ in encodes}.isdisjoint(thread for thread, *_ in answering)
     together = sum(any(a < stop and start < b for _, a, b in answering) for _, start, stop in encodes)
     assert together > 0 if overlap else together == 0
+
+
+def test_a_full_disk_ends_the_timeline_and_not_the_daemon(capfd):
+    trace = Trace("/dev/full")
+    for i in range(10_000):
+        trace.span(f"frame {i}", "model", 0, 1)
+    assert not trace.is_on and "the timeline ends here" in capfd.readouterr().err
+    trace.close()
