@@ -48,6 +48,7 @@ BIN = Path(sys.executable).parent
 RECIPES = ("BF16", "Q8_0", "Q4_K_M", "Q4_K_S", "IQ4_XS", "Q4_0")
 NAMES = {key: field.name or key for key, field in load_action_space("velocity_body").actions["move"].fields.items()}
 SPEEDS = ("vx", "vy", "vz")  # yaw is always 0 here, and would flatter the mean
+PUSHES, PUSH_TIMEOUT_S = 12, 5.0  # a picture without an answer is pushed again: on a busy machine a frame can be lost
 SIZES = ((64, 64), (96, 300), (480, 640), (720, 1280), (1080, 1920))
 WITHIN_M_S = 0.05
 
@@ -104,8 +105,11 @@ def pilot(bundle: Path, backend: str) -> Iterator[DaemonLink]:
 
 def answer(link: DaemonLink, picture: np.ndarray, instruction: str, question: str = "") -> Answer:
     link.client.instruct(instruction)
-    reply = link.answer(picture, 10.0)
-    words = link.client.ask(question, 10.0) if question else ""
+    for _ in range(PUSHES):
+        reply = link.answer(picture, PUSH_TIMEOUT_S)
+        if reply is not None:
+            break
+    words = link.client.ask(question, PUSHES * PUSH_TIMEOUT_S) if question else ""
     if not isinstance(reply, Action):
         return Answer("", {}, words)
     return Answer(reply.type, {key: reply.values[name] for key, name in NAMES.items() if name in reply.values}, words)

@@ -34,6 +34,11 @@ def shape_3b(toy: Manifest, vision_gb: float = 0.839) -> Manifest:
     return msgspec.structs.replace(toy, model=model, files=files, bytes_by_type=by_type)
 
 
+def test_a_text_only_model_needs_no_memory_for_a_vision_encoder(toy):
+    manifest = msgspec.structs.replace(shape_3b(toy), vision=None)
+    assert needed_mib(CONFIG, manifest)["vision encoder"] == 0.0
+
+
 def test_the_parts_are_those_of_arithmetic(toy):
     parts = needed_mib(CONFIG, shape_3b(toy), adapters_mib=12.0)
     assert parts["language model"] == pytest.approx(2047, abs=1)
