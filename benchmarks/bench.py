@@ -8,8 +8,8 @@
 It prints a table and, as the last line, JSON. With --compare every contender is a process of its own, with the same
 GGUF files, the same frames and prompt, a grammar of the same compact answers, and greedy decoding. Only one contender
 works at a time. (The grammars that they make of a JSON schema allow endless white space and digits, which random
-weights use.) With --still every frame is the first one with another grey in one corner: answers repeat, and no server
-can recognise the picture as the previous one. Figures are medians; `times_ours` is a contender's time divided by ours.
+weights use.) With --still every frame is the first frame with another grey in one corner: answers repeat, and no server
+can recognise the image as the previous image. Figures are medians; `times_ours` is a contender's time divided by ours.
 The only network is the server's, on 127.0.0.1.
 """
 
@@ -46,8 +46,8 @@ from edge_agent.model.prompt import ACTION_QUESTION, SYSTEM_PROMPT
 from edge_agent.tools import bench
 from edge_agent.tools.stills import read_stills
 
-# The releases' own chat template for one system text and one picture with a text. IMAGE: the host program's expression
-# for the picture.
+# The releases' own chat template for one system text and one image with a text. IMAGE: the host program's expression
+# for the image.
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}[SYSTEM_PROMPT]{{ m.content }}[/SYSTEM_PROMPT]"
     "{% else %}[INST]{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
@@ -80,10 +80,10 @@ class Ours:
 
 def gbnf(space: ActionSpace) -> str:
     """The answers of an action space as a GBNF grammar of llama.cpp: compact JSON, with the digits of each step."""
-    verbs = []
-    for name, verb in space.actions.items():
+    action_types = []
+    for name, action_type in space.actions.items():
         parts = [json.dumps(f'{{"action":"{name}"')]
-        for key, field in verb.fields.items():
+        for key, field in action_type.fields.items():
             parts.append(json.dumps(f',"{key}":'))
             if isinstance(field, ChoiceField):
                 parts.append("(" + " | ".join(json.dumps(f'"{word}"') for word in field.one_of) + ")")
@@ -93,12 +93,12 @@ def gbnf(space: ActionSpace) -> str:
             parts.append(f'"-"? ("0" | [1-9] [0-9]{{0,{whole - 1}}})')
             if decimals:
                 parts.append(f'("." [0-9]{{1,{decimals}}})?')
-        verbs.append(" ".join([*parts, '"}"']))
-    return f"root ::= {' | '.join(verbs)}"
+        action_types.append(" ".join([*parts, '"}"']))
+    return f"root ::= {' | '.join(action_types)}"
 
 
 def messages(config: Config, frame: np.ndarray) -> tuple[list[dict], str]:
-    """(chat messages, grammar) with the same prompt and the same picture, as PNG, for programs with a chat
+    """(chat messages, grammar) with the same prompt and the same image, as PNG, for programs with a chat
     interface."""
     space = load_action_space(config.task.action_space)
     role = SYSTEM_PROMPT.format(space=describe_action_space(space), instruction=config.task.instruction)
@@ -185,7 +185,7 @@ class Server:
 
 
 def still(frame: np.ndarray, i: int) -> np.ndarray:
-    """The frame with another grey in one corner: the same scene, but not the same picture for a server's cache."""
+    """The frame with another grey in one corner: the same scene, but not the same image for a server's cache."""
     frame = frame.copy()
     frame[: frame.shape[0] // 16, : frame.shape[1] // 16] = 100 + i % 100
     return frame

@@ -55,24 +55,24 @@ WITHIN_M_S = 0.05
 
 class Frame(NamedTuple):
     picture: np.ndarray
-    said: Said
+    exercise: Said  # the instruction, the right action, questions with their answers
     photographed: bool
 
 
 class Answer(NamedTuple):
-    action: str  # empty: none came, or a refusal
+    action: str  # empty: a refusal, or no answer
     values: dict[str, float]  # by the model's keys
     words: str
 
 
 def frames(n: int, seed: int, photographs: list[np.ndarray]) -> list[Frame]:
-    """Every second one over a photograph."""
+    """n frames; every second frame is over a photograph."""
     grounds = [Grounds([], seed), Grounds(photographs, seed, only_photographs=True)]
-    made = []
+    shown = []
     for i in range(n):
-        one = lesson(np.random.default_rng([seed, i]), grounds[i % 2], n_orders=1, n_questions=1)
-        made += [Frame(one.picture, said, bool(i % 2)) for said in one.said]
-    return made
+        example = lesson(np.random.default_rng([seed, i]), grounds[i % 2], n_orders=1, n_questions=1)
+        shown += [Frame(example.picture, exercise, bool(i % 2)) for exercise in example.said]
+    return shown
 
 
 @contextlib.contextmanager
@@ -106,13 +106,13 @@ def pilot(bundle: Path, backend: str) -> Iterator[DaemonLink]:
 def answer(link: DaemonLink, picture: np.ndarray, instruction: str, question: str = "") -> Answer:
     link.client.instruct(instruction)
     for _ in range(PUSHES):
-        heard = link.answer(picture, PUSH_TIMEOUT_S)
-        if heard is not None:
+        reply = link.answer(picture, PUSH_TIMEOUT_S)
+        if reply is not None:
             break
     words = link.client.ask(question, PUSHES * PUSH_TIMEOUT_S) if question else ""
-    if not isinstance(heard, Action):
+    if not isinstance(reply, Action):
         return Answer("", {}, words)
-    return Answer(heard.type, {key: heard.values[name] for key, name in NAMES.items() if name in heard.values}, words)
+    return Answer(reply.type, {key: reply.values[name] for key, name in NAMES.items() if name in reply.values}, words)
 
 
 def interval(k: int, n: int) -> list[float | None]:
@@ -125,23 +125,23 @@ def interval(k: int, n: int) -> list[float | None]:
 
 
 def against_the_rule(shown: list[Frame], answers: list[Answer]) -> dict:
-    """Answers held against what is right."""
+    """The answers compared with the right answers."""
     pairs = list(zip(shown, answers, strict=True))
-    off = [abs(a.values[key] - f.said.action[key]) for f, a in pairs for key in SPEEDS
-           if a.action == f.said.action["action"] == "move"]  # fmt: skip
-    asked = [(f, a) for f, a in pairs if f.said.questions and a.words]
+    off = [abs(a.values[key] - f.exercise.action[key]) for f, a in pairs for key in SPEEDS
+           if a.action == f.exercise.action["action"] == "move"]  # fmt: skip
+    asked = [(f, a) for f, a in pairs if f.exercise.questions and a.words]
     return {
         "n": len(pairs),
-        "type_right": interval(sum(a.action == f.said.action["action"] for f, a in pairs), len(pairs)),
+        "type_right": interval(sum(a.action == f.exercise.action["action"] for f, a in pairs), len(pairs)),
         "velocity_mae_m_s": round(float(np.mean(off)), 4) if off else None,
         "velocity_off_p99_m_s": round(float(np.quantile(off, 0.99)), 4) if off else None,
-        "words_right": interval(sum(a.words.strip() == f.said.questions[0][1] for f, a in asked), len(asked)),
-        "wrong_land": sum(a.action == "land" != f.said.action["action"] for f, a in pairs),
+        "words_right": interval(sum(a.words.strip() == f.exercise.questions[0][1] for f, a in asked), len(asked)),
+        "wrong_land": sum(a.action == "land" != f.exercise.action["action"] for f, a in pairs),
     }
 
 
 def agreement(answers: list[Answer], reference: list[Answer]) -> dict:
-    """One bundle's answers held against another's on the same frames."""
+    """The answers of one bundle compared with those of another bundle to the same frames."""
     pairs = list(zip(answers, reference, strict=True))
     off = [abs(a.values[key] - b.values[key]) for a, b in pairs for key in a.values if a.action == b.action == "move"]
     return {
@@ -151,20 +151,21 @@ def agreement(answers: list[Answer], reference: list[Answer]) -> dict:
     }
 
 
-def flights(link: DaemonLink, n: int, photographs: list[np.ndarray], say: str) -> dict:
-    """One order each, most of them landings; the world over painted and held-back ground in turn."""
+def flights(link: DaemonLink, n: int, photographs: list[np.ndarray], label: str) -> dict:
+    """Flights with one order each, most of them landings. The ground is painted and a photograph in turn. label: of the
+    progress bar."""
     grounds = [Grounds([], SEED + 7), Grounds(photographs, SEED + 7, only_photographs=True)]
     outcomes, steps, ages_ms = Counter(), [], []
 
-    def hear(step) -> None:
+    def note_age(step) -> None:
         if step.answer is not None:
             ages_ms.append(step.answer.age_ms)
 
-    for i in track(range(n), say):
+    for i in track(range(n), label):
         world = World(SEED + i, grounds[i % 2])
         rng = np.random.default_rng([SEED, i, 1])
         mission = a_mission(rng, world.pads, 1 if i % 4 else 2)  # every fourth one goes somewhere else first
-        results = fly(link, world, mission, hear)
+        results = fly(link, world, mission, note_age)
         done = len(results) == len(mission) and results[-1].outcome == "right"
         outcomes["right" if done else results[-1].outcome] += 1
         if done:
@@ -181,13 +182,13 @@ def flights(link: DaemonLink, n: int, photographs: list[np.ndarray], say: str) -
 
 
 def bad_input(link: DaemonLink, n: int, photographs: list[np.ndarray]) -> dict[str, dict]:
-    """What it does when what it gets is wrong: answers by kind, and every landing that should not be."""
+    """Answers to bad input, counted by action type, and the number of wrong landings."""
     rng = np.random.default_rng([SEED, 99])
     grounds = Grounds(photographs, SEED + 9)
-    found: dict[str, dict] = {}
+    rows: dict[str, dict] = {}
 
-    def count(name: str, said: list[Answer], wrong_lands: int) -> None:
-        found[name] = {"answers": dict(Counter(a.action or "none" for a in said)), "wrong_land": wrong_lands}
+    def count(name: str, answers: list[Answer], wrong_lands: int) -> None:
+        rows[name] = {"answers": dict(Counter(a.action or "none" for a in answers)), "wrong_land": wrong_lands}
 
     shades = {
         "black frame": lambda: rng.integers(0, 3, (140, 140, 3), np.uint8),
@@ -195,34 +196,34 @@ def bad_input(link: DaemonLink, n: int, photographs: list[np.ndarray]) -> dict[s
         "noise frame": lambda: rng.integers(0, 256, (140, 140, 3)).astype(np.uint8),
     }
     for name, make in shades.items():
-        said = []
+        answers = []
         for _ in range(n):
             order = task.Order("land", str(rng.choice(list(task.COLOURS))), str(rng.choice(task.SHAPES)))
-            said.append(answer(link, make(), task.instruction(rng, str(rng.choice(task.LANGUAGES)), order)))
-        count(name, said, sum(a.action == "land" for a in said))
+            answers.append(answer(link, make(), task.instruction(rng, str(rng.choice(task.LANGUAGES)), order)))
+        count(name, answers, sum(a.action == "land" for a in answers))
     orders = {
-        "a language it never saw": lambda: str(rng.choice(UNSEEN)),
+        "a language that is not in the training data": lambda: str(rng.choice(UNSEEN)),
         "a pad that does not exist": lambda: task.instruction(
             rng, str(rng.choice(task.LANGUAGES)), task.absent_order(rng, "land")
         ),
     }
-    for name, say in orders.items():
-        said = []
+    for name, make_instruction in orders.items():
+        answers = []
         for i in range(n):
-            one = lesson(np.random.default_rng([SEED + 3, i]), grounds, n_orders=1)
-            said.append(answer(link, one.picture, say()))
-        count(name, said, sum(a.action == "land" for a in said))
+            example = lesson(np.random.default_rng([SEED + 3, i]), grounds, n_orders=1)
+            answers.append(answer(link, example.picture, make_instruction()))
+        count(name, answers, sum(a.action == "land" for a in answers))
     for size in SIZES:
-        said, wrong, right = [], 0, 0
+        answers, wrong, right = [], 0, 0
         for i in range(n):
-            one = lesson(np.random.default_rng([SEED + 5, i]), grounds, n_orders=1, size_px=size)
-            for asked in one.said:
-                said.append(answer(link, one.picture, asked.instruction))
-                wrong += said[-1].action == "land" != asked.action["action"]
-                right += said[-1].action == asked.action["action"]
-        count(f"frame of {size[1]}x{size[0]}", said, wrong)
-        found[f"frame of {size[1]}x{size[0]}"]["type_right"] = round(right / max(1, len(said)), 3)
-    return found
+            example = lesson(np.random.default_rng([SEED + 5, i]), grounds, n_orders=1, size_px=size)
+            for exercise in example.said:
+                answers.append(answer(link, example.picture, exercise.instruction))
+                wrong += answers[-1].action == "land" != exercise.action["action"]
+                right += answers[-1].action == exercise.action["action"]
+        count(f"frame of {size[1]}x{size[0]}", answers, wrong)
+        rows[f"frame of {size[1]}x{size[0]}"]["type_right"] = round(right / max(1, len(answers)), 3)
+    return rows
 
 
 # No sentence in any of these languages is in training.
@@ -277,8 +278,8 @@ def main() -> int:
                     answer(
                         link,
                         f.picture,
-                        f.said.instruction,
-                        f.said.questions[0][0] if main_run and f.said.questions else "",
+                        f.exercise.instruction,
+                        f.exercise.questions[0][0] if main_run and f.exercise.questions else "",
                     )
                     for f in track(shown, f"{name}: frames")
                 ]
@@ -304,10 +305,10 @@ def main() -> int:
 
 
 def folder_of(path: Path) -> list[np.ndarray]:
-    found = [cv2.imread(str(file), cv2.IMREAD_COLOR) for file in sorted(path.iterdir())]
-    photographs = [np.ascontiguousarray(image[..., ::-1]) for image in found if image is not None]
+    images = [cv2.imread(str(file), cv2.IMREAD_COLOR) for file in sorted(path.iterdir())]
+    photographs = [np.ascontiguousarray(image[..., ::-1]) for image in images if image is not None]
     if not photographs:
-        sys.exit(f"{path}: expected a folder of photographs; found none that OpenCV reads")
+        sys.exit(f"{path}: expected a folder of photographs; OpenCV can read no file in it")
     return photographs
 
 

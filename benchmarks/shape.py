@@ -1,7 +1,7 @@
 """A bundle of a released model's true shape with random weights: true sizes, memory and speed; answers mean nothing.
 
-    .venv/bin/python benchmarks/shape.py 3b OUT [--recipe Q4_K_M] [--work DIR]          or 8b, 14b
-.venv/bin/python benchmarks/bench.py --bundle OUT --max-tokens 144
+.venv/bin/python benchmarks/shape.py 3b OUT [--recipe Q4_K_M] [--work DIR]          or 8b, 14b
+.venv/bin/python benchmarks/bench.py --bundle OUT --max-image-tokens 144
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The smallest controller: it prints what the robot should do, and holds when no valid action arrives.
+"""The smallest controller: it prints what the robot should do, and "hold" when no valid action arrives.
+
+hold: stop, or keep the position; never repeat the last command.
 
 pip install .                                     # in a clone of this repository: msgspec and pyzmq, nothing else
 python examples/controller.py                     # beside a daemon; --runtime-dir DIR: its folder of sockets

@@ -43,7 +43,7 @@ def read_gstreamer(config: CameraConfig, slot: Slot, clock: Clock) -> SourceItem
 
 
 def frame_size(config: CameraConfig) -> tuple[int, int]:
-    """Width and height in pixels. Raises SourceError if the configuration has none that GStreamer can deliver."""
+    """Width and height in pixels. Raises SourceError if they are not configured or the size is not possible."""
     width, height = config.width, config.height
     if width is None or height is None:
         detail = "gst: needs camera.width and camera.height, the size of its frames"

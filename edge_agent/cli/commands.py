@@ -111,7 +111,7 @@ COMMANDS: dict[str, Command] = {
     "instruct": Command(
         "control",
         "give the model a new instruction",
-        "Returns when the first frame is answered under the new instruction.",
+        "Returns when the model has taken the instruction; the next frame is answered under it.",
         (_argument("text", metavar="TEXT", help="the instruction, 1 to 2000 characters"), _RUNTIME_DIR),
     ),
     "adapter": Command(

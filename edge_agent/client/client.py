@@ -7,8 +7,9 @@
             elif action.type == "move":
                 fly(action.values["forward_m_s"], action.values["right_m_s"])
 
-Silence means hold. The client never returns an action after its expiry, never returns an action twice, and never
-returns an action whose time stamps are not from the clock of this machine.
+Silence means hold: stop, or keep the position; never repeat the last command. The client never returns an action
+after its expiry, never returns an action twice, and never returns an action whose time stamps are not from the clock
+of this machine.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ class Client:
         """
         self.folder = runtime_dir(folder)
         self.expired = 0  # actions that arrived after their expiry, or with stamps of another clock; not returned
-        self.missed = 0  # messages of the actions stream that did not arrive, counted by their seq
+        # Gaps in seq on the actions stream: messages that were lost, and messages that were skipped because a newer one
+        # had arrived too. A controller that reads slowly skips many; that is no fault.
+        self.missed = 0
         self._clock = clock
         self._context = zmq.Context()
         self._sockets: dict[str, zmq.Socket[bytes]] = {}  # stream -> its socket, opened at first use
@@ -130,7 +133,7 @@ class Client:
     # -- control ------------------------------------------------------------------------------------------------------
 
     def instruct(self, text: str, timeout_s: float = 30.0) -> None:
-        """Give a new instruction. Returns when the first frame is answered under it.
+        """Give a new instruction. Returns when the model has taken it; the next frame is answered under it.
 
         Raises RequestRefused, and TimeoutError if no reply came in time.
         """
@@ -222,7 +225,10 @@ class Client:
         control = self._control()
         if not control.poll(self._left_ms(self._deadline_ns(timeout_s)), zmq.POLLOUT):
             raise self._no_reply(op, timeout_s)
-        control.send(encode(request), zmq.NOBLOCK)
+        try:
+            control.send(encode(request), zmq.NOBLOCK)
+        except zmq.Again:  # the daemon ended after the poll
+            raise self._no_reply(op, timeout_s) from None
         return control, request_id
 
     def _no_reply(self, op: str, timeout_s: float) -> TimeoutError:
@@ -290,7 +296,7 @@ class Client:
         return payload
 
     def _is_new(self, message: Action | Refusal) -> bool:
-        """Whether a message is newer than every message before it. Counts the missing ones."""
+        """Whether a message is newer than every message before it. Counts the ones between, which were not returned."""
         if self._newest is not None and self._newest[0] == message.session:
             gap = message.seq - self._newest[1]
             if gap <= 0:

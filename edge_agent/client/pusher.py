@@ -9,7 +9,7 @@ The frame may be a numpy array or anything else with the buffer protocol; numpy 
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, cast
+from typing import Literal, Protocol, cast, get_args
 
 import zmq
 
@@ -73,8 +73,12 @@ class FramePusher:
         frame_id: grows from frame to frame; the answer to the frame has it too.
         t_capture_ns: CLOCK_MONOTONIC of the exposure on this machine, not of the call.
 
-        Raises ValueError if the buffer does not match format, width and height.
+        Raises ValueError: the format is unknown, only one of width and height is given, or the buffer does not match.
         """
+        if format not in get_args(PixelFormat):
+            raise ValueError(f"format: expected one of {', '.join(get_args(PixelFormat))}; found {format!r}")
+        if (width is None) != (height is None):
+            raise ValueError(f"frame: expected both width and height or none, found width {width}, height {height}")
         view = memoryview(cast(Buffer, frame))
         if view.itemsize != 1:
             raise ValueError(f"frame: expected elements of one byte (uint8), found {view.format!r}")

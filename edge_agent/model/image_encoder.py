@@ -1,4 +1,4 @@
-"""Picture -> image embeddings in a staging buffer. Knows no slot, no time and no prompt.
+"""Frame -> image embeddings in a staging buffer. Knows no slot, no time and no prompt.
 
 There are two buffers, so that one frame can be encoded while the other is answered.
 """
@@ -32,10 +32,10 @@ class ImageEncoder:
         """Image tokens of a frame, as configured."""
         return self._preprocessor.max_tokens
 
-    def resize(self, picture: np.ndarray, max_tokens: int | None = None) -> np.ndarray:
-        """picture: (H, W, 3) uint8 RGB -> an image on the grid, (28 * lines, 28 * columns, 3) uint8 RGB, a buffer that
-        is valid until the next call. max_tokens: for this picture; None: as configured."""
-        return self._preprocessor.image(picture, max_tokens)
+    def resize(self, frame: np.ndarray, max_tokens: int | None = None) -> np.ndarray:
+        """frame: (H, W, 3) uint8 RGB -> an image on the grid, (28 * lines, 28 * columns, 3) uint8 RGB, a buffer that
+        is valid until the next call. max_tokens: for this frame; None: the configured number."""
+        return self._preprocessor.image(frame, max_tokens)
 
     def n_tokens(self, image: np.ndarray) -> int:
         """Image tokens of an image on the grid."""
@@ -55,9 +55,9 @@ class ImageEncoder:
             raise NonFiniteError("the vision encoder gave NaN or infinity")
         return buffer
 
-    def embed(self, picture: np.ndarray, max_tokens: int | None = None) -> FrameBuffer:
+    def embed(self, frame: np.ndarray, max_tokens: int | None = None) -> FrameBuffer:
         """resize() and encode()."""
-        return self.encode(self.resize(picture, max_tokens))
+        return self.encode(self.resize(frame, max_tokens))
 
     def close(self) -> None:
         self._encoder.close()

@@ -27,11 +27,11 @@ from edge_agent.model.vision_encoder import EncoderOptions, open_encoder
 from edge_agent.profile import ResolvedSwitches, resolve
 
 NO_DEADLINE_NS = 2**62
-WARM_UP_PICTURE = (480, 640)  # height, width, where the camera's are not configured
+WARM_UP_SIZE = (480, 640)  # height, width in pixels, if the configuration does not give the camera's
 
 
 class LoadedModel(NamedTuple):
-    """A picture goes through `images`, its embeddings through `engine.actions`."""
+    """A frame goes through `images`, its embeddings through `engine.actions`."""
 
     images: ImageEncoder
     engine: Engine
@@ -131,7 +131,7 @@ def warm_up(model: LoadedModel, camera: CameraConfig, clock: Callable[[], int] =
     and must not be the vehicle's. It has the camera's size where that is configured: TensorRT makes an engine for each
     size."""
     start_ns, engine = clock(), model.engine
-    height, width = camera.height or WARM_UP_PICTURE[0], camera.width or WARM_UP_PICTURE[1]
+    height, width = camera.height or WARM_UP_SIZE[0], camera.width or WARM_UP_SIZE[1]
     engine.instruct("")
     with contextlib.suppress(NonFiniteError):  # frames are checked one by one
         engine.actions.decide(model.images.embed(np.full((height, width, 3), 128, np.uint8)), 0, NO_DEADLINE_NS)

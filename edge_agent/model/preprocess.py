@@ -16,8 +16,8 @@ MIN_TOKENS = 8  # mtmd enlarges a smaller image by itself; we do the same, so th
 
 @functools.lru_cache(64)
 def image_grid(height: int, width: int, max_tokens: int, vision: VisionInfo) -> tuple[int, int]:
-    """Lines and columns of image tokens for a frame of height x width pixels: as many as it fills, at most max_tokens,
-    and at most vision.image_size pixels a side.
+    """Lines and columns of image tokens for a frame of height x width pixels. The grid covers the frame. It has at most
+    max_tokens tokens, and each side is at most vision.image_size pixels.
 
     Sides are rounded up, as the reference processor (transformers' Pixtral) does. Where that is more than max_tokens,
     the result is the grid within max_tokens that is nearest to the frame's shape.
@@ -64,7 +64,7 @@ class Preprocessor:
 
     def image(self, frame: np.ndarray, max_tokens: int | None = None) -> np.ndarray:
         """frame: (H, W, 3) uint8 RGB -> (28 * lines, 28 * columns, 3) uint8 RGB, a buffer that is valid until the next
-        call. max_tokens: for this frame; None: as many as configured."""
+        call. max_tokens: for this frame; None: the configured number."""
         lines, columns = image_grid(*frame.shape[:2], max_tokens or self.max_tokens, self.vision)
         size = (lines * self.unit, columns * self.unit)
         if self._image.shape[:2] != size:

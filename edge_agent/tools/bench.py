@@ -43,8 +43,8 @@ Report = Callable[[int, int], None]  # (frames done, all frames)
 class FrameTiming(msgspec.Struct):
     """One frame; times in milliseconds."""
 
-    ms: float  # picture to complete answer
-    first_text_ms: float  # picture to the first text that was not forced
+    ms: float  # frame to complete answer
+    first_text_ms: float  # frame to the first text that was not forced
     encode: float
     prefill: float
     decode: float
@@ -68,7 +68,7 @@ class Ceilings(msgspec.Struct):
 
 
 class Bench:
-    """A loaded model that answers one picture at a time. close() frees it."""
+    """A loaded model that answers one frame at a time. close() frees it."""
 
     def __init__(self, config: Config, instruction: str) -> None:
         """Load and warm up. Raises what load_model raises, and InstructionRefused."""
@@ -85,13 +85,13 @@ class Bench:
             if self._deltas == 2:  # the first delta is the forced prefix of every answer
                 self._first_text_ns = time.monotonic_ns()
 
-    def time_frame(self, picture: np.ndarray) -> FrameTiming:
-        """picture: (H, W, 3) uint8 RGB."""
+    def time_frame(self, frame: np.ndarray) -> FrameTiming:
+        """frame: (H, W, 3) uint8 RGB."""
         engine, images = self.model.engine, self.model.images
         n_calls, n_rows = engine.llama.n_calls, engine.llama.n_rows
         self._deltas = 0
         start_ns = time.monotonic_ns()
-        embeddings = images.embed(picture)
+        embeddings = images.embed(frame)
         encoded_ns = time.monotonic_ns()
         decision = engine.actions.decide(embeddings, 1, NO_DEADLINE_NS, events=self._events)
         stop_ns = time.monotonic_ns()
@@ -107,7 +107,7 @@ class Bench:
         )
 
     def time_text(self) -> TextTiming:
-        """A text about the last picture."""
+        """A text about the last frame."""
         text, timing = self.model.engine.text, TextTiming()
         text.start("answer", "", QUESTION, NULL_EVENTS)
         start_ns = time.monotonic_ns()
@@ -119,21 +119,21 @@ class Bench:
             text.stop("length")
         return timing
 
-    def repeat_floor(self, picture: np.ndarray) -> tuple[float, float]:
+    def repeat_floor(self, frame: np.ndarray) -> tuple[float, float]:
         """Medians of REPEATS, milliseconds: (a frame whose answer is the previous one; encoding it and one llama_decode
         of the same number of rows)."""
         engine, repeated_ms, floor_ms = self.model.engine, [], []
         prefix = len(engine.cache.prefix_tokens)
-        self.time_frame(picture)
+        self.time_frame(frame)
         for _ in range(REPEATS):
-            timing = self.time_frame(picture)
+            timing = self.time_frame(frame)
             repeated_ms.append(timing.ms)
-            image = self.model.images.resize(picture)
+            image = self.model.images.resize(frame)
             start_ns = time.monotonic_ns()
-            frame = self.model.images.encode(image)
-            frame.embeddings(timing.rows)  # the same number of rows, whatever they hold
+            buffer = self.model.images.encode(image)
+            buffer.embeddings(timing.rows)  # the same number of rows, whatever they hold
             engine.llama.truncate(ACTION_SEQ, prefix)
-            engine.llama.logits_after_last(frame, prefix)
+            engine.llama.logits_after_last(buffer, prefix)
             floor_ms.append((time.monotonic_ns() - start_ns) / 1e6)
         return float(np.median(repeated_ms)), float(np.median(floor_ms))
 
@@ -145,23 +145,23 @@ def run(config: Config, frames_from: Path | None, n: int, report: Report = lambd
     """The whole measurement, as plain values. frames_from: a folder or a video; None: synthetic frames. Raises what
     Bench raises, and ImageError."""
     if frames_from is not None:
-        pictures = list(read_stills(frames_from, n))
+        frames = list(read_stills(frames_from, n))
     else:
-        pictures = synthetic_frames(min(n, MAX_SYNTHETIC_FRAMES))
+        frames = synthetic_frames(min(n, MAX_SYNTHETIC_FRAMES))
     ceilings = measure_ceilings()
     bench = Bench(config, config.task.instruction)
     try:
         timings, joules, text = [], [], TextTiming()
         for i in range(n):
             before_w = power_w()
-            timings.append(bench.time_frame(pictures[i % len(pictures)]))
+            timings.append(bench.time_frame(frames[i % len(frames)]))
             if before_w is not None and (after_w := power_w()) is not None:
                 joules.append((before_w + after_w) / 2 * timings[-1].ms / 1000)
             if i % TEXT_EVERY == 0:
                 timing = bench.time_text()
                 text = TextTiming(text.steps + timing.steps, text.ms + timing.ms)
             report(i + 1, n)
-        repeat_ms, floor_ms = bench.repeat_floor(pictures[0])
+        repeat_ms, floor_ms = bench.repeat_floor(frames[0])
         figures = _speed(bench, timings) | _resources(bench, joules) | _shares(bench, timings, text, ceilings)
         return figures | {
             "repeat_ms": round(repeat_ms, 2),

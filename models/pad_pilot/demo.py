@@ -54,7 +54,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="edge-agent-") as runtime:  # a socket's path has at most 107 bytes
         config = OUT / "edge-agent.yaml"
         config.write_text(CONFIG.format(bundle=bundle, runtime=runtime))
-        say(console, BIN / "edge-agent", "run", "--config", config)
+        print_command(console, BIN / "edge-agent", "run", "--config", config)
         with (OUT / "daemon.log").open("wb") as daemon_log, (OUT / "world.log").open("wb") as world_log:
             daemon = subprocess.Popen(
                 [BIN / "edge-agent", "run", "--config", config], stdout=daemon_log, stderr=daemon_log
@@ -62,7 +62,7 @@ def main() -> int:
             fly = [sys.executable, "-m", "models.pad_pilot.fly", "--runtime", runtime]
             command = [*fly, "--frames", f"ipc://{runtime}/frames", "--out", OUT / "flight"]
             command += ["--seed", options.seed, "--pace", options.pace]
-            say(console, *command)
+            print_command(console, *command)
             world = subprocess.Popen([str(word) for word in command], cwd=ROOT, stdout=world_log, stderr=world_log)
             try:
                 received, asked = watch(runtime, daemon, world)
@@ -135,13 +135,13 @@ def summary(console: Console, received: WireLog, asked: list[tuple[str, str]], w
     return 0 if world_status == 0 and status == 0 else 1
 
 
-def say(console: Console, *command: object) -> None:
+def print_command(console: Console, *command: object) -> None:
     words = [str(word).removeprefix(f"{BIN}/") for word in command]
     console.print("==", shlex.join(words), style="bold", highlight=False, markup=False)
 
 
 def run(console: Console, *command: object) -> None:
-    say(console, *command)
+    print_command(console, *command)
     done = subprocess.run([str(word) for word in command])
     if done.returncode:
         sys.exit(f"{command[0]}: exit status {done.returncode}")

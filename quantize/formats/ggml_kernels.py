@@ -161,7 +161,7 @@ def _dequantise(kind: Type) -> Callable[..., Any]:
 
 
 def write_tensor_data(address: int, data: np.ndarray) -> None:
-    """Overwrite the data of the ggml_tensor at an address. The tensor must be writable and have as many bytes."""
+    """Overwrite the data of the ggml_tensor at an address. The tensor must be writable and have the size of `data`."""
     if _n_bytes(address) != data.nbytes:
         raise ValueError(f"expected {_n_bytes(address)} bytes, found {data.nbytes}")
     _set(address, np.ascontiguousarray(data).ctypes.data, 0, data.nbytes)

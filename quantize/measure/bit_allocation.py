@@ -4,7 +4,7 @@ Three things are measured:
 1. For each matrix and each candidate type: the squared error of the weights, weighted by the importance matrix.
 2. For each group of matrices (one role in neighbouring layers): the mean KL divergence of the model's outputs on a text
    when only this group is quantised. Divided by the group's error, this is the KL divergence per unit of error.
-3. At the end: the KL divergence of the whole choice, and of the best standard recipe of at most as many bytes.
+3. At the end: the KL divergence of the whole choice, and of the best standard recipe that is not larger.
 
 The KL divergence of a choice is predicted as the sum over matrices of (KL per error) times error. The least sum under a
 budget is found along the lower convex hulls, largest gain per byte first (Shoham and Gersho, Efficient bit allocation
@@ -131,22 +131,22 @@ def groups(checkpoint: Checkpoint) -> dict[str, list[str]]:
 class SensitivityProbe:
     """The model at bf16 in memory that can be written: weights are replaced by what a type leaves of them."""
 
-    def __init__(self, checkpoint: Checkpoint, made: Bundle, imatrix: Imatrix, text: str, max_chunks: int) -> None:
-        """made: the checkpoint at bf16; the reference's log-probabilities are written into its folder.
+    def __init__(self, checkpoint: Checkpoint, bundle: Bundle, imatrix: Imatrix, text: str, max_chunks: int) -> None:
+        """bundle: the checkpoint at bf16; the reference's log-probabilities are written into its folder.
 
         Raises LlamaError, MeasureError, FitError.
         """
         self.checkpoint, self.imatrix = checkpoint, imatrix
         self._addresses: dict[str, set[int]] = {}  # tensor -> ggml_tensors; a tied embedding table can be there twice
-        model = made.manifest.model
+        model = bundle.manifest.model
         self.bos = model.special["bos"]
         self._specs = {spec.gguf: spec for spec in matrices(checkpoint)}
         self._quantised: Types = {}
-        path = made.path("reference.kld")
+        path = bundle.path("reference.kld")
         observe_graph(self._record_address)
         try:
             self.llm = LlamaContext(
-                made.path(LANGUAGE),
+                bundle.path(LANGUAGE),
                 LlamaOptions(
                     context=perplexity.CHUNK,
                     gpu_layers=0,
@@ -393,8 +393,8 @@ def allocate_types(
     plan: BuildPlan = plan_conversion(checkpoint, "bf16", tokenizer)
     with temporary_folder(request.path) as folder:
         convert(plan, folder / "bf16", progress)
-        made = unverified_bundle(plan, folder / "bf16")
-        probe = SensitivityProbe(checkpoint, made, request.imatrix, request.text, request.max_chunks)
+        bundle = unverified_bundle(plan, folder / "bf16")
+        probe = SensitivityProbe(checkpoint, bundle, request.imatrix, request.text, request.max_chunks)
         try:
             measured = measure_sensitivity(probe, request.path, key, progress)
             return choose_and_check(probe, measured, request.budget_bytes, progress)

@@ -101,12 +101,12 @@ def collect_imatrix(checkpoint: Checkpoint, out: Path, data: CalibrationData, pr
     plan: BuildPlan = plan_conversion(checkpoint, "bf16")
     with temporary_folder(out) as folder:
         convert(plan, folder / "bf16", progress)
-        made = unverified_bundle(plan, folder / "bf16")
+        bundle = unverified_bundle(plan, folder / "bf16")
         observe_graph(collector := Collector(imatrix))
         try:
-            _evaluate_text(made, text, data, collector, saved, progress)
+            _evaluate_text(bundle, text, data, collector, saved, progress)
             if frames:
-                _answer_frames(made, frames, data, collector, progress)
+                _answer_frames(bundle, frames, data, collector, progress)
         finally:
             observe_graph(None)
     imatrix.datasets = [data.text.name, *([data.frames.name] if data.frames else [])]
@@ -116,14 +116,14 @@ def collect_imatrix(checkpoint: Checkpoint, out: Path, data: CalibrationData, pr
 
 
 def _evaluate_text(
-    made: Bundle, text: str, data: CalibrationData, collector: Collector, saved: _SavedSums, progress: Progress
+    bundle: Bundle, text: str, data: CalibrationData, collector: Collector, saved: _SavedSums, progress: Progress
 ) -> None:
     """The text in chunks, each with an empty KV cache and <s> first. The logits of every position are requested;
     otherwise llama.cpp would compute the last layer for the last position only."""
-    model, imatrix = made.manifest.model, collector.into
+    model, imatrix = bundle.manifest.model, collector.into
     # As llama-imatrix does.
     config = LlamaOptions(context=CHUNK, flash_attention=True, reproducible=False, repack=False, mmap=True)
-    with LlamaContext(made.path(LANGUAGE), config, model.embedding) as llm:
+    with LlamaContext(bundle.path(LANGUAGE), config, model.embedding) as llm:
         bos = model.special["bos"]
         tokens = [bos, *llm.tokens(text)]
         n = len(tokens) // CHUNK
@@ -143,7 +143,7 @@ def _evaluate_text(
 
 
 def _answer_frames(
-    made: Bundle, frames: list[np.ndarray], data: CalibrationData, collector: Collector, progress: Progress
+    bundle: Bundle, frames: list[np.ndarray], data: CalibrationData, collector: Collector, progress: Progress
 ) -> None:
     """Answer each frame, then one question about it. frames: (H, W, 3) uint8, RGB."""
     config = Config(
@@ -154,7 +154,7 @@ def _answer_frames(
         language=LanguageConfig(stream_action_text=False, max_text_tokens=32),
         advanced=AdvancedConfig(reproducible=False, speculative=False),
     )
-    loaded = load_model(config, made, load_action_space(data.action_space))
+    loaded = load_model(config, bundle, load_action_space(data.action_space))
     engine = loaded.engine
     try:
         for i, frame in enumerate(frames):

@@ -174,22 +174,22 @@ def _check_pair(bundle: Bundle, full: Bundle) -> None:
             )
 
 
-def _language(one: Bundle) -> LlamaContext:
+def _language(bundle: Bundle) -> LlamaContext:
     """The language model as the runtime and llama-perplexity load it: repacked weights use kernels that round
     differently."""
     config = LlamaOptions(context=perplexity.CHUNK, flash_attention=True, reproducible=False)  # as llama-perplexity
-    return LlamaContext(one.path(LANGUAGE), config, one.manifest.model.embedding)
+    return LlamaContext(bundle.path(LANGUAGE), config, bundle.manifest.model.embedding)
 
 
 # -- frames ------------------------------------------------------------------------------------------------------------
 
 
 def _frame_results(
-    one: Bundle, frames: list[np.ndarray], material: CalibrationData, progress: Progress, stage: str
+    bundle: Bundle, frames: list[np.ndarray], material: CalibrationData, progress: Progress, stage: str
 ) -> list[FrameResult]:
     """The answer of the runtime's engine to each frame. frames: (H, W, 3) uint8, RGB. Raises EvaluateError."""
-    if one.manifest.vision is None:
-        raise EvaluateError(f"{one.folder}: a text-only model; leave --frames out")
+    if bundle.manifest.vision is None:
+        raise EvaluateError(f"{bundle.folder}: a text-only model; leave --frames out")
     config = Config(
         bundle="",
         camera=CameraConfig(source=""),
@@ -198,15 +198,18 @@ def _frame_results(
         language=LanguageConfig(stream_action_text=False),
     )
     space, results = load_action_space(material.action_space), []
-    loaded = load_model(config, one, space)
+    loaded = load_model(config, bundle, space)
     try:
         for i, frame in enumerate(frames):
             progress.step(stage, f"frame {i + 1} of {len(frames)}", i, len(frames))
             loaded.engine.instruct(material.instructions[i % len(material.instructions)])
             embeddings = loaded.images.embed(frame)
             decision = loaded.engine.actions.decide(embeddings, i, NO_DEADLINE_NS)
-            said = parse_answer(decision.text, space)
-            answer = EvaluatedAnswer("", {}) if isinstance(said, Rejection) else EvaluatedAnswer(said.type, said.values)
+            result = parse_answer(decision.text, space)
+            if isinstance(result, Rejection):
+                answer = EvaluatedAnswer("", {})
+            else:
+                answer = EvaluatedAnswer(result.type, result.values)
             results.append(FrameResult(answer, np.array(embeddings.image_rows)))
         progress.step(stage, "", len(frames), len(frames))
     finally:

@@ -36,47 +36,47 @@ def html_report(evaluations: list[Evaluation], frames: list[np.ndarray]) -> str:
         "<h2>Size against divergence</h2>",
         _sizes(evaluations),
     ]
-    for one in evaluations:
-        parts += [f"<h2>{_escaped(one.recipe)}: error of the weights, by layer</h2>", _layers(one)]
-        if one.actions is not None:
-            parts.append(f"<h2>{_escaped(one.recipe)}: frames where the answers differ most</h2>")
-            parts += [_frame(frame, frames[frame.number]) for frame in one.actions.worst]
+    for result in evaluations:
+        parts += [f"<h2>{_escaped(result.recipe)}: error of the weights, by layer</h2>", _layers(result)]
+        if result.actions is not None:
+            parts.append(f"<h2>{_escaped(result.recipe)}: frames where the answers differ most</h2>")
+            parts += [_frame(frame, frames[frame.number]) for frame in result.actions.worst]
     return "\n".join(parts) + "</html>\n"
 
 
 def _table(evaluations: list[Evaluation]) -> str:
-    head = ["", *(f"{_escaped(one.recipe)}" for one in evaluations)]
+    head = ["", *(f"{_escaped(result.recipe)}" for result in evaluations)]
     rows: list[tuple[str, Callable[[Evaluation], str | None]]] = [
-        ("language model, MB", lambda one: f"{one.language_bytes / 1e6:.1f}"),
-        ("perplexity", lambda one: f"{one.text.perplexity:.6g} ± {one.text.perplexity_sd:.4g}"),
-        ("perplexity of the reference", lambda one: f"{one.text.reference_perplexity:.6g}"),
-        ("KL divergence, mean", lambda one: f"{one.text.kl_mean:.5f} ± {one.text.kl_sd:.5f}"),
-        ("KL divergence, median", lambda one: f"{one.text.kl_median:.5f}"),
-        ("KL divergence, 99 %", lambda one: f"{one.text.kl_p99:.5f}"),
-        ("KL divergence, maximum", lambda one: f"{one.text.kl_max:.5f}"),
-        ("same most likely token", lambda one: f"{one.text.same_top:.2%}"),
-        ("frames", lambda one: str(one.actions.n) if one.actions else None),
-        ("same action", lambda one: f"{one.actions.same_action:.1%}" if one.actions else None),
-        ("fields within 0.05", lambda one: f"{one.actions.fields_within:.1%}" if one.actions else None),
+        ("language model, MB", lambda result: f"{result.language_bytes / 1e6:.1f}"),
+        ("perplexity", lambda result: f"{result.text.perplexity:.6g} ± {result.text.perplexity_sd:.4g}"),
+        ("perplexity of the reference", lambda result: f"{result.text.reference_perplexity:.6g}"),
+        ("KL divergence, mean", lambda result: f"{result.text.kl_mean:.5f} ± {result.text.kl_sd:.5f}"),
+        ("KL divergence, median", lambda result: f"{result.text.kl_median:.5f}"),
+        ("KL divergence, 99 %", lambda result: f"{result.text.kl_p99:.5f}"),
+        ("KL divergence, maximum", lambda result: f"{result.text.kl_max:.5f}"),
+        ("same most likely token", lambda result: f"{result.text.same_top:.2%}"),
+        ("frames", lambda result: str(result.actions.n) if result.actions else None),
+        ("same action", lambda result: f"{result.actions.same_action:.1%}" if result.actions else None),
+        ("fields within 0.05", lambda result: f"{result.actions.fields_within:.1%}" if result.actions else None),
         (
             "vision embeddings, least cosine",
-            lambda one: f"{one.actions.vision_cosine_min:.5f}" if one.actions else None,
+            lambda result: f"{result.actions.vision_cosine_min:.5f}" if result.actions else None,
         ),
     ]
-    fields = sorted({key for one in evaluations if one.actions for key in one.actions.mean_difference})
+    fields = sorted({key for result in evaluations if result.actions for key in result.actions.mean_difference})
     rows += [(f"{key}, mean difference", functools.partial(_difference, key)) for key in fields]
-    body = [[name, *(value(one) or "" for one in evaluations)] for name, value in rows]
+    body = [[name, *(value(result) or "" for result in evaluations)] for name, value in rows]
     cells = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in body if any(row[1:]))
     return "<table><tr>" + "".join(f"<th>{cell}</th>" for cell in head) + f"</tr>{cells}</table>"
 
 
-def _difference(key: str, one: Evaluation) -> str:
-    differences = one.actions.mean_difference if one.actions else {}
+def _difference(key: str, result: Evaluation) -> str:
+    differences = result.actions.mean_difference if result.actions else {}
     return f"{differences[key]:.4f}" if key in differences else ""
 
 
 def _sizes(evaluations: list[Evaluation]) -> str:
-    points = [(one.language_bytes / 1e6, one.text.kl_mean, one.recipe) for one in evaluations]
+    points = [(result.language_bytes / 1e6, result.text.kl_mean, result.recipe) for result in evaluations]
     x, y = _scale([p[0] for p in points], WIDTH, False), _scale([p[1] for p in points], HEIGHT, True)
     marks = [
         f"<circle cx='{x(size):.1f}' cy='{y(kl):.1f}' r='5' fill='{COLOURS[i % len(COLOURS)]}'/>"
@@ -86,9 +86,9 @@ def _sizes(evaluations: list[Evaluation]) -> str:
     return _svg("MB of the language model", "mean KL divergence", marks)
 
 
-def _layers(one: Evaluation) -> str:
+def _layers(result: Evaluation) -> str:
     lines: dict[str, list[tuple[int, float]]] = {}
-    for tensor in one.tensors:
+    for tensor in result.tensors:
         if (found := re.fullmatch(r"blk\.(\d+)\.(.+)\.weight", tensor.name)) and tensor.error > 0:
             lines.setdefault(found[2], []).append((int(found[1]), tensor.error))
     points = [point for line in lines.values() for point in line]

@@ -85,9 +85,9 @@ def test_it_answers_held_out_frames(bundle: Path, backend: str):
     shown = benchmark.frames(80, benchmark.SEED + 1000, benchmark.held_back_photographs())
     assert len(shown) == 80
     with benchmark.pilot(bundle, backend) as link:
-        asked = [f.said.questions[0][0] if f.said.questions else "" for f in shown]
+        asked = [f.exercise.questions[0][0] if f.exercise.questions else "" for f in shown]
         answers = [
-            benchmark.answer(link, f.picture, f.said.instruction, question)
+            benchmark.answer(link, f.picture, f.exercise.instruction, question)
             for f, question in zip(shown, asked, strict=True)
         ]
     found = benchmark.against_the_rule(shown, answers)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import zmq
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -354,6 +355,22 @@ def test_without_a_daemon_a_request_is_a_timeout(client):
         client.pause(timeout_s=0.1)
     with pytest.raises(TimeoutError):
         list(client.ask_stream("What?", timeout_s=0.1))
+
+
+def test_a_daemon_that_ends_before_the_request_is_sent_is_a_timeout(client):
+    class LostConnection:
+        def poll(self, timeout_ms, flags):
+            return flags
+
+        def send(self, payload, flags):
+            raise zmq.Again
+
+        def close(self):
+            pass
+
+    client._sockets["control"] = LostConnection()
+    with pytest.raises(TimeoutError, match="no answer to pause in"):
+        client.pause()
 
 
 def test_a_request_that_timed_out_is_not_carried_out_later(tmp_path, client):

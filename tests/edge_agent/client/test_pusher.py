@@ -79,7 +79,11 @@ def test_a_frame_arrives_as_it_was_pushed(pusher, receiver, frame, options, expe
         (b"\xff\xd8", {"format": "jpeg"}, "width and height"),
         (np.zeros((), np.uint8), {}, r"shape \(\)"),
         (RGB.tobytes(), {"width": 6, "height": 5}, "expected 90 bytes for 6x5 rgb8, found 72"),
-        (RGB.tobytes(), {"width": 6}, "width and height"),
+        (RGB.tobytes(), {"width": 6}, "both width and height"),
+        (RGB, {"width": 6}, "both width and height"),
+        (RGB, {"height": 4}, "both width and height"),
+        (RGB, {"format": "rgba8"}, "rgb8, bgr8, gray8, jpeg; found 'rgba8'"),
+        (RGB.tobytes(), {"format": "RGB8", "width": 6, "height": 4}, "found 'RGB8'"),
     ],
 )
 def test_a_frame_that_does_not_match_its_format_is_an_error(pusher, frame, options, words):
