@@ -42,7 +42,7 @@ class ReasonKind(enum.Enum):
     """Which kind of reason it is; the daemon's state depends on it."""
 
     STARTING = enum.auto()
-    FAILED = enum.auto()  # the process ended, could not start, or sent garbage
+    FAILED = enum.auto()  # the process ended, could not start, or sent an invalid event
     STALLED = enum.auto()  # no progress in the allowed time
     REFUSED = enum.auto()  # the model refuses the instruction in force
     SOURCE = enum.auto()  # the camera process reports a fault of its source

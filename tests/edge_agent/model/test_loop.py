@@ -423,3 +423,41 @@ def test_spans_are_sent_only_for_a_timeline(make, trace):
     expected = {"frame 1 waits", "resize", "encode", "prefill", "decode"} if trace else set()
     assert {span.name for span in spans} == expected
     assert all(span.start_ns <= span.stop_ns for span in spans)
+
+
+# -- late frames, no instruction --------------------------------------------------------------------------------------
+
+
+def test_a_frame_whose_encoding_alone_is_late_counts_for_the_token_budget(rig, monkeypatch):
+    """Otherwise every frame would be late for ever, although a smaller one would be in time."""
+    real = rig.model.images.encode
+
+    def slow(image):
+        rig.clock.pass_ms(1000 * rig.model.images.n_tokens(image))
+        return real(image)
+
+    monkeypatch.setattr(rig.model.images, "encode", slow)
+    monkeypatch.setattr(rig.frames, "_deadline_ms", 20_000.0)  # the frame has 30 tokens, and takes 30 s
+    assert rig.frames.budget.select(20_000.0).tokens == rig.frames.budget.max_tokens
+    assert rig.propose(1).stop_reason == "late"
+    assert rig.frames.budget.per_token_ms >= 500
+
+
+def test_without_an_instruction_a_frame_does_not_wake_the_loop(make):
+    """Nobody would take the frame, and the loop would turn without a pause."""
+    waiting = make()
+    waiting.publish(1)
+    assert not waiting.loop._needs_frame
+    waiting.instruct()
+    assert waiting.loop._needs_frame
+
+
+def test_text_continues_beside_frames_that_are_late(rig):
+    rig.propose(1)
+    rig.send(AskQuestion("q", "What is there?"))
+    rig.step()
+    before = len(rig.events)
+    for frame_id in range(2, 8):
+        rig.publish(frame_id, age_ms=60_001)
+        rig.step()
+    assert any(isinstance(event, TextDelta) and event.request == "q" for event in rig.events[before:])
