@@ -438,9 +438,9 @@ def test_a_frame_whose_encoding_alone_is_late_counts_for_the_token_budget(rig, m
 
     monkeypatch.setattr(rig.model.images, "encode", slow)
     monkeypatch.setattr(rig.frames, "_deadline_ms", 20_000.0)  # the frame has 30 tokens, and takes 30 s
-    assert rig.frames.budget.select(20_000.0).tokens == rig.frames.budget.max_tokens
+    before_ms = rig.frames.budget.per_token_ms
     assert rig.propose(1).stop_reason == "late"
-    assert rig.frames.budget.per_token_ms >= 500
+    assert rig.frames.budget.per_token_ms > before_ms + 200
 
 
 def test_without_an_instruction_a_frame_does_not_wake_the_loop(make):

@@ -269,7 +269,7 @@ def test_few_requests_wait_and_the_others_are_refused_at_once(running):
     assert request(running, "ask", "what?") is None
 
 
-# -- D3: the model's socket takes nothing -----------------------------------------------------------------------------
+# -- the model's socket takes nothing ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("op", ["instruct", "ask"])
