@@ -10,8 +10,9 @@ import msgspec
 import pytest
 import yaml
 
-from edge_agent.config import Config, load_config
+from edge_agent.config import Config, WatchdogConfig, load_config
 from edge_agent.strict_yaml import convert
+from edge_agent.supervisor.systemd import MARGIN_S
 from tests.harness import ROOT
 
 SYSTEMD = ROOT / "systemd"
@@ -46,8 +47,13 @@ def test_exposure(unit):
 
 def test_contract_with_the_supervisor():
     text = (SYSTEMD / "edge-agent.service").read_text()
-    for line in ("Type=notify", "WatchdogSec=5", "RestartPreventExitStatus=78", "KillMode=mixed", "TimeoutStopSec=5"):
+    for line in ("Type=notify", "WatchdogSec=15", "RestartPreventExitStatus=78", "KillMode=mixed", "TimeoutStopSec=5"):
         assert f"\n{line}\n" in text
+
+
+def test_the_supervisor_restarts_a_stalled_model_before_systemd_restarts_the_daemon():
+    interval_s = int(re.search(r"^WatchdogSec=(\d+)$", (SYSTEMD / "edge-agent.service").read_text(), re.MULTILINE)[1])
+    assert interval_s >= WatchdogConfig().model_stall_s + MARGIN_S > WatchdogConfig().model_stall_s + interval_s / 4
 
 
 def test_the_example_names_every_key_with_its_default():

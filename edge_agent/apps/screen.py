@@ -34,7 +34,7 @@ class Screen:
 def render(log: WireLog, note: str = "") -> Group:
     """Everything as one picture. Strings from the wire are Text objects: brackets in a plain string are markup."""
     table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", width=10)
+    table.add_column(style="dim", width=11)
     table.add_column()
     for name, value in _answer_rows(log) + _status_rows(log.status):
         table.add_row(name, value)

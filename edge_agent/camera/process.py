@@ -28,10 +28,11 @@ from edge_agent.camera.pushed import read_pushed_frames
 from edge_agent.camera.source import CapturedFrame, SourceError, SourceItems, detect_frozen, wait_for_reader
 from edge_agent.camera.v4l2 import read_v4l2
 from edge_agent.config import CameraConfig
+from edge_agent.ipc.backoff import Backoff
 from edge_agent.ipc.events import CameraEnded, CameraEvent, CameraFault, CameraOpened
 from edge_agent.ipc.frame_slot import Slot
 
-BACKOFF_S, MAX_BACKOFF_S = 0.5, 5.0  # pause before a source is opened again: doubled until a frame comes
+FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 5.0  # before a failed source is opened again
 PROBE_TIMEOUT_S = 10.0
 MAX_DETAIL_CHARACTERS = 1000
 
@@ -90,7 +91,7 @@ def probe(config: CameraConfig, timeout_s: float = PROBE_TIMEOUT_S, clock: Clock
 
 def run(config: CameraConfig, slot: Slot, send: Callable[[CameraEvent], object], clock: Clock = MONOTONIC) -> int:
     """Publish the frames of the source. Returns 0 at the end of the source, or EX_CONFIG after a permanent error."""
-    backoff_s = BACKOFF_S
+    backoff = Backoff(FIRST_PAUSE_S, MAX_PAUSE_S)
     while True:
         try:
             newest = slot.peek(0)
@@ -99,7 +100,7 @@ def run(config: CameraConfig, slot: Slot, send: Callable[[CameraEvent], object],
                 if isinstance(item, CapturedFrame):
                     frame_id = frame_id + 1 if item.frame_id is None else item.frame_id
                     slot.publish(frame_id, item.t_capture_ns, item.capture_clock)
-                    backoff_s = BACKOFF_S
+                    backoff.delivered(clock.now_ns())
                 else:
                     send(item)
             if not config.realtime:
@@ -110,5 +111,4 @@ def run(config: CameraConfig, slot: Slot, send: Callable[[CameraEvent], object],
             send(CameraFault(error.reason, error.detail[:MAX_DETAIL_CHARACTERS]))
             if not error.retryable:
                 return os.EX_CONFIG
-        clock.sleep_until(clock.now_ns() + round(backoff_s * NS_PER_S))
-        backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
+        clock.sleep_until(clock.now_ns() + round(backoff.next_pause_s() * NS_PER_S))

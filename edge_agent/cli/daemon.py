@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import signal
 import subprocess
 import sys
 
@@ -52,7 +51,8 @@ def read_config(arguments: argparse.Namespace) -> Config:
 
 
 def _require_onnxruntime(config: Config) -> None:
-    if resolve(config, gpu=False).vision_backend == "onnxruntime" and importlib.util.find_spec("onnxruntime") is None:
+    backend = resolve(config, gpu=False).vision_backend  # a GPU does not change the backend
+    if backend == "onnxruntime" and importlib.util.find_spec("onnxruntime") is None:
         raise CommandFailed(
             "vision.backend: onnxruntime is not installed; for a CPU: pip install 'edge-agent[cpu]', for an NVIDIA "
             "GPU: pip install 'edge-agent[gpu]'",
@@ -142,8 +142,7 @@ def _probe_camera(config: CameraConfig) -> tuple[bool, str]:
     try:
         out, error = child.communicate(msgspec.json.encode(config).decode(), timeout=PROBE_TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        child.send_signal(signal.SIGKILL)
-        child.communicate()
+        child.kill()  # not waited for: a child inside a driver call can stay in the kernel for ever
         return False, f"{config.source}: no frame in {PROBE_TIMEOUT_S:g} s"
     if child.returncode:
         return False, (error.strip().splitlines() or ["the probe failed"])[-1]

@@ -47,6 +47,7 @@ class ModelReady(msgspec.Struct, frozen=True, tag_field="kind", tag="ready"):
     vision: str  # backend and provider that really run, for example "onnxruntime CPUExecutionProvider"
     load_s: float
     warmup_ms: float  # duration of the warm-up frame
+    memory_reduced: bool = False  # the memory plan reduced the configuration, for example the context
 
 
 class StartupFailed(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="cannot-start"):

@@ -15,7 +15,7 @@ import msgspec
 
 from edge_agent.actions.space import load_action_space
 from edge_agent.board import health
-from edge_agent.bundle.manifest import Bundle, read_manifest
+from edge_agent.bundle.manifest import read_manifest
 from edge_agent.bundle.memory_plan import adapters_mib, plan_memory
 from edge_agent.config import Config
 from edge_agent.errors import ConfigError, UserError
@@ -34,33 +34,36 @@ def main() -> int:
     slot, socket, first_message, trace = attach_to_supervisor()
     config = msgspec.msgpack.decode(first_message, type=Config)
     supervisor = SupervisorChannel(socket, trace=trace)
-    start_s = time.monotonic()
+    start_s, is_reduced = time.monotonic(), False
     try:
         bundle = read_manifest(config.bundle)  # the supervisor has verified the files
-        config = _fit_memory(config, bundle, supervisor)
+        planned = plan_memory(config, bundle.manifest, health.mem_available_mib(), adapters_mib(config))
+        config, is_reduced = planned.config, bool(planned.given_up)
+        for key, value in planned.given_up.items():
+            supervisor.send(LogLine(f"low memory: {key} is {value} instead of the configured value"))
         model = load_model(config, bundle, load_action_space(config.task.action_space), supervisor.events)
         supervisor.send(Heartbeat("warm-up"))
         warmup_ms = warm_up(model, config.camera)
     except UserError as error:  # any other exception is a defect: it ends the process with its traceback
-        supervisor.send(
-            StartupFailed(reason=str(error), configured=isinstance(error, (InstructionRefused, ConfigError)))
-        )
+        # With reduced memory, a prompt that does not fit is not the fault of the configuration: a later start may work.
+        is_permanent = isinstance(error, ConfigError) or (isinstance(error, InstructionRefused) and not is_reduced)
+        supervisor.send(StartupFailed(reason=str(error), configured=is_permanent))
         return 1
     _warn_about_profile(config, model, supervisor)
     gc.collect()
     _libc.malloc_trim(0)  # memory that loading no longer needs, 10 MB with a full vocabulary
-    supervisor.send(ModelReady(vision=model.images.backend, load_s=time.monotonic() - start_s, warmup_ms=warmup_ms))
+    supervisor.send(
+        ModelReady(
+            vision=model.images.backend,
+            load_s=time.monotonic() - start_s,
+            warmup_ms=warmup_ms,
+            memory_reduced=is_reduced,
+        )
+    )
     frames = FrameEncoder(slot, model.images, config.task.deadline_ms, overlap=model.switches.overlap)
     loop = ModelLoop(model.engine, frames, slot, supervisor, config.language.describe_prompt)
     while True:
         loop.step()
-
-
-def _fit_memory(config: Config, bundle: Bundle, supervisor: SupervisorChannel) -> Config:
-    planned = plan_memory(config, bundle.manifest, health.mem_available_mib(), adapters_mib(config))
-    for key, value in planned.given_up.items():
-        supervisor.send(LogLine(f"low memory: {key} is {value} instead of the configured value"))
-    return planned.config
 
 
 def _warn_about_profile(config: Config, model: LoadedModel, supervisor: SupervisorChannel) -> None:

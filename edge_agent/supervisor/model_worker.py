@@ -25,6 +25,7 @@ class ModelWorker(ManagedWorker):
         self.config = config
         self.vision_backend = ""  # backend and provider that really run
         self.warmup_s = 0.0  # duration of the warm-up frame
+        self.memory_reduced = False  # the memory plan reduced the configuration at this start
         self._refused_ns = 0
 
     @property

@@ -72,7 +72,7 @@ MAX_PIECE_CHARS = 12_000  # of one piece of text; four bytes each must fit in a 
 class Supervisor:
     """Owns the slot, both child processes and the loop. run() returns the exit status of the daemon."""
 
-    # Eight parameters: three are there for tests alone.
+    # Nine parameters: tests replace the last four.
     def __init__(
         self,
         config: Config,
@@ -309,6 +309,7 @@ class Supervisor:
                 "lower vision.max_image_tokens, or raise task.deadline_ms"
             )
         self.model.vision_backend, self.model.warmup_s = vision, first_ms / 1000
+        self.model.memory_reduced = event.memory_reduced
         if not self.control.introduce_model():
             self._lose_model(Reason("model", ReasonKind.FAILED, "takes no commands"))
 
@@ -317,16 +318,12 @@ class Supervisor:
         accepted = self.control.instruction_applied(event)
         if not event.error:
             self.model.mark_ready()
-        elif not accepted and not self.status.is_ready:
-            raise Shutdown(EX_CONFIG, event.error)
+        elif not accepted and not self.status.is_ready:  # with more free memory, a later start may accept it
+            raise Shutdown(EX_FAILED if self.model.memory_reduced else EX_CONFIG, event.error)
         elif not accepted:  # a later start can have less memory and a smaller context
             self.model.mark_refused(event.error)
         if self.model.is_loaded and not was_loaded:
-            slowest_s = self.model.slowest_frame_s
-            if slowest_s * 1e6 > self.watchdog.interval_us:
-                self.watchdog.extend(slowest_s)
-            else:
-                self.watchdog.restore()
+            self.watchdog.outlast(self.model.stall_s)
 
     def _on_startup_failed(self, event: StartupFailed) -> None:
         if not self.status.is_ready:
@@ -336,7 +333,7 @@ class Supervisor:
     def _lose_model(self, reason: Reason) -> None:
         """Kill the model process and tell everybody who waits for it; its successor starts after a pause."""
         self.model.lose(reason)
-        self.watchdog.extend(self.config.watchdog.model_load_s)
+        self.watchdog.outlast(self.config.watchdog.model_load_s)
         self.control.model_lost(reason.text)
         self.model.give_up_if_hopeless()
 

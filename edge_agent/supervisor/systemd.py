@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 
 FEEDS_PER_INTERVAL = 4
+MARGIN_S = 5.0  # longer than the pause between two feeds of the unit's interval, 15 s / 4
 NS_PER_US = 1000
 
 
@@ -46,12 +47,12 @@ class Watchdog:
             self._fed_ns, self._fed_count = now_ns, work_count
             notify("WATCHDOG=1")
 
-    def extend(self, seconds: float) -> None:
-        """Ask systemd for a longer interval: while a model loads, nothing can be fed."""
-        if self.interval_us:
-            notify(f"WATCHDOG_USEC={round(seconds * 1e6)}", "WATCHDOG=1")
+    def outlast(self, stall_s: float) -> None:
+        """Make the interval longer than the time after which the supervisor itself restarts a stalled model process.
 
-    def restore(self) -> None:
-        """Back to the interval of the unit."""
+        Without the margin systemd would end the whole daemon for a fault that costs only the model process. The
+        interval is never shorter than that of the unit.
+        """
         if self.interval_us:
-            notify(f"WATCHDOG_USEC={self.interval_us}", "WATCHDOG=1")
+            longest_us = max(self.interval_us, round((stall_s + MARGIN_S) * 1e6))
+            notify(f"WATCHDOG_USEC={longest_us}", "WATCHDOG=1")

@@ -9,7 +9,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from tests.harness import toy
+from tests.harness import toy_numbers
 
 # -- the file ---------------------------------------------------------------------------------------------------------
 
@@ -35,9 +35,9 @@ def values(folder: Path, name: str) -> np.ndarray:
     tensors = stored(folder)
     kind, shape, raw = tensors[name]
     if kind == "BF16":
-        return toy.from_bf16_bits(np.frombuffer(raw, np.uint16)).reshape(shape)
-    scale = toy.from_bf16_bits(np.frombuffer(tensors[name + "_scale_inv"][2], np.uint16))[0]
-    return toy.e4m3_value(np.frombuffer(raw, np.uint8)).reshape(shape) * scale
+        return toy_numbers.from_bf16_bits(np.frombuffer(raw, np.uint16)).reshape(shape)
+    scale = toy_numbers.from_bf16_bits(np.frombuffer(tensors[name + "_scale_inv"][2], np.uint16))[0]
+    return toy_numbers.e4m3_value(np.frombuffer(raw, np.uint8)).reshape(shape) * scale
 
 
 reader = functools.cache(gguf.GGUFReader)  # slow to open; no file of a session's fixtures changes

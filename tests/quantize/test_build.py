@@ -27,7 +27,7 @@ from quantize.formats.build_plan import BuildPlan, plan_conversion
 from quantize.progress import SILENT, Progress
 from quantize.source import checkpoint, hf_config
 from quantize.standard_recipes import RECIPES, bytes_by_type, plan_bundle, recipe_types
-from tests.harness import toy
+from tests.harness import toy_layout
 from tests.harness.gguf_reading import reader, tensors_of
 from tests.harness.progress import RecordedProgress
 
@@ -106,9 +106,9 @@ def test_the_manifest_describes_the_files(toy_bf16: Path, tmp_path: Path):
     assert (model.layers, model.hidden, model.vocab) == (2, 256, 4096)
     assert model.context == config["max_position_embeddings"]
     assert model.kv_bytes_per_token == 2 * 2 * 2 * 2 * 128  # layers, K and V, bytes, heads, width
-    assert model.special["img_break"] == toy.IMG_BREAK and model.special["inst"] == 3
+    assert model.special["img_break"] == toy_layout.IMG_BREAK and model.special["inst"] == 3
     assert (manifest.vision.patch, manifest.vision.merge, manifest.vision.image_size) == (14, 2, 1540)
-    assert (manifest.vision.mean, manifest.vision.std) == (toy.PIXEL_MEAN, toy.PIXEL_STD)
+    assert (manifest.vision.mean, manifest.vision.std) == (toy_layout.PIXEL_MEAN, toy_layout.PIXEL_STD)
     assert manifest.source_dtype == "BF16"
     assert manifest.licence == "apache-2.0"
     assert manifest.source_sha256 == {

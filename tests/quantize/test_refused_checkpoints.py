@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.harness import toy
+from tests.harness import toy, toy_tokenizer
 from tests.harness.quantize_cli import UP, configure, refused, remove, rewrite
 
 
@@ -44,7 +44,7 @@ def tokenizer_of(vocab: int, without: int = -1) -> Callable[[Path], None]:
     """Another tekken.json, with one rank left out."""
 
     def apply(folder: Path) -> None:
-        toy._write_tekken(folder, vocab)
+        toy_tokenizer.write_tekken(folder, vocab)
         data = json.loads((folder / "tekken.json").read_text())
         data["vocab"] = [entry for entry in data["vocab"] if entry["rank"] != without]
         (folder / "tekken.json").write_text(json.dumps(data))
@@ -54,7 +54,7 @@ def tokenizer_of(vocab: int, without: int = -1) -> Callable[[Path], None]:
 
 def hf_tokenizer_with_a_gap(folder: Path) -> None:
     (folder / "tekken.json").unlink()
-    toy._write_tokenizer(folder, 4096)
+    toy_tokenizer.write_tokenizer(folder, 4096)
     data = json.loads((folder / "tokenizer.json").read_text())
     words = data["model"]["vocab"]
     words[max(words, key=words.get)] = 5000

@@ -1,6 +1,6 @@
 """Freeze what transformers computes for toy checkpoints into CASE.npz beside this file, for the parity tests.
 
-The tests only read the frozen files; this script is run by hand, when tests/toy.py or a case changes. It needs
+The tests only read the frozen files; this script is run by hand, when tests/harness/toy.py or a case changes. It needs
 torch, transformers, accelerate (transformers asks for it before it reads fp8) and mistral-common:
 
     python tests/reference/make_reference.py
@@ -31,7 +31,7 @@ from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from transformers import Mistral3ForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tests.harness import toy
+from tests.harness import toy, toy_layout
 
 HERE = Path(__file__).resolve().parent
 
@@ -62,9 +62,9 @@ QUESTION = "Where is the bright disc, and how far may we go?"
 
 def image_ids(height, width):
     """Row by row, a break between rows and one end: (rows · columns + rows) ids."""
-    row = [toy.IMG] * (width // toy.GRID_PX)
-    n_rows = height // toy.GRID_PX
-    return ([*row, toy.IMG_BREAK]) * (n_rows - 1) + row + [toy.IMG_END]
+    row = [toy_layout.IMG] * (width // toy_layout.GRID_PX)
+    n_rows = height // toy_layout.GRID_PX
+    return ([*row, toy_layout.IMG_BREAK]) * (n_rows - 1) + row + [toy_layout.IMG_END]
 
 
 def prompt_ids(tokenizer, image, words):
@@ -90,7 +90,9 @@ def prompt_ids(tokenizer, image, words):
 
 def pixel_values(image):
     """(height, width, 3) uint8 RGB → (1, 3, height, width) float32."""
-    pixels = (image.astype(np.float32) / np.float32(255) - np.float32(toy.PIXEL_MEAN)) / np.float32(toy.PIXEL_STD)
+    pixels = (image.astype(np.float32) / np.float32(255) - np.float32(toy_layout.PIXEL_MEAN)) / np.float32(
+        toy_layout.PIXEL_STD
+    )
     return torch.from_numpy(pixels.transpose(2, 0, 1)[None].copy())
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from edge_agent.bundle.manifest import LANGUAGE, EmbeddingInfo
 from edge_agent.model.frame_buffer import FrameBuffer
 from edge_agent.model.llama import ACTION_SEQ, TEXT_SEQ, LlamaContext, LlamaError, LlamaOptions
-from tests.harness import ROOT, toy
+from tests.harness import ROOT, toy_layout, toy_numbers
 
 CONTEXT = 512
 N_SPECIAL = 1000  # ids below are control tokens
@@ -92,7 +92,7 @@ def test_embedding_rows_are_those_of_the_checkpoint(convert, toy_bf16):
     start = 8 + int.from_bytes(raw[:8], "little")
     entry = json.loads(raw[8:start])["language_model.model.embed_tokens.weight"]
     bits = np.frombuffer(raw[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]], np.uint16)
-    table = toy.from_bf16_bits(bits).reshape(entry["shape"])
+    table = toy_numbers.from_bf16_bits(bits).reshape(entry["shape"])
     tokens = [0, 12, 4095, *some_tokens(30), 12]
     with load(convert(toy_bf16, "bf16")) as language:
         assert (language.embed(tokens) == table[tokens]).all()
@@ -233,7 +233,7 @@ def test_any_text_becomes_ordinary_tokens_of_the_same_bytes(language, text):
     assert b"".join(language.token_bytes(token) for token in tokens) == text.encode()
 
 
-@pytest.mark.parametrize("name", [*toy.SPECIAL_NAMES.values(), "<SPECIAL_20>", "<SPECIAL_999>"])
+@pytest.mark.parametrize("name", [*toy_layout.SPECIAL_NAMES.values(), "<SPECIAL_20>", "<SPECIAL_999>"])
 def test_the_names_of_control_tokens_stay_letters(language, name):
     """Text from an instruction cannot open or close a part of the prompt."""
     for text in (name, f"Land.{name}[INST]now", name * 3, f" {name}\n"):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from quantize.source.checkpoint import interleave
-from tests.harness import toy
+from tests.harness import toy, toy_layout, toy_numbers
 from tests.harness.case import Case
 from tests.harness.gguf_reading import interleaved, reader, stored, tensors_of, values
 
@@ -63,15 +63,16 @@ def test_an_image_and_text_give_the_logits_of_transformers(case: Callable[[str],
     arrays = case(name).arrays
     height, width = map(int, size.split("x"))
     preprocessor = Preprocessor(
-        VisionInfo(patch=14, merge=2, image_size=1540, mean=toy.PIXEL_MEAN, std=toy.PIXEL_STD), max_tokens=256
+        VisionInfo(patch=14, merge=2, image_size=1540, mean=toy_layout.PIXEL_MEAN, std=toy_layout.PIXEL_STD),
+        max_tokens=256,
     )
     encoder = OnnxEncoder(case(name).converted / VISION, preprocessor, threads=1)
     with case(name).language() as llm:
         ids, reference = arrays[f"{size}_ids"].tolist(), arrays[f"{size}_logits"]
         rows = llm.embed(ids)
         image = encoder.encode(case(name).image(height, width))
-        at = ids.index(toy.IMG)
-        assert ids[at + len(image)] == toy.IMG_END  # the encoder gives all rows between, breaks included
+        at = ids.index(toy_layout.IMG)
+        assert ids[at + len(image)] == toy_layout.IMG_END  # the encoder gives all rows between, breaks included
         rows[at : at + len(image)] = image
         agree(last_logits(llm, rows, len(reference)), reference)
 
@@ -102,7 +103,7 @@ def expected_tensors(folder: Path, tied: bool) -> dict[str, np.ndarray]:
 
 
 ROUND = {  # --type -> float32 to the nearest number of that type, back in float32
-    "bf16": lambda x: toy.from_bf16_bits(toy.bf16_bits(x)),
+    "bf16": lambda x: toy_numbers.from_bf16_bits(toy_numbers.bf16_bits(x)),
     "f16": lambda x: x.astype(np.float16).astype(np.float32),
     "f32": lambda x: x,
 }
@@ -128,19 +129,9 @@ def test_metadata_is_what_llama_cpps_architecture_reads(tmp_path: Path):
     from quantize.progress import SILENT
     from quantize.source import checkpoint
 
-    # No two numbers alike, so that none can stand in the place of another.
-    folder = toy.write_checkpoint(
-        tmp_path / "odd",
-        hidden=512,
-        layers=3,
-        heads=6,
-        kv_heads=2,
-        head_dim=128,
-        ffn=768,
-        vocab=2304,
-        original_context=4096,
-        rope_theta=1e9,
-    )
+    # Every number is different, so that none can take the place of another.
+    shape = {"hidden": 512, "layers": 3, "heads": 6, "kv_heads": 2, "head_dim": 128, "ffn": 768, "vocab": 2304}
+    folder = toy.write_checkpoint(tmp_path / "odd", original_context=4096, rope_theta=1e9, **shape)
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["rms_norm_eps"] = 2e-5
     (folder / "config.json").write_text(json.dumps(config))

@@ -14,7 +14,7 @@ import pytest
 from edge_agent.bundle.manifest import MMPROJ, VISION, VisionInfo
 from edge_agent.model.preprocess import Preprocessor
 from edge_agent.model.vision_encoder import MtmdEncoder, OnnxEncoder
-from tests.harness import toy
+from tests.harness import toy, toy_layout
 from tests.harness.case import Case
 from tests.harness.gguf_reading import interleaved, reader, stored, tensors_of, values
 
@@ -25,7 +25,8 @@ MIN_COSINE = 0.999
 
 def preprocessor() -> Preprocessor:
     return Preprocessor(
-        VisionInfo(patch=14, merge=2, image_size=1540, mean=toy.PIXEL_MEAN, std=toy.PIXEL_STD), max_tokens=256
+        VisionInfo(patch=14, merge=2, image_size=1540, mean=toy_layout.PIXEL_MEAN, std=toy_layout.PIXEL_STD),
+        max_tokens=256,
     )
 
 
@@ -36,7 +37,7 @@ def onnx_rows(case: Case, image: np.ndarray) -> np.ndarray:
 def mtmd_rows(case: Case, image: np.ndarray) -> np.ndarray:
     """Through llama.cpp; the break rows come from the embedding table, as in the runtime."""
     with case.language() as llm:
-        breaks = llm.embed([toy.IMG_BREAK])[0]
+        breaks = llm.embed([toy_layout.IMG_BREAK])[0]
         encoder = MtmdEncoder(case.converted / MMPROJ, llm.model, breaks, 28, threads=1, gpu=False)
         rows = encoder.encode(image).copy()
         encoder.close()
@@ -76,7 +77,7 @@ def test_both_encoders_agree_on_strips_and_odd_grids(case: Callable[[str], Case]
 @pytest.mark.parametrize("name", CASES)
 def test_break_rows_are_the_embedding_of_img_break_to_the_bit(case: Callable[[str], Case], name: str):
     folder = case(name).checkpoint
-    embedding = values(folder, "language_model.model.embed_tokens.weight")[toy.IMG_BREAK]
+    embedding = values(folder, "language_model.model.embed_tokens.weight")[toy_layout.IMG_BREAK]
     rows = onnx_rows(case(name), case(name).image(140, 196))
     assert (rows == embedding).all(1).nonzero()[0].tolist() == [7, 15, 23, 31]
     np.testing.assert_array_equal(tensors_of(case(name).converted / MMPROJ)["v.token_embd.img_break"], embedding)
@@ -112,7 +113,7 @@ def test_rows_of_any_size(session: onnxruntime.InferenceSession, toy_bf16: Path,
     pixels = np.random.default_rng(0).standard_normal((1, 3, 28 * lines, 28 * columns), dtype=np.float32)
     (rows,) = session.run(None, {"pixel_values": pixels})
     assert rows.shape == (lines * columns + lines - 1, 256) and np.isfinite(rows).all()
-    embedding = values(toy_bf16, "language_model.model.embed_tokens.weight")[toy.IMG_BREAK]
+    embedding = values(toy_bf16, "language_model.model.embed_tokens.weight")[toy_layout.IMG_BREAK]
     where = (rows == embedding).all(1).nonzero()[0].tolist()
     assert where == [(columns + 1) * (line + 1) - 1 for line in range(lines - 1)]
 
@@ -161,7 +162,7 @@ def expected_mmproj(folder: Path, heads: int) -> dict[str, np.ndarray]:
         "mm.patch_merger.weight": values(folder, "multi_modal_projector.patch_merger.merging_layer.weight"),
         "mm.1.weight": values(folder, "multi_modal_projector.linear_1.weight"),
         "mm.2.weight": values(folder, "multi_modal_projector.linear_2.weight"),
-        "v.token_embd.img_break": values(folder, "language_model.model.embed_tokens.weight")[toy.IMG_BREAK],
+        "v.token_embd.img_break": values(folder, "language_model.model.embed_tokens.weight")[toy_layout.IMG_BREAK],
     }
     for n in range(2):
         at, to = f"vision_tower.transformer.layers.{n}.", f"v.blk.{n}."

@@ -13,7 +13,7 @@ import pytest
 from quantize.source import checkpoint
 from quantize.source.hf_config import TextConfig, VisionTowerConfig
 from quantize.source.tensor_names import Yarn
-from tests.harness import toy
+from tests.harness import toy, toy_layout
 from tests.harness.gguf_reading import stored, values
 
 
@@ -34,7 +34,7 @@ def test_every_number_of_the_configuration_is_read(tmp_path: Path):
     )  # fmt: skip
     assert found.vision == VisionTowerConfig(
         hidden=192, layers=4, ffn=320, heads=3, channels=3, patch=14, merge=2, image_size=1120, rope_theta=5000.0,
-        eps=1e-5, mean=toy.PIXEL_MEAN, std=toy.PIXEL_STD,
+        eps=1e-5, mean=toy_layout.PIXEL_MEAN, std=toy_layout.PIXEL_STD,
     )  # fmt: skip
 
 

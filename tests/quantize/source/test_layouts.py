@@ -20,7 +20,7 @@ from quantize.source.checkpoint import read_checkpoint
 from quantize.source.hf_config import PIXEL_MEAN, PIXEL_STD
 from quantize.source.tensor_names import FAMILIES, Yarn
 from quantize.standard_recipes import plan_bundle
-from tests.harness import toy
+from tests.harness import toy, toy_layout
 from tests.harness.quantize_cli import configure, refused, remove
 
 LAYOUTS = {
@@ -204,4 +204,4 @@ def test_the_variant_of_a_consolidated_checkpoint(consolidated: Path, tmp_path: 
 def test_the_yarn_values_are_those_of_the_releases():
     assert FAMILIES[0].yarn == Yarn(16.0, 16384, 32.0, 1.0, 1.0, 0.1)
     assert [family.gguf for family in FAMILIES] == ["mistral3", "llama"]
-    assert PIXEL_MEAN == toy.PIXEL_MEAN and PIXEL_STD == toy.PIXEL_STD
+    assert PIXEL_MEAN == toy_layout.PIXEL_MEAN and PIXEL_STD == toy_layout.PIXEL_STD

@@ -24,7 +24,7 @@ from quantize.progress import SILENT
 from quantize.source.checkpoint import read_checkpoint
 from quantize.source.hf_config import CheckpointError
 from quantize.source.lora import merged, read_adapter, write_adapter
-from tests.harness import toy
+from tests.harness import toy, toy_layout
 from tests.harness.gguf_reading import interleaved, tensors_of, values
 
 HIDDEN, FFN = 256, 512  # of toy_bf16
@@ -126,7 +126,7 @@ def test_vision_and_embedding_adapters_are_merged_and_cannot_be_switched(tmp_pat
     expected = values(folder, "language_model.model.embed_tokens.weight") + 2 * (b @ a).T
     np.testing.assert_allclose(tensors_of(merged / LANGUAGE)["token_embd.weight"], expected, rtol=2**-8, atol=1e-6)
     np.testing.assert_allclose(
-        tensors_of(merged / MMPROJ)["v.token_embd.img_break"], expected[toy.IMG_BREAK], rtol=1e-6
+        tensors_of(merged / MMPROJ)["v.token_embd.img_break"], expected[toy_layout.IMG_BREAK], rtol=1e-6
     )
     found = read_checkpoint(folder)
     for name, part in (("eyes", "the vision encoder"), ("words", "the embedding table")):

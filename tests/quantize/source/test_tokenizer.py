@@ -14,7 +14,7 @@ from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from edge_agent.bundle.manifest import LANGUAGE, EmbeddingInfo
 from edge_agent.model.llama import LlamaContext, LlamaOptions
 from quantize.source.tokenizer import read_tokenizer
-from tests.harness import toy
+from tests.harness import toy, toy_tokenizer
 from tests.harness.case import Case
 
 CORPUS = {
@@ -71,7 +71,7 @@ def test_llama_cpp_tokenises_as_mistral_common_does(full: LlamaContext, tekkeniz
 @pytest.mark.parametrize("form", ["tekken", "tokenizer"])
 def test_the_same_with_a_vocabulary_cut_by_rank(form: str, convert: Callable[..., Path], tmp_path: Path):
     folder = toy.write_checkpoint(tmp_path / form, tokenizer=form, vocab=2048)
-    toy._write_tekken(tmp_path, 2048)
+    toy_tokenizer.write_tekken(tmp_path, 2048)
     tekkenizer = Tekkenizer.from_file(tmp_path / "tekken.json")
     with Case({}, folder, convert(folder)).language() as llm:
         for text in CORPUS.values():
@@ -98,10 +98,10 @@ def test_only_the_end_of_sequence_ends_an_answer(full: LlamaContext):
 
 @pytest.mark.parametrize("vocab", [1256, 4096])
 def test_both_tokenizer_files_say_the_same(tmp_path: Path, vocab: int):
-    toy._write_tekken(tmp_path, vocab)
+    toy_tokenizer.write_tekken(tmp_path, vocab)
     by_tekken = read_tokenizer(tmp_path, vocab)
     (tmp_path / "tekken.json").unlink()
-    toy._write_tokenizer(tmp_path, vocab)
+    toy_tokenizer.write_tokenizer(tmp_path, vocab)
     by_hf = read_tokenizer(tmp_path, vocab)
     assert (by_tekken.file.name, by_hf.file.name) == ("tekken.json", "tokenizer.json")
     assert by_tekken.tokens == by_hf.tokens
@@ -112,7 +112,7 @@ def test_both_tokenizer_files_say_the_same(tmp_path: Path, vocab: int):
 
 def test_a_vocabulary_without_reasoning_has_no_think_tokens(tmp_path: Path):
     """Tekken before v11; or one that calls them normal in tokenizer.json."""
-    toy._write_tokenizer(tmp_path, 1256)
+    toy_tokenizer.write_tokenizer(tmp_path, 1256)
     path = tmp_path / "tokenizer.json"
     table = json.loads(path.read_text())
     for added in table["added_tokens"]:
@@ -128,7 +128,7 @@ def test_a_vocabulary_without_reasoning_has_no_think_tokens(tmp_path: Path):
 
 def test_merges_spelled_in_one_string_are_read_too(tmp_path: Path):
     """Older tokenizer.json files write "a b" where newer ones write ["a", "b"]."""
-    toy._write_tokenizer(tmp_path, 2048)
+    toy_tokenizer.write_tokenizer(tmp_path, 2048)
     newer = read_tokenizer(tmp_path, 2048)
     data = json.loads((tmp_path / "tokenizer.json").read_text())
     data["model"]["merges"] = [" ".join(pair) for pair in data["model"]["merges"]]
@@ -137,9 +137,9 @@ def test_merges_spelled_in_one_string_are_read_too(tmp_path: Path):
 
 
 def test_a_release_lists_more_ranks_than_its_model_has_rows(tmp_path: Path):
-    toy._write_tekken(tmp_path, 2048)
+    toy_tokenizer.write_tekken(tmp_path, 2048)
     cut = read_tokenizer(tmp_path, 2048)
-    toy._write_tekken(tmp_path, 2348)
+    toy_tokenizer.write_tekken(tmp_path, 2348)
     assert read_tokenizer(tmp_path, 2048).tokens == cut.tokens
     assert read_tokenizer(tmp_path, 2048).merges == cut.merges
 
@@ -147,9 +147,9 @@ def test_a_release_lists_more_ranks_than_its_model_has_rows(tmp_path: Path):
 def test_the_gguf_holds_tokens_types_and_merges(toy_bf16: Path, convert: Callable[..., Path]):
     fields = gguf.GGUFReader(convert(toy_bf16) / LANGUAGE).fields
     tokens, types, merges = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type", "merges"))
-    assert tokens[:1000] == [toy.special_name(i) for i in range(1000)]
+    assert tokens[:1000] == [toy_tokenizer.special_name(i) for i in range(1000)]
     assert types == [gguf.TokenType.CONTROL] * 1000 + [gguf.TokenType.NORMAL] * 3096
-    letters = toy._byte_alphabet()
+    letters = toy_tokenizer._byte_alphabet()
     assert tokens[1000:] == ["".join(letters[byte] for byte in piece) for piece in token_bytes(toy_bf16)]
     # A merge joins two tokens into a third, and rules stand in the order of what they make.
     rank = {token: i for i, token in enumerate(tokens)}
