@@ -43,9 +43,8 @@ class ProcessRig:
         self._n_taken = 0
 
     def close(self) -> None:
-        if self.worker.exit_status is None:
-            self.worker.kill()
-        self.worker.socket.close()
+        self.worker.kill()
+        self.worker.process.wait(HANG_S)
         self.slot.close()
 
     def send(self, command: object) -> None:
