@@ -93,7 +93,7 @@ def test_every_token_gives_back_its_bytes(full: LlamaContext, toy_full_vocabular
 
 
 def test_only_the_end_of_sequence_ends_an_answer(full: LlamaContext):
-    assert [i for i in range(0, 131072) if full.is_end(i)] == [2]
+    assert [i for i in range(0, 131072) if full.is_end_of_generation(i)] == [2]
 
 
 @pytest.mark.parametrize("vocab", [1256, 4096])
