@@ -85,12 +85,13 @@ class Client:
         deadline_ns = self._deadline_ns(timeout_s)
         while (payload := self._receive("actions", deadline_ns)) is not None:
             message = _unpack("actions", payload)
-            if message is None or not self._is_new(message):
-                continue
-            if isinstance(message, Refusal) or is_valid(message, self._clock()):
-                answer: Action | Refusal = message
-                return answer
-            self.expired += 1
+            if message is not None and self._is_new(message):
+                if isinstance(message, Refusal) or is_valid(message, self._clock()):
+                    answer: Action | Refusal = message
+                    return answer
+                self.expired += 1
+            if self._is_over(deadline_ns):
+                break
         return None
 
     def actions(self, silence_s: float | None = None) -> Iterator[Action | None]:
@@ -167,6 +168,8 @@ class Client:
             if piece is not None and (piece.request, piece.lane) == (request_id, "answer"):
                 received += piece.text
                 yield piece.text
+            if self._is_over(deadline_ns):
+                break
         raise self._no_reply("ask", timeout_s)
 
     def vehicle_state(self, /, **values: StateValue) -> None:
@@ -206,6 +209,8 @@ class Client:
         while control.poll(self._left_ms(deadline_ns)):
             if (result := self._reply_to(request_id)) is not None:
                 return result
+            if self._is_over(deadline_ns):
+                break
         raise self._no_reply(op, timeout_s)
 
     def _send(
@@ -279,6 +284,8 @@ class Client:
             message = _unpack(stream, payload)
             if message is not None:
                 return message
+            if self._is_over(deadline_ns):
+                break
         return None
 
     def _receive(self, stream: str, deadline_ns: int) -> bytes | None:
@@ -309,6 +316,10 @@ class Client:
 
     def _deadline_ns(self, timeout_s: float) -> int:
         return self._clock() + round(timeout_s * NS_PER_S)
+
+    def _is_over(self, deadline_ns: int) -> bool:
+        """Whether a deadline has passed. Other messages can arrive without a pause: then poll() alone never ends."""
+        return self._clock() >= deadline_ns
 
     def _left_ms(self, deadline_ns: int) -> int:
         """The time until a deadline for poll(), rounded up to a millisecond; 0: the deadline has passed."""

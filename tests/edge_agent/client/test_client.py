@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import zmq
 from hypothesis import HealthCheck, example, given, settings
@@ -475,3 +476,55 @@ def test_closing_again_does_nothing_and_a_request_that_waits_does_not_delay_it(d
     client.close()
     client.close()
     assert client._sockets == {}
+
+
+# -- messages without a pause -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("read", ["next_answer", "next_text"])
+def test_a_time_out_ends_although_other_messages_arrive_without_a_pause(daemon, joined, clock, read):
+    """Expired actions on one stream, damaged messages on the other: at each reading of the clock another one."""
+    start_ns, stream = clock.now_ns, {"next_answer": "actions", "next_text": "text"}[read]
+    getattr(joined, read)(0.0)
+    daemon.wait_for_subscriber(stream)
+
+    def publish_noise(_clock: FakeClock) -> None:
+        clock.advance(1.0)
+        assert clock.now_ns < start_ns + 100 * S, "the time-out never ends"
+        if stream == "actions":
+            daemon.publish("actions", make_action(clock.now_ns // S, now_ns=0))
+        else:
+            daemon.send(stream, b"T damaged")
+        time.sleep(0.02)  # the message has arrived when poll() is called
+
+    clock.on_read = publish_noise
+    assert getattr(joined, read)(5.0) is None
+
+
+def test_a_request_ends_although_replies_to_others_arrive_without_a_pause(daemon, joined, clock):
+    def other_replies(request: Request) -> list[bytes]:
+        return [make_reply(msgspec.structs.replace(request, id="another"))] * 50
+
+    start_ns = clock.now_ns
+    with daemon.answering(other_replies), pytest.raises(TimeoutError):
+        clock.on_read = lambda _clock: clock.advance(1.0)
+        joined.request("stats", "", 20.0)
+    assert clock.now_ns < start_ns + 60 * S
+
+
+def test_a_question_ends_although_text_of_others_arrives_without_a_pause(daemon, joined, clock):
+    joined.next_text(0.0)
+    daemon.wait_for_subscriber("text")
+    start_ns, seq = clock.now_ns, 0
+
+    def publish_text(_clock: FakeClock) -> None:
+        nonlocal seq
+        seq += 1
+        clock.advance(1.0)
+        assert clock.now_ns < start_ns + 200 * S, "the question never ends"
+        daemon.publish("text", make_text(seq, "x", request="another"))
+        time.sleep(0.02)
+
+    with daemon.answering(lambda request: []), pytest.raises(TimeoutError):
+        clock.on_read = publish_text
+        list(joined.ask_stream("What?", timeout_s=20.0))
