@@ -31,6 +31,7 @@ from edge_agent.model.frame_encoder import FrameEncoder
 from edge_agent.model.load import load_model
 from edge_agent.model.loop import HEARTBEAT_NS, ModelLoop
 from edge_agent.model.supervisor_channel import SupervisorChannel
+from edge_agent.model.token_budget import TokenBudget
 from edge_agent.wire.codec import encode
 from tests.harness import toy
 from tests.harness.rig import TASK, config_of, numbers_only
@@ -438,9 +439,9 @@ def test_a_frame_whose_encoding_alone_is_late_counts_for_the_token_budget(rig, m
 
     monkeypatch.setattr(rig.model.images, "encode", slow)
     monkeypatch.setattr(rig.frames, "_deadline_ms", 20_000.0)  # the frame has 30 tokens, and takes 30 s
-    before_ms = rig.frames.budget.per_token_ms
+    rig.frames.budget = TokenBudget.of(64)  # nothing was measured yet
     assert rig.propose(1).stop_reason == "late"
-    assert rig.frames.budget.per_token_ms > before_ms + 200
+    assert rig.frames.budget.per_token_ms > 0
 
 
 def test_without_an_instruction_a_frame_does_not_wake_the_loop(make):
