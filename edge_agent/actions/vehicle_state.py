@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 
 from edge_agent.actions.space import PLACEHOLDER, ActionSpace, VehicleStateField
 from edge_agent.wire.control import StateValue
+from edge_agent.wire.messages import NS_PER_MS
 
 MAX_STATE_NUMBER = 1e9  # no quantity of a vehicle is larger; bounds the length of the prompt
-NS_PER_MS = 1_000_000
 _WORD = re.compile("[a-z0-9_-]{1,32}")
 _MAX_VALUE_TOKENS = 34  # upper bound for a number or a word, without its unit
 

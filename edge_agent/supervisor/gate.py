@@ -15,8 +15,8 @@ from typing import NamedTuple
 from edge_agent.actions.envelope import CheckedAction, Rejection, parse_answer
 from edge_agent.actions.space import ActionSpace
 from edge_agent.ipc.events import Proposal
+from edge_agent.wire.messages import NS_PER_MS
 
-NS_PER_MS = 1_000_000
 MAX_QUOTED_CHARS = 200
 
 
