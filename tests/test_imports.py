@@ -18,24 +18,25 @@ from tests.harness import ROOT
 # Room -> (the other rooms of edge_agent that it may import, packages of others that it may import).
 ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
+    "time_units": (set(), set()),
     "strict_yaml": ({"errors"}, {"msgspec", "yaml"}),
     "config": ({"errors", "strict_yaml"}, {"msgspec"}),
     "profile": ({"config"}, {"msgspec"}),
     "wire": (set(), {"msgspec"}),
-    "client": ({"wire"}, {"msgspec", "zmq"}),
+    "client": ({"time_units", "wire"}, {"msgspec", "zmq"}),
     "board": (set(), set()),
-    "actions": ({"errors", "strict_yaml", "wire"}, {"msgspec"}),
+    "actions": ({"errors", "strict_yaml", "time_units", "wire"}, {"msgspec"}),
     "bundle": ({"errors", "config", "profile"}, {"msgspec", "gguf", "cryptography"}),
-    "ipc": ({"wire"}, {"msgspec", "numpy"}),
-    "camera": ({"ipc", "config", "errors", "wire"}, {"cv2", "msgspec", "numpy", "zmq"}),
+    "ipc": ({"time_units", "wire"}, {"msgspec", "numpy"}),
+    "camera": ({"ipc", "config", "errors", "time_units", "wire"}, {"cv2", "msgspec", "numpy", "zmq"}),
     "model": (
-        {"ipc", "config", "errors", "actions", "bundle", "board", "wire", "profile"},
+        {"ipc", "config", "errors", "actions", "bundle", "board", "wire", "profile", "time_units"},
         {"cv2", "gguf", "llama_cpp", "llguidance", "msgspec", "numpy", "onnxruntime"},
     ),
-    "supervisor": ({"ipc", "config", "errors", "actions", "bundle", "board", "wire"}, {"msgspec", "zmq"}),
-    "apps": ({"client", "wire"}, {"msgspec", "rich"}),
+    "supervisor": ({"ipc", "config", "errors", "actions", "bundle", "board", "time_units", "wire"}, {"msgspec", "zmq"}),
+    "apps": ({"client", "time_units", "wire"}, {"msgspec", "rich"}),
     "tools": (
-        {"model", "camera", "ipc", "bundle", "actions", "config", "client", "board", "errors", "wire"},
+        {"model", "camera", "ipc", "bundle", "actions", "config", "client", "board", "errors", "time_units", "wire"},
         {"cv2", "msgspec", "numpy"},
     ),
     "cli": (
@@ -259,7 +260,7 @@ def test_a_controller_loads_only_msgspec_and_pyzmq():
     # msgspec takes typing_extensions where it is installed, and needs nothing of it.
     assert loaded - set(sys.stdlib_module_names) <= {"zmq", "msgspec", "typing_extensions", "edge_agent"}
     own = {name for name in done.stdout.split() if name.startswith("edge_agent.")}
-    assert {name.split(".")[1] for name in own} == {"client", "wire"}
+    assert {name.split(".")[1] for name in own} == {"client", "time_units", "wire"}
 
 
 # -- nothing runs what it reads ---------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable, Mapping
 
 from edge_agent.actions.space import PLACEHOLDER, ActionSpace, VehicleStateField
+from edge_agent.time_units import NS_PER_MS
 from edge_agent.wire.control import StateValue
-from edge_agent.wire.messages import NS_PER_MS
 
 MAX_STATE_NUMBER = 1e9  # no quantity of a vehicle is larger; bounds the length of the prompt
 _WORD = re.compile("[a-z0-9_-]{1,32}")

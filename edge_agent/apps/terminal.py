@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from edge_agent.apps.wire_log import NS_PER_S, Message, WireLog, printable
+from edge_agent.apps.wire_log import Message, WireLog, printable
 from edge_agent.client import Client
+from edge_agent.time_units import NS_PER_S
 from edge_agent.wire.messages import Action, Refusal, TextMessage
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import get_args
 
+from edge_agent.time_units import NS_PER_S
 from edge_agent.wire.messages import Action, Lane, Refusal, StageTimes, Status, TextMessage
 
 Message = Action | Refusal | TextMessage | Status
-NS_PER_S = 1_000_000_000
 MAX_TEXT_CHARACTERS = 600  # kept per lane
 RATE_ANSWERS = 30  # answers that the current rate is measured over
 # Text of a model may contain escape sequences, and a terminal would execute them.

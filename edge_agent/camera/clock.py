@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-NS_PER_S = 1_000_000_000
+from edge_agent.time_units import NS_PER_S
 
 
 class Clock:

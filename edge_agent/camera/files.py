@@ -8,11 +8,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from edge_agent.camera.clock import NS_PER_S, Clock
+from edge_agent.camera.clock import Clock
 from edge_agent.camera.source import CapturedFrame, SourceError, SourceItems, into_slot, wait_for_reader
 from edge_agent.config import CameraConfig
 from edge_agent.ipc.events import CameraFault
 from edge_agent.ipc.frame_slot import Slot
+from edge_agent.time_units import NS_PER_S
 
 FOLDER_FPS, VIDEO_FPS = 5.0, 30.0  # Hz, where neither the source nor the configuration has a rate
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")

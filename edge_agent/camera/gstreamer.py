@@ -11,11 +11,12 @@ import shlex
 import subprocess
 from fractions import Fraction
 
-from edge_agent.camera.clock import NS_PER_S, Clock
+from edge_agent.camera.clock import Clock
 from edge_agent.camera.source import FRAME_POLL_MS, STALL_S, CapturedFrame, SourceError, SourceItems, check_size
 from edge_agent.config import CameraConfig
 from edge_agent.ipc.frame_slot import Slot
 from edge_agent.ipc.worker import die_with_parent
+from edge_agent.time_units import NS_PER_S
 
 GST_START_S = 8.0  # a CSI pipeline takes seconds to its first frame
 KILL_TIMEOUT_S = 1.0  # a killed child that does not end within this time hangs in a driver

@@ -21,7 +21,7 @@ import contextlib
 import os
 from collections.abc import Callable, Generator
 
-from edge_agent.camera.clock import MONOTONIC, NS_PER_S, Clock
+from edge_agent.camera.clock import MONOTONIC, Clock
 from edge_agent.camera.files import read_folder, read_video
 from edge_agent.camera.gstreamer import read_gstreamer
 from edge_agent.camera.pushed import read_pushed_frames
@@ -31,6 +31,7 @@ from edge_agent.config import CameraConfig
 from edge_agent.ipc.backoff import Backoff
 from edge_agent.ipc.events import CameraEnded, CameraEvent, CameraFault, CameraOpened
 from edge_agent.ipc.frame_slot import Slot
+from edge_agent.time_units import NS_PER_S
 
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 5.0  # before a failed source is opened again
 PROBE_TIMEOUT_S = 10.0

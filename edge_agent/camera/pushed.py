@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import zmq
 
-from edge_agent.camera.clock import NS_PER_S, Clock
+from edge_agent.camera.clock import Clock
 from edge_agent.camera.source import (
     FRAME_POLL_MS,
     STALL_NS,
@@ -25,9 +25,10 @@ from edge_agent.camera.source import (
 from edge_agent.config import CameraConfig
 from edge_agent.ipc.events import CameraFault
 from edge_agent.ipc.frame_slot import MAX_IMAGE_BYTES, Slot
+from edge_agent.time_units import NS_PER_MS, NS_PER_S
 from edge_agent.wire.pushed_frame import PushedFrame, decode_pushed_frame
 
-MAX_AHEAD_NS, MAX_AGE_NS = 5_000_000, NS_PER_S  # how far a frame's stamp may lie in the future and in the past
+MAX_AHEAD_NS, MAX_AGE_NS = 5 * NS_PER_MS, NS_PER_S  # how far a frame's stamp may lie in the future and in the past
 MAX_QUEUED_FRAMES = 2  # frames that wait in the socket
 FAULT_INTERVAL_NS = NS_PER_S  # a pusher with a defect sends wrong frames at its full rate
 
@@ -138,10 +139,12 @@ def check_pushed_frame(message: memoryview, last_captured_ns: int, now_ns: int) 
         raise SourceError("unreadable", f"{size} is {n_bytes} bytes, found {len(frame.data)}")
     age_ns = now_ns - frame.t_capture_ns
     if not -MAX_AHEAD_NS <= age_ns <= MAX_AGE_NS:
-        detail = f"frame {frame.frame_id} is stamped {age_ns / 1e6:.1f} ms ago by CLOCK_MONOTONIC; expected 0 to 1000"
+        detail = (
+            f"frame {frame.frame_id} is stamped {age_ns / NS_PER_MS:.1f} ms ago by CLOCK_MONOTONIC; expected 0 to 1000"
+        )
         raise SourceError("clock", detail)
     if frame.t_capture_ns <= last_captured_ns:
-        behind_ms = (last_captured_ns - frame.t_capture_ns) / 1e6
+        behind_ms = (last_captured_ns - frame.t_capture_ns) / NS_PER_MS
         raise SourceError("clock", f"frame {frame.frame_id} is stamped {behind_ms:.1f} ms before the previous frame")
     return frame
 

@@ -13,16 +13,17 @@ import cv2
 import msgspec
 import numpy as np
 
-from edge_agent.camera.clock import NS_PER_S, Clock
+from edge_agent.camera.clock import Clock
 from edge_agent.errors import UserError
 from edge_agent.ipc.events import CameraFault, CameraFaultReason
 from edge_agent.ipc.frame_slot import MAX_IMAGE_BYTES, Slot
+from edge_agent.time_units import NS_PER_MS, NS_PER_S
 from edge_agent.wire.messages import CaptureClock
 
 STALL_S = 2.0  # a live source without a frame for this long has stalled
 STALL_NS = round(STALL_S * NS_PER_S)
 FRAME_POLL_MS = 100  # how often a source that waits for data reads the clock
-READER_POLL_NS = 1_000_000  # how often a file that is not in real time asks whether the model wants the next frame
+READER_POLL_NS = NS_PER_MS  # how often a file that is not in real time asks whether the model wants the next frame
 # A device is frozen after this many identical frames over at least this time: a sensor's noise never repeats so long.
 FROZEN_FRAMES, FROZEN_NS = 30, NS_PER_S
 

@@ -9,11 +9,12 @@ import struct
 
 import cv2
 
-from edge_agent.camera.clock import NS_PER_S, Clock
+from edge_agent.camera.clock import Clock
 from edge_agent.camera.source import STALL_NS, STALL_S, CapturedFrame, SourceError, SourceItems, into_slot
 from edge_agent.config import CameraConfig
 from edge_agent.ipc.events import CameraFaultReason
 from edge_agent.ipc.frame_slot import Slot
+from edge_agent.time_units import NS_PER_MS, NS_PER_S
 from edge_agent.wire.messages import CaptureClock
 
 MAX_DRIVER_AGE_NS = NS_PER_S
@@ -36,7 +37,7 @@ def read_v4l2(config: CameraConfig, slot: Slot, clock: Clock) -> SourceItems:
         while capture.grab():
             arrival_ns = clock.now_ns()
             # JetPack drivers use another clock, half a minute away. Only a plausible stamp is taken from the driver.
-            driver_ns = round(capture.get(cv2.CAP_PROP_POS_MSEC) * 1e6)
+            driver_ns = round(capture.get(cv2.CAP_PROP_POS_MSEC) * NS_PER_MS)
             driver_is_plausible = 0 <= arrival_ns - driver_ns <= MAX_DRIVER_AGE_NS
             if driver_is_plausible and driver_ns <= last_driver_ns:
                 continue  # the driver returned the same exposure again

@@ -21,7 +21,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from edge_agent.client.client import is_valid
-from edge_agent.wire.messages import NS_PER_MS, Action, Refusal
+from edge_agent.time_units import NS_PER_MS
+from edge_agent.wire.messages import Action, Refusal
 
 
 class ChunkStep(NamedTuple):

@@ -23,12 +23,12 @@ from typing import Any
 import msgspec
 import zmq
 
+from edge_agent.time_units import NS_PER_MS, NS_PER_S
 from edge_agent.wire.codec import encode
 from edge_agent.wire.control import Operation, Request, StateValue, decode_reply
 from edge_agent.wire.endpoints import endpoint, runtime_dir
 from edge_agent.wire.messages import (
     MAX_MESSAGE_BYTES,
-    NS_PER_MS,
     PROTOCOL_VERSION,
     Action,
     Refusal,
@@ -37,7 +37,6 @@ from edge_agent.wire.messages import (
 )
 from edge_agent.wire.streams import STREAMS, unpack
 
-NS_PER_S = 1_000_000_000
 MAX_AHEAD_NS = 5 * NS_PER_MS  # a later stamp is from another machine's clock, or from another boot
 MAX_VALID_NS = 1 * NS_PER_S  # no action may be valid for longer: autopilots time out after about a second
 MAX_SKIPPED_MESSAGES = 2000  # read at once to find the newest; more than a socket's queue holds

@@ -10,7 +10,8 @@ be restarted without a growing pause, for ever. Only a good period does.
 
 from __future__ import annotations
 
-NS_PER_S = 1_000_000_000
+from edge_agent.time_units import NS_PER_S
+
 GOOD_PERIOD_S = 10.0
 
 

@@ -22,8 +22,7 @@ from edge_agent.model.events import NULL_EVENTS, Events
 from edge_agent.model.frame_buffer import FrameBuffer
 from edge_agent.model.llama import ACTION_SEQ, LlamaContext
 from edge_agent.model.text_lane import LaneContext, TextLane
-
-NS_PER_MS = 1e6
+from edge_agent.time_units import NS_PER_MS
 
 
 class Decision(NamedTuple):

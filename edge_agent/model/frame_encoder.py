@@ -24,8 +24,8 @@ from edge_agent.model.constrained import NonFiniteError
 from edge_agent.model.frame_buffer import FrameBuffer
 from edge_agent.model.image_encoder import ImageEncoder
 from edge_agent.model.token_budget import EMA_WEIGHT, TokenBudget
+from edge_agent.time_units import NS_PER_MS, NS_PER_S
 
-NS_PER_MS = 1e6
 IDLE_S = 1.0  # a job without a frame ends after this time
 
 
@@ -130,7 +130,7 @@ class FrameEncoder:
     # -- in the thread, if there is one
 
     def _encode_later(self, not_before_ns: int, budget: TokenBudget) -> EncodedFrame | None:
-        self._sleep(max(0, not_before_ns - self._clock()) / 1e9)
+        self._sleep(max(0, not_before_ns - self._clock()) / NS_PER_S)
         if (encoded := self._encode_newest(budget)) is not None:
             return encoded
         poll = select.poll()

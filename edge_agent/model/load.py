@@ -25,6 +25,7 @@ from edge_agent.model.preprocess import Preprocessor
 from edge_agent.model.prompt import ACTION_QUESTION, MAX_ANSWER_TOKENS, Prompt
 from edge_agent.model.vision_encoder import EncoderOptions, open_encoder
 from edge_agent.profile import ResolvedSwitches, resolve
+from edge_agent.time_units import NS_PER_MS
 
 NO_DEADLINE_NS = 2**62
 WARM_UP_SIZE = (480, 640)  # height, width in pixels, if the configuration does not give the camera's
@@ -138,4 +139,4 @@ def warm_up(model: LoadedModel, camera: CameraConfig, clock: Callable[[], int] =
         engine.text.start("describe", "", ACTION_QUESTION, NULL_EVENTS)
         if not engine.text.idle:
             engine.text.stop("")
-    return (clock() - start_ns) / 1e6
+    return (clock() - start_ns) / NS_PER_MS

@@ -19,15 +19,16 @@ from edge_agent.ipc.events import Heartbeat, InstructionApplied, Proposal, SetIn
 from edge_agent.ipc.frame_slot import Slot
 from edge_agent.model.action_lane import Decision
 from edge_agent.model.engine import Engine
-from edge_agent.model.frame_encoder import NS_PER_MS, EncodedFrame, FrameEncoder
+from edge_agent.model.frame_encoder import EncodedFrame, FrameEncoder
 from edge_agent.model.prompt import InstructionRefused
 from edge_agent.model.supervisor_channel import SupervisorChannel
+from edge_agent.time_units import NS_PER_MS, NS_PER_S
 from edge_agent.wire.codec import encode
 from edge_agent.wire.control import StateValue
 from edge_agent.wire.messages import CaptureClock, StageTimes
 
 # Without frames, one real decode step per interval. It keeps caches warm and serves as the heartbeat.
-HEARTBEAT_NS = 1_000_000_000
+HEARTBEAT_NS = NS_PER_S
 _decode_vehicle_state = msgspec.msgpack.Decoder(dict[str, tuple[StateValue, int]]).decode
 
 
@@ -170,7 +171,7 @@ class ModelLoop:
         poll.register(self.supervisor, select.POLLIN)
         if self._needs_frame:
             poll.register(self.frames, select.POLLIN)
-        if not poll.poll(HEARTBEAT_NS // 1_000_000) or self._clock() - self._last_work_ns > HEARTBEAT_NS:
+        if not poll.poll(HEARTBEAT_NS // NS_PER_MS) or self._clock() - self._last_work_ns > HEARTBEAT_NS:
             self.engine.keep_warm()
             self.supervisor.send(Heartbeat("idle"))
             self._last_work_ns = self._clock()

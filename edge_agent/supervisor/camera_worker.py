@@ -15,8 +15,9 @@ from edge_agent.ipc.events import CameraEnded, CameraEvent, CameraOpened, decode
 from edge_agent.ipc.frame_slot import Slot
 from edge_agent.ipc.worker import Worker
 from edge_agent.supervisor.log import log_line
-from edge_agent.supervisor.managed_worker import NS_PER_S, Clock, ManagedWorker, Readiness, Reason, ReasonKind
+from edge_agent.supervisor.managed_worker import Clock, ManagedWorker, Readiness, Reason, ReasonKind
 from edge_agent.supervisor.shutdown import EX_CONFIG, EX_UNAVAILABLE, Shutdown
+from edge_agent.time_units import NS_PER_S
 
 # Before READY a camera may be absent for this time. The unit gives up after 20 starts in 300 s: with 15 s for each, it
 # never gives up, and a camera that is plugged in later is found.

@@ -21,10 +21,11 @@ from edge_agent.actions.vehicle_state import check_vehicle_state
 from edge_agent.ipc.events import AskQuestion, InstructionApplied, SetInstruction, SetPaused, TextDelta
 from edge_agent.ipc.frame_slot import Slot
 from edge_agent.supervisor.gate import Instruction, Orders
-from edge_agent.supervisor.managed_worker import NS_PER_S, Clock, Readiness
+from edge_agent.supervisor.managed_worker import Clock, Readiness
 from edge_agent.supervisor.model_worker import ModelWorker
 from edge_agent.supervisor.publisher import Publisher, Sender
 from edge_agent.supervisor.status import StatusReporter
+from edge_agent.time_units import NS_PER_S
 from edge_agent.wire.codec import encode
 from edge_agent.wire.control import Operation, Reply, Request, StateValue, decode_request
 from edge_agent.wire.messages import PROTOCOL_VERSION, TextMessage, TextStopReason

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from edge_agent.actions.envelope import CheckedAction, Rejection, parse_answer
 from edge_agent.actions.space import ActionSpace
 from edge_agent.ipc.events import Proposal
-from edge_agent.wire.messages import NS_PER_MS
+from edge_agent.time_units import NS_PER_MS
 
 MAX_QUOTED_CHARS = 200
 

@@ -19,9 +19,9 @@ from edge_agent.board import health
 from edge_agent.ipc.backoff import Backoff
 from edge_agent.ipc.worker import Worker
 from edge_agent.supervisor.log import log_line
+from edge_agent.time_units import NS_PER_S
 from edge_agent.wire.messages import WorkerStatus
 
-NS_PER_S = 1_000_000_000
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.2, 5.0
 STUCK_AFTER_NS = 1 * NS_PER_S  # a killed process that is still there after this is reported in the log
 

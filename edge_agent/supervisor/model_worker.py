@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 from edge_agent.config import WatchdogConfig
 from edge_agent.ipc.worker import Worker
-from edge_agent.supervisor.managed_worker import NS_PER_S, Clock, ManagedWorker, Readiness, Reason, ReasonKind
+from edge_agent.supervisor.managed_worker import Clock, ManagedWorker, Readiness, Reason, ReasonKind
 from edge_agent.supervisor.shutdown import EX_FAILED, Shutdown
+from edge_agent.time_units import NS_PER_S
 
 MAX_FAILURES_BEFORE_READY = 5  # in a row; then the daemon ends, and systemd starts everything again
 STALL_FACTOR = 3  # the stall limit is at least this many times the duration of the warm-up frame

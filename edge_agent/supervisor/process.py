@@ -47,7 +47,7 @@ from edge_agent.ipc.frame_slot import Slot
 from edge_agent.ipc.worker import Worker
 from edge_agent.supervisor.camera_worker import CameraWorker
 from edge_agent.supervisor.control import MAX_TEXT_CHARS, Control, VehicleState
-from edge_agent.supervisor.gate import NS_PER_MS, Gate, Instruction, Orders
+from edge_agent.supervisor.gate import Gate, Instruction, Orders
 from edge_agent.supervisor.log import log_line
 from edge_agent.supervisor.managed_worker import Clock, ManagedWorker, Readiness, Reason, ReasonKind
 from edge_agent.supervisor.model_worker import ModelWorker
@@ -56,6 +56,7 @@ from edge_agent.supervisor.shutdown import EX_CONFIG, EX_FAILED, EX_STOPPED, Shu
 from edge_agent.supervisor.status import StatusReporter
 from edge_agent.supervisor.systemd import Watchdog, notify
 from edge_agent.supervisor.trace import Trace
+from edge_agent.time_units import NS_PER_MS
 from edge_agent.wire.codec import encode
 from edge_agent.wire.endpoints import runtime_dir
 from edge_agent.wire.messages import Action, Refusal

@@ -10,11 +10,12 @@ from typing import Any
 from edge_agent.board import health
 from edge_agent.config import CameraConfig
 from edge_agent.supervisor.camera_worker import CameraWorker
-from edge_agent.supervisor.gate import NS_PER_MS, Orders
+from edge_agent.supervisor.gate import Orders
 from edge_agent.supervisor.log import log_line
-from edge_agent.supervisor.managed_worker import NS_PER_S, Clock, Reason, ReasonKind
+from edge_agent.supervisor.managed_worker import Clock, Reason, ReasonKind
 from edge_agent.supervisor.model_worker import ModelWorker
 from edge_agent.supervisor.publisher import Publisher
+from edge_agent.time_units import NS_PER_MS, NS_PER_S
 from edge_agent.wire.messages import DaemonState, Status
 
 STATUS_INTERVAL_NS = 200_000_000

@@ -28,6 +28,7 @@ from edge_agent.ipc.events import ModelEvent, TextDelta
 from edge_agent.model.events import NULL_EVENTS, Events
 from edge_agent.model.llama import ACTION_SEQ
 from edge_agent.model.load import NO_DEADLINE_NS, load_model, warm_up
+from edge_agent.time_units import NS_PER_MS
 from edge_agent.tools.stills import read_stills
 
 MAX_TEXT_TOKENS = 48  # of a text, to measure tokens per second
@@ -96,9 +97,9 @@ class Bench:
         decision = engine.actions.decide(embeddings, 1, NO_DEADLINE_NS, events=self._events)
         stop_ns = time.monotonic_ns()
         return FrameTiming(
-            ms=(stop_ns - start_ns) / 1e6,
-            first_text_ms=(self._first_text_ns - start_ns) / 1e6,
-            encode=(encoded_ns - start_ns) / 1e6,
+            ms=(stop_ns - start_ns) / NS_PER_MS,
+            first_text_ms=(self._first_text_ns - start_ns) / NS_PER_MS,
+            encode=(encoded_ns - start_ns) / NS_PER_MS,
             prefill=decision.prefill_ms,
             decode=decision.decode_ms,
             calls=engine.llama.n_calls - n_calls,
@@ -114,7 +115,7 @@ class Bench:
         while not text.idle and timing.steps < MAX_TEXT_TOKENS:
             text.step()
             timing.steps += 1
-        timing.ms = (time.monotonic_ns() - start_ns) / 1e6
+        timing.ms = (time.monotonic_ns() - start_ns) / NS_PER_MS
         if not text.idle:
             text.stop("length")
         return timing
@@ -134,7 +135,7 @@ class Bench:
             buffer.embeddings(timing.rows)  # the same number of rows, whatever they hold
             engine.llama.truncate(ACTION_SEQ, prefix)
             engine.llama.logits_after_last(buffer, prefix)
-            floor_ms.append((time.monotonic_ns() - start_ns) / 1e6)
+            floor_ms.append((time.monotonic_ns() - start_ns) / NS_PER_MS)
         return float(np.median(repeated_ms)), float(np.median(floor_ms))
 
     def close(self) -> None:

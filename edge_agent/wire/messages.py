@@ -19,7 +19,6 @@ import msgspec
 
 PROTOCOL_VERSION: Final = 1
 MAX_MESSAGE_BYTES = 64 * 1024
-NS_PER_MS = 1_000_000
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):

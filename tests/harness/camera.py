@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 import zmq
 
-from edge_agent.camera.clock import NS_PER_S, Clock
+from edge_agent.camera.clock import Clock
 from edge_agent.config import CameraConfig
 from edge_agent.ipc.events import CameraEvent, decode_camera_event
 from edge_agent.ipc.frame_slot import Frame, Slot
+from edge_agent.time_units import NS_PER_S
 from edge_agent.wire.codec import encode
 from edge_agent.wire.pushed_frame import pack_pushed_frame
 from tests.harness import ROOT

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-NS_PER_S = 1_000_000_000
+from edge_agent.time_units import NS_PER_S
 
 
 class FakeClock:

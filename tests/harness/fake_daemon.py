@@ -12,13 +12,13 @@ from typing import Any
 import msgspec
 import zmq
 
+from edge_agent.time_units import NS_PER_MS
 from edge_agent.wire.codec import encode
 from edge_agent.wire.control import Reply, Request, decode_request
 from edge_agent.wire.endpoints import endpoint
 from edge_agent.wire.messages import Action, Header, Refusal, StageTimes, Status, TextMessage, WorkerStatus
 from edge_agent.wire.streams import STREAMS, pack
 
-NS_PER_MS = 1_000_000
 HANG_S = 60.0  # bounds a hang, not a duration
 
 

@@ -32,12 +32,12 @@ from edge_agent.ipc.events import (
 from edge_agent.supervisor.process import Supervisor
 from edge_agent.supervisor.status import Counters
 from edge_agent.supervisor.trace import Trace
+from edge_agent.time_units import NS_PER_S
 from edge_agent.wire.codec import encode
 from edge_agent.wire.control import Reply, Request, decode_reply
 from edge_agent.wire.messages import Header, StageTimes
 from edge_agent.wire.streams import pack
 
-NS_PER_S = 1_000_000_000
 MOVE = '{"action":"move","vx":1,"vy":0,"vz":0,"yaw":0}'
 
 

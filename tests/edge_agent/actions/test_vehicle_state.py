@@ -14,6 +14,7 @@ from edge_agent.actions.space import (
     load_action_space,
 )
 from edge_agent.actions.vehicle_state import check_vehicle_state, max_vehicle_state_tokens, render_vehicle_state
+from edge_agent.time_units import NS_PER_S
 
 SPACE = ActionSpace(
     name="s",
@@ -30,7 +31,6 @@ SPACE = ActionSpace(
     ),
 )
 WITHOUT_STATE = load_action_space("velocity_body")
-NS_PER_S = 1_000_000_000
 
 
 def test_values_are_written_into_the_text_and_an_old_or_missing_value_is_unknown():

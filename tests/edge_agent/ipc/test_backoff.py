@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from edge_agent.ipc.backoff import Backoff
-
-NS_PER_S = 1_000_000_000
+from edge_agent.time_units import NS_PER_S
 
 
 def test_the_pause_doubles_up_to_its_limit():

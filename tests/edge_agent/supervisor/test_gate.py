@@ -7,10 +7,10 @@ import pytest
 from edge_agent.actions.envelope import CheckedAction, Rejection
 from edge_agent.actions.space import load_action_space
 from edge_agent.supervisor.gate import Gate, Instruction, Orders
+from edge_agent.time_units import NS_PER_MS
 from tests.harness.in_process import proposal_of
 
 DEADLINE_MS = 2000
-NS_PER_MS = 1_000_000
 
 
 @pytest.fixture(scope="module")

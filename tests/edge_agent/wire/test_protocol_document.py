@@ -17,10 +17,10 @@ from edge_agent.supervisor.control import MAX_PENDING_REQUESTS, MAX_TEXT_CHARS, 
 from edge_agent.supervisor.process import MAX_DETAIL_CHARS
 from edge_agent.supervisor.publisher import PUBLISH_HWM
 from edge_agent.supervisor.status import MAX_REASON_CHARS, STATUS_INTERVAL_NS
+from edge_agent.time_units import NS_PER_MS
 from edge_agent.wire import control, messages, pushed_frame, streams
 from edge_agent.wire.messages import (
     MAX_MESSAGE_BYTES,
-    NS_PER_MS,
     PROTOCOL_VERSION,
     Action,
     Header,
