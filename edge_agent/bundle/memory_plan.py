@@ -42,11 +42,11 @@ class NotEnoughMemoryError(UserError):
 
 
 class MemoryPlan(msgspec.Struct, frozen=True):
-    """What is served with: the configuration, after the reductions."""
+    """The configuration after the reductions, and the memory that it needs."""
 
     config: Config
     parts_mib: dict[str, float]
-    given_up: dict[str, object]  # key of the configuration -> its reduced value
+    reductions: dict[str, object]  # key of the configuration -> its reduced value
 
     @property
     def mib(self) -> float:
@@ -103,11 +103,11 @@ def plan_memory(config: Config, manifest: Manifest, free_mib: float | None, adap
 
     free_mib: None if it is unknown; then nothing is reduced.
     """
-    given_up: dict[str, object] = {}
+    reductions: dict[str, object] = {}
     while True:
         parts = needed_mib(config, manifest, adapters_mib)
         if free_mib is None or sum(parts.values()) <= free_mib:
-            return MemoryPlan(config, parts, given_up)
+            return MemoryPlan(config, parts, reductions)
         reduced = _reduce_once(config)
         if reduced is None:
             summed = " + ".join(f"{name} {n:.0f}" for name, n in parts.items() if n >= 1)
@@ -116,7 +116,7 @@ def plan_memory(config: Config, manifest: Manifest, free_mib: float | None, adap
                 "bundle, or vision.backend mtmd"
             )
         config, key, value = reduced
-        given_up[key] = value
+        reductions[key] = value
 
 
 def _reduce_once(config: Config) -> tuple[Config, str, object] | None:

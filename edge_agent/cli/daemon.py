@@ -122,7 +122,7 @@ def _check_memory(config: Config, manifest: Manifest) -> int:
     parts = ", ".join(f"{name} {mib:.0f}" for name, mib in plan.parts_mib.items() if mib >= 1)
     free = "unknown" if free_mib is None else f"{free_mib:.0f}"
     _print_ok("memory", f"about {plan.mib:.0f} MiB needed ({parts}), {free} MiB available")
-    for key, value in plan.given_up.items():
+    for key, value in plan.reductions.items():
         print(f"      memory   low memory: {key} is reduced to {value}")
     return 0
 

@@ -38,8 +38,8 @@ def main() -> int:
     try:
         bundle = read_manifest(config.bundle)  # the supervisor has verified the files
         planned = plan_memory(config, bundle.manifest, health.mem_available_mib(), adapters_mib(config))
-        config, is_reduced = planned.config, bool(planned.given_up)
-        for key, value in planned.given_up.items():
+        config, is_reduced = planned.config, bool(planned.reductions)
+        for key, value in planned.reductions.items():
             supervisor.send(LogLine(f"low memory: {key} is {value} instead of the configured value"))
         model = load_model(config, bundle, load_action_space(config.task.action_space), supervisor.events)
         supervisor.send(Heartbeat("warm-up"))
