@@ -101,7 +101,7 @@ def run(config: CameraConfig, slot: Slot, send: Callable[[CameraEvent], object],
                 if isinstance(item, CapturedFrame):
                     frame_id = frame_id + 1 if item.frame_id is None else item.frame_id
                     slot.publish(frame_id, item.t_capture_ns, item.capture_clock)
-                    backoff.delivered(clock.now_ns())
+                    backoff.note_success(clock.now_ns())
                 else:
                     send(item)
             if not config.realtime:

@@ -20,7 +20,7 @@ from edge_agent.actions.space import ActionSpace
 from edge_agent.actions.vehicle_state import check_vehicle_state
 from edge_agent.ipc.events import AskQuestion, InstructionApplied, SetInstruction, SetPaused, TextDelta
 from edge_agent.ipc.frame_slot import Slot
-from edge_agent.supervisor.gate import Instruction, Orders
+from edge_agent.supervisor.gate import ControlState, Instruction
 from edge_agent.supervisor.managed_worker import Clock, Readiness
 from edge_agent.supervisor.model_worker import ModelWorker
 from edge_agent.supervisor.publisher import Publisher, Sender
@@ -94,7 +94,7 @@ class ReplyMemory:
 
 
 class Control:
-    """Answers requests. Owns the orders of controllers and everything that waits for the model process."""
+    """Answers requests. Changes the control state, and owns the requests that wait for the model process."""
 
     def __init__(
         self,
@@ -107,13 +107,13 @@ class Control:
     ) -> None:
         """adapters: names of the configured adapters."""
         self.adapters = ("", *adapters)
-        self.orders: Orders = status.orders
+        self.control_state: ControlState = status.control_state
         self.model, self.status, self.publisher, self.vehicle_state = model, status, publisher, vehicle_state
         self.clock = clock
         self._questions: dict[str, Pending] = {}  # the number given to the model process -> request
         self._instructions: dict[int, Pending] = {}  # Instruction.number -> request
         self._question_numbers = itertools.count(1)
-        self._instruction_numbers = itertools.count(self.orders.instruction.number + 1)
+        self._instruction_numbers = itertools.count(self.control_state.instruction.number + 1)
         self._replies = ReplyMemory()
         self._sent_paused: bool | None = None  # what the model process knows; None: it is not loaded
 
@@ -135,18 +135,18 @@ class Control:
             if (payload_before := self._replies.get(sender, request.id)) is not None:
                 self.publisher.reply(sender, payload_before)
             return
-        if why_not := self._why_not(rule, request):
-            self._refuse(sender, request.id, why_not)
+        if unmet := self._precondition_error(rule, request):
+            self._refuse(sender, request.id, unmet)
         else:
             rule.carry_out(self, Pending(sender, request.id, self.clock()), request)
 
-    def _why_not(self, rule: OperationRule, request: Request) -> str:
+    def _precondition_error(self, rule: OperationRule, request: Request) -> str:
         """Why the operation cannot be carried out now; "": it can."""
         n_chars = len(request.text.strip())
         if rule.needs_text and not 0 < n_chars <= MAX_TEXT_CHARS:
             return f"text: expected 1 to {MAX_TEXT_CHARS} characters, found {n_chars}"
         if rule.model_must_be and self.model.readiness not in rule.model_must_be:
-            reason = self.model.explained()
+            reason = self.model.full_reason()
             return f"the model is not ready ({reason.text if reason is not None else 'starting'}); try again"
         if rule.answered_later and len(self._questions) + len(self._instructions) >= MAX_PENDING_REQUESTS:
             return f"{MAX_PENDING_REQUESTS} requests are waiting already; try again"
@@ -165,7 +165,7 @@ class Control:
         self._send_instruction(pending, SetInstruction(instruction_id=0, adapter=name))
 
     def _send_instruction(self, pending: Pending, change: SetInstruction) -> None:
-        number, in_force = next(self._instruction_numbers), self.orders.instruction
+        number, in_force = next(self._instruction_numbers), self.control_state.instruction
         text, adapter = change.text, change.adapter
         if self.model.readiness is Readiness.REFUSED:  # the process is new, and holds neither text nor adapter
             text = in_force.text if text is None else text
@@ -193,32 +193,32 @@ class Control:
             self._reply(pending, {})
 
     def _pause(self, pending: Pending, request: Request) -> None:
-        self.orders.paused = request.op == "pause"  # from this moment the gate lets no action through
+        self.control_state.paused = request.op == "pause"  # from this moment the gate lets no action through
         self.sync_paused()
-        self._reply(pending, {"paused": self.orders.paused})
+        self._reply(pending, {"paused": self.control_state.paused})
 
     def _stats(self, pending: Pending, request: Request) -> None:
         self._reply(pending, self.status.counts() | {"state": self.status.state()[0]})
 
     # -- the model process --------------------------------------------------------------------------------------------
 
-    def introduce_model(self) -> bool:
-        """Send a loaded model process the orders in force. False: it takes no commands."""
+    def send_control_state(self) -> bool:
+        """Send the instruction in force and the pause to a loaded model process. False: it takes no commands."""
         self._sent_paused = None
-        instruction = self.orders.instruction
+        instruction = self.control_state.instruction
         command = SetInstruction(instruction_id=instruction.number, text=instruction.text, adapter=instruction.adapter)
-        if not self.model.send(encode(SetPaused(self.orders.paused))) or not self.model.send(encode(command)):
+        if not self.model.send(encode(SetPaused(self.control_state.paused))) or not self.model.send(encode(command)):
             return False
-        self._sent_paused = self.orders.paused
+        self._sent_paused = self.control_state.paused
         return True
 
     def sync_paused(self) -> None:
         """Once per turn: send pause or resume again until the model process takes it.
 
-        A resume that got lost would leave a model that answers nothing, in a daemon that says it is running.
+        Without this, a resume command that the process did not take would leave a paused model in a running daemon.
         """
-        if self._sent_paused not in (None, self.orders.paused):
-            paused = self.orders.paused
+        if self._sent_paused not in (None, self.control_state.paused):
+            paused = self.control_state.paused
             self._sent_paused = paused if self.model.send(encode(SetPaused(paused))) else self._sent_paused
 
     def instruction_applied(self, event: InstructionApplied) -> bool:
@@ -228,15 +228,15 @@ class Control:
             if pending is not None:
                 self._refuse(pending.sender, pending.request_id, event.error)
             return pending is not None
-        self.orders.instruction = Instruction(event.instruction_id, event.text, event.adapter)
+        self.control_state.instruction = Instruction(event.instruction_id, event.text, event.adapter)
         if pending is not None:
             self._reply(pending, {"instruction": event.text, "adapter": event.adapter})
         return True
 
     def publish_text(self, event: TextDelta) -> None:
-        """Publish a piece of text, and collect it if it answers a question.
+        """Publish a piece of text, and add it to the answer of its question.
 
-        A piece that answers a question which nobody waits for any more is dropped: its text has ended already.
+        A piece for a question whose request was refused meanwhile is dropped: the end of its text was published then.
         """
         pending = self._questions.get(event.request)
         if event.request and pending is None:
@@ -251,16 +251,19 @@ class Control:
             final=event.final,
             stop_reason=event.stop_reason,
         )
-        if pending is None or event.lane != "answer":
-            return
+        if pending is not None and event.lane == "answer":
+            self._collect_answer(pending, event)
+
+    def _collect_answer(self, pending: Pending, event: TextDelta) -> None:
+        """Keep a piece of an answer. After the last piece, reply with the whole answer."""
         pending.parts.append(event.text)
         if event.final:
             del self._questions[event.request]
             text = "".join(pending.parts)[:MAX_ANSWER_CHARS]
             self._reply(pending, {"text": text, "frame_id": event.frame_id, "stop_reason": event.stop_reason})
 
-    def model_lost(self, reason: str) -> None:
-        """Answer everything that waits for the model process: it will not answer any more."""
+    def refuse_pending(self, reason: str) -> None:
+        """Refuse every request that waits for a model process which has ended."""
         self._sent_paused = None
         for number in list(self._questions):
             self._abandon(number, "model-restart", f"the model process was lost ({reason}); ask again")

@@ -2,8 +2,8 @@
 
 Every check of a proposal is here. It opens no socket and reads no clock: the caller gives the time.
 
-    >>> orders = Orders(Instruction(number=4, text="Land.", adapter=""))
-    >>> Gate(space, deadline_ms=2000).check(proposal, orders, model_is_ready=True, now_ns=now_ns)
+    >>> control_state = ControlState(Instruction(number=4, text="Land.", adapter=""))
+    >>> Gate(space, deadline_ms=2000).check(proposal, control_state, model_is_ready=True, now_ns=now_ns)
     Rejection(reason='late', detail='2300 ms old, deadline_ms is 2000')
 """
 
@@ -29,8 +29,8 @@ class Instruction(NamedTuple):
 
 
 @dataclass
-class Orders:
-    """What controllers have ordered: the instruction in force, and whether the daemon is paused."""
+class ControlState:
+    """What controllers have set by requests: the instruction in force, and whether the daemon is paused."""
 
     instruction: Instruction
     paused: bool = False
@@ -44,14 +44,14 @@ class Gate:
         self.space, self.deadline_ms = space, deadline_ms
 
     def check(
-        self, proposal: Proposal, orders: Orders, *, model_is_ready: bool, now_ns: int
+        self, proposal: Proposal, control_state: ControlState, *, model_is_ready: bool, now_ns: int
     ) -> CheckedAction | Rejection:
         """now_ns: CLOCK_MONOTONIC. model_is_ready: the model process answers under the instruction in force."""
         age_ms = (now_ns - proposal.t_capture_ns) / NS_PER_MS
         stop_reason = proposal.stop_reason
-        if orders.paused:
+        if control_state.paused:
             return Rejection("paused", "")
-        is_stale = proposal.instruction_id != orders.instruction.number or not model_is_ready
+        is_stale = proposal.instruction_id != control_state.instruction.number or not model_is_ready
         if is_stale or stop_reason == "cancelled":
             return Rejection("stale-instruction", "")
         if age_ms < 0:

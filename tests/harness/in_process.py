@@ -213,7 +213,7 @@ class InProcess:
     def apply_instruction(self, error: str = "") -> None:
         """The model process answers the newest SetInstruction that it got."""
         command = [command for command in self.model.commands if isinstance(command, SetInstruction)][-1]
-        in_force = self.supervisor.orders.instruction
+        in_force = self.supervisor.control_state.instruction
         text = in_force.text if command.text is None else command.text
         adapter = in_force.adapter if command.adapter is None else command.adapter
         number = command.instruction_id
@@ -227,7 +227,7 @@ class InProcess:
             frame_id=self.frame_id,
             t_capture_ns=self.clock(),
             frame_seq=self.supervisor.slot.latest_seq,
-            instruction_id=self.supervisor.orders.instruction.number,
+            instruction_id=self.supervisor.control_state.instruction.number,
         )
         self.model.emit(msgspec.structs.replace(proposal, **changes))
         self.turn()
@@ -238,14 +238,14 @@ class InProcess:
         self.answer()
         assert self.state == ("running", "")
 
-    def lose_model(self, exit_status: int = -signal.SIGABRT) -> None:
+    def end_model_process(self, exit_status: int = -signal.SIGABRT) -> None:
         """The model process ends. Its successor is not started yet."""
         self.model.exit_status = exit_status
         self.turn()
 
     def restart_model(self) -> None:
         """The model process ends, and its successor is started."""
-        self.lose_model()
+        self.end_model_process()
         self.turn(6.0)  # longer than the longest pause
         self.push_frame()
         assert self.model is not None

@@ -106,7 +106,7 @@ def test_a_repeated_pause_does_not_pause_again(running):
     request(running, "pause", request_id="p")
     request(running, "resume", request_id="r")
     assert request(running, "pause", request_id="p").result == {"paused": True}
-    assert not running.supervisor.orders.paused
+    assert not running.supervisor.control_state.paused
 
 
 def test_two_controllers_may_use_the_same_id(running):
@@ -138,7 +138,7 @@ def test_vehicle_state_does_not_push_other_replies_out_of_memory(tmp_path):
             assert request(running, "vehicle_state", values={"altitude_m": n}).ok
             assert request(running, "stats").ok
         assert request(running, "pause", request_id="same") == first
-        assert not running.supervisor.orders.paused  # it was not carried out again
+        assert not running.supervisor.control_state.paused  # it was not carried out again
 
 
 def test_memory_of_replies_is_bounded():
@@ -157,7 +157,7 @@ def test_memory_of_replies_is_bounded():
 
 def test_an_instruction_is_in_force_when_the_model_has_applied_it(running):
     assert request(running, "instruct", " Go to the red disc. ") is None
-    assert running.supervisor.orders.instruction.text == "Hold position."
+    assert running.supervisor.control_state.instruction.text == "Hold position."
     running.apply_instruction()
     reply = running.publisher.replies[-1]
     assert reply.ok and reply.result == {"instruction": "Go to the red disc.", "adapter": ""}
@@ -167,7 +167,7 @@ def test_an_instruction_is_in_force_when_the_model_has_applied_it(running):
 
 def test_an_answer_under_the_instruction_before_is_refused(running):
     request(running, "instruct", "Go.")
-    before = running.supervisor.orders.instruction.number
+    before = running.supervisor.control_state.instruction.number
     running.apply_instruction()
     running.answer(instruction_id=before)
     assert running.publisher.stream("actions")[-1].reason == "stale-instruction"
@@ -258,7 +258,7 @@ def test_a_question_that_is_not_answered_in_time_is_refused_and_its_text_ends(ru
     assert len(running.publisher.stream("text")) == 1 and len(running.publisher.replies) == n_replies + 1
 
 
-def test_few_requests_wait_and_the_others_are_refused_at_once(running):
+def test_at_most_eight_requests_wait_and_the_next_one_is_refused_at_once(running):
     for _ in range(MAX_PENDING_REQUESTS // 2):
         assert request(running, "ask", "what?") is None
         assert request(running, "instruct", "Go.") is None
@@ -269,7 +269,7 @@ def test_few_requests_wait_and_the_others_are_refused_at_once(running):
     assert request(running, "ask", "what?") is None
 
 
-# -- the model's socket takes nothing ---------------------------------------------------------------------------------
+# -- the model process takes no messages ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("op", ["instruct", "ask"])
@@ -287,7 +287,7 @@ def test_a_request_that_cannot_be_sent_is_answered_once_and_forgotten(running, o
 
 
 def test_pause_and_resume_reach_the_model_when_it_takes_commands_again(running):
-    """A resume that got lost would leave a model that answers nothing, in a daemon that says it is running."""
+    """Without it, a resume command that the process did not take would leave a paused model in a running daemon."""
     running.model.takes_messages = False
     request(running, "pause")
     request(running, "resume")
@@ -322,19 +322,19 @@ def test_a_pause_while_the_model_loads_is_known_to_the_new_process(running):
     assert commands(running, SetPaused)[-1].paused is True
 
 
-# -- a lost model -----------------------------------------------------------------------------------------------------
+# -- the model process ends -------------------------------------------------------------------------------------------
 
 
-def test_what_waits_for_a_lost_model_is_answered(running):
-    asked = running.publisher.request("ask", "what?")
-    instructed = running.publisher.request("instruct", "Go.")
+def test_requests_that_wait_for_the_model_are_refused_when_it_ends(running):
+    ask_id = running.publisher.request("ask", "what?")
+    instruct_id = running.publisher.request("instruct", "Go.")
     running.turn()
-    running.lose_model()
+    running.end_model_process()
     errors = {reply.id: reply.error for reply in running.publisher.replies}
-    assert "killed by SIGABRT" in errors[asked] and "ask again" in errors[asked]
-    assert "the instruction and the adapter before stay in force" in errors[instructed]
+    assert "killed by SIGABRT" in errors[ask_id] and "ask again" in errors[ask_id]
+    assert "the instruction and the adapter before stay in force" in errors[instruct_id]
     last = running.publisher.stream("text")[-1]
-    assert (last.request, last.lane, last.final, last.stop_reason) == (asked, "answer", True, "model-restart")
+    assert (last.request, last.lane, last.final, last.stop_reason) == (ask_id, "answer", True, "model-restart")
     for op in ("ask", "instruct"):
         assert "the model is not ready (model: killed by SIGABRT); try again" in request(running, op, "what?").error
 

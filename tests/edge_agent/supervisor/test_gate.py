@@ -6,7 +6,7 @@ import pytest
 
 from edge_agent.actions.envelope import CheckedAction, Rejection
 from edge_agent.actions.space import load_action_space
-from edge_agent.supervisor.gate import Gate, Instruction, Orders
+from edge_agent.supervisor.gate import ControlState, Gate, Instruction
 from edge_agent.time_units import NS_PER_MS
 from tests.harness.in_process import proposal_of
 
@@ -20,10 +20,10 @@ def gate() -> Gate:
 
 def check(gate: Gate, *, age_ms: float = 100.0, paused: bool = False, ready: bool = True, **changes):
     """The decision about a proposal of instruction 4 whose frame is age_ms old."""
-    orders = Orders(Instruction(4, "Hold.", ""), paused)
+    control_state = ControlState(Instruction(4, "Hold.", ""), paused)
     captured_ns = 10_000 * NS_PER_MS
     proposal = proposal_of(**({"t_capture_ns": captured_ns, "instruction_id": 4} | changes))
-    return gate.check(proposal, orders, model_is_ready=ready, now_ns=captured_ns + round(age_ms * NS_PER_MS))
+    return gate.check(proposal, control_state, model_is_ready=ready, now_ns=captured_ns + round(age_ms * NS_PER_MS))
 
 
 def test_an_answer_inside_the_envelope_is_an_action(gate):

@@ -114,11 +114,11 @@ def test_a_chunk_goes_out_whole(tmp_path):
 
 def test_every_event_of_the_model_process_counts_as_progress(running):
     running.make_ready()
-    before = running.counters.inference_count
+    before = running.counters.model_events
     span = TraceSpan(name="encode", thread="vision", start_ns=1, stop_ns=2)
     running.model.emit(Heartbeat("idle"), LogLine("a line"), span)
     running.turn()
-    assert running.counters.inference_count == before + 3
+    assert running.counters.model_events == before + 3
 
 
 # -- the start --------------------------------------------------------------------------------------------------------
@@ -288,7 +288,7 @@ def pauses_s(running: InProcess, n: int, good_s: float = 0.0) -> list[float]:
     """The pauses before the restarts of a model that gets ready, answers a frame after good_s, and dies."""
     pauses = []
     for _ in range(n):
-        running.lose_model()
+        running.end_model_process()
         lost_ns = running.clock()
         while running.model is None:
             running.turn(0.05)
@@ -320,11 +320,11 @@ def test_a_model_that_never_gets_ready_again_ends_the_daemon_with_1(running):
     for _ in range(5):
         running.restart_model()
     with pytest.raises(Shutdown, match=r"SIGABRT; 6 model processes in a row did not get ready") as caught:
-        running.lose_model()
+        running.end_model_process()
     assert caught.value.status == 1
 
 
-def test_stage_times_that_are_not_finite_are_garbage(running):
+def test_an_event_with_stage_times_that_are_not_finite_is_invalid(running):
     running.make_ready()
     running.answer(stages_ms=StageTimes(queue=float("nan"), encode=0, prefill=0, decode=0, check=0))
     assert "a stage time is not finite" in running.state[1] and running.counters.actions == 1
@@ -340,7 +340,7 @@ def test_the_largest_piece_of_text_can_be_published(running):
 def test_nothing_is_published_while_there_is_no_model(running):
     running.make_ready()
     n_answers = len(running.publisher.stream("actions"))
-    running.lose_model()
+    running.end_model_process()
     for _ in range(20):
         running.push_frame()
         running.turn(0.005)
@@ -369,7 +369,7 @@ def test_a_model_that_loads_too_long_is_stalled(running):
     assert loading.killed and running.state == ("stalled", "model: stalled: no progress in 120 s")
 
 
-def test_a_model_that_takes_no_commands_when_it_is_loaded_is_lost(running):
+def test_a_loaded_model_that_takes_no_commands_is_restarted(running):
     running.make_ready()
     running.restart_model()
     running.model.takes_messages = False
@@ -411,7 +411,7 @@ def test_the_watchdog_waits_longer_while_a_model_loads(notified):
     config = fake_config(watchdog=WatchdogConfig(model_load_s=90.0))
     with InProcess(config) as running:
         running.make_ready()
-        running.lose_model()
+        running.end_model_process()
         intervals = [line for line in notified if line.startswith("WATCHDOG_USEC")]
         assert intervals == ["WATCHDOG_USEC=15000000", "WATCHDOG_USEC=95000000"]  # 10 s and 90 s, with the margin
 
@@ -461,7 +461,7 @@ def test_a_shutdown_is_the_reason_of_the_last_status(running, notified, signal_h
     assert "edge-agent: bundle: damaged" in capfd.readouterr().err
 
 
-def test_a_shutdown_answers_what_waits(running, notified, signal_handlers, monkeypatch):
+def test_a_shutdown_refuses_the_requests_that_wait(running, notified, signal_handlers, monkeypatch):
     running.make_ready()
     running.publisher.request("ask", "what?", "q")
     running.turn()
