@@ -111,7 +111,7 @@ def test_it_flies_to_one_pad_and_lands_on_another(link: fly.DaemonLink, tmp_path
     assert len(record["steps"]) == len(steps) == sum(result["steps"] for result in record["results"])
     page = fly.draw_flight(world, steps, results)
     assert page.shape[2] == 3 and page.dtype == np.uint8
-    fly.video(tmp_path / "flight.mp4", world, steps)
+    fly.write_video(tmp_path / "flight.mp4", world, steps)
     video = cv2.VideoCapture(str(tmp_path / "flight.mp4"))
     assert int(video.get(cv2.CAP_PROP_FRAME_COUNT)) == len(steps)
 
