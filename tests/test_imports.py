@@ -233,7 +233,7 @@ def test_the_toolchain_imports_in_the_order_of_a_build(path):
         ("import edge_agent\nfrom edge_agent import __version__", set()),
     ],
 )
-def test_every_way_to_import_is_seen(source, expected):
+def test_every_way_to_import_is_found(source, expected):
     assert own_imports(ast.parse(source), "edge_agent") == expected
 
 

@@ -229,7 +229,7 @@ def test_a_wrong_value_is_named_with_its_path_what_was_expected_and_what_was_fou
     assert expected in line and line.endswith(f"found {found}"), line
 
 
-def test_every_choice_is_named_when_the_value_is_none_of_them():
+def test_an_invalid_choice_is_refused_with_the_list_of_choices():
     line = error_of(GOOD + "vision: {backend: cuda}")
     assert "vision.backend" in line and "'cuda'" in line and "onnxruntime" in line and "mtmd" in line
 
@@ -287,7 +287,7 @@ def test_anything_else_is_one_line_too(text):
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "# nothing but a comment\n", "---\n"])
-def test_an_empty_file_says_which_keys_are_expected(text):
+def test_the_error_for_an_empty_file_names_the_expected_keys(text):
     line = error_of(text)
     assert "empty" in line and "bundle" in line and "camera" in line
 
@@ -310,7 +310,7 @@ def test_the_example_loads_and_is_the_default_but_for_bundle_and_camera():
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "latin1.yaml").write_bytes("bundle: /Bündel\n".encode("latin-1"))
-    for path, said in [
+    for path, message in [
         (tmp_path / "none.yaml", "No such file"),
         (tmp_path, "directory"),
         (tmp_path / "latin1.yaml", "utf-8"),
@@ -318,7 +318,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         with pytest.raises(ConfigError) as caught:
             load_config(path)
         line = str(caught.value)
-        assert line.startswith(f"{path}: cannot be read: ") and said in line and "\n" not in line
+        assert line.startswith(f"{path}: cannot be read: ") and message in line and "\n" not in line
 
 
 # -- where the sockets are --------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def test_the_expected_manifest_is_that_of_the_build(toy_bf16: Path, toy_bundle: 
         assert file.bytes == pytest.approx(built.files[name].bytes, rel=0.05), name
 
 
-def test_inspect_says_what_the_daemon_will_plan(toy_bf16: Path, toy_bundle: Path, run):
+def test_inspect_gives_the_memory_plan_of_the_daemon(toy_bf16: Path, toy_bundle: Path, run):
     _, out, _ = run("inspect", toy_bf16, "--json")
     planned = plan_memory(DEFAULT_CONFIG, read_manifest(toy_bundle).manifest, None)
     assert json.loads(out)["serving_mib_q4_k_m"] == pytest.approx(planned.mib, abs=1.0)

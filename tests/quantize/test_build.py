@@ -123,7 +123,7 @@ def test_the_manifest_describes_the_files(toy_bf16: Path, tmp_path: Path):
 
 
 def test_the_manifest_comes_last_and_the_bundle_appears_at_once(toy_small: Path, tmp_path: Path, monkeypatch):
-    out, stages, seen = tmp_path / "bundle", [], {}
+    out, stages, contents = tmp_path / "bundle", [], {}
     write_manifest = manifest.write_manifest
 
     def watch(stage: str, what: str, done: int, total: int) -> None:
@@ -135,14 +135,14 @@ def test_the_manifest_comes_last_and_the_bundle_appears_at_once(toy_small: Path,
         assert not (work / manifest.MANIFEST).exists()
 
     def look_and_write(work: Path, manifest: manifest.Manifest) -> None:
-        seen.update({name: (work / name).read_bytes() for name in os.listdir(work) if name != "journal.json"})
+        contents.update({name: (work / name).read_bytes() for name in os.listdir(work) if name != "journal.json"})
         write_manifest(work, manifest)
 
     monkeypatch.setattr("quantize.build.write_manifest", look_and_write)
     built(toy_small, out, progress=RecordedProgress(watch))
     assert stages == ["language Q4_K_M", "mmproj", "vision", "validate", "hash source"]
     assert os.listdir(tmp_path) == ["bundle"] and set(os.listdir(out)) == FILES
-    assert seen == {name: (out / name).read_bytes() for name in FILES - {manifest.MANIFEST}}
+    assert contents == {name: (out / name).read_bytes() for name in FILES - {manifest.MANIFEST}}
 
 
 @pytest.mark.parametrize(

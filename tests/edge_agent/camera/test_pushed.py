@@ -187,7 +187,7 @@ def test_refused_messages_are_counted_and_reported_once_a_second():
     assert report.add(late, 2_000_000_000).detail == "ipc:///frames: 2 refused, the last one: late"
 
 
-def test_garbage_does_not_hide_the_frames_between(source, pusher, clock):
+def test_invalid_messages_do_not_stop_the_frames_after_them(source, pusher, clock):
     """One fault for the first message; within the same second only good frames come out."""
     pusher.socket.send(b"F\xc1 garbage")
     assert next(source).reason == "unreadable"

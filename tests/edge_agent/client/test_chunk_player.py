@@ -58,7 +58,7 @@ def test_every_step_comes_at_its_time_and_the_last_stays_until_the_expiry(player
     assert speeds(player, clock, times_ms) == [0, 0, 1, 1, 2, 3, 3, 3, 3, None, None, None]
 
 
-def test_a_step_says_which_one_it_is(player, clock):
+def test_a_step_has_its_index(player, clock):
     player.take(chunk_of())
     clock.advance(0.25)
     assert player.step() == ChunkStep(2, "move", {"forward_m_s": 2.0})

@@ -67,11 +67,11 @@ def test_the_view_is_the_shared_memory_and_not_a_copy(slot):
 
 def test_newest_wins_and_the_gap_in_seq_is_the_drops(slot):
     publish(slot, 1)
-    seen = slot.take_newest(0).seq
+    last_seq = slot.take_newest(0).seq
     for value in (2, 3, 4, 5):
         publish(slot, value)
-    frame = slot.take_newest(seen)
-    assert frame.frame_id == 5 and frame.seq - seen - 1 == 3
+    frame = slot.take_newest(last_seq)
+    assert frame.frame_id == 5 and frame.seq - last_seq - 1 == 3
 
 
 def test_a_frame_stays_intact_until_two_newer_ones_are_published(slot):
@@ -175,7 +175,7 @@ def test_memory_is_used_only_where_it_was_touched(slot):
     assert os.fstat(slot.fd).st_blocks * 512 < 2 << 20 < TOTAL_BYTES
 
 
-def test_nobody_can_shrink_it_under_the_others(slot):
+def test_no_process_can_shrink_the_shared_memory(slot):
     with pytest.raises(PermissionError):
         os.ftruncate(slot.fd, 0)
 
@@ -190,7 +190,7 @@ def test_attach_refuses_memory_that_is_not_a_slot(slot):
     os.close(fd)
 
 
-def test_a_view_outlives_the_slot():
+def test_a_view_stays_valid_after_the_slot_is_closed():
     slot = Slot.create()
     publish(slot, 9)
     frame = slot.take_newest(0)

@@ -75,9 +75,9 @@ def test_every_answer_is_complete_inside_its_space_and_short(language, grammar, 
         tokens = answer(grammar, logits)
         text = b"".join(pieces[token] for token in tokens).decode()
         longest = max(longest, len(tokens))
-        asked = parse_answer(text, space)
-        assert isinstance(asked, CheckedAction) and not asked.clamped, (text, asked)
-        fields = space.actions[asked.type].fields
+        checked = parse_answer(text, space)
+        assert isinstance(checked, CheckedAction) and not checked.clamped, (text, checked)
+        fields = space.actions[checked.type].fields
         written = json.loads(text, parse_float=Decimal, parse_int=Decimal)
         assert list(written) == ["action", *fields]
         for key, field in fields.items():
@@ -133,15 +133,15 @@ def test_the_most_likely_allowed_token_is_selected(language, grammar, pieces):
         actions={"go": ActionType(fields={"to": ChoiceField(one_of=sorted(words))}), "hold": ActionType()},
     )
     grammar.compile(grammar_from_schema(json_schema(space)))
-    seen = set()
+    answers = set()
     for token, piece in enumerate(pieces):
         if piece.decode("ascii", "replace")[:1] not in set("abgh") or not piece.isalpha():
             continue
         logits = np.zeros(language.n_vocab, np.float32)
         logits[token] = 1
-        seen.add(b"".join(pieces[t] for t in answer(grammar, lambda logits=logits: logits)).decode())
-    assert seen <= {f'{{"action":"go","to":"{word}"}}' for word in words} | {'{"action":"hold"}'}
-    assert len(seen) >= 3
+        answers.add(b"".join(pieces[t] for t in answer(grammar, lambda logits=logits: logits)).decode())
+    assert answers <= {f'{{"action":"go","to":"{word}"}}' for word in words} | {'{"action":"hold"}'}
+    assert len(answers) >= 3
 
 
 def test_forced_tokens_need_no_logits(language, grammar, pieces):

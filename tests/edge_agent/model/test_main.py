@@ -39,7 +39,7 @@ def fail_with(monkeypatch, error: Exception) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError("array is too big"), TypeError("no"), RuntimeError("native")])
-def test_an_error_that_nobody_foresaw_keeps_its_traceback(monkeypatch, events, error):
+def test_an_unexpected_error_keeps_its_traceback(monkeypatch, events, error):
     """A defect in one line says nothing: numpy's ValueError was once taken for an error of the user's."""
     fail_with(monkeypatch, error)
     with pytest.raises(type(error), match=str(error)):

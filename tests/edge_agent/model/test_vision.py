@@ -320,14 +320,14 @@ def test_tensorrt_is_refused_where_it_is_missing_and_tried_first_where_it_is_not
     with pytest.raises(VisionError, match=r"vision\.tensorrt: onnxruntime here has only .*CPU"):
         OnnxEncoder(path, Preprocessor(FACTS, 64), 1, tensorrt=True)
     monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path))
-    seen, real = [], onnxruntime.InferenceSession
+    passed, real = [], onnxruntime.InferenceSession
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [TENSORRT, "CPUExecutionProvider"])
     monkeypatch.setattr(
         onnxruntime, "InferenceSession",
-        lambda path, options, providers: seen.append(providers) or real(path, options, providers=providers[1:]),
+        lambda path, options, providers: passed.append(providers) or real(path, options, providers=providers[1:]),
     )  # fmt: skip
     encoder = OnnxEncoder(path, Preprocessor(FACTS, 64), 1, tensorrt=True)
     assert encoder.provider == "onnxruntime CPUExecutionProvider", "the provider that runs, not the requested one"
-    (name, options), cpu = seen[0]
+    (name, options), cpu = passed[0]
     assert (name, cpu) == (TENSORRT, "CPUExecutionProvider")
     assert options["trt_engine_cache_path"] == str(tmp_path / "tensorrt") and (tmp_path / "tensorrt").is_dir()

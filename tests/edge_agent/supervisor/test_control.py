@@ -85,7 +85,7 @@ GOOD = {"v": 1, "id": "a", "op": "stats"}
         (msgspec.msgpack.encode(GOOD | {"id": "x" * 65}), "id of 1 to 64"),
     ],
 )
-def test_garbage_is_refused_and_the_next_request_is_answered(running, payload, error):
+def test_an_invalid_request_is_refused_and_the_next_one_is_answered(running, payload, error):
     running.publisher.request_bytes(payload)
     running.turn()
     assert not running.publisher.replies[-1].ok and error in running.publisher.replies[-1].error

@@ -68,7 +68,7 @@ def test_the_limits_of_the_age_are_still_valid(gate, age_ms):
     assert isinstance(check(gate, age_ms=age_ms), CheckedAction)
 
 
-def test_the_detail_says_what_was_found(gate):
+def test_the_detail_of_a_rejection(gate):
     assert check(gate, age_ms=2300).detail == "2300 ms old, deadline_ms is 2000"
     assert check(gate, age_ms=-12.34).detail == "the frame is stamped 12.3 ms in the future"
     assert check(gate, stop_reason="length", text="x" * 300).detail == f"after {'x' * 200!r}"

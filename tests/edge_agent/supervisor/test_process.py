@@ -137,7 +137,7 @@ def test_ready_is_sent_once_when_camera_and_model_work(notified, monkeypatch):
     assert notified.count("READY=1") == 1
 
 
-def test_a_model_that_cannot_load_ends_the_start_with_a_status_that_says_whose_fault_it_is(running):
+def test_a_model_that_cannot_load_ends_the_start_and_the_status_depends_on_the_cause(running):
     for configured, status in ((True, os.EX_CONFIG), (False, 1)):
         with InProcess() as starting:
             starting.model.emit(StartupFailed(reason="language.context: too small", configured=configured))

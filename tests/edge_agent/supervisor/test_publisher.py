@@ -230,7 +230,7 @@ def test_a_message_that_may_not_leave_is_not_counted(publisher):
     assert publisher.next_seq("text") == 0
 
 
-def test_a_stalled_subscriber_sees_what_it_lost_and_the_others_lose_nothing_new(publisher, connect):
+def test_a_stalled_subscriber_loses_messages_and_another_one_gets_the_newest(publisher, connect):
     """How long publishing takes meanwhile: tests/promises/test_latency.py."""
     n = 20_000
     stalled, healthy = connect("text", zmq.SUB, RCVHWM=100), connect("text", zmq.SUB, CONFLATE=1)
@@ -396,7 +396,7 @@ def test_a_sender_that_reads_no_replies_costs_the_others_nothing(publisher, conn
     assert other.recv() == b"still here"
 
 
-def test_garbage_on_a_socket_is_ignored(publisher, folder, connect):
+def test_an_invalid_message_on_a_socket_is_ignored(publisher, folder, connect):
     """Bytes that are not ZMTP, half a greeting, and a peer that hangs."""
 
     hanging = []

@@ -18,7 +18,7 @@ def n_published(running: InProcess) -> int:
     return len(running.publisher.stream("status"))
 
 
-def test_the_start_says_what_it_waits_for():
+def test_the_reason_at_the_start_is_the_process_that_is_not_ready():
     with InProcess() as starting:
         assert starting.state == ("starting", "model: starting")
         starting.load_model()

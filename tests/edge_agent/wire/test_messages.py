@@ -292,7 +292,7 @@ def test_changed_bytes_give_a_message_or_a_decode_error(stream, message, changes
 @pytest.mark.parametrize("stream", ["actions", "text", "status"])
 @settings(deadline=None)
 @given(garbage=st.binary(max_size=200))
-def test_garbage_is_a_decode_error(stream, garbage):
+def test_an_invalid_message_is_a_decode_error(stream, garbage):
     with pytest.raises(msgspec.DecodeError):
         unpack(stream, STREAMS[stream].topic + garbage)
 

@@ -285,8 +285,8 @@ def test_important_columns_have_smaller_errors(toy_bf16: Path, convert, tmp_path
 
 def test_the_command_writes_what_collect_gives(run, toy_bf16: Path, text: Path, tmp_path: Path, collected):
     out = tmp_path / "toy.gguf"
-    status, said, _ = run("imatrix", toy_bf16, out, "--calibration", text, "--chunks", 2)
-    assert status == 0 and "toy.gguf: 15 weights, 2 chunks" in said
+    status, stdout, _ = run("imatrix", toy_bf16, out, "--calibration", text, "--chunks", 2)
+    assert status == 0 and "toy.gguf: 15 weights, 2 chunks" in stdout
     assert out.read_bytes() == collected[1].read_bytes()
 
 

@@ -107,7 +107,7 @@ def test_shards_without_an_index_must_be_complete(run, tmp_path: Path):
 
 def test_both_configurations_of_a_model_say_the_same(tmp_path: Path):
     sizes = {"hidden": 512, "layers": 3, "heads": 6, "ffn": 768, "vocab": 2304, "original_context": 4096}
-    eyes = {"vision_hidden": 192, "vision_layers": 4, "vision_heads": 3, "vision_ffn": 320}
+    vision_sizes = {"vision_hidden": 192, "vision_layers": 4, "vision_heads": 3, "vision_ffn": 320}
     for family in ("ministral3", "mistral"):
         hf, consolidated = (
             read_checkpoint(
@@ -118,7 +118,7 @@ def test_both_configurations_of_a_model_say_the_same(tmp_path: Path):
                     tied=False,
                     rope_theta=1e9,
                     **sizes,
-                    **eyes,
+                    **vision_sizes,
                 )
             )
             for layout in ("hf", "consolidated")
@@ -156,7 +156,7 @@ REFUSED = {
     "another projector": (params(vision_encoder__mm_projector_id="mlp"), ("mm_projector_id: expected 'patch_merge'",)),
     "a biased projector": (params(vision_encoder__adapter_bias=True), ("adapter_bias: expected False", "found True")),
     "no width": (params(dim=None), ("params.json: dim: missing", "expected int")),
-    "eyes of a word": (params(vision_encoder="pixtral"), ("vision_encoder: expected a table", "found 'pixtral'")),
+    "text for a table": (params(vision_encoder="pixtral"), ("vision_encoder: expected a table", "found 'pixtral'")),
     "more layers": (params(n_layers=2), ("layers.1.attention_norm.weight: missing", "params.json calls for")),
     "other numbers": (params(quantization__qformat_weight="int8"), ("qformat_weight 'fp8_e4m3'", "int8", "BF16")),
     "not announced": (params(quantization=None), ("params.json: quantization: missing", "FP8")),

@@ -97,7 +97,7 @@ def test_only_the_end_of_sequence_ends_an_answer(full: LlamaContext):
 
 
 @pytest.mark.parametrize("vocab", [1256, 4096])
-def test_both_tokenizer_files_say_the_same(tmp_path: Path, vocab: int):
+def test_both_tokenizer_files_give_the_same_tokenizer(tmp_path: Path, vocab: int):
     toy_tokenizer.write_tekken(tmp_path, vocab)
     by_tekken = read_tokenizer(tmp_path, vocab)
     (tmp_path / "tekken.json").unlink()
