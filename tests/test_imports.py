@@ -19,11 +19,12 @@ from tests.harness import ROOT
 ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
     "time_units": (set(), set()),
+    "suspend": ({"time_units"}, set()),
     "strict_yaml": ({"errors"}, {"msgspec", "yaml"}),
     "config": ({"errors", "strict_yaml"}, {"msgspec"}),
     "profile": ({"config"}, {"msgspec"}),
     "wire": (set(), {"msgspec"}),
-    "client": ({"time_units", "wire"}, {"msgspec", "zmq"}),
+    "client": ({"suspend", "time_units", "wire"}, {"msgspec", "zmq"}),
     "board": (set(), set()),
     "actions": ({"errors", "strict_yaml", "time_units", "wire"}, {"msgspec"}),
     "bundle": ({"errors", "config", "profile"}, {"msgspec", "gguf", "cryptography"}),
@@ -33,7 +34,10 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         {"ipc", "config", "errors", "actions", "bundle", "board", "wire", "profile", "time_units"},
         {"cv2", "gguf", "llama_cpp", "llguidance", "msgspec", "numpy", "onnxruntime"},
     ),
-    "supervisor": ({"ipc", "config", "errors", "actions", "bundle", "board", "time_units", "wire"}, {"msgspec", "zmq"}),
+    "supervisor": (
+        {"ipc", "config", "errors", "actions", "bundle", "board", "suspend", "time_units", "wire"},
+        {"msgspec", "zmq"},
+    ),
     "apps": ({"client", "time_units", "wire"}, {"msgspec", "rich"}),
     "tools": (
         {"model", "camera", "ipc", "bundle", "actions", "config", "client", "board", "errors", "time_units", "wire"},
@@ -61,8 +65,8 @@ ORDER: dict[str, list[str]] = {
         "__main__",
     ],
     "supervisor": [
-        "shutdown", "log", "systemd", "trace", "publisher", "managed_worker", "camera_worker", "model_worker", "gate",
-        "status", "control", "process",
+        "shutdown", "log", "pause_file", "systemd", "trace", "publisher", "managed_worker", "camera_worker",
+        "model_worker", "gate", "status", "control", "process",
     ],
     "apps": ["wire_log", "screen", "terminal"],
     "tools": ["stills", "bench"],
@@ -260,7 +264,7 @@ def test_a_controller_loads_only_msgspec_and_pyzmq():
     # msgspec takes typing_extensions where it is installed, and needs nothing of it.
     assert loaded - set(sys.stdlib_module_names) <= {"zmq", "msgspec", "typing_extensions", "edge_agent"}
     own = {name for name in done.stdout.split() if name.startswith("edge_agent.")}
-    assert {name.split(".")[1] for name in own} == {"client", "time_units", "wire"}
+    assert {name.split(".")[1] for name in own} == {"client", "suspend", "time_units", "wire"}
 
 
 # -- nothing runs what it reads ---------------------------------------------------------------------------------------

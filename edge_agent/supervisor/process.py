@@ -51,11 +51,13 @@ from edge_agent.supervisor.gate import ControlState, Gate, Instruction
 from edge_agent.supervisor.log import log_line
 from edge_agent.supervisor.managed_worker import Clock, ManagedWorker, Readiness, Reason, ReasonKind
 from edge_agent.supervisor.model_worker import ModelWorker
+from edge_agent.supervisor.pause_file import was_paused
 from edge_agent.supervisor.publisher import Publisher
 from edge_agent.supervisor.shutdown import EX_CONFIG, EX_FAILED, EX_STOPPED, Shutdown
 from edge_agent.supervisor.status import StatusReporter
 from edge_agent.supervisor.systemd import Watchdog, notify
 from edge_agent.supervisor.trace import Trace
+from edge_agent.suspend import SuspendDetector
 from edge_agent.time_units import NS_PER_MS
 from edge_agent.wire.codec import encode
 from edge_agent.wire.endpoints import runtime_dir
@@ -91,6 +93,7 @@ class Supervisor:
         """clock: CLOCK_MONOTONIC in nanoseconds. start_worker: called as Worker. The modules run as child processes."""
         self.config, self.bundle, self.space, self.publisher, self.trace = config, bundle, space, publisher, trace
         self.clock = clock
+        self.suspend = SuspendDetector(clock)
         self.slot = Slot.create()
         self.watchdog = Watchdog(clock)
         flags = ("--trace",) if trace.is_on else ()
@@ -105,7 +108,9 @@ class Supervisor:
         self.model = ModelWorker(
             config.watchdog, lambda: start_worker(model_module, self.slot, first_messages[1], flags), clock
         )
-        self.control_state = ControlState(Instruction(0, config.task.instruction, config.language.adapter))
+        self.control_state = ControlState(
+            Instruction(0, config.task.instruction, config.language.adapter), paused=was_paused(publisher.folder)
+        )
         self.gate = Gate(space, config.task.deadline_ms)
         self.status = StatusReporter(config.camera, self.control_state, self.camera, self.model, clock)
         self.counters = self.status.counters
@@ -161,7 +166,7 @@ class Supervisor:
         self.camera.check_slot()
         for sender, payload in self.publisher.requests():
             self.control.handle(sender, payload)
-        self.control.sync_paused()
+        self.control.sync_model()
         self._check_timeouts()
         self._become_ready()
         self.status.publish_if_due(self.publisher)
@@ -261,11 +266,17 @@ class Supervisor:
 
     def _on_proposal(self, proposal: Proposal) -> None:
         """Publish the action or the refusal that the gate makes of a proposal."""
-        start_ns = self.clock()
+        if proposal.frame_seq <= self.counters.last_frame_seq:
+            return  # a new model process finds the frame that the old one has answered
+        start_ns, resumed_ns = self.clock(), self.suspend.resumed_ns()
         dropped = self.counters.count_dropped(proposal.frame_seq)
         is_ready = self.model.readiness is Readiness.READY
-        result = self.gate.check(proposal, self.control_state, model_is_ready=is_ready, now_ns=start_ns)
+        result = self.gate.check(
+            proposal, self.control_state, model_is_ready=is_ready, now_ns=start_ns, resumed_ns=resumed_ns
+        )
         now_ns = self.clock()
+        if not isinstance(result, Rejection):
+            result = self.gate.check_age(proposal, now_ns, resumed_ns) or result
         frame: dict[str, Any] = {
             "t_pub_ns": now_ns,
             "camera": self.config.camera.name,

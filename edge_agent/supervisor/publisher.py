@@ -16,7 +16,7 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import zmq
 
@@ -33,7 +33,13 @@ LAST_MESSAGE_LINGER_MS = 100  # the last status says why no more will come: give
 SESSION_BITS = 48
 
 Message = TypeVar("Message", bound=Header)
-Sender = list[bytes]  # the routing frames of a request: where its reply goes
+
+
+class Sender(NamedTuple):
+    """Where the reply to a request goes."""
+
+    routing: tuple[bytes, ...]  # the first is the routing id of the socket that sent the request
+    connection: tuple[int, int] | None = None  # descriptor and inode of the connection that it came on; None: unknown
 
 
 class EndpointError(UserError):
@@ -78,6 +84,7 @@ class Publisher:
         else:
             socket.setsockopt(zmq.RCVHWM, CONTROL_HWM)
             socket.setsockopt(zmq.SNDHWM, CONTROL_HWM)
+            socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a controller that reconnects takes its routing id with it
         if stream == "status":
             socket.setsockopt(zmq.XPUB_VERBOSE, 1)  # report every subscription, so that each gets the last value
         socket.bind(endpoint(self.folder, stream))
@@ -143,14 +150,34 @@ class Publisher:
         requests: list[tuple[Sender, bytes]] = []
         with contextlib.suppress(zmq.Again):
             while len(requests) < MAX_REQUESTS_PER_TURN:
-                *sender, payload = self.control.recv_multipart(zmq.NOBLOCK)
-                requests.append((sender, payload))
+                *routing, last = self.control.recv_multipart(zmq.NOBLOCK, copy=False)
+                sender = Sender(tuple(frame.bytes for frame in routing), _connection(last))
+                requests.append((sender, last.bytes))
         return requests
 
     def reply(self, sender: Sender, payload: bytes) -> None:
         """Send a reply, or drop it when the sender is gone or reads nothing."""
         with contextlib.suppress(zmq.ZMQError):
-            self.control.send_multipart([*sender, payload], zmq.NOBLOCK)
+            self.control.send_multipart([*sender.routing, payload], zmq.NOBLOCK)
+
+    @staticmethod
+    def is_connected(sender: Sender) -> bool:
+        """Whether the connection that a request came on is still open; True if that is unknown."""
+        return sender.connection is None or _inode(sender.connection[0]) == sender.connection[1]
+
+
+def _connection(frame: zmq.Frame) -> tuple[int, int] | None:
+    """libzmq closes the descriptor when the peer is gone; a later connection may get the number, but not the inode."""
+    fd = frame.get(zmq.SRCFD)
+    inode = _inode(fd) if isinstance(fd, int) else None
+    return (fd, inode) if inode is not None else None
+
+
+def _inode(fd: int) -> int | None:
+    try:
+        return os.fstat(fd).st_ino
+    except OSError:
+        return None
 
 
 def _lock(folder: Path) -> int:

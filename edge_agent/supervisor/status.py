@@ -20,7 +20,7 @@ from edge_agent.wire.messages import DaemonState, Status
 
 STATUS_INTERVAL_NS = 200_000_000
 MAX_REASON_CHARS = 1000
-PAUSED = Reason("", ReasonKind.PAUSED, "by control")
+PAUSED = Reason("", ReasonKind.PAUSED, "by control; `edge-agent resume` ends it")
 
 
 @dataclass
@@ -59,6 +59,7 @@ class StatusReporter:
         self.is_ready = False  # READY was sent
         self.is_stopping = False
         self._started_ns = clock()
+        self._boot_id = health.boot_id()
         self._published_ns = 0
         self._published_key: tuple[DaemonState, str] | None = None
 
@@ -108,6 +109,8 @@ class StatusReporter:
             "status",
             Status,
             t_pub_ns=now_ns,
+            wall_clock_ns=time.time_ns(),
+            boot_id=self._boot_id,
             state=state,
             reason=reason[:MAX_REASON_CHARS],
             camera=self.config.name,

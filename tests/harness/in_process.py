@@ -30,6 +30,7 @@ from edge_agent.ipc.events import (
     decode_model_command,
 )
 from edge_agent.supervisor.process import Supervisor
+from edge_agent.supervisor.publisher import Sender
 from edge_agent.supervisor.status import Counters
 from edge_agent.supervisor.trace import Trace
 from edge_agent.time_units import NS_PER_S
@@ -94,9 +95,9 @@ class FakeWorker:
 class FakePublisher:
     """In place of supervisor.publisher.Publisher. Keeps what would have left, packed as it would be."""
 
-    folder = Path("/nowhere")
-
-    def __init__(self) -> None:
+    def __init__(self, folder: Path = Path("/nowhere")) -> None:
+        self.folder = folder
+        self.gone: set[bytes] = set()  # senders whose connection has ended
         self._pairs = socket.socketpair(), socket.socketpair()
         (self.control, other_end), (self.status, _) = self._pairs
         other_end.send(b"x")  # always readable: the loop never waits
@@ -104,7 +105,7 @@ class FakePublisher:
         self.replies: list[Reply] = []
         self.reply_senders: list[bytes] = []
         self.new_subscriber = False
-        self._requests: list[tuple[list[bytes], bytes]] = []
+        self._requests: list[tuple[Sender, bytes]] = []
         self._request_numbers = itertools.count(1)
 
     def request(self, op: str, text: str = "", request_id: str = "", sender: bytes = b"controller", **more: Any) -> str:
@@ -114,14 +115,17 @@ class FakePublisher:
         return request_id
 
     def request_bytes(self, payload: bytes, sender: bytes = b"controller") -> None:
-        self._requests.append(([sender], payload))
+        self._requests.append((Sender((sender,)), payload))
 
-    def requests(self) -> list[tuple[list[bytes], bytes]]:
+    def requests(self) -> list[tuple[Sender, bytes]]:
         requests, self._requests = self._requests, []
         return requests
 
-    def reply(self, sender: list[bytes], payload: bytes) -> None:
-        self.reply_senders.append(sender[0])
+    def is_connected(self, sender: Sender) -> bool:
+        return sender.routing[0] not in self.gone
+
+    def reply(self, sender: Sender, payload: bytes) -> None:
+        self.reply_senders.append(sender.routing[0])
         self.replies.append(decode_reply(payload))
 
     def send(self, stream: str, message_type: type, *, t_pub_ns: int = 0, **fields: Any) -> Header:
@@ -150,9 +154,10 @@ def fake_config(**changes: Any) -> Config:
 class InProcess:
     """A supervisor with fakes around it, one turn of its loop at a time."""
 
-    def __init__(self, config: Config | None = None) -> None:
+    def __init__(self, config: Config | None = None, folder: Path = Path("/nowhere")) -> None:
+        """folder: of the sockets; what a daemon leaves for the next one is there."""
         self.config = config or fake_config()
-        self.clock, self.publisher = FakeClock(), FakePublisher()
+        self.clock, self.publisher = FakeClock(), FakePublisher(folder)
         self.frame_id = 0
         model = SimpleNamespace(family="fake", size="0B")
         bundle = SimpleNamespace(id="0" * 16, manifest=SimpleNamespace(model=model))

@@ -56,11 +56,11 @@ def test_a_missing_reply_is_a_timeout_that_names_the_endpoint(daemon, client, tm
             client.request("stats", "", 0.2)
         while not requests:  # on a busy machine it may arrive later
             time.sleep(0.01)
-    assert f"ipc://{tmp_path}/control" in str(caught.value) and "running?" in str(caught.value)
+    assert f"{tmp_path}/control: edge-agent did not reply to stats in 0.2 s" in str(caught.value)
 
 
 def test_a_question_without_a_reply_is_a_timeout(daemon, client):
-    with daemon.answering(lambda request: []), pytest.raises(TimeoutError, match="no answer to ask in"):
+    with daemon.answering(lambda request: []), pytest.raises(TimeoutError, match="did not reply to ask in"):
         list(client.ask_stream("What?", timeout_s=0.2))
 
 
@@ -83,7 +83,7 @@ def test_a_daemon_that_ends_before_the_request_is_sent_is_a_timeout(client):
             pass
 
     client._sockets["control"] = LostConnection()
-    with pytest.raises(TimeoutError, match="no answer to pause in"):
+    with pytest.raises(TimeoutError, match="pause was not sent"):
         client.pause()
 
 

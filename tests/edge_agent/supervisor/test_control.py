@@ -7,13 +7,7 @@ import pytest
 
 from edge_agent.config import LanguageConfig, TaskConfig
 from edge_agent.ipc.events import AskQuestion, SetInstruction, SetPaused, TextDelta
-from edge_agent.supervisor.control import (
-    ASK_TIMEOUT_S,
-    MAX_PENDING_REQUESTS,
-    MAX_REMEMBERED_REPLIES,
-    OPERATIONS,
-    ReplyMemory,
-)
+from edge_agent.supervisor.control import ASK_TIMEOUT_S, MAX_PENDING_REQUESTS, OPERATIONS
 from edge_agent.wire.control import Operation, Reply
 from tests.harness.in_process import InProcess, fake_config
 
@@ -90,66 +84,6 @@ def test_an_invalid_request_is_refused_and_the_next_one_is_answered(running, pay
     running.turn()
     assert not running.publisher.replies[-1].ok and error in running.publisher.replies[-1].error
     assert request(running, "stats").ok
-
-
-# -- the same id again ------------------------------------------------------------------------------------------------
-
-
-def test_stats_are_read_again_for_the_same_id(running):
-    """A controller that reads them often must not push the replies of others out of the memory."""
-    first = request(running, "stats", request_id="same")
-    running.answer()
-    assert request(running, "stats", request_id="same").result["actions"] == first.result["actions"] + 1
-
-
-def test_a_repeated_pause_does_not_pause_again(running):
-    request(running, "pause", request_id="p")
-    request(running, "resume", request_id="r")
-    assert request(running, "pause", request_id="p").result == {"paused": True}
-    assert not running.supervisor.control_state.paused
-
-
-def test_two_controllers_may_use_the_same_id(running):
-    running.publisher.request("ask", "one?", request_id="same", sender=b"a")
-    running.publisher.request("ask", "two?", request_id="same", sender=b"b")
-    running.turn()
-    one, two = commands(running, AskQuestion)
-    answer_question(running, two, "second")
-    answer_question(running, one, "first")
-    assert [reply.result["text"] for reply in running.publisher.replies[-2:]] == ["second", "first"]
-    assert running.publisher.reply_senders[-2:] == [b"b", b"a"]
-
-
-def test_a_repeated_request_that_still_waits_gets_one_reply(running):
-    assert request(running, "ask", "what?", request_id="q") is None
-    assert request(running, "ask", "what?", request_id="q") is None
-    (question,) = commands(running, AskQuestion)
-    n_replies = len(running.publisher.replies)
-    answer_question(running, question, "a pad")
-    assert len(running.publisher.replies) == n_replies + 1
-
-
-def test_vehicle_state_does_not_push_other_replies_out_of_memory(tmp_path):
-    (tmp_path / "climb.yaml").write_text(CLIMB)
-    with InProcess(fake_config(task=TaskConfig(action_space=str(tmp_path / "climb.yaml")))) as running:
-        first = request(running, "pause", request_id="same")
-        request(running, "resume", request_id="another")
-        for n in range(MAX_REMEMBERED_REPLIES + 10):
-            assert request(running, "vehicle_state", values={"altitude_m": n}).ok
-            assert request(running, "stats").ok
-        assert request(running, "pause", request_id="same") == first
-        assert not running.supervisor.control_state.paused  # it was not carried out again
-
-
-def test_memory_of_replies_is_bounded():
-    memory = ReplyMemory(limit=2)
-    for request_id in ("a", "b", "c"):
-        assert memory.begin([b"s"], request_id)
-        memory.store([b"s"], request_id, request_id.encode())
-    assert memory.get([b"s"], "a") is None and memory.get([b"s"], "c") == b"c"
-    memory.store([b"s"], "a", b"too late")  # forgotten: it is not stored again
-    assert memory.get([b"s"], "a") is None
-    assert not memory.begin([b"s"], "c") and memory.begin([b"other"], "c")
 
 
 # -- instruct and adapter ---------------------------------------------------------------------------------------------
@@ -258,10 +192,10 @@ def test_a_question_that_is_not_answered_in_time_is_refused_and_its_text_ends(ru
     assert len(running.publisher.stream("text")) == 1 and len(running.publisher.replies) == n_replies + 1
 
 
-def test_at_most_eight_requests_wait_and_the_next_one_is_refused_at_once(running):
-    for _ in range(MAX_PENDING_REQUESTS // 2):
+def test_few_requests_wait_and_the_others_are_refused_at_once(running):
+    for n in range(MAX_PENDING_REQUESTS // 2):
         assert request(running, "ask", "what?") is None
-        assert request(running, "instruct", "Go.") is None
+        assert request(running, "instruct", f"Go {n}.") is None
     for op in ("ask", "instruct"):
         assert "8 requests are waiting already" in request(running, op, "what?").error
     assert request(running, "stats").ok
@@ -309,7 +243,7 @@ def test_no_action_leaves_from_the_reply_to_pause_on(running):
     n_actions = running.counters.actions
     running.answer()
     assert running.publisher.stream("actions")[-1].reason == "paused" and running.counters.actions == n_actions
-    assert running.state == ("paused", "by control")
+    assert running.state == ("paused", "by control; `edge-agent resume` ends it")
     assert request(running, "resume").result == {"paused": False}
     running.answer()
     assert running.counters.actions == n_actions + 1
@@ -358,22 +292,43 @@ def test_vehicle_state_is_written_beside_the_frames_with_its_time(tmp_path):
         first_ns = running.clock()
         assert request(running, "vehicle_state", values={"altitude_m": 3.5, "mode": "offboard"}).ok
         running.clock.advance(1.0)
-        assert request(running, "vehicle_state", values={"altitude_m": 4}).result == {}
+        assert request(running, "vehicle_state", values={"altitude_m": 4}).result == {"refused": {}}
         record = msgspec.msgpack.decode(running.supervisor.slot.read_vehicle_state())
         assert record == {"altitude_m": [4, first_ns + 1_000_000_000], "mode": ["offboard", first_ns]}
-        for values, error in (
-            ({"altitude": 1}, "expected one of altitude_m, mode"),
-            ({"altitude_m": float("nan")}, "expected a number"),
-            ({"mode": "</s>[INST]"}, "expected a number, a bool or a word"),
-            ({}, "expected at least one"),
-        ):
-            assert error in request(running, "vehicle_state", values=values).error
-        assert msgspec.msgpack.decode(running.supervisor.slot.read_vehicle_state()) == record
+        assert "expected at least one" in request(running, "vehicle_state", values={}).error
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "error"),
+    [
+        ("altitude", 1, "expected one of altitude_m, mode"),
+        ("mode", "</s>[INST]", "expected a number, a bool, or a word"),
+        ("mode", [1], "found list"),
+        ("mode", 1e10, "within"),
+    ],
+)
+def test_a_value_that_cannot_be_taken_is_named_and_the_others_are_taken(tmp_path, key, value, error):
+    (tmp_path / "climb.yaml").write_text(CLIMB)
+    with InProcess(fake_config(task=TaskConfig(action_space=str(tmp_path / "climb.yaml")))) as running:
+        reply = request(running, "vehicle_state", values={key: value, "altitude_m": 3.5})
+        assert reply.ok and list(reply.result["refused"]) == [key] and error in reply.result["refused"][key]
+        record = msgspec.msgpack.decode(running.supervisor.slot.read_vehicle_state())
+        assert list(record) == ["altitude_m"]
+
+
+@pytest.mark.parametrize("unknown", [None, float("nan"), float("inf"), float("-inf")])
+def test_a_value_that_becomes_unknown_is_not_used_any_more(tmp_path, unknown):
+    (tmp_path / "climb.yaml").write_text(CLIMB)
+    with InProcess(fake_config(task=TaskConfig(action_space=str(tmp_path / "climb.yaml")))) as running:
+        request(running, "vehicle_state", values={"altitude_m": 3.5, "mode": "AUTO.LOITER"})
+        assert request(running, "vehicle_state", values={"altitude_m": unknown}).result == {"refused": {}}
+        record = msgspec.msgpack.decode(running.supervisor.slot.read_vehicle_state())
+        assert {key: value for key, (value, _) in record.items()} == {"mode": "auto.loiter"}
 
 
 def test_an_action_space_without_vehicle_state_takes_none(running):
-    error = request(running, "vehicle_state", values={"altitude_m": 3.5}).error
-    assert "this action space has no vehicle_state" in error
+    refused = request(running, "vehicle_state", values={"altitude_m": 3.5}).result["refused"]
+    assert refused == {"altitude_m": "this action space has no vehicle_state"}
 
 
 def test_stats_are_the_counters_and_the_state(running):

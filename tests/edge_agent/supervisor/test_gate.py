@@ -77,3 +77,13 @@ def test_the_detail_of_a_rejection(gate):
 def test_pause_is_checked_before_everything_else(gate):
     """A controller that has paused gets one reason, whatever else is wrong with the frame."""
     assert check(gate, paused=True, ready=False, age_ms=-5, stop_reason="late").reason == "paused"
+
+
+@pytest.mark.parametrize(("captured_ns", "is_refused"), [(0, True), (999, True), (1000, False), (2000, False)])
+def test_a_frame_from_before_a_suspend_is_late_however_young_it_looks(gate, captured_ns, is_refused):
+    proposal = proposal_of(t_capture_ns=captured_ns, instruction_id=4)
+    control_state = ControlState(Instruction(4, "", ""))
+    result = gate.check(proposal, control_state, model_is_ready=True, now_ns=3000, resumed_ns=1000)
+    assert isinstance(result, Rejection) == is_refused
+    if is_refused:
+        assert result == Rejection("late", "the machine was suspended since the frame was captured")

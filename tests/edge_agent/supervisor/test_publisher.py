@@ -16,7 +16,7 @@ import msgspec
 import pytest
 import zmq
 
-from edge_agent.supervisor.publisher import EndpointError, Publisher
+from edge_agent.supervisor.publisher import EndpointError, Publisher, Sender
 from edge_agent.wire.messages import TextMessage
 from edge_agent.wire.streams import STREAMS, unpack
 from tests.harness import ROOT
@@ -42,7 +42,7 @@ def connect(folder):
     with zmq.Context() as context:
         sockets = []
 
-        def connect(stream: str, kind: int, **options: int) -> zmq.Socket:
+        def connect(stream: str, kind: int, **options: int | bytes) -> zmq.Socket:
             connected = context.socket(kind)
             sockets.append(connected)
             for name, value in ({"LINGER": 0, "RCVTIMEO": 30_000, "SNDTIMEO": 30_000} | options).items():
@@ -352,7 +352,7 @@ def test_odd_multipart_requests_are_only_odd_requests(publisher, connect):
     for parts in ([b""], [b"", b""], [b"a", b"b", b"c"], [b"\xff" * 1000] * 50, [b"", b"payload"]):
         dealer.send_multipart(parts)
         ((sender, payload),) = requests(publisher, 1)
-        assert payload == parts[-1] and sender[1:] == parts[:-1]
+        assert payload == parts[-1] and list(sender.routing[1:]) == parts[:-1]
         publisher.reply(sender, b"ok")
         assert dealer.recv_multipart() == [*parts[:-1], b"ok"]
 
@@ -371,12 +371,33 @@ def test_a_request_over_64_kib_is_dropped_and_the_others_are_not(publisher, conn
     assert [payload for _, payload in requests(publisher, 1)] == [b"small"]
 
 
+def test_a_sender_is_connected_until_its_connection_ends(publisher, connect):
+    dealer = connect("control", zmq.DEALER)
+    dealer.send(b"hello")
+    ((sender, _),) = requests(publisher, 1)
+    assert publisher.is_connected(sender) and publisher.is_connected(Sender(sender.routing, None))
+    dealer.close()
+    while publisher.is_connected(sender):  # until libzmq has noticed it
+        time.sleep(0.001)
+
+
+def test_the_newest_connection_with_a_routing_id_takes_over(publisher, connect):
+    """The old process of a controller hangs, and still holds its connection."""
+    for n in range(3):
+        dealer = connect("control", zmq.DEALER, ROUTING_ID=b"controller")
+        dealer.send(str(n).encode())
+        ((sender, payload),) = requests(publisher, 1)
+        assert (sender.routing, payload) == ((b"controller",), str(n).encode())
+        publisher.reply(sender, b"ok")
+        assert dealer.recv() == b"ok"
+
+
 def test_a_reply_to_a_sender_that_is_gone_is_dropped(publisher, connect):
     dealer, other = connect("control", zmq.DEALER), connect("control", zmq.DEALER)
     dealer.send(b"bye")
     ((sender, _),) = requests(publisher, 1)
     dealer.close()
-    for to in (sender, [b"nobody"], [b"\x00\x00\x00\x00\x00"]):
+    for to in (sender, Sender((b"nobody",)), Sender((b"\x00\x00\x00\x00\x00",))):
         publisher.reply(to, b"late")
     other.send(b"hello")
     ((sender, _),) = requests(publisher, 1)
