@@ -313,9 +313,13 @@ class Stops(RuleBasedStateMachine):
         self.n_actions = 0
         self.start()
 
-    def start(self) -> None:
+    def start(self, is_loaded: bool = True) -> None:
         self.running = InProcess(folder=Path(self.folder.name))
         self.n_actions = 0
+        if is_loaded:
+            self.running.open_camera()
+            self.running.load_model()
+            self.running.answer()
 
     def teardown(self) -> None:
         self.running.supervisor.close()
@@ -332,6 +336,10 @@ class Stops(RuleBasedStateMachine):
         for reply in self.running.publisher.replies[n_replies:]:
             if reply.ok and reply.result.get("paused") is True:
                 self.stopped = True
+        if self.running.model is not None and self.running.supervisor.model.is_loaded:
+            n_before = n_actions(self.running)
+            self.running.answer()
+            assert not self.stopped or n_actions(self.running) == n_before, "an action after an acknowledged stop"
 
     @rule(op=st.sampled_from(Operation.__args__), text=st.sampled_from(["", "Land.", "1", "2"]), request_id=IDS)
     def request(self, op: str, text: str, request_id: str) -> None:
@@ -395,13 +403,13 @@ class Stops(RuleBasedStateMachine):
             self.running.open_camera()
             self.handle()
 
-    @rule(killed=st.booleans())
-    def daemon_ends(self, killed: bool) -> None:
+    @rule(killed=st.booleans(), is_loaded=st.booleans())
+    def daemon_ends(self, killed: bool, is_loaded: bool = True) -> None:
         if not killed:
             self.running.supervisor.control.refuse_pending("the daemon was stopped")
         self.running.supervisor.close()
         self.running.publisher.close()
-        self.start()
+        self.start(is_loaded)
 
     @rule()
     def controller_reconnects(self) -> None:
