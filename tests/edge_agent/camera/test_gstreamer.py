@@ -145,10 +145,11 @@ def test_a_child_that_hangs_in_a_driver_does_not_block_the_camera(fake_gst, slot
     [
         (CameraConfig(source="gst:videotestsrc"), "needs camera.width and camera.height"),
         (gst("videotestsrc", 642, 480), "must be a multiple of 4"),
-        (gst("videotestsrc", 7680, 4321), "the limit is"),
+        (gst("videotestsrc", 7680, 4320), "camera.max_megapixels allows 13"),
+        (gst("videotestsrc", 7680, 4321, max_megapixels=33.1776), "the limit is"),
         (gst("videotestsrc pattern='red"), "No closing quotation"),
     ],
-    ids=["no size", "padded rows", "too large", "a quotation without an end"],
+    ids=["no size", "padded rows", "too large", "larger than the slot", "a quotation without an end"],
 )
 def test_a_pipeline_that_cannot_work_is_a_permanent_error(slot, clock, config, words):
     error = error_of(config, slot, clock)

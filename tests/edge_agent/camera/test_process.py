@@ -72,7 +72,7 @@ def folder_of(path: Path, **files: bytes) -> Path:
         (lambda tmp: tmp / "nowhere.mp4", "absent", "nowhere.mp4: no such file or folder"),
         (lambda tmp: corrupt_video(tmp / "broken.mp4"), "unreadable", "broken.mp4: contains no frame"),
         (lambda tmp: folder_of(tmp / "empty"), "absent", "empty: no image in this folder"),
-        (lambda tmp: folder_of(tmp / "bad", a=b"\xff\xd8\xff bad"), "unreadable", "can read none of its 1 images"),
+        (lambda tmp: folder_of(tmp / "bad", a=b"\xff\xd8\xff bad"), "unreadable", "none of its 1 images can be used"),
         (lambda tmp: "rtsp://10.0.0.1/stream", "absent", "rtsp://10.0.0.1/stream: expected"),
         (lambda tmp: "zmq:tcp://*:5555", "unreadable", "zmq:tcp://*:5555: expected zmq:ipc:///absolute/path"),
         (lambda tmp: "gst:videotestsrc", "unreadable", "camera.width and camera.height"),
