@@ -57,6 +57,8 @@ PROBE_FREEZE_S = 5.0  # how long the probe looks at identical images at most
 
 def source_kind(source: str) -> str:
     """The row of SOURCES that a source string means. Raises SourceError."""
+    if "\0" in source:
+        raise SourceError("absent", f"{source!r}: a name cannot contain a zero character", retryable=False)
     prefix = source.partition(":")[0]
     if prefix in ("v4l2", "gst", "zmq") and ":" in source:
         return prefix

@@ -48,7 +48,7 @@ def read_pushed_frames(config: CameraConfig, slot: Slot, clock: Clock) -> Source
     if not endpoint.startswith("ipc:///"):
         detail = f"zmq:{endpoint}: expected zmq:ipc:///absolute/path; frames cannot come over a network"
         raise SourceError("unreadable", detail, retryable=False)
-    with bind_receiver(endpoint, config.max_pixels) as receiver:
+    with bind_receiver(endpoint, config.max_pixels) as receiver, watch_disconnections(receiver) as monitor:
         newest = slot.peek(0)  # a frame that was published before a restart is not a new frame
         last_captured_ns = newest.t_capture_ns if newest else 0
         refusals = FaultReport(endpoint)
@@ -59,7 +59,13 @@ def read_pushed_frames(config: CameraConfig, slot: Slot, clock: Clock) -> Source
             if message is None:
                 if now_ns - last_data_ns >= STALL_NS:
                     last_data_ns = now_ns
-                    yield CameraFault("stalled", f"{endpoint}: no frame was pushed for {STALL_S:g} s")
+                    detail = f"{endpoint}: no frame was pushed for {STALL_S:g} s"
+                    if n := count_messages(monitor):
+                        detail += (
+                            f"; {n} times a pusher's connection ended: a message of more than "
+                            f"{max_message_bytes(config.max_pixels)} bytes (from camera.max_megapixels) ends it"
+                        )
+                    yield CameraFault("stalled", detail)
                 continue
             last_data_ns = now_ns
             try:
@@ -71,6 +77,10 @@ def read_pushed_frames(config: CameraConfig, slot: Slot, clock: Clock) -> Source
                 continue
             last_captured_ns = frame.t_capture_ns
             yield CapturedFrame(image, frame.t_capture_ns, "sender", frame_id=frame.frame_id)
+
+
+def max_message_bytes(max_pixels: int) -> int:
+    return 3 * max_pixels + MAX_HEADER_BYTES
 
 
 @contextlib.contextmanager
@@ -87,13 +97,34 @@ def bind_receiver(endpoint: str, max_pixels: int) -> Iterator[zmq.Socket[bytes]]
             receiver = stack.enter_context(stack.enter_context(zmq.Context()).socket(zmq.PULL))
             receiver.setsockopt(zmq.LINGER, 0)
             receiver.setsockopt(zmq.RCVHWM, MAX_QUEUED_FRAMES)
-            receiver.setsockopt(zmq.MAXMSGSIZE, 3 * max_pixels + MAX_HEADER_BYTES)
+            receiver.setsockopt(zmq.MAXMSGSIZE, max_message_bytes(max_pixels))
             receiver.bind(endpoint)
         except BlockingIOError:
             raise SourceError("busy", f"{endpoint}: another process receives there") from None
         except (OSError, zmq.ZMQError) as error:
             raise SourceError("absent", f"{endpoint}: {error.strerror}") from None
         yield receiver
+
+
+@contextlib.contextmanager
+def watch_disconnections(receiver: zmq.Socket[bytes]) -> Iterator[zmq.Socket[bytes]]:
+    """A socket with a message for each connection that ended."""
+    monitor = receiver.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+    try:
+        yield monitor
+    finally:
+        receiver.disable_monitor()
+        monitor.close(linger=0)
+
+
+def count_messages(monitor: zmq.Socket[bytes]) -> int:
+    """Messages that have arrived; it takes them."""
+    n = 0
+    with contextlib.suppress(zmq.Again):
+        while True:
+            monitor.recv_multipart(zmq.NOBLOCK)
+            n += 1
+    return n
 
 
 def receive_newest(receiver: zmq.Socket[bytes]) -> zmq.Frame | None:

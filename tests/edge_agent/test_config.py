@@ -29,7 +29,8 @@ def test_what_is_written_is_what_is_loaded():
     loaded = load_config_text(
         "bundle: /bundles/3b\n"
         "trusted_keys: [/etc/ours.pub, theirs.pub]\n"
-        "camera: {source: /dev/video2, name: nose, width: 1280, height: 720, fps: 29.97, realtime: false, loop: no}\n"
+        "camera: {source: /dev/video2, name: nose, width: 1280, height: 720, fps: 29.97, realtime: false, loop: no,\n"
+        "         fourcc: MJPG, max_megapixels: 1, identical_frames_s: 0}\n"
         "profile: small\n"
         "cpu_threads: 3\n"
         "vision: {backend: mtmd, max_image_tokens: 64, tensorrt: true}\n"
@@ -52,6 +53,9 @@ def test_what_is_written_is_what_is_loaded():
             "width": 1280,
             "height": 720,
             "fps": 29.97,
+            "fourcc": "MJPG",
+            "max_megapixels": 1.0,
+            "identical_frames_s": 0.0,
             "realtime": False,
             "loop": False,
         },
@@ -94,6 +98,9 @@ def test_defaults():
             "width": None,
             "height": None,
             "fps": None,
+            "fourcc": None,
+            "max_megapixels": 13.0,
+            "identical_frames_s": None,
             "realtime": True,
             "loop": True,
         },
