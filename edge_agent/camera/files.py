@@ -53,7 +53,7 @@ class Pacer:
         """start_ns: when the first frame is due."""
         self.playback, self.clock = playback, clock
         self._shift_ns = start_ns  # from the recording's time to the clock's
-        self._time_ns, self._gap_ns = 0, 0
+        self._time_ns, self._gap_ns = 0, playback.usual_gap_ns
 
     @property
     def end_ns(self) -> int:
@@ -68,7 +68,8 @@ class Pacer:
         """
         is_first = self.playback.n_grabbed == 0
         if not self._grab():
-            self.clock.sleep_until(self.end_ns)
+            if not is_first:
+                self.clock.sleep_until(self.end_ns)
             return False
         if is_first:
             self._show_now()

@@ -87,7 +87,7 @@ class Playback:
         self._height = int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
         self._width = int(capture.get(cv2.CAP_PROP_FRAME_WIDTH))
         header_fps = capture.get(cv2.CAP_PROP_FPS)
-        self._usual_gap_ns = round(NS_PER_S / (header_fps if 1 <= header_fps <= 240 else usual_fps))
+        self.usual_gap_ns = round(NS_PER_S / (header_fps if 1 <= header_fps <= 240 else usual_fps))
         self.n_grabbed = 0
         self.stamp_ms = 0.0  # of the frame, as it is stored
         self._time_ns = 0
@@ -109,7 +109,7 @@ class Playback:
         self.n_grabbed += 1
         if self.n_grabbed > 1:
             gap_ns = (self.stamp_ms - before_ms) * NS_PER_MS
-            self._time_ns += round(min(gap_ns, MAX_GAP_NS)) if gap_ns >= 1 else self._usual_gap_ns
+            self._time_ns += round(min(gap_ns, MAX_GAP_NS)) if gap_ns >= 1 else self.usual_gap_ns
         return self._time_ns
 
     def image(self) -> np.ndarray:

@@ -109,7 +109,7 @@ def test_skipping_ends_where_decoding_is_slower_than_the_video(clock):
     """After the frames of one second were skipped, the next frame is shown, and the later ones are due after it."""
 
     class SlowPlayback:
-        n_grabbed = 0
+        n_grabbed, usual_gap_ns = 0, 20_000_000
 
         def grab(self) -> int:
             clock.advance(0.03)
@@ -157,6 +157,13 @@ def test_a_loop_begins_when_the_last_frame_has_been_shown(slot, clock, tmp_path)
         frames = [item for item in itertools.islice(items, 8) if isinstance(item, CapturedFrame)]
     gaps_s = np.diff([frame.t_capture_ns for frame in frames]) / 1e9
     assert gaps_s == pytest.approx([0.1, 0.5, 0.5, 0.1, 0.5, 0.5])
+
+
+def test_a_recording_of_one_frame_loops_at_the_usual_rate(slot, clock, tmp_path):
+    config = CameraConfig(source=str(counting_mkv(tmp_path / "v.mkv", [700])), fps=4)
+    with closing(open_source(config, slot, clock)) as items:
+        frames = [item for item in itertools.islice(items, 4) if isinstance(item, CapturedFrame)]
+    assert (np.diff([frame.t_capture_ns for frame in frames]) >= 20_000_000).all()  # no loop without a pause
 
 
 @pytest.mark.parametrize("realtime", [True, False])
