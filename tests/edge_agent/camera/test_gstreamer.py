@@ -92,6 +92,11 @@ def test_a_mistake_in_the_pipeline_is_permanent_and_a_fault_of_the_hardware_is_n
     assert error.retryable == is_retried and message in error.detail
 
 
+def test_the_messages_are_asked_for_in_english(fake_gst, slot, clock, monkeypatch):
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    assert error_of(gst("says-locale"), slot, clock).detail.endswith("the locale is C")
+
+
 @pytest.mark.parametrize("sink", ["appsink", "appsink name=a drop=true", "fakesink", "autovideosink sync=false"])
 def test_a_pipeline_may_not_end_in_a_sink(slot, clock, sink):
     """As it is copied from a script for OpenCV. Nothing is started."""
