@@ -218,7 +218,7 @@ def test_without_gstreamer_the_error_names_the_package(slot, clock, tmp_path, mo
     assert error.reason == "absent" and "gstreamer1.0-tools" in error.detail and not error.retryable
     (tmp_path / "gst-launch-1.0").write_text("not executable")
     assert error_of(gst("videotestsrc"), slot, clock).detail == "gst: gst-launch-1.0: Permission denied"
-    assert len(os.listdir("/proc/self/fd")) == n_fds
+    assert len(os.listdir("/proc/self/fd")) <= n_fds  # less: the garbage of another test was collected
 
 
 def test_the_rate_is_limited_by_dropping_frames_only():

@@ -181,4 +181,4 @@ def test_a_recording_leaves_no_descriptor_open(tmp_path):
         assert len(times_ms(path)) == 3
     with pytest.raises(SourceError):
         Recording(tmp_path)
-    assert len(os.listdir("/proc/self/fd")) == n_fds
+    assert len(os.listdir("/proc/self/fd")) <= n_fds  # less: the garbage of another test was collected
