@@ -30,8 +30,16 @@ class CameraConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     width: Annotated[int, Meta(ge=1, le=7680)] | None = None  # pixels; requested from V4L2 and GStreamer
     height: Annotated[int, Meta(ge=1, le=4320)] | None = None
     fps: Annotated[float, Meta(gt=0, le=1000)] | None = None
+    fourcc: Annotated[str, Meta(pattern="^[A-Za-z0-9 ]{4}$")] | None = None  # V4L2: pixel format, for example MJPG
+    max_megapixels: Annotated[float, Meta(gt=0, le=33.1776)] = 13.0  # larger frames are refused; bounds the memory
+    identical_frames_s: Annotated[float, Meta(ge=0, le=86400)] | None = None  # V4L2, GStreamer; 0: for ever
     realtime: bool = True  # files only: at the recorded rate, or as fast as the model answers
     loop: bool = True  # files only: start again at the end, or stop
+
+    @property
+    def max_pixels(self) -> int:
+        """Pixels of the largest frame that is taken."""
+        return round(self.max_megapixels * 1e6)
 
 
 class VisionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -45,7 +45,7 @@ class BuildFolder:
     def __init__(self, folder: Path, key: str) -> None:
         """key: fingerprint of everything that the files depend on. Files of another key are removed."""
         self.folder, self._journal = folder, _Journal(key)
-        with contextlib.suppress(OSError, msgspec.DecodeError):
+        with contextlib.suppress(OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             journal = msgspec.json.decode((folder / JOURNAL).read_bytes(), type=_Journal)
             if journal.key == key and all((folder / name).stat().st_size >= n for name, n in journal.n_bytes.items()):
                 self._journal = journal

@@ -29,7 +29,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "actions": ({"errors", "strict_yaml", "time_units", "wire"}, {"msgspec"}),
     "bundle": ({"errors", "config", "profile"}, {"msgspec", "gguf", "cryptography"}),
     "ipc": ({"time_units", "wire"}, {"msgspec", "numpy"}),
-    "camera": ({"ipc", "config", "errors", "time_units", "wire"}, {"cv2", "msgspec", "numpy", "zmq"}),
+    "camera": ({"ipc", "config", "errors", "time_units", "wire"}, {"cv2", "msgspec", "numpy", "simplejpeg", "zmq"}),
     "model": (
         {"ipc", "config", "errors", "actions", "bundle", "board", "wire", "profile", "time_units"},
         {"cv2", "gguf", "llama_cpp", "llguidance", "msgspec", "numpy", "onnxruntime"},
@@ -58,7 +58,10 @@ ORDER: dict[str, list[str]] = {
     "actions": ["space", "prompt", "grammar", "action_tokens", "vehicle_state", "envelope"],
     "bundle": ["files", "file_check", "signing", "manifest", "verify", "lora_check", "memory_plan"],
     "ipc": ["backoff", "frame_slot", "events", "worker"],
-    "camera": ["__init__", "clock", "source", "v4l2", "gstreamer", "files", "pushed", "process", "__main__"],
+    "camera": [
+        "__init__", "clock", "source", "picture", "recording", "v4l2", "gstreamer", "files", "pushed", "process",
+        "__main__",
+    ],
     "model": [
         "preprocess", "token_budget", "vision_encoder", "frame_buffer", "llama", "constrained", "events", "prompt",
         "text_lane", "action_lane", "engine", "image_encoder", "frame_encoder", "load", "supervisor_channel", "loop",

@@ -25,7 +25,7 @@ class CameraEnded(msgspec.Struct, frozen=True, tag_field="kind", tag="ended"):
     """A source that has an end (a video or a folder, loop: false) has reached it."""
 
 
-CameraFaultReason = Literal["absent", "busy", "unreadable", "stalled", "frozen", "clock", "too-large"]
+CameraFaultReason = Literal["absent", "busy", "unreadable", "stalled", "frozen", "clock", "too-large", "other-camera"]
 
 
 class CameraFault(msgspec.Struct, frozen=True, tag_field="kind", tag="fault"):

@@ -29,9 +29,9 @@ def test_what_is_written_is_what_is_loaded():
     loaded = load_config_text(
         "bundle: /bundles/3b\n"
         "trusted_keys: [/etc/ours.pub, theirs.pub]\n"
-        "camera: {source: /dev/video2, name: nose, width: 1280, height: 720, fps: 29.97, realtime: false, loop: no}\n"
-        "profile: small\n"
-        "cpu_threads: 3\n"
+        "camera: {source: /dev/video2, name: nose, width: 1280, height: 720, fps: 29.97, realtime: false, loop: no,\n"
+        "         fourcc: MJPG, max_megapixels: 1, identical_frames_s: 0}\n"
+        "profile: small\ncpu_threads: 3\n"
         "vision: {backend: mtmd, max_image_tokens: 64, tensorrt: true}\n"
         "language: {context: 4096, gpu_layers: 0, describe_prompt: 'What?', max_text_tokens: 5,\n"
         "           stream_action_text: false, max_reasoning_tokens: 99,\n"
@@ -52,6 +52,9 @@ def test_what_is_written_is_what_is_loaded():
             "width": 1280,
             "height": 720,
             "fps": 29.97,
+            "fourcc": "MJPG",
+            "max_megapixels": 1.0,
+            "identical_frames_s": 0.0,
             "realtime": False,
             "loop": False,
         },
@@ -94,6 +97,9 @@ def test_defaults():
             "width": None,
             "height": None,
             "fps": None,
+            "fourcc": None,
+            "max_megapixels": 13.0,
+            "identical_frames_s": None,
             "realtime": True,
             "loop": True,
         },
@@ -193,6 +199,13 @@ OUT_OF_RANGE = [
     ("camera.fps", "0", "> 0", "0"),
     ("camera.fps", "1001", "<= 1000", "1001"),
     ("camera.fps", ".nan", "> 0", "nan"),
+    ("camera.fourcc", "MJP", "regex", "'MJP'"),
+    ("camera.fourcc", "MJPEG", "regex", "'MJPEG'"),
+    ("camera.max_megapixels", "0", "> 0", "0"),
+    ("camera.max_megapixels", "33.2", "<= 33.1776", "33.2"),
+    ("camera.max_megapixels", ".nan", "> 0", "nan"),
+    ("camera.identical_frames_s", "-1", ">= 0", "-1"),
+    ("camera.identical_frames_s", ".inf", "expected", "inf"),
     ("vision.backend", "tensorrt", "onnxruntime", "'tensorrt'"),
     ("vision.max_image_tokens", "3", ">= 8", "3"),
     ("vision.max_image_tokens", "1025", "<= 1024", "1025"),

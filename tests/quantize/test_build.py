@@ -21,7 +21,7 @@ import quantize.build
 import quantize.build_folder
 from edge_agent.bundle import manifest, verify
 from edge_agent.model.llama import LlamaContext, LlamaOptions
-from quantize.build_folder import BuildError
+from quantize.build_folder import BuildError, BuildFolder
 from quantize.formats import ggml_kernels
 from quantize.formats.build_plan import BuildPlan, plan_conversion
 from quantize.progress import SILENT, Progress
@@ -285,6 +285,14 @@ def test_an_interrupted_build_is_continued(
     )
     for name in FILES:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("journal", [b"\xff", b'{"key": "\xff"}', b"[" * 200_000, b"{}"])
+def test_a_damaged_journal_is_as_none(tmp_path, journal):
+    (tmp_path / "journal.json").write_bytes(journal)
+    (tmp_path / "left.gguf").write_bytes(b"of an earlier run")
+    BuildFolder(tmp_path, "key")
+    assert os.listdir(tmp_path) == ["journal.json"]
 
 
 @pytest.mark.parametrize("how", ["recipe", "checkpoint", "journal", "cut"])

@@ -39,6 +39,17 @@ def test_a_text_only_model_needs_no_memory_for_a_vision_encoder(toy):
     assert needed_mib(CONFIG, manifest)["vision encoder"] == 0.0
 
 
+@pytest.mark.parametrize(
+    ("source", "max_megapixels", "n_frames"),
+    [("/dev/video0", 0.9216, 4), ("clip.mp4", 33.1776, 4), ("gst:x", 2, 4), ("zmq:ipc:///x", 33.1776, 6)],
+)
+def test_frames_of_the_largest_size_are_in_the_plan(toy, source, max_megapixels, n_frames):
+    """The slot never gives its memory back, so the largest frame that is allowed counts."""
+    camera = CameraConfig(source=source, max_megapixels=max_megapixels)
+    parts = needed_mib(msgspec.structs.replace(CONFIG, camera=camera), shape_3b(toy))
+    assert parts["frames"] == pytest.approx(n_frames * 3 * max_megapixels * 1e6 / 2**20)
+
+
 def test_the_parts_are_those_of_arithmetic(toy):
     parts = needed_mib(CONFIG, shape_3b(toy), adapters_mib=12.0)
     assert parts["language model"] == pytest.approx(2047, abs=1)
@@ -53,6 +64,7 @@ def test_the_parts_are_those_of_arithmetic(toy):
     float32 = (3_849_090_048 - language) * 4 / 2**20
     assert parts["vision encoder"] == pytest.approx(float32 + 839e6 / 2**20 + 16 * 1024**2 * 4 / 2**20, abs=1)
     assert parts["adapters"] == 12.0
+    assert parts["frames"] == pytest.approx(4 * 3 * 13e6 / 2**20)
     mtmd = msgspec.structs.replace(CONFIG, vision=VisionConfig(backend="mtmd"))
     assert needed_mib(mtmd, shape_3b(toy))["vision encoder"] == pytest.approx(849e6 / 2**20 + 64, abs=1)
     # In float32 there is nothing to convert: the file is what is kept. Of int8 a quarter is kept beside.

@@ -15,7 +15,13 @@ import numpy as np
 import pytest
 
 from edge_agent.ipc import frame_slot
-from edge_agent.ipc.frame_slot import MAX_IMAGE_BYTES, TOTAL_BYTES, Slot
+from edge_agent.ipc.frame_slot import (
+    MAX_IMAGE_BYTES,
+    MAX_SOURCE_IDENTITY_BYTES,
+    MAX_VEHICLE_STATE_BYTES,
+    TOTAL_BYTES,
+    Slot,
+)
 from edge_agent.wire.pushed_frame import pack_pushed_frame
 from tests.harness import ROOT
 
@@ -138,6 +144,20 @@ def test_the_newest_vehicle_state_is_read_and_the_frames_stay_intact(slot):
     with pytest.raises(ValueError, match="vehicle state of 16385 bytes"):
         slot.write_vehicle_state(bytes(16385))
     assert slot.read_vehicle_state() == bytes([300 % 256]) * 300
+
+
+def test_the_identity_of_the_source_is_kept_beside_frames_and_vehicle_state(slot):
+    assert slot.read_source_identity() == b""
+    slot.write_vehicle_state(b"v" * MAX_VEHICLE_STATE_BYTES)
+    slot.write_vehicle_state(b"w" * MAX_VEHICLE_STATE_BYTES)
+    for record in (b"x" * MAX_SOURCE_IDENTITY_BYTES, b"camera", b""):
+        slot.write_source_identity(record)
+        slot.write(1, 1)[:] = 9
+        slot.publish(1, 1, "arrival")
+        assert slot.read_source_identity() == record
+    assert slot.read_vehicle_state() == b"w" * MAX_VEHICLE_STATE_BYTES and slot.peek(0).image.max() == 9
+    with pytest.raises(ValueError, match="source identity of 4097 bytes, the limit is 4096"):
+        slot.write_source_identity(bytes(4097))
 
 
 def test_the_largest_vehicle_state_that_control_accepts_fits():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import msgspec
@@ -163,6 +164,21 @@ def test_measurements_are_kept_and_used_again(pad: Fixture):
         bit_allocation.SensitivityProbe = original
     assert len(measured_types) == 3  # one group, the plan, the standard recipe
     assert again.types == pad.allocation.types
+
+
+@pytest.mark.parametrize("damaged", [b"\xff", b'{"key": "\xff"}', b"[" * 200_000, b"{}"])
+def test_a_damaged_file_of_measurements_is_as_none(toy_bf16: Path, tmp_path: Path, monkeypatch, damaged: bytes):
+    class Measured(Exception):
+        """Stops the work at the first measurement."""
+
+    def first(*_arguments):
+        raise Measured
+
+    (tmp_path / "sensitivity").write_bytes(damaged)
+    monkeypatch.setattr(bit_allocation, "quantisation_errors", first)
+    probe = SimpleNamespace(checkpoint=read_checkpoint(toy_bf16), imatrix=Imatrix())
+    with pytest.raises(Measured):
+        bit_allocation.measure_sensitivity(probe, tmp_path / "sensitivity", "key", SILENT)
 
 
 @pytest.mark.parametrize("change", ["text", "chunks", "imatrix"])

@@ -138,9 +138,9 @@ class Checked(html.parser.HTMLParser):
 
 
 def test_the_page_is_self_contained_and_escapes_its_input(found: list[Evaluation], pictures: Path):
-    from edge_agent.tools.stills import read_stills
+    from edge_agent.tools.stills import Stills
 
-    frames = list(read_stills(pictures, 64))
+    frames = dict(enumerate(Stills(pictures, 64)))
     evil = "<script>alert('x')</script>\"&"
     worst = [msgspec.structs.replace(frame, instruction=evil) for frame in found[1].actions.worst]
     one = msgspec.structs.replace(found[1], recipe=evil, actions=msgspec.structs.replace(found[1].actions, worst=worst))
