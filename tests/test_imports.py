@@ -52,7 +52,10 @@ ORDER: dict[str, list[str]] = {
     "wire": ["codec", "messages", "control", "streams", "endpoints", "pushed_frame"],
     "client": ["client", "chunk_player", "pusher", "__init__"],
     "actions": ["space", "prompt", "grammar", "action_tokens", "vehicle_state", "envelope"],
-    "bundle": ["files", "file_check", "signing", "manifest", "verify", "lora_check", "memory_plan"],
+    "bundle": [
+        "files", "file_check", "signing", "manifest", "verify", "verified_files", "lora_check", "model_start",
+        "memory_plan",
+    ],
     "ipc": ["backoff", "frame_slot", "events", "worker"],
     "camera": ["__init__", "clock", "source", "v4l2", "gstreamer", "files", "pushed", "process", "__main__"],
     "model": [

@@ -113,12 +113,27 @@ def load_action_space(name_or_path: str) -> ActionSpace:
         raise ConfigError(
             f"task.action_space: expected one of {names}, or the path of a YAML file; found {name_or_path!r}"
         )
-    file = convert(parse_yaml(read_text(path), str(path)), _ActionSpaceInFile, str(path))
-    _check_horizon(file, str(path))
-    if file.vehicle_state is not None:
-        _check_vehicle_state_prompt(file.vehicle_state, str(path))
-    actions = {name: _read_action_type(action, name, str(path)) for name, action in file.actions.items()}
-    return ActionSpace(**(msgspec.structs.asdict(file) | {"actions": actions}))
+    return _read_space(parse_yaml(read_text(path), str(path)), str(path))
+
+
+def encode_action_space(space: ActionSpace) -> bytes:
+    """For another process, which must not read the file again: it can have changed."""
+    return msgspec.msgpack.encode(space)
+
+
+def decode_action_space(raw: bytes) -> ActionSpace:
+    """What encode_action_space has encoded."""
+    return _read_space(msgspec.msgpack.decode(raw), "action space")
+
+
+def _read_space(value: object, file: str) -> ActionSpace:
+    """Raises ConfigError."""
+    space = convert(value, _ActionSpaceInFile, file)
+    _check_horizon(space, file)
+    if space.vehicle_state is not None:
+        _check_vehicle_state_prompt(space.vehicle_state, file)
+    actions = {name: _read_action_type(action, name, file) for name, action in space.actions.items()}
+    return ActionSpace(**(msgspec.structs.asdict(space) | {"actions": actions}))
 
 
 def wire_name(key: str, field: ActionField) -> str:

@@ -44,6 +44,12 @@ def open_plain(path: Path) -> int:
     return descriptor
 
 
+def file_stamp(descriptor: int) -> tuple[int, ...]:
+    """What changes when an open file is written to, or is given another name or mode."""
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
 def hash_file(path: Path, report: Callable[[int], None] = lambda n_bytes: None) -> BundleFile:
     """Size and sha256 of a file. Calls report(number of bytes) after each block that was read."""
     digest, size = hashlib.sha256(), 0

@@ -85,6 +85,7 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     folder: Path
     manifest: Manifest
     id: str
+    adapters: dict[str, BundleFile] = {}  # the configured LoRA adapters, once verify_adapters has checked them
 
     def path(self, name: str) -> Path:
         return self.folder / name

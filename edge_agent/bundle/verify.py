@@ -38,9 +38,22 @@ def verify_bundle(
         _check_signature(bundle, trusted_keys)
     if bundle.manifest.vision is None:
         raise BundleError(f"{folder}: a text-only model; use a bundle of a model with a vision encoder")
-    n_done = 0
+    n_before = 0
+
+    def advance(n_done: int) -> None:
+        report(n_before + n_done, bundle.file_bytes)
+
     for name, expected in sorted(bundle.manifest.files.items()):
-        n_done = _check_hash(bundle.path(name), expected, n_done, lambda n: report(n, bundle.file_bytes))
+        path = bundle.path(name)
+        try:
+            descriptor = open_plain(path)
+        except FileNotFoundError:
+            raise BundleError(f"{path}: missing; copy the bundle again") from None
+        try:
+            check_hash(descriptor, path, expected, advance)
+        finally:
+            os.close(descriptor)
+        n_before += expected.bytes
     for name, check in HEADER_CHECKS.items():
         try:
             check(bundle.path(name))
@@ -57,17 +70,14 @@ HEADER_CHECKS: dict[str, Callable[[Path], object]] = {
 }
 
 
-def _check_hash(path: Path, expected: BundleFile, n_done: int, report: Callable[[int], None]) -> int:
-    """Compare size and sha256. n_done: the bytes hashed before this file; returns the bytes hashed after it."""
-    try:
-        descriptor = open_plain(path)
-    except FileNotFoundError:
-        raise BundleError(f"{path}: missing; copy the bundle again") from None
-    digest = hashlib.sha256()
-    with os.fdopen(descriptor, "rb") as file:
-        size = os.fstat(descriptor).st_size
-        if size != expected.bytes:
-            raise BundleError(f"{path}: expected {expected.bytes} bytes, found {size}; copy the bundle again")
+def check_hash(descriptor: int, path: Path, expected: BundleFile, report: Callable[[int], None]) -> None:
+    """Compare size and sha256 of an open file, from its start. report: called with the bytes hashed, after each block.
+    Raises BundleError."""
+    size = os.fstat(descriptor).st_size
+    if size != expected.bytes:
+        raise BundleError(f"{path}: expected {expected.bytes} bytes, found {size}; copy it again")
+    digest, n_done = hashlib.sha256(), 0
+    with open(descriptor, "rb", buffering=0, closefd=False) as file:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
             n_done += len(block)
@@ -75,9 +85,8 @@ def _check_hash(path: Path, expected: BundleFile, n_done: int, report: Callable[
     if digest.hexdigest() != expected.sha256:
         raise BundleError(
             f"{path}: sha256: expected {expected.sha256[:16]}…, found {digest.hexdigest()[:16]}…: the file was "
-            "changed or damaged; copy the bundle again"
+            "changed or damaged; copy it again"
         )
-    return n_done
 
 
 def _check_signature(bundle: Bundle, trusted_keys: tuple[str, ...]) -> None:
