@@ -14,14 +14,13 @@ from msgspec import Meta
 
 from edge_agent.errors import BundleError
 
-Count = Annotated[int, Meta(ge=0)]
 BLOCK_BYTES = 4 << 20
 
 
 class BundleFile(msgspec.Struct, frozen=True, kw_only=True):
     """Size and hash of one file."""
 
-    bytes: Count
+    bytes: Annotated[int, Meta(ge=0, le=1 << 48)]
     sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 

@@ -40,7 +40,8 @@ def _verify_adapter(path: Path, bundle: Bundle, trusted_keys: tuple[str, ...]) -
         statement = signing.adapter_statement(hashed.sha256)
         with os.fdopen(open_plain(path.with_name(path.name + signing.ADAPTER_SUFFIX)), "rb") as file:
             signing.find_signer(statement, file.read(signing.MAX_SIGNATURE_BYTES), trusted_keys)
-    values, shapes = check_gguf(path, LANGUAGE_ARCHITECTURES)
+    values, tensors = check_gguf(path, LANGUAGE_ARCHITECTURES)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     for key, expected in (("general.type", "adapter"), ("adapter.type", "lora")):
         found = values.get(key)
         if found != expected:

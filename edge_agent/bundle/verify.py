@@ -6,10 +6,11 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from edge_agent.bundle import signing
 from edge_agent.bundle.file_check import UnsafeFileError, check_gguf, check_onnx
-from edge_agent.bundle.files import BLOCK_BYTES, BundleFile, open_plain
+from edge_agent.bundle.files import BLOCK_BYTES, BundleFile, file_stamp, open_plain
 from edge_agent.bundle.manifest import (
     LANGUAGE,
     LANGUAGE_ARCHITECTURES,
@@ -20,6 +21,7 @@ from edge_agent.bundle.manifest import (
     Bundle,
     read_manifest,
 )
+from edge_agent.bundle.manifest_check import wrong_fact
 from edge_agent.errors import BundleError
 
 
@@ -43,6 +45,7 @@ def verify_bundle(
     def advance(n_done: int) -> None:
         report(n_before + n_done, bundle.file_bytes)
 
+    headers: dict[str, Any] = {}
     for name, expected in sorted(bundle.manifest.files.items()):
         path = bundle.path(name)
         try:
@@ -50,15 +53,19 @@ def verify_bundle(
         except FileNotFoundError:
             raise BundleError(f"{path}: missing; copy the bundle again") from None
         try:
+            stamp = file_stamp(descriptor)
             check_hash(descriptor, path, expected, advance)
+            if name in HEADER_CHECKS:
+                headers[name] = HEADER_CHECKS[name](Path(f"/proc/self/fd/{descriptor}"))
+            if file_stamp(descriptor) != stamp:
+                raise BundleError(f"{path}: changed while it was verified; try again")
+        except UnsafeFileError as error:
+            raise BundleError(f"{path}: {error}; build the bundle again") from None
         finally:
             os.close(descriptor)
         n_before += expected.bytes
-    for name, check in HEADER_CHECKS.items():
-        try:
-            check(bundle.path(name))
-        except UnsafeFileError as error:
-            raise BundleError(f"{bundle.path(name)}: {error}; build the bundle again") from None
+    if wrong := wrong_fact(bundle.manifest, headers[LANGUAGE], headers[MMPROJ], headers[VISION]):
+        raise BundleError(f"{bundle.path(MANIFEST)}: {wrong}; build the bundle again")
     return bundle
 
 

@@ -12,24 +12,10 @@ from pathlib import Path
 
 import msgspec
 
+from edge_agent.bundle.manifest import SPECIAL_TOKENS, THINK_TOKENS
 from quantize.source.hf_config import CheckpointError, read_table
 
 NORMAL, CONTROL = 1, 3  # gguf.TokenType
-# Special tokens that the prompt and the runtime need. A vocabulary without one of them is not a Ministral 3 tokenizer.
-SPECIAL = {
-    "unk": "<unk>",
-    "bos": "<s>",
-    "eos": "</s>",
-    "pad": "<pad>",
-    "inst": "[INST]",
-    "inst_end": "[/INST]",
-    "system": "[SYSTEM_PROMPT]",
-    "system_end": "[/SYSTEM_PROMPT]",
-    "img": "[IMG]",
-    "img_break": "[IMG_BREAK]",
-    "img_end": "[IMG_END]",
-}
-THINK = {"think": "[THINK]", "think_end": "[/THINK]"}  # around the reasoning of a reasoning model; older ones lack them
 
 
 class Tokenizer(msgspec.Struct, frozen=True):
@@ -39,7 +25,7 @@ class Tokenizer(msgspec.Struct, frozen=True):
     tokens: list[str]  # in the GPT-2 byte alphabet; special tokens as plain text
     types: list[int]  # NORMAL or CONTROL
     merges: list[str]  # "left right", in order of priority
-    special: dict[str, int]  # the names of SPECIAL -> id, and of THINK where the vocabulary has both
+    special: dict[str, int]  # the names of SPECIAL_TOKENS -> id, and of THINK_TOKENS where the vocabulary has both
 
     @property
     def gguf_bytes(self) -> int:
@@ -66,14 +52,14 @@ def read_tokenizer(folder: Path, vocab: int) -> Tokenizer:
     if len(tokens) != vocab:
         raise CheckpointError(f"{path}: {len(tokens)} tokens, but the embedding has {vocab} rows; they are not a pair")
     ids = {token: i for i, token in enumerate(tokens) if types[i] == CONTROL}
-    missing = [text for text in SPECIAL.values() if text not in ids]
+    missing = [text for text in SPECIAL_TOKENS.values() if text not in ids]
     if missing:
         raise CheckpointError(f"{path}: no special token {', '.join(missing)}; expected the Tekken tokenizer")
-    special = {name: ids[text] for name, text in SPECIAL.items()}
+    special = {name: ids[text] for name, text in SPECIAL_TOKENS.items()}
     # Not from `ids`: in some files these two have the type NORMAL.
-    think_ids = {token: i for i, token in enumerate(tokens) if token in THINK.values()}
-    if len(think_ids) == len(THINK):
-        special |= {name: think_ids[text] for name, text in THINK.items()}
+    think_ids = {token: i for i, token in enumerate(tokens) if token in THINK_TOKENS.values()}
+    if len(think_ids) == len(THINK_TOKENS):
+        special |= {name: think_ids[text] for name, text in THINK_TOKENS.items()}
     return Tokenizer(path, tokens, types, merges, special)
 
 
