@@ -51,7 +51,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
 ORDER: dict[str, list[str]] = {
     "wire": ["codec", "messages", "control", "streams", "endpoints", "pushed_frame"],
     "client": ["client", "chunk_player", "pusher", "__init__"],
-    "actions": ["space", "prompt", "grammar", "action_tokens", "vehicle_state", "envelope"],
+    "actions": ["decimals", "space", "prompt", "grammar", "action_tokens", "vehicle_state", "envelope"],
     "bundle": [
         "files", "file_check", "signing", "manifest", "manifest_check", "verify", "verified_files", "lora_check",
         "model_start", "memory_plan",

@@ -21,6 +21,13 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from edge_agent.actions.decimals import (
+    MAX_DECIMALS,
+    decimal,
+    is_decimal_fraction,
+    llguidance_reads_exactly,
+    n_multiples,
+)
 from edge_agent.errors import ConfigError
 from edge_agent.strict_yaml import convert, parse_yaml, read_text
 
@@ -28,6 +35,8 @@ READY_SPACES = Path(__file__).parent / "spaces"
 # Below the offboard time-out of PX4 (1 s): an action expires before the autopilot declares the link lost.
 MAX_VALID_FOR_MS = 900
 PLACEHOLDER = re.compile("[{](.*?)[}]")  # {key} in the text of the vehicle state
+MAX_NUMBER = 1e9  # of min and max, as of the vehicle state
+MAX_LISTED = 2000  # values of a field whose step the grammar cannot compute with: see grammar.py
 _NAME = Meta(pattern="^[a-z][a-z0-9_]{0,31}$")
 _NUMBER_KEYS = {"min", "max", "step", "unit", "q01", "q99"}
 
@@ -175,26 +184,27 @@ def _check_number_field(field: NumberField, where: str) -> None:
     limits = f"min {field.min:g}, max {field.max:g}, step {field.step:g}"
     if not all(map(math.isfinite, (field.min, field.max, field.step))):
         raise ConfigError(f"{where}: min, max and step must be finite; found {limits}")
-    if not _is_decimal(field.step):
-        raise ConfigError(f"{where}.step: must be a decimal fraction such as 0.01 or 0.25; found {field.step:g}")
-    if field.min >= field.max or field.step > field.max - field.min:
+    if max(abs(field.min), abs(field.max)) > MAX_NUMBER:
+        raise ConfigError(f"{where}: min and max must be within {MAX_NUMBER:.0e}; found {limits}")
+    if not is_decimal_fraction(field.step):
+        raise ConfigError(
+            f"{where}.step: must be a decimal fraction such as 0.01 or 0.25, with at most {MAX_DECIMALS} digits behind "
+            f"the point; found {field.step!r}"
+        )
+    if field.min >= field.max or decimal(field.step) > decimal(field.max) - decimal(field.min):
         raise ConfigError(f"{where}: min must be below max, and step at most max - min; found {limits}")
+    n = n_multiples(field.min, field.max, field.step)
+    if n > MAX_LISTED and not llguidance_reads_exactly(field.step):
+        raise ConfigError(
+            f"{where}.step: {n} values from min to max; expected at most {MAX_LISTED} with this step, which has to be "
+            f"listed value by value; found {field.step!r}; take a larger step, or one such as 0.01, 0.05 or 0.25"
+        )
     if field.q01 is None and field.q99 is None:
         return
     if field.q01 is None or field.q99 is None:
         raise ConfigError(f"{where}: expected both q01 and q99, or neither; found q01 {field.q01}, q99 {field.q99}")
     if not (math.isfinite(field.q01) and math.isfinite(field.q99) and field.q01 < field.q99):
         raise ConfigError(f"{where}: q01 must be below q99, both finite; found q01 {field.q01:g}, q99 {field.q99:g}")
-
-
-def _is_decimal(step: float) -> bool:
-    """True if the step times a power of ten (up to 10^6) is an exact integer in float64. llguidance reads a JSON
-    schema's multipleOf that way."""
-    for _ in range(7):
-        if step.is_integer():
-            return True
-        step *= 10
-    return False
 
 
 def _check_horizon(space: _SpaceSettings, where: str) -> None:
