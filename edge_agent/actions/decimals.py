@@ -34,13 +34,17 @@ def n_decimals(step: float) -> int:
     return max(0, -int(exponent))
 
 
-def llguidance_reads_exactly(step: float) -> bool:
-    """Whether llguidance reads a JSON schema's multipleOf as this decimal fraction: it multiplies the float by 10 until
-    the result is a whole number."""
-    value, n_times = step, 0
-    while not value.is_integer() and n_times <= MAX_DECIMALS:
-        value, n_times = value * 10, n_times + 1
-    return decimal(step) == Decimal(value).scaleb(-n_times)
+def has_exact_grammar(low: float, high: float, step: float) -> bool:
+    """Whether llguidance, from minimum, maximum and multipleOf, allows every multiple of the step and no other number.
+
+    It does for whole numbers, and for steps of 0.1, 0.01, … with limits that are multiples of the step. Other steps it
+    reads in binary and refuses (0.07), or it leaves out values that have fewer digits (-0.5 with a step of 0.25).
+    """
+    numbers = [decimal(number) for number in (low, high, step)]
+    if all(number == number.to_integral_value() for number in numbers):
+        return True
+    digits = decimal(step).normalize().as_tuple().digits
+    return digits == (1,) and all(number % decimal(step) == 0 for number in numbers)
 
 
 def n_multiples(low: float, high: float, step: float) -> int:

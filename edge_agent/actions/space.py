@@ -24,8 +24,8 @@ from msgspec import Meta
 from edge_agent.actions.decimals import (
     MAX_DECIMALS,
     decimal,
+    has_exact_grammar,
     is_decimal_fraction,
-    llguidance_reads_exactly,
     n_multiples,
 )
 from edge_agent.errors import ConfigError
@@ -36,7 +36,7 @@ READY_SPACES = Path(__file__).parent / "spaces"
 MAX_VALID_FOR_MS = 900
 PLACEHOLDER = re.compile("[{](.*?)[}]")  # {key} in the text of the vehicle state
 MAX_NUMBER = 1e9  # of min and max, as of the vehicle state
-MAX_LISTED = 2000  # values of a field whose step the grammar cannot compute with: see grammar.py
+MAX_LISTED = 5000  # values of a field that the grammar has to list: see grammar.py
 _NAME = Meta(pattern="^[a-z][a-z0-9_]{0,31}$")
 _NUMBER_KEYS = {"min", "max", "step", "unit", "q01", "q99"}
 
@@ -194,10 +194,10 @@ def _check_number_field(field: NumberField, where: str) -> None:
     if field.min >= field.max or decimal(field.step) > decimal(field.max) - decimal(field.min):
         raise ConfigError(f"{where}: min must be below max, and step at most max - min; found {limits}")
     n = n_multiples(field.min, field.max, field.step)
-    if n > MAX_LISTED and not llguidance_reads_exactly(field.step):
+    if n > MAX_LISTED and not has_exact_grammar(field.min, field.max, field.step):
         raise ConfigError(
-            f"{where}.step: {n} values from min to max; expected at most {MAX_LISTED} with this step, which has to be "
-            f"listed value by value; found {field.step!r}; take a larger step, or one such as 0.01, 0.05 or 0.25"
+            f"{where}.step: {n} values from min to max; expected at most {MAX_LISTED}; found {limits}; take a larger "
+            "step, or one of 0.1, 0.01, 0.001 with limits that are multiples of it"
         )
     if field.q01 is None and field.q99 is None:
         return

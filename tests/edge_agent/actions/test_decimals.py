@@ -6,7 +6,7 @@ from decimal import Decimal
 
 import pytest
 
-from edge_agent.actions.decimals import is_decimal_fraction, llguidance_reads_exactly, multiples, n_multiples
+from edge_agent.actions.decimals import has_exact_grammar, is_decimal_fraction, multiples, n_multiples
 
 
 def test_every_fraction_of_up_to_six_digits_is_one():
@@ -30,6 +30,19 @@ def test_multiples_are_those_of_whole_numbers(scale):
         assert n_multiples(low_f, high_f, step_f) == len(expected)
 
 
-def test_steps_that_binary_arithmetic_takes_for_others():
-    steps = (0.07, 0.035, 0.53, 0.01, 0.05, 0.3, 2.675, 1.0, 7.5)
-    assert [step for step in steps if not llguidance_reads_exactly(step)] == [0.07, 0.035, 0.53]
+@pytest.mark.parametrize(
+    ("low", "high", "step", "exact"),
+    [
+        (-2, 2, 0.01, True),
+        (-20, 20, 1, True),
+        (0, 100, 7, True),
+        (-0.8, 0.8, 0.1, True),
+        (-2.1, 2.1, 0.07, False),
+        (-2, 2, 0.25, False),
+        (-2, 2, 0.5, False),
+        (-1.25, 1.25, 0.1, False),
+        (0.5, 9.5, 1, False),
+    ],
+)
+def test_which_ranges_the_grammar_has_to_list(low, high, step, exact):
+    assert has_exact_grammar(low, high, step) == exact

@@ -267,19 +267,20 @@ def test_every_step_that_an_action_space_accepts_has_a_grammar(grammar, tmp_path
     steps = [n / 100 for n in range(1, 100)] + [7.5, 2] + [n / 1000 for n in range(1, 100, 7)]
     for step in steps:
         grammar.compile(grammar_from_schema(json_schema(stepping(tmp_path, step, limit=1 if step < 0.1 else 9))))
-    for limit, step in ((1e9, 0.5), (1e9, 1), (1, 1e-6), (1e9, 0.000001)):  # as large and as fine as is accepted
+    for limit, step in ((1e9, 0.1), (1e9, 1), (1, 1e-6), (1e9, 0.000001)):  # as large and as fine as is accepted
         grammar.compile(grammar_from_schema(json_schema(stepping(tmp_path, step, limit=limit))))
 
 
-@pytest.mark.parametrize("step", [0.07, 0.53, 0.25])
-def test_the_grammar_accepts_exactly_the_multiples_in_the_range(grammar, tmp_path, step):
-    grammar.compile(grammar_from_schema(json_schema(stepping(tmp_path, step, limit=2.1))))
+@pytest.mark.parametrize("limit", [2.1, 2.0, 1.25])
+@pytest.mark.parametrize("step", [0.07, 0.53, 0.25, 0.15, 0.01, 0.1, 0.5, 1])
+def test_the_grammar_accepts_exactly_the_multiples_in_the_range(grammar, tmp_path, step, limit):
+    grammar.compile(grammar_from_schema(json_schema(stepping(tmp_path, step, limit))))
     accepted = set()
     for n in range(-250, 251):  # every hundredth, with as few digits as it needs, or with both
-        for text in (f"{n / 100:g}", f"{n / 100:.2f}"):
+        for text in (f"{n / 100:g}", f"{n / 100:.1f}", f"{n / 100:.2f}"):
             tokens = grammar.tokenizer.tokenize_str(f'{{"action":"go","v":{text}}}')
             matcher = grammar._matcher.deep_copy()
-            if matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting():
-                accepted.add(n)
-    whole = round(100 * step)
-    assert accepted == {n for n in range(-210, 211) if n % whole == 0}
+            if round(100 * float(text)) == n and matcher.try_consume_tokens(tokens) == len(tokens):
+                accepted |= {n} if matcher.is_accepting() else set()
+    last, whole = round(100 * limit), round(100 * step)
+    assert accepted == {n for n in range(-last, last + 1) if n % whole == 0}
