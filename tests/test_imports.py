@@ -77,7 +77,7 @@ TOOLCHAIN = [
     "cli",
 ]  # fmt: skip
 TOOLCHAIN_ORDER: dict[str, list[str]] = {
-    "source": ["tensor_names", "hf_config", "safetensors", "checkpoint", "tokenizer", "lora"],
+    "source": ["known_keys", "tensor_names", "hf_config", "safetensors", "checkpoint", "tokenizer", "lora"],
     "formats": ["ggml_kernels", "gguf_file", "imatrix", "build_plan", "tensor_blocks", "gguf_files", "vision_onnx"],
     "measure": ["perplexity", "collect_imatrix", "bit_allocation", "evaluate", "html_report"],
     "cli": ["interrupt", "progress_display", "printed", "commands", "parser", "entry", "__init__", "__main__"],
