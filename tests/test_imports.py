@@ -53,8 +53,8 @@ ORDER: dict[str, list[str]] = {
     "client": ["client", "chunk_player", "pusher", "__init__"],
     "actions": ["decimals", "space", "prompt", "grammar", "action_tokens", "vehicle_state", "envelope"],
     "bundle": [
-        "files", "file_check", "signing", "manifest", "manifest_check", "verify", "verified_files", "lora_check",
-        "model_start", "memory_plan",
+        "files", "file_check", "recognise", "signing", "manifest", "manifest_check", "verify", "verified_files",
+        "lora_check", "model_start", "memory_plan",
     ],
     "ipc": ["backoff", "frame_slot", "events", "worker"],
     "camera": ["__init__", "clock", "source", "v4l2", "gstreamer", "files", "pushed", "process", "__main__"],

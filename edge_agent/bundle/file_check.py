@@ -88,14 +88,7 @@ def check_gguf(path: Path, architectures: tuple[str, ...]) -> GgufHeader:
     """Check a GGUF file whose general.architecture has to be one of `architectures`. Raises UnsafeFileError."""
     with path.open("rb") as file, _map(file) as data:
         reader = _Reader(data)
-        if reader.take(4) != b"GGUF" or reader.uint32() != 3:
-            raise UnsafeFileError("expected GGUF version 3")
-        n_tensors, n_keys = reader.uint64(), reader.uint64()
-        if not 0 < n_tensors <= MAX_TENSORS or n_keys > MAX_KEYS:
-            raise UnsafeFileError(
-                f"{n_tensors} tensors and {n_keys} keys; expected at most {MAX_TENSORS} and {MAX_KEYS}"
-            )
-        values = _read_keys(reader, n_keys)
+        n_tensors, values = _read_start(reader)
         architecture = values.get("general.architecture")
         if architecture not in architectures:
             expected = " or ".join(architectures)
@@ -104,6 +97,22 @@ def check_gguf(path: Path, architectures: tuple[str, ...]) -> GgufHeader:
         if alignment != ALIGNMENT_BYTES:
             raise UnsafeFileError(f"general.alignment: expected {ALIGNMENT_BYTES}, found {alignment!r}")
         return GgufHeader(values, _read_tensors(reader, n_tensors))
+
+
+def read_gguf_keys(path: Path) -> dict[str, object]:
+    """The keys of any GGUF file, as in GgufHeader.values. Raises UnsafeFileError."""
+    with path.open("rb") as file, _map(file) as data:
+        return _read_start(_Reader(data))[1]
+
+
+def _read_start(reader: _Reader) -> tuple[int, dict[str, object]]:
+    """The number of tensors, and the keys."""
+    if reader.take(4) != b"GGUF" or reader.uint32() != 3:
+        raise UnsafeFileError("expected GGUF version 3")
+    n_tensors, n_keys = reader.uint64(), reader.uint64()
+    if not 0 < n_tensors <= MAX_TENSORS or n_keys > MAX_KEYS:
+        raise UnsafeFileError(f"{n_tensors} tensors and {n_keys} keys; expected at most {MAX_TENSORS} and {MAX_KEYS}")
+    return n_tensors, _read_keys(reader, n_keys)
 
 
 def _read_keys(reader: _Reader, n_keys: int) -> dict[str, object]:

@@ -16,7 +16,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from edge_agent.bundle import signing
+from edge_agent.bundle import recognise, signing
 from edge_agent.bundle.files import BundleFile, open_plain, write_durably
 from edge_agent.errors import BundleError
 
@@ -119,12 +119,13 @@ def read_manifest(folder: str | Path) -> Bundle:
     folder = Path(folder)
     path = folder / MANIFEST
     if not folder.is_dir():
-        raise BundleError(f"{folder}: no such folder; expected a bundle made by edge-quantize build")
+        what = recognise.describe(folder) or "no such folder"
+        raise BundleError(f"{folder}: {what}; expected a bundle made by edge-quantize build")
     try:
         descriptor = open_plain(path)
     except FileNotFoundError:
-        detail = "missing; the folder is not a finished bundle; make one with edge-quantize build"
-        raise BundleError(f"{path}: {detail}") from None
+        what = recognise.describe(folder) or "the folder is not a finished bundle"
+        raise BundleError(f"{path}: missing: {what}; make a bundle with edge-quantize build") from None
     with os.fdopen(descriptor, "rb") as file:
         raw = file.read(MAX_MANIFEST_BYTES + 1)
     if len(raw) > MAX_MANIFEST_BYTES:
@@ -135,7 +136,8 @@ def read_manifest(folder: str | Path) -> Bundle:
             raise BundleError(f"{path}: format: expected {FORMAT}, found {found}; use the edge-agent of that format")
         manifest = msgspec.json.decode(raw, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BundleError(f"{path}: damaged: {error}; build or copy the bundle again") from None
+        what = recognise.describe(path) or f"damaged: {error}"
+        raise BundleError(f"{path}: {what}; build or copy the bundle again") from None
     for name in (LANGUAGE, *([VISION, MMPROJ] if manifest.vision else []), *manifest.files):
         if name not in manifest.files:
             raise BundleError(f"{path}: files: {name} missing; build the bundle again")

@@ -55,6 +55,7 @@ def inspection_json(inspection: Inspection) -> str:
         "source_bytes": sum(source.n_bytes for source in checkpoint.sources.values()),
         "tied_embeddings": checkpoint.text.tied,
         "tokenizer": inspection.tokenizer.file.name,
+        "tokenizer_beside": inspection.tokenizer.beside,
         "vocab": checkpoint.text.vocab,
         "language_bytes": {name: sum(manifest.bytes_by_type.values()) for name, manifest in manifests.items()},
         "vision_bytes": vision.bytes if vision else 0,
@@ -83,6 +84,8 @@ def print_inspection(inspection: Inspection) -> None:
     for why, count in Counter(checkpoint.ignored.values()).items():
         print(f"  ignored     {count}: {why}")
     print(f"  tokenizer   {tokenizer.file.name}, {len(tokenizer.tokens)} tokens, {len(tokenizer.merges)} merges")
+    if tokenizer.beside:
+        print(f"              {tokenizer.beside}")
     print("  size of a bundle, GB: language.gguf + vision.onnx + mmproj.gguf")
     for recipe, manifest in inspection.manifests.items():
         sizes_gb = [file.bytes / 1e9 for file in manifest.files.values()]

@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from edge_agent.bundle.recognise import describe
 from quantize.source.hf_config import (
     CheckpointConfig,
     CheckpointError,
@@ -24,6 +25,7 @@ from quantize.source.hf_config import (
     read_consolidated,
     read_hf,
     read_table,
+    refuse_quantised,
 )
 from quantize.source.safetensors import FP8, StoredTensor, read_header, read_rows, read_tensor
 from quantize.source.tensor_names import HEAD, IGNORED, SCALE, TensorSpec, canonical, consolidated, tensor_specs
@@ -257,16 +259,15 @@ def _tensor_specs(config: CheckpointConfig) -> tuple[list[TensorSpec], list[Tens
 
 def _open(folder: Path) -> tuple[Path, list[StoredTensor]]:
     """The configuration file, and the tensors that belong to it. In a folder with both layouts, HF is taken."""
+    expected = "expected a checkpoint as downloaded (config.json, *.safetensors)"
     if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder}: no such folder; expected a checkpoint as downloaded (config.json, *.safetensors)"
-        )
+        raise CheckpointError(f"{folder}: {describe(folder) or 'no such folder'}; {expected}")
     layouts = [(folder / file, stem) for file, stem in LAYOUTS.items() if (folder / file).is_file()]
     if not layouts:
-        raise CheckpointError(
-            f"{folder}: no {' or '.join(LAYOUTS)}: not a checkpoint; expected one of them and *.safetensors"
-        )
+        what = describe(folder) or f"no {' or '.join(LAYOUTS)}: not a checkpoint"
+        raise CheckpointError(f"{folder}: {what}; {expected}")
     path, stem = next((layout for layout in layouts if any(folder.glob(f"{layout[1]}*.safetensors*"))), layouts[0])
+    refuse_quantised(path)
     return path, _headers(folder, stem)
 
 
@@ -288,7 +289,8 @@ def _headers(folder: Path, stem: str) -> list[StoredTensor]:
     for name in files:
         path = folder / name
         if Path(name).name != name or not path.is_file():
-            raise CheckpointError(f"{path}: missing; the checkpoint is incomplete, download this file")
+            what = describe(path) if path.is_symlink() else "missing; the checkpoint is incomplete, download this file"
+            raise CheckpointError(f"{path}: {what or 'missing'}{_instead(folder)}")
         tensors += read_header(path)
     if weight_map is not None:
         file_of = {tensor.name: tensor.file.name for tensor in tensors}
@@ -296,6 +298,12 @@ def _headers(folder: Path, stem: str) -> list[StoredTensor]:
             if file_of.get(name) != file:
                 raise CheckpointError(f"{index}: {name}: expected in {file}, found in {file_of.get(name, 'no file')}")
     return tensors
+
+
+def _instead(folder: Path) -> str:
+    """What is in the folder in place of safetensors."""
+    others = [path for path in sorted(folder.iterdir()) if path.suffix in (".bin", ".pt", ".pth", ".gguf")]
+    return "".join(f"; {path.name} is {what}" for path in others[:1] if (what := describe(path)))
 
 
 def _match(folder: Path, config: CheckpointConfig, tensors: list[StoredTensor]) -> Checkpoint:

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from edge_agent.bundle.recognise import describe
 from edge_agent.errors import UserError
 from quantize.source import known_keys
 from quantize.source.tensor_names import FAMILIES, Family, Yarn
@@ -77,7 +78,8 @@ def read_table(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON: {error}") from None
+        what = describe(path) or f"not readable as JSON: {error}"
+        raise CheckpointError(f"{path}: {what}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: damaged: expected a JSON object, found a {type(value).__name__}")
     return value
@@ -230,6 +232,15 @@ def _hf_vision(config: dict[str, Any], path: Path) -> VisionTowerConfig:
     )
 
 
+def refuse_quantised(path: Path) -> None:
+    """Before the tensors are read: those of a quantised checkpoint have types and names that say less."""
+    if path.name == "config.json":
+        config = read_table(path)
+        if config.get("quantization"):
+            raise CheckpointError(f"{path}: quantization: quantised already, by MLX; start from the BF16 checkpoint")
+        _hf_fp8(config, path)
+
+
 def _hf_fp8(config: dict[str, Any], path: Path) -> bool:
     quantisation, where = config.get("quantization_config"), f"{path}: quantization_config"
     if quantisation is None:
@@ -240,7 +251,7 @@ def _hf_fp8(config: dict[str, Any], path: Path) -> bool:
     if method != "fp8" or block is not None:
         raise CheckpointError(
             f"{where}: expected quant_method 'fp8' with weight_block_size null (as released), found {method!r} with "
-            f"{block!r}; start from the BF16 checkpoint"
+            f"{block!r}: quantised already; start from the BF16 checkpoint"
         )
     return True
 

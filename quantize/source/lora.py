@@ -20,6 +20,7 @@ import numpy as np
 
 from edge_agent.bundle import signing
 from edge_agent.bundle.files import hash_file, sync_folder, write_durably
+from edge_agent.bundle.recognise import describe
 from quantize.progress import Progress
 from quantize.source.checkpoint import ADAPTER, Checkpoint, LoraDelta, interleave
 from quantize.source.hf_config import CheckpointError, read_table
@@ -53,7 +54,8 @@ def read_adapter(folder: str | Path, checkpoint: Checkpoint) -> Adapter:
     folder = Path(folder)
     path, weights = folder / ADAPTER, folder / WEIGHTS
     if not path.is_file():
-        raise CheckpointError(f"{folder}: no {ADAPTER}: not an adapter; expected the folder that PEFT saved")
+        what = describe(folder) or f"no {ADAPTER}: not an adapter"
+        raise CheckpointError(f"{folder}: {what}; expected the folder that PEFT saved")
     if not weights.is_file():
         pickled = " (a pickle is not read)" if (folder / "adapter_model.bin").exists() else ""
         raise CheckpointError(f"{weights}: missing{pickled}; save the adapter as safetensors")

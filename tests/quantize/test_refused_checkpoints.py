@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.harness import toy, toy_tokenizer
+from tests.harness import native_files, toy, toy_tokenizer
 from tests.harness.quantize_cli import UP, configure, refused, remove, rewrite
 
 
@@ -34,6 +34,28 @@ def overwrite(name: str, data: bytes | Callable[[bytes], bytes]) -> Callable[[Pa
         path.write_bytes(data(path.read_bytes()) if callable(data) else data)
 
     return apply
+
+
+def one_folder_down(folder: Path) -> None:
+    shutil.copytree(folder, folder.with_name("copy"))
+    [path.unlink() for path in folder.iterdir()]
+    folder.with_name("copy").rename(folder / "Ministral-3-3B")
+
+
+def as_in_a_cache(folder: Path) -> None:
+    one_folder_down(folder)
+    (folder / "snapshots").mkdir()
+    (folder / "Ministral-3-3B").rename(folder / "snapshots" / "0123abcd")
+
+
+def dangling(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("../../blobs/0123")
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4967215360\n"
+GGUF = native_files.file([native_files.ARCHITECTURE, native_files.number(b"general.file_type", 15)],
+                         [native_files.tensor()])  # fmt: skip
 
 
 def together(*changes: Callable[[Path], Any]) -> Callable[[Path], None]:
@@ -93,7 +115,36 @@ TEXT, ROPE = ("text_config",), ("text_config", "rope_parameters")
 
 # what is done to a toy -> words of the one line that must come out
 BF16: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
-    "nothing in the folder": (lambda f: [path.unlink() for path in f.iterdir()], ("no config.json", "safetensors")),
+    "nothing in the folder": (lambda f: [path.unlink() for path in f.iterdir()], ("an empty folder", "safetensors")),
+    "a folder of other things": (remove("config.json"), ("no config.json or params.json: not a checkpoint",)),
+    "one folder too high": (one_folder_down, ("the folder above: give Ministral-3-3B/ (a checkpoint)",)),
+    "two folders too high": (as_in_a_cache, ("the folder above: give snapshots/0123abcd/ (a checkpoint)",)),
+    "a download that is not complete": (dangling, ("model.safetensors: a link to a file that is missing", "repeat it")),
+    "weights in a git-lfs pointer": (overwrite("model.safetensors", LFS), ("model.safetensors: a git-lfs", "lfs pull")),
+    "tokenizer in a git-lfs pointer": (overwrite("tekken.json", LFS), ("tekken.json: a git-lfs pointer", "lfs pull")),
+    "configuration in a git-lfs pointer": (overwrite("config.json", LFS), ("config.json: a git-lfs pointer",)),
+    "weights in a web page": (overwrite("model.safetensors", b" <!DOCTYPE html><p>Sign in"), ("a web page and not",)),
+    "weights in a pickle": (
+        together(remove("model.safetensors"), overwrite("pytorch_model.bin", b"PK\3\4 archive/data.pkl")),
+        ("model.safetensors: missing", "pytorch_model.bin is a PyTorch pickle", "save the model as safetensors"),
+    ),
+    "quantised by MLX": (configure(quantization={"bits": 4}), ("quantization: quantised already, by MLX",)),
+    "quantised by GPTQ": (
+        together(configure(quantization_config={"quant_method": "gptq"}), overwrite("model.safetensors", b"x" * 99)),
+        ("quantization_config: expected quant_method 'fp8'", "'gptq'", "quantised already; start from the BF16"),
+    ),
+    "a GGUF file beside nothing": (
+        together(lambda f: [path.unlink() for path in f.iterdir()], overwrite("model-Q4_K_M.gguf", GGUF)),
+        ("model-Q4_K_M.gguf in it is a GGUF file (llama, Q4_K_M)", "from the 16-bit checkpoint"),
+    ),
+    "a bundle": (
+        together(lambda f: [path.unlink() for path in f.iterdir()], overwrite("bundle.json", b"{}")),
+        ("a bundle; give it to edge-agent, and a checkpoint to edge-quantize",),
+    ),
+    "an adapter": (
+        together(lambda f: [path.unlink() for path in f.iterdir()], overwrite("adapter_config.json", b"{}")),
+        ("a LoRA adapter; give it to edge-quantize lora, or with --merge",),
+    ),
     "no weights": (remove("model.safetensors"), ("model.safetensors", "missing", "download")),
     "consolidated, without its weights": (
         together(remove("config.json"), overwrite("params.json", b"{}")),
@@ -173,7 +224,7 @@ BF16: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "data cut": (overwrite("model.safetensors", lambda raw: raw[:-1000]), ("model.safetensors: expected", "found")),
     "data too long": (overwrite("model.safetensors", lambda raw: raw + b"x"), ("model.safetensors: expected", "found")),
     "header cut": (overwrite("model.safetensors", lambda raw: raw[:1000]), ("model.safetensors", "header", "1000")),
-    "no bytes": (overwrite("model.safetensors", b""), ("model.safetensors", "not a safetensors file", "0 bytes")),
+    "no bytes": (overwrite("model.safetensors", b""), ("model.safetensors: an empty file", "again")),
     "garbage": (overwrite("model.safetensors", np.random.default_rng(0).bytes(5000)), ("model.safetensors", "not a")),
     "header garbage": (
         overwrite("model.safetensors", lambda raw: raw[:8] + b"\xfe" * 200 + raw[208:]),

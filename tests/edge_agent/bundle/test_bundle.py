@@ -376,7 +376,7 @@ def test_a_missing_manifest_or_folder_is_an_error_with_advice(folder, tmp_path):
     (folder / MANIFEST).unlink()
     assert "edge-quantize build" in refused(folder)
     assert "no such folder" in refused(tmp_path / "nowhere")
-    assert "no such folder" in refused(folder / LANGUAGE)
+    assert "a GGUF file (llama); edge-quantize builds from the 16-bit checkpoint" in refused(folder / LANGUAGE)
 
 
 # -- native parsers ---------------------------------------------------------------------------------------------------
