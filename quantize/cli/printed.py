@@ -52,6 +52,8 @@ def inspection_json(inspection: Inspection) -> str:
         "parameters": checkpoint.parameters,
         "tensors": len(checkpoint.sources),
         "ignored": checkpoint.ignored,
+        "files": [file.name for file in checkpoint.files],
+        "unused": checkpoint.unused,
         "source_bytes": sum(source.n_bytes for source in checkpoint.sources.values()),
         "tied_embeddings": checkpoint.text.tied,
         "tokenizer": inspection.tokenizer.file.name,
@@ -81,6 +83,10 @@ def print_inspection(inspection: Inspection) -> None:
     layout = f"{checkpoint.layout} layout, {'FP8' if checkpoint.fp8 else 'BF16'}"
     source_bytes = sum(source.n_bytes for source in checkpoint.sources.values())
     print(f"  tensors     {len(checkpoint.sources)} used, {layout}, {source_bytes / 1e9:.2f} GB")
+    names = [file.name for file in checkpoint.files]
+    print(f"  files       {checkpoint.config.path.name}, {names[0]}{f' … {names[-1]}' if len(names) > 1 else ''}")
+    for name, why in checkpoint.unused.items():
+        print(f"  not used    {name}: {why}")
     for why, count in Counter(checkpoint.ignored.values()).items():
         print(f"  ignored     {count}: {why}")
     print(f"  tokenizer   {tokenizer.file.name}, {len(tokenizer.tokens)} tokens, {len(tokenizer.merges)} merges")

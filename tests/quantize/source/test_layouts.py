@@ -98,6 +98,69 @@ def test_of_two_layouts_in_a_folder_hf_is_read_unless_its_tensors_are_missing(tm
     assert read_checkpoint(folder).layout == "consolidated"
 
 
+# -- more than one model in a folder -----------------------------------------------------------------------------------
+
+
+def shards_beside_a_single_file(folder: Path) -> None:
+    toy.write_checkpoint(folder, **SMALL, shards=2)
+    toy.write_checkpoint(folder, **SMALL | {"seed": 6}, shards=1)
+
+
+def shards_without_an_index(folder: Path) -> None:
+    shards_beside_a_single_file(folder)
+    (folder / "model.safetensors.index.json").unlink()
+
+
+def shards_of_an_older_model(folder: Path) -> None:
+    toy.write_checkpoint(folder, **SMALL, shards=3)
+    toy.write_checkpoint(folder, **SMALL | {"seed": 6}, shards=2)
+
+
+def another_consolidated_model(folder: Path) -> None:
+    toy.write_checkpoint(folder, **SMALL)
+    toy.write_checkpoint(folder, **SMALL | {"seed": 6}, layout="consolidated")
+
+
+def a_smaller_consolidated_model(folder: Path) -> None:
+    toy.write_checkpoint(folder, **SMALL)
+    toy.write_checkpoint(folder, **SMALL | {"vision": False}, layout="consolidated")
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (shards_beside_a_single_file, ("model-00001-of-00002.safetensors …", "index.json, and model.safetensors;")),
+        (shards_without_an_index, ("model.safetensors, and model-00001-of-00002.safetensors …",)),
+        (shards_of_an_older_model, ("model-00001-of-00002.safetensors …", "and model-00001-of-00003.safetensors …")),
+        (another_consolidated_model, ("model.safetensors and consolidated*.safetensors differ in language_model",)),
+        (a_smaller_consolidated_model, ("model.safetensors and consolidated*.safetensors differ in vision_tower",)),
+    ],
+)
+def test_two_models_in_a_folder_are_refused_and_both_named(run, tmp_path: Path, make, words: tuple[str, ...]):
+    make(tmp_path / "toy")
+    refused(run("inspect", tmp_path / "toy"), ("two sets of weights: ", *words, "remove the set that is not meant"))
+
+
+def test_inspect_says_what_is_used_and_what_is_not(run, tmp_path: Path):
+    folder = toy.write_checkpoint(tmp_path / "toy", **SMALL)
+    toy.write_checkpoint(folder, **SMALL, layout="consolidated")
+    toy.write_adapter(folder)
+    for name in ("pytorch_model.bin", "optimizer.pt", "x.gguf", "model.safetensors.part", "._model.safetensors",
+                 ".DS_Store", "README.md"):  # fmt: skip
+        (folder / name).write_bytes(b"x")
+    (folder / ".cache").mkdir()
+    status, out, _ = run("inspect", folder, "--json")
+    facts = json.loads(out)
+    assert (status, facts["files"]) == (0, ["model.safetensors"])
+    assert facts["unused"].keys() == {
+        "adapter_config.json", "adapter_model.safetensors", "consolidated.safetensors", "model.safetensors.part",
+        "optimizer.pt", "pytorch_model.bin", "x.gguf",
+    }  # fmt: skip
+    out = run("inspect", folder)[1]
+    assert "files       config.json, model.safetensors\n" in out
+    assert "not used    adapter_model.safetensors: an adapter, which is not merged: give its folder with --merge" in out
+
+
 def test_shards_without_an_index_must_be_complete(run, tmp_path: Path):
     folder = toy.write_checkpoint(tmp_path / "toy", **SMALL, layout="consolidated", shards=3)
     (folder / "consolidated.safetensors.index.json").unlink()
