@@ -55,8 +55,11 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
 ORDER: dict[str, list[str]] = {
     "wire": ["codec", "messages", "control", "streams", "endpoints", "pushed_frame"],
     "client": ["client", "chunk_player", "pusher", "__init__"],
-    "actions": ["space", "prompt", "grammar", "action_tokens", "vehicle_state", "envelope"],
-    "bundle": ["files", "file_check", "signing", "manifest", "verify", "lora_check", "memory_plan"],
+    "actions": ["decimals", "space", "prompt", "grammar", "action_tokens", "vehicle_state", "envelope"],
+    "bundle": [
+        "files", "file_check", "recognise", "signing", "manifest", "manifest_check", "verify", "verified_files",
+        "lora_check", "model_start", "memory_plan",
+    ],
     "ipc": ["backoff", "frame_slot", "events", "worker"],
     "camera": [
         "__init__", "clock", "source", "picture", "recording", "v4l2", "gstreamer", "files", "pushed", "process",
@@ -81,7 +84,7 @@ TOOLCHAIN = [
     "cli",
 ]  # fmt: skip
 TOOLCHAIN_ORDER: dict[str, list[str]] = {
-    "source": ["tensor_names", "hf_config", "safetensors", "checkpoint", "tokenizer", "lora"],
+    "source": ["known_keys", "tensor_names", "hf_config", "safetensors", "checkpoint", "tokenizer", "lora"],
     "formats": ["ggml_kernels", "gguf_file", "imatrix", "build_plan", "tensor_blocks", "gguf_files", "vision_onnx"],
     "measure": ["perplexity", "collect_imatrix", "bit_allocation", "evaluate", "html_report"],
     "cli": ["interrupt", "progress_display", "printed", "commands", "parser", "entry", "__init__", "__main__"],

@@ -51,6 +51,18 @@ def test_contract_with_the_supervisor():
         assert f"\n{line}\n" in text
 
 
+@pytest.mark.parametrize("name", ["bundle", "bundles", "adapters"])
+def test_the_service_may_not_write_to_what_it_has_verified(name):
+    """The StateDirectory is writable; the folder of the example's bundle and those of the documents are not."""
+    text = (SYSTEMD / "edge-agent.service").read_text()
+    (paths,) = re.findall(r"^ReadOnlyPaths=(.*)$", text, re.MULTILINE)
+    read_only = {path.removeprefix("-") for path in paths.split()}
+    assert f"/var/lib/edge-agent/{name}" in read_only
+    pages = [*(ROOT / "docs").glob("*.md"), ROOT / "README.md", SYSTEMD / "edge-agent.yaml"]
+    used = {f for page in pages for f in re.findall(r"/var/lib/edge-agent/\w+", page.read_text(encoding="utf-8"))}
+    assert used <= read_only | {"/var/lib/edge-agent/tensorrt"}
+
+
 def test_the_supervisor_restarts_a_stalled_model_before_systemd_restarts_the_daemon():
     interval_s = int(re.search(r"^WatchdogSec=(\d+)$", (SYSTEMD / "edge-agent.service").read_text(), re.MULTILINE)[1])
     assert interval_s >= WatchdogConfig().model_stall_s + MARGIN_S > WatchdogConfig().model_stall_s + interval_s / 4

@@ -26,9 +26,10 @@ import msgspec
 import zmq
 
 from edge_agent.actions.envelope import CheckedAction, Rejection
-from edge_agent.actions.space import ActionSpace, load_action_space
+from edge_agent.actions.space import ActionSpace, encode_action_space, load_action_space
 from edge_agent.bundle.lora_check import verify_adapters
 from edge_agent.bundle.manifest import Bundle
+from edge_agent.bundle.model_start import encode_model_start
 from edge_agent.bundle.verify import verify_bundle
 from edge_agent.config import Config
 from edge_agent.ipc.events import (
@@ -97,7 +98,7 @@ class Supervisor:
         self.slot = Slot.create()
         self.watchdog = Watchdog(clock)
         flags = ("--trace",) if trace.is_on else ()
-        first_messages = encode(config.camera), encode(config)
+        first_messages = encode(config.camera), encode_model_start(config, bundle, encode_action_space(space))
         self.camera = CameraWorker(
             config.camera,
             config.watchdog.camera_stall_s,
@@ -344,6 +345,8 @@ class Supervisor:
     def _on_startup_failed(self, event: StartupFailed) -> None:
         if not self.status.is_ready:
             raise Shutdown(EX_CONFIG if event.configured else EX_FAILED, event.reason)
+        if event.configured:  # files changed in flight: a new start of the daemon would end with 78 and stay away
+            self.model.failures_before_ready = 0
         self._restart_model(Reason("model", ReasonKind.FAILED, "cannot start", event.reason))
 
     def _restart_model(self, reason: Reason) -> None:
@@ -394,7 +397,7 @@ def run(
     try:
         notify("STATUS=verifying the bundle")
         bundle = verify_bundle(config.bundle, config.trusted_keys)
-        verify_adapters(config.language.adapters, bundle, config.trusted_keys)
+        bundle = verify_adapters(config.language.adapters, bundle, config.trusted_keys)
         publisher.bundle_id = bundle.id
         model = bundle.manifest.model
         log_line(f"bundle {bundle.id}: {model.family} {model.size} {bundle.manifest.recipe}")

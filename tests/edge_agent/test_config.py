@@ -218,9 +218,9 @@ OUT_OF_RANGE = [
     ("language.max_text_tokens", "0", ">= 1", "0"),
     ("task.instruction", "a" * 2001, "<= 2000", repr("a" * 2001)),
     ("task.deadline_ms", "0", ">= 1", "0"),
-    ("watchdog.model_stall_s", "0", "> 0", "0"),
-    ("watchdog.model_load_s", "-1", "> 0", "-1"),
-    ("watchdog.camera_stall_s", ".nan", "> 0", "nan"),
+    ("watchdog.model_stall_s", "0", ">= 0.1", "0"),
+    ("watchdog.model_load_s", "-1", ">= 0.1", "-1"),
+    ("watchdog.camera_stall_s", ".nan", ">= 0.1", "nan"),
     ("watchdog.model_stall_s", ".inf", "expected", "inf"),
     ("watchdog.model_load_s", ".inf", "expected", "inf"),
     ("watchdog.camera_stall_s", ".inf", "expected", "inf"),
@@ -353,3 +353,40 @@ def test_runtime_dir_prefers_what_is_configured_then_systemd_then_the_user(monke
 def test_the_configuration_survives_the_way_to_the_workers():
     loaded = load_config_text(GOOD + "vision: {max_image_tokens: 64}\n", "agent.yaml")
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(loaded), type=Config) == loaded
+
+
+# -- texts and numbers that end a start -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [r'"a\0b"', r'"a\ud800"', r'"\udcfc.jpg"'])
+@pytest.mark.parametrize(
+    "key",
+    ["bundle", "runtime_dir", "trusted_keys[0]", "camera.source", "camera.name", "language.describe_prompt",
+     "language.adapters.night", "task.instruction", "task.action_space"],
+)  # fmt: skip
+def test_a_text_that_cannot_be_a_path_or_a_message_is_named(key: str, bad: str):
+    texts = {"bundle": f"bundle: {bad}\ncamera: {{source: x}}", "runtime_dir": GOOD + f"runtime_dir: {bad}",
+             "trusted_keys[0]": GOOD + f"trusted_keys: [{bad}]"}  # fmt: skip
+    section, _, name = key.partition(".")
+    if section == "camera":
+        texts[key] = f"bundle: /b\ncamera: {{source: x, {name}: {bad}}}".replace("source: x, source", "source")
+    elif name == "adapters.night":
+        texts[key] = GOOD + f"language: {{adapters: {{night: {bad}}}}}"
+    elif name:
+        texts[key] = GOOD + f"{section}: {{{name}: {bad}}}"
+    assert f"{key}: expected text without NUL and lone surrogates, found " in error_of(texts[key])
+
+
+@pytest.mark.parametrize("number", [2**31, 2**63, 2**64, 10**30])
+@pytest.mark.parametrize("key", ["cpu_threads", "language.gpu_layers", "language.max_text_tokens", "language.context",
+                                 "task.deadline_ms", "vision.max_image_tokens", "camera.width"])  # fmt: skip
+def test_a_number_that_no_message_holds_is_out_of_range(key: str, number: int):
+    section, _, name = key.rpartition(".")
+    text = f"{section}: {{{name}: {number}}}" if section not in ("", "camera") else f"{name}: {number}"
+    base = GOOD if section != "camera" else f"bundle: /b\ncamera: {{source: x, {name}: {number}}}\n"
+    assert name in error_of(base + (text if section != "camera" else ""))
+
+
+@pytest.mark.parametrize("key", ["model_stall_s", "model_load_s", "camera_stall_s"])
+def test_a_limit_that_restarts_for_ever_is_out_of_range(key: str):
+    assert ">= 0.1" in error_of(GOOD + f"watchdog: {{{key}: 0.000000001}}")

@@ -14,12 +14,12 @@ import itertools
 import signal
 import socket
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 
 from edge_agent.actions.space import load_action_space
+from edge_agent.bundle.manifest import Bundle, EmbeddingInfo, Manifest, ModelInfo
 from edge_agent.config import CameraConfig, Config
 from edge_agent.ipc.events import (
     CameraOpened,
@@ -40,6 +40,36 @@ from edge_agent.wire.messages import Header, StageTimes
 from edge_agent.wire.streams import pack
 
 MOVE = '{"action":"move","vx":1,"vy":0,"vz":0,"yaw":0}'
+
+
+FAKE_BUNDLE = Bundle(
+    folder=Path("/nowhere"),
+    id="0" * 16,
+    manifest=Manifest(
+        format=1,
+        created_by="a test",
+        files={},
+        model=ModelInfo(
+            family="fake",
+            size="0B",
+            variant="",
+            parameters=1,
+            layers=1,
+            hidden=1,
+            vocab=1,
+            context=1,
+            kv_bytes_per_token=1,
+            special={},
+            embedding=EmbeddingInfo(offset=0, ggml_type="F32", row_bytes=4),
+        ),
+        vision=None,
+        recipe="",
+        bytes_by_type={},
+        source_dtype="",
+        source_sha256={},
+        licence="",
+    ),
+)
 
 
 class FakeClock:
@@ -159,11 +189,9 @@ class InProcess:
         self.config = config or fake_config()
         self.clock, self.publisher = FakeClock(), FakePublisher(folder)
         self.frame_id = 0
-        model = SimpleNamespace(family="fake", size="0B")
-        bundle = SimpleNamespace(id="0" * 16, manifest=SimpleNamespace(model=model))
         space = load_action_space(self.config.task.action_space)
         self.supervisor = Supervisor(
-            self.config, bundle, space, self.publisher, Trace(""), clock=self.clock, start_worker=FakeWorker
+            self.config, FAKE_BUNDLE, space, self.publisher, Trace(""), clock=self.clock, start_worker=FakeWorker
         )
         self.supervisor.start()
 

@@ -135,7 +135,8 @@ def test_the_manifest_comes_last_and_the_bundle_appears_at_once(toy_small: Path,
         assert not (work / manifest.MANIFEST).exists()
 
     def look_and_write(work: Path, manifest: manifest.Manifest) -> None:
-        contents.update({name: (work / name).read_bytes() for name in os.listdir(work) if name != "journal.json"})
+        names = set(os.listdir(work)) - {"journal.json", "lock"}
+        contents.update({name: (work / name).read_bytes() for name in names})
         write_manifest(work, manifest)
 
     monkeypatch.setattr("quantize.build.write_manifest", look_and_write)
@@ -270,7 +271,7 @@ def test_an_interrupted_build_is_continued(
     with pytest.raises(KeyboardInterrupt):
         built(toy_small, tmp_path / "out", progress=first)
     assert not (tmp_path / "out").exists()
-    assert {path.name for path in (tmp_path / ".out.part").iterdir()} == left | {"journal.json"}
+    assert {path.name for path in (tmp_path / ".out.part").iterdir()} == left | {"journal.json", "lock"}
     assert quantize.build_folder.resumable_bytes(tmp_path / "out") > 1000
     second = Stopped()
     built(toy_small, tmp_path / "out", progress=second)
@@ -331,7 +332,7 @@ def test_a_failed_build_leaves_no_resumable_files(toy_small: Path, tmp_path: Pat
 def test_two_builds_of_one_target_exclude_each_other(toy_small: Path, tmp_path: Path):
     (tmp_path / ".full.part").mkdir()
     (tmp_path / ".full.part" / manifest.LANGUAGE).write_bytes(b"half")
-    lock = os.open(tmp_path / ".full.part", os.O_RDONLY)  # as another edge-quantize holds it
+    lock = os.open(tmp_path / ".full.part" / "lock", os.O_RDWR | os.O_CREAT)  # as another edge-quantize holds it
     fcntl.flock(lock, fcntl.LOCK_EX)
     with pytest.raises(BuildError, match="full: another edge-quantize is writing it"):
         converted(toy_small, tmp_path / "full", "bf16")

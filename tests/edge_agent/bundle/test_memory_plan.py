@@ -13,7 +13,7 @@ from edge_agent.bundle.memory_plan import NotEnoughMemoryError, adapters_mib, ne
 from edge_agent.config import AdvancedConfig, CameraConfig, Config, LanguageConfig, VisionConfig
 from edge_agent.ipc.events import StartupFailed, decode_model_event
 from edge_agent.model.__main__ import main
-from edge_agent.wire.codec import encode
+from tests.harness.rig import model_start
 
 CONFIG = Config(bundle="b", camera=CameraConfig(source="none"))
 
@@ -148,7 +148,7 @@ def test_too_little_memory_is_not_an_error_of_the_configuration(toy_bundle, monk
             events.append(decode_model_event(payload))
 
     monkeypatch.setattr(
-        "edge_agent.model.__main__.attach_to_supervisor", lambda: (None, Events(), encode(config), False)
+        "edge_agent.model.__main__.attach_to_supervisor", lambda: (None, Events(), model_start(config), False)
     )
     monkeypatch.setattr("edge_agent.board.health.mem_available_mib", lambda: 100.0)
     assert main() == 1

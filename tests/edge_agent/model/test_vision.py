@@ -241,7 +241,8 @@ def test_break_rows_are_finite_whatever_was_in_memory_before(mtmd, break_row):
 def test_every_frame_gives_the_rows_of_its_grid(opened, language, break_row, backend, max_tokens, size):
     preprocessor = Preprocessor(opened.manifest.vision, max_tokens)
     options = EncoderOptions(backend=backend, threads=1, tensorrt=False, gpu=False)
-    encoder = open_encoder(opened, options, preprocessor, language.model, break_row)
+    file = opened.path(MMPROJ if backend == "mtmd" else VISION)
+    encoder = open_encoder(file, options, preprocessor, language.model, break_row)
     try:
         rows = encoder.encode(preprocessor.image(noise(*size)))
         assert rows.shape == (n_embedding_rows(*image_grid(*size, max_tokens, opened.manifest.vision)), 256)

@@ -22,6 +22,7 @@ from edge_agent.ipc.events import (
     TextDelta,
     TraceSpan,
 )
+from edge_agent.supervisor.model_worker import MAX_FAILURES_BEFORE_READY
 from edge_agent.supervisor.process import MAX_PIECE_CHARS, Supervisor
 from edge_agent.supervisor.shutdown import Shutdown
 from edge_agent.wire.messages import Action, Refusal, StageTimes
@@ -177,6 +178,31 @@ def test_the_model_process_gets_the_instruction_the_adapter_and_the_trace_flag(t
         assert [(c.text, c.adapter) for c in commands] == [("Hold position.", "night")]
         assert (running.model.module, running.model.flags) == ("edge_agent.model", ())
         assert running.camera.module == "edge_agent.camera"
+
+
+def test_files_that_change_in_flight_never_end_the_daemon(running):
+    """A new start of the daemon would find the changed bundle and end with 78: no agent for the rest of the flight."""
+    running.make_ready()
+    running.end_model_process()
+    for _ in range(3 * MAX_FAILURES_BEFORE_READY):
+        running.turn(6.0)
+        running.push_frame()
+        running.model.emit(StartupFailed(reason="vision.onnx: sha256: expected a, found b", configured=True))
+        running.turn()
+        state, reason = running.state
+        assert state == "fault" and "model: cannot start: vision.onnx: sha256" in reason
+    running.turn(6.0)
+    running.push_frame()
+    running.load_model()  # the right files are back
+    running.answer()
+    assert running.state == ("running", "")
+
+
+def test_files_that_change_before_ready_are_a_fault_of_the_configuration(running):
+    running.model.emit(StartupFailed(reason="vision.onnx: sha256", configured=True))
+    with pytest.raises(Shutdown) as ended:
+        running.turn()
+    assert ended.value.status == os.EX_CONFIG
 
 
 # -- the instruction in force is refused after READY -------------------------------------------------------------------
