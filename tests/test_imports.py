@@ -72,7 +72,7 @@ ORDER: dict[str, list[str]] = {
     ],
     "supervisor": [
         "shutdown", "log", "pause_file", "systemd", "trace", "publisher", "managed_worker", "camera_worker",
-        "model_worker", "gate", "status", "control", "process",
+        "model_worker", "gate", "status", "control", "verification", "process",
     ],
     "apps": ["wire_log", "screen", "terminal"],
     "tools": ["stills", "bench"],

@@ -31,7 +31,7 @@ Clock = Callable[[], int]  # CLOCK_MONOTONIC in nanoseconds
 class Readiness(enum.Enum):
     """What one worker can do now."""
 
-    STARTING = enum.auto()  # the process runs and cannot deliver yet
+    STARTING = enum.auto()  # the process runs and cannot deliver yet, or it is the first and was not started yet
     READY = enum.auto()  # camera: the source was opened; model: frames are answered under the instruction in force
     REFUSED = enum.auto()  # model only: it is loaded, and refuses the instruction in force
     RESTARTING = enum.auto()  # no process; the next one starts at restart_at_ns
@@ -88,7 +88,7 @@ class ManagedWorker:
         self.name, self.clock = name, clock
         self._launch = launch
         self.worker: Worker | None = None
-        self.readiness = Readiness.RESTARTING
+        self.readiness = Readiness.STARTING
         self.reason: Reason | None = Reason(name, ReasonKind.STARTING, "starting")
         self.faults: Counter[str] = Counter()
         self.failures_before_ready = 0  # consecutive processes that never got ready

@@ -27,11 +27,10 @@ import zmq
 
 from edge_agent.actions.envelope import CheckedAction, Rejection
 from edge_agent.actions.space import ActionSpace, encode_action_space, load_action_space
-from edge_agent.bundle.lora_check import verify_adapters
 from edge_agent.bundle.manifest import Bundle
 from edge_agent.bundle.model_start import encode_model_start
-from edge_agent.bundle.verify import verify_bundle
 from edge_agent.config import Config
+from edge_agent.errors import UserError
 from edge_agent.ipc.events import (
     Heartbeat,
     InstructionApplied,
@@ -58,6 +57,7 @@ from edge_agent.supervisor.shutdown import EX_CONFIG, EX_FAILED, EX_STOPPED, Shu
 from edge_agent.supervisor.status import StatusReporter
 from edge_agent.supervisor.systemd import Watchdog, notify
 from edge_agent.supervisor.trace import Trace
+from edge_agent.supervisor.verification import Verification
 from edge_agent.suspend import SuspendDetector
 from edge_agent.time_units import NS_PER_MS
 from edge_agent.wire.codec import encode
@@ -81,7 +81,7 @@ class Supervisor:
     def __init__(
         self,
         config: Config,
-        bundle: Bundle,
+        verification: Verification,
         space: ActionSpace,
         publisher: Publisher,
         trace: Trace,
@@ -92,22 +92,24 @@ class Supervisor:
         model_module: str = MODEL_MODULE,
     ) -> None:
         """clock: CLOCK_MONOTONIC in nanoseconds. start_worker: called as Worker. The modules run as child processes."""
-        self.config, self.bundle, self.space, self.publisher, self.trace = config, bundle, space, publisher, trace
+        self.config, self.space, self.publisher, self.trace = config, space, publisher, trace
+        self.verification = verification
+        self.bundle: Bundle | None = None  # until it is verified, there is no model process
         self.clock = clock
         self.suspend = SuspendDetector(clock)
         self.slot = Slot.create()
         self.watchdog = Watchdog(clock)
         flags = ("--trace",) if trace.is_on else ()
-        first_messages = encode(config.camera), encode_model_start(config, bundle, encode_action_space(space))
+        self._model_start = b""  # the first message to the model process
         self.camera = CameraWorker(
             config.camera,
             config.watchdog.camera_stall_s,
             self.slot,
-            lambda: start_worker(camera_module, self.slot, first_messages[0]),
+            lambda: start_worker(camera_module, self.slot, encode(config.camera)),
             clock,
         )
         self.model = ModelWorker(
-            config.watchdog, lambda: start_worker(model_module, self.slot, first_messages[1], flags), clock
+            config.watchdog, lambda: start_worker(model_module, self.slot, self._model_start, flags), clock
         )
         self.control_state = ControlState(
             Instruction(0, config.task.instruction, config.language.adapter), paused=was_paused(publisher.folder)
@@ -156,8 +158,8 @@ class Supervisor:
             self.close()
 
     def start(self) -> None:
+        self.verification.start()
         self.camera.start()
-        self.model.start()
 
     def poll_once(self) -> None:
         """One turn: wait for an event, handle what has arrived, check every time-out, publish status, feed systemd."""
@@ -169,6 +171,8 @@ class Supervisor:
             self.control.handle(sender, payload)
         self.control.sync_model()
         self._check_timeouts()
+        if self.bundle is None:
+            self._check_verification()
         self._become_ready()
         self.status.publish_if_due(self.publisher)
         self.watchdog.feed(self.counters.model_events)
@@ -233,11 +237,27 @@ class Supervisor:
             worker.reap()
             worker.start_if_due()
 
+    def _check_verification(self) -> None:
+        """Start the model process when the bundle is verified."""
+        try:
+            bundle = self.verification.result()
+            if bundle is None:
+                self.model.reason = Reason("model", ReasonKind.STARTING, "starting", self.verification.progress)
+                return
+            self._model_start = encode_model_start(self.config, bundle, encode_action_space(self.space))
+        except UserError as error:
+            raise Shutdown(error.exit_status, str(error)) from None
+        self.bundle, self.publisher.bundle_id = bundle, bundle.id
+        model = bundle.manifest.model
+        log_line(f"bundle {bundle.id}: {model.family} {model.size} {bundle.manifest.recipe}")
+        self.model.reason = Reason("model", ReasonKind.STARTING, "starting")
+        self.model.start()
+
     def _become_ready(self) -> None:
         """Tell systemd once that camera and model work."""
         # A short source (camera.loop: false) may have ended before the model was loaded.
         has_camera = self.camera.readiness in (Readiness.READY, Readiness.ENDED)
-        if has_camera and self.model.readiness is Readiness.READY and not self.status.is_ready:
+        if has_camera and self.model.readiness is Readiness.READY and not self.status.is_ready and self.bundle:
             self.status.is_ready = True
             model = self.bundle.manifest.model
             notify("READY=1", f"STATUS={model.family} {model.size}")
@@ -387,22 +407,22 @@ def _event_fault(event: ModelEvent, latest_seq: int) -> str:
 def run(
     config: Config, trace_path: str = "", *, camera_module: str = CAMERA_MODULE, model_module: str = MODEL_MODULE
 ) -> int:
-    """Verify the bundle, bind the endpoints, serve; the exit status.
+    """Bind the endpoints, verify the bundle, serve; the exit status.
 
-    trace_path: write a timeline to this file. Raises ConfigError, BundleError or EndpointError before anything starts.
+    trace_path: write a timeline to this file. Raises ConfigError or EndpointError before anything starts.
     """
     space = load_action_space(config.task.action_space)
     trace = Trace(trace_path)
     publisher = Publisher(runtime_dir(config.runtime_dir))
     try:
-        notify("STATUS=verifying the bundle")
-        bundle = verify_bundle(config.bundle, config.trusted_keys)
-        bundle = verify_adapters(config.language.adapters, bundle, config.trusted_keys)
-        publisher.bundle_id = bundle.id
-        model = bundle.manifest.model
-        log_line(f"bundle {bundle.id}: {model.family} {model.size} {bundle.manifest.recipe}")
         return Supervisor(
-            config, bundle, space, publisher, trace, camera_module=camera_module, model_module=model_module
+            config,
+            Verification(config),
+            space,
+            publisher,
+            trace,
+            camera_module=camera_module,
+            model_module=model_module,
         ).run()
     finally:
         publisher.close()

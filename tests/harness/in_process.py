@@ -177,6 +177,22 @@ class FakePublisher:
                 end.close()
 
 
+class FakeVerification:
+    """In place of supervisor.verification.Verification. It is done when the test says so."""
+
+    def __init__(self, bundle: Bundle | None = FAKE_BUNDLE) -> None:
+        self.bundle, self.error = bundle, None
+        self.progress = "verifying the bundle, 40%"
+
+    def start(self) -> None:
+        pass
+
+    def result(self) -> Bundle | None:
+        if self.error is not None:
+            raise self.error
+        return self.bundle
+
+
 def fake_config(**changes: Any) -> Config:
     return Config(**({"bundle": "none", "camera": CameraConfig(source="zmq:ipc:///none")} | changes))
 
@@ -184,16 +200,22 @@ def fake_config(**changes: Any) -> Config:
 class InProcess:
     """A supervisor with fakes around it, one turn of its loop at a time."""
 
-    def __init__(self, config: Config | None = None, folder: Path = Path("/nowhere")) -> None:
+    def __init__(
+        self,
+        config: Config | None = None,
+        folder: Path = Path("/nowhere"),
+        verification: FakeVerification | None = None,
+    ) -> None:
         """folder: of the sockets; what a daemon leaves for the next one is there."""
         self.config = config or fake_config()
         self.clock, self.publisher = FakeClock(), FakePublisher(folder)
-        self.frame_id = 0
+        self.frame_id, self.verification = 0, verification or FakeVerification()
         space = load_action_space(self.config.task.action_space)
         self.supervisor = Supervisor(
-            self.config, FAKE_BUNDLE, space, self.publisher, Trace(""), clock=self.clock, start_worker=FakeWorker
+            self.config, self.verification, space, self.publisher, Trace(""), clock=self.clock, start_worker=FakeWorker
         )
         self.supervisor.start()
+        self.turn()
 
     def __enter__(self) -> InProcess:
         return self

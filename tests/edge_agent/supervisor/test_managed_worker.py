@@ -31,7 +31,8 @@ def managed(clock):
 
 
 def test_before_its_start_there_is_no_process(managed):
-    assert managed.readiness is Readiness.RESTARTING and managed.is_gone
+    managed.start_if_due()
+    assert managed.readiness is Readiness.STARTING and managed.is_gone
     assert managed.reason.text == "model: starting"
     assert managed.receive() == [] and not managed.send(b"") and managed.exit_reason() is None
     status = managed.status()

@@ -6,6 +6,7 @@ An acknowledged stop has stopped: after the reply to pause, no action is publish
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -326,13 +327,18 @@ class Stops(RuleBasedStateMachine):
         self.running.publisher.close()
         self.folder.cleanup()
 
-    def handle(self) -> None:
-        n_replies = len(self.running.publisher.replies)
+    def do(self, step: Callable[[], None]) -> None:
         try:
-            self.running.turn()
+            step()
         except Shutdown:  # a source that never delivers, a model that never loads: systemd starts the daemon again
             self.daemon_ends(killed=False)
-            return
+
+    def handle(self) -> None:
+        self.do(self._handle)
+
+    def _handle(self) -> None:
+        n_replies = len(self.running.publisher.replies)
+        self.running.turn()
         for reply in self.running.publisher.replies[n_replies:]:
             if reply.ok and reply.result.get("paused") is True:
                 self.stopped = True
@@ -372,24 +378,24 @@ class Stops(RuleBasedStateMachine):
     @rule()
     def model_loads(self) -> None:
         if self.running.model is not None and not self.running.supervisor.model.is_loaded:
-            self.running.load_model()
+            self.do(self.running.load_model)
 
     @precondition(lambda self: self.running.model is not None and self.running.supervisor.model.is_loaded)
     @rule(takes_messages=st.booleans())
     def model_answers(self, takes_messages: bool) -> None:
         self.running.model.takes_messages = takes_messages
-        self.running.answer()
+        self.do(self.running.answer)
 
     @precondition(lambda self: self.running.model is not None and self.running.supervisor.model.is_loaded)
     @rule()
     def model_applies_an_instruction(self) -> None:
         if any(isinstance(command, SetInstruction) for command in self.running.model.commands):
-            self.running.apply_instruction()
+            self.do(self.running.apply_instruction)
 
     @precondition(lambda self: self.running.model is not None and self.running.supervisor.status.is_ready)
     @rule()
     def model_is_killed(self) -> None:
-        self.running.end_model_process()
+        self.do(self.running.end_model_process)
 
     @rule(seconds=st.sampled_from([0.01, 0.5, 6.0, 61.0]))
     def time_passes(self, seconds: float) -> None:
