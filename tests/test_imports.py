@@ -23,17 +23,20 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "config": ({"errors", "strict_yaml"}, {"msgspec"}),
     "profile": ({"config"}, {"msgspec"}),
     "wire": (set(), {"msgspec"}),
+    "zmtp": (set(), set()),
     "client": ({"time_units", "wire"}, {"msgspec", "zmq"}),
     "board": (set(), set()),
     "actions": ({"errors", "strict_yaml", "time_units", "wire"}, {"msgspec"}),
     "bundle": ({"errors", "config", "profile"}, {"msgspec", "gguf", "cryptography"}),
     "ipc": ({"time_units", "wire"}, {"msgspec", "numpy"}),
-    "camera": ({"ipc", "config", "errors", "time_units", "wire"}, {"cv2", "msgspec", "numpy", "zmq"}),
+    "camera": ({"ipc", "config", "errors", "time_units", "wire", "zmtp"}, {"cv2", "msgspec", "numpy"}),
     "model": (
         {"ipc", "config", "errors", "actions", "bundle", "board", "wire", "profile", "time_units"},
         {"cv2", "gguf", "llama_cpp", "llguidance", "msgspec", "numpy", "onnxruntime"},
     ),
-    "supervisor": ({"ipc", "config", "errors", "actions", "bundle", "board", "time_units", "wire"}, {"msgspec", "zmq"}),
+    "supervisor": (
+        {"ipc", "config", "errors", "actions", "bundle", "board", "time_units", "wire", "zmtp"}, {"msgspec"}
+    ),
     "apps": ({"client", "time_units", "wire"}, {"msgspec", "rich"}),
     "tools": (
         {"model", "camera", "ipc", "bundle", "actions", "config", "client", "board", "errors", "time_units", "wire"},
@@ -50,6 +53,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
 # Room -> its files; each imports only files before it. Files not named here stand beside each other and import none.
 ORDER: dict[str, list[str]] = {
     "wire": ["codec", "messages", "control", "streams", "endpoints", "pushed_frame"],
+    "zmtp": ["frames", "listener", "endpoint"],
     "client": ["client", "chunk_player", "pusher", "__init__"],
     "actions": ["space", "prompt", "grammar", "action_tokens", "vehicle_state", "envelope"],
     "bundle": ["files", "file_check", "signing", "manifest", "verify", "lora_check", "memory_plan"],

@@ -17,13 +17,13 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import select
 import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
-import zmq
 
 from edge_agent.actions.envelope import CheckedAction, Rejection
 from edge_agent.actions.space import ActionSpace, load_action_space
@@ -49,7 +49,7 @@ from edge_agent.supervisor.camera_worker import CameraWorker
 from edge_agent.supervisor.control import MAX_TEXT_CHARS, Control, VehicleState
 from edge_agent.supervisor.gate import Gate, Instruction, Orders
 from edge_agent.supervisor.log import log_line
-from edge_agent.supervisor.managed_worker import Clock, ManagedWorker, Readiness, Reason, ReasonKind
+from edge_agent.supervisor.managed_worker import Clock, Readiness, Reason, ReasonKind
 from edge_agent.supervisor.model_worker import ModelWorker
 from edge_agent.supervisor.publisher import Publisher
 from edge_agent.supervisor.shutdown import EX_CONFIG, EX_FAILED, EX_STOPPED, Shutdown
@@ -112,10 +112,7 @@ class Supervisor:
         vehicle_state = VehicleState(self.slot, space, clock)
         adapters = tuple(config.language.adapters)
         self.control = Control(adapters, self.model, self.status, publisher, vehicle_state, clock)
-        self._poller = zmq.Poller()
-        self._poller.register(publisher.control, zmq.POLLIN)
-        self._poller.register(publisher.status, zmq.POLLIN)
-        self._polled: dict[ManagedWorker, Worker] = {}  # the workers whose sockets are registered
+        self._signal_fds: list[int] = []
         self._handlers: dict[type, Callable[[Any], None]] = {
             Proposal: self._on_proposal,
             TextDelta: self.control.publish_text,
@@ -159,6 +156,7 @@ class Supervisor:
         self._handle_model_events()  # first: nothing may delay an answer
         self.camera.handle_events(was_ready=self.status.is_ready)
         self.camera.watch_slot()
+        self.publisher.serve()
         for sender, payload in self.publisher.requests():
             self.control.handle(sender, payload)
         self.control.sync_paused()
@@ -189,7 +187,7 @@ class Supervisor:
             self.status.is_stopping = True
 
         read_fd, write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._poller.register(read_fd, zmq.POLLIN)
+        self._signal_fds = [read_fd]
         signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, stop)
@@ -197,28 +195,33 @@ class Supervisor:
             yield
         finally:
             signal.set_wakeup_fd(-1)
-            self._poller.unregister(read_fd)
+            self._signal_fds = []
             os.close(read_fd)
             os.close(write_fd)
 
     def _wait(self) -> None:
         """Until something arrives, at most POLL_MS."""
-        timeout_ms = POLL_MS
-        for managed in (self.camera, self.model):
-            worker = managed.worker
-            if worker is not None and worker.hung_up:  # its socket would wake us for ever
-                worker, timeout_ms = None, POLL_ENDING_MS
-            polled = self._polled.get(managed)
-            if worker is not polled:
-                if polled is not None:
-                    self._poller.unregister(polled.socket)
-                    del self._polled[managed]
-                if worker is not None:
-                    self._poller.register(worker.socket, zmq.POLLIN)
-                    self._polled[managed] = worker
-        self._poller.poll(timeout_ms)
+        fds, timeout_ms = self._waiting_for()
+        poll = select.poll()
+        for fd in fds:
+            poll.register(fd, select.POLLIN)
+        try:
+            poll.poll(timeout_ms)
+        except OSError:  # no memory in the kernel
+            time.sleep(POLL_ENDING_MS / 1000)
+
+    def _waiting_for(self) -> tuple[list[int], int]:
+        """The descriptors that wake the loop, and the longest time to wait in milliseconds."""
+        workers = [managed.worker for managed in (self.camera, self.model) if managed.worker is not None]
+        fds = [worker.socket.fileno() for worker in workers if not worker.hung_up]  # else they would wake us for ever
+        timeout_ms = POLL_MS if len(fds) == len(workers) else POLL_ENDING_MS
+        if self.publisher.has_requests:
+            timeout_ms = 0
+        return [*self._signal_fds, *self.publisher.filenos(), *fds], timeout_ms
 
     def _check_timeouts(self) -> None:
+        if lost := self.publisher.lost_endpoint():  # a daemon that cannot be told to stop may not go on
+            raise Shutdown(EX_FAILED, lost)
         if reason := self.model.timeout_reason():
             self._lose_model(reason)
         self.camera.check_timeouts(was_ready=self.status.is_ready)

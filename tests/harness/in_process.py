@@ -98,8 +98,8 @@ class FakePublisher:
 
     def __init__(self) -> None:
         self._pairs = socket.socketpair(), socket.socketpair()
-        (self.control, other_end), (self.status, _) = self._pairs
-        other_end.send(b"x")  # always readable: the loop never waits
+        self._pairs[0][1].send(b"x")  # always readable: the loop never waits
+        self.lost = ""  # why an endpoint is lost
         self.published: list[tuple[str, Header]] = []
         self.replies: list[Reply] = []
         self.reply_senders: list[bytes] = []
@@ -115,6 +115,19 @@ class FakePublisher:
 
     def request_bytes(self, payload: bytes, sender: bytes = b"controller") -> None:
         self._requests.append(([sender], payload))
+
+    def filenos(self) -> list[int]:
+        return [pair[0].fileno() for pair in self._pairs]
+
+    def serve(self) -> None:
+        pass
+
+    def lost_endpoint(self) -> str:
+        return self.lost
+
+    @property
+    def has_requests(self) -> bool:
+        return bool(self._requests)
 
     def requests(self) -> list[tuple[list[bytes], bytes]]:
         requests, self._requests = self._requests, []
