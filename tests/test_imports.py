@@ -65,8 +65,8 @@ ORDER: dict[str, list[str]] = {
         "__main__",
     ],
     "supervisor": [
-        "shutdown", "log", "systemd", "trace", "publisher", "managed_worker", "camera_worker", "model_worker", "gate",
-        "status", "control", "process",
+        "shutdown", "log", "child_log", "systemd", "trace", "publisher", "managed_worker", "camera_worker",
+        "model_worker", "gate", "status", "control", "process",
     ],
     "apps": ["wire_log", "screen", "terminal"],
     "tools": ["stills", "bench"],

@@ -37,7 +37,11 @@ def temperature_c(zones: Path = Path("/sys/class/thermal")) -> float | None:
     Implausible readings do not count: a sensor that is switched off returns -256 °C or 0 °C.
     """
     temperatures_c = []
-    for zone in zones.glob("thermal_zone*/temp"):
+    try:
+        found = list(zones.glob("thermal_zone*/temp"))
+    except OSError:  # no descriptors
+        return None
+    for zone in found:
         text = _read(str(zone)).strip()
         if _is_count(text) and 0 < int(text) < MAX_PLAUSIBLE_MILLI_C:
             temperatures_c.append(int(text) / 1000)

@@ -15,6 +15,7 @@ version. Only this file and vision_encoder.py use them.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -70,7 +71,8 @@ def _on_log(level: int, text: bytes, _user: object) -> None:
     if _log is not None:
         _log(text.decode("utf-8", "replace"))
     elif level == 4:  # GGML_LOG_LEVEL_ERROR
-        os.write(2, text)
+        with contextlib.suppress(OSError):  # nobody reads it
+            os.write(2, text)
 
 
 # The callbacks must outlive every native thread: module level, never freed.

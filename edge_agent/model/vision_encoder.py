@@ -7,6 +7,7 @@ the next.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from pathlib import Path
@@ -164,7 +165,8 @@ def _output_rows(out: np.ndarray | None, n: int, n_embd: int) -> np.ndarray:
 @ll.llama_log_callback
 def _on_log(level: int, text: bytes, _user: object) -> None:
     if level == 4:  # GGML_LOG_LEVEL_ERROR
-        os.write(2, text)
+        with contextlib.suppress(OSError):  # nobody reads it
+            os.write(2, text)
 
 
 mtmd.mtmd_log_set(_on_log, ctypes.c_void_p(0))

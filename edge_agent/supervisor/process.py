@@ -227,6 +227,7 @@ class Supervisor:
         self.camera.check_timeouts(was_ready=self.status.is_ready)
         self.control.check_timeouts()
         for worker in (self.camera, self.model):
+            worker.forward_stderr()
             worker.reap()
             worker.start_if_due()
 

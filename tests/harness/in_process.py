@@ -70,6 +70,11 @@ class FakeWorker:
         self.killed = False
         self.commands: list[Any] = []
         self._events: list[bytes] = []
+        self.stderr = b""
+
+    def read_stderr(self) -> bytes:
+        written, self.stderr = self.stderr, b""
+        return written
 
     def emit(self, *events: object) -> None:
         self._events += [event if isinstance(event, bytes) else encode(event) for event in events]
