@@ -32,7 +32,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     config = read_config(arguments)
     _require_onnxruntime(config)
-    return process.run(config, trace_path=arguments.trace or "")
+    try:
+        return process.run(config, trace_path=arguments.trace or "")
+    except BrokenPipeError as error:  # of a command that prints, this means: nobody reads the rest. Not of a daemon
+        raise RuntimeError("the supervisor wrote to a socket that is closed") from error
 
 
 def read_config(arguments: argparse.Namespace) -> Config:

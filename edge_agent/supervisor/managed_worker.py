@@ -49,6 +49,7 @@ class ReasonKind(enum.Enum):
     SOURCE = enum.auto()  # the camera process reports a fault of its source
     ENDED = enum.auto()  # the camera's source has ended
     NO_FRAME = enum.auto()  # the camera process is well, and delivers nothing
+    NO_ACTION = enum.auto()  # the model answers, and every answer is refused
     PAUSED = enum.auto()  # by control
 
 

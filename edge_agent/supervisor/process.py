@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import resource
 import select
 import signal
 import time
@@ -66,6 +67,7 @@ POLL_MS = 50
 POLL_ENDING_MS = 5  # a child has closed its socket: its exit status follows within milliseconds
 EXIT_WAIT_S = 2.0  # at the end, for killed children; the unit's TimeoutStopSec is longer
 EXIT_POLL_S = 0.01
+DESCRIPTORS = 4096  # four endpoints with 128 connections each need an eighth
 MAX_DETAIL_CHARS = 500  # of a refusal
 MAX_NAME_CHARS = 200  # of a vision backend or an adapter
 MAX_PIECE_CHARS = 12_000  # of one piece of text; four bytes each must fit in a message
@@ -281,7 +283,7 @@ class Supervisor:
             "dropped_frames": dropped,
         }
         if isinstance(result, Rejection):
-            self.counters.refusals[result.reason] += 1
+            self.counters.count_refusal(result.reason, now_ns)
             detail = result.detail[:MAX_DETAIL_CHARS]
             self.publisher.send("actions", Refusal, reason=result.reason, detail=detail, **frame)
             return
@@ -305,8 +307,7 @@ class Supervisor:
             chunk_step_ms=self.space.chunk_step_ms,
             **fields,
         )
-        self.counters.actions += 1
-        self.counters.last_action_ns = now_ns
+        self.counters.count_action(now_ns)
 
     def _on_model_ready(self, event: ModelReady) -> None:
         vision, first_ms = event.vision, event.warmup_ms
@@ -331,6 +332,7 @@ class Supervisor:
             raise Shutdown(EX_FAILED if self.model.memory_reduced else EX_CONFIG, event.error)
         elif not accepted:  # a later start can have less memory and a smaller context
             self.model.mark_refused(event.error)
+        self.counters.refused_since_ns = 0  # another instruction, or another process
         if self.model.is_loaded and not was_loaded:
             self.watchdog.outlast(self.model.stall_s)
 
@@ -374,6 +376,14 @@ def _event_fault(event: ModelEvent, latest_seq: int) -> str:
     return ""
 
 
+def raise_descriptor_limit() -> None:
+    """The soft limit is 1024 on most systems, although connections of controllers may need more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < DESCRIPTORS:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, DESCRIPTORS), hard))
+
+
 def run(
     config: Config, trace_path: str = "", *, camera_module: str = CAMERA_MODULE, model_module: str = MODEL_MODULE
 ) -> int:
@@ -381,6 +391,7 @@ def run(
 
     trace_path: write a timeline to this file. Raises ConfigError, BundleError or EndpointError before anything starts.
     """
+    raise_descriptor_limit()
     space = load_action_space(config.task.action_space)
     trace = Trace(trace_path)
     publisher = Publisher(runtime_dir(config.runtime_dir))

@@ -154,7 +154,7 @@ class Status(Header, frozen=True, kw_only=True, tag_field="kind", tag="status"):
     """What the daemon does. Counters start at 0 with the session. None means unknown."""
 
     state: DaemonState
-    reason: str  # why the state is not "running"; "" otherwise
+    reason: str  # why the state is not "running", or why no actions come although it is; "" otherwise
     uptime_s: float
     camera: str
     camera_worker: WorkerStatus
@@ -164,7 +164,7 @@ class Status(Header, frozen=True, kw_only=True, tag_field="kind", tag="status"):
     actions: int  # actions published
     refusals: dict[str, int]  # refusal reason -> count
     faults: dict[str, int]  # "camera: REASON" or "model: REASON" -> count
-    last_frame_age_ms: float | None  # since the newest frame arrived; None: no frame yet
+    last_frame_age_ms: float | None  # since the newest frame was captured; None: no frame yet
     last_action_age_ms: float | None  # since the last action was published; None: no action yet
     inference_count: int  # grows while the model process works; the watchdog checks it
     instruction: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import socket
 import threading
 import time
@@ -305,6 +306,49 @@ def test_an_endpoint_that_cannot_be_bound_is_refused(slot, clock, endpoint):
         next(open_source(CameraConfig(source=f"zmq:{endpoint}"), slot, clock))
     assert endpoint.removeprefix("ipc://") in caught.value.detail
     assert caught.value.retryable == ("no/such" in endpoint)
+
+
+@pytest.mark.parametrize("kind", ["file", "fifo", "folder", "link"])
+def test_what_is_no_socket_is_never_replaced(slot, clock, tmp_path, kind):
+    """zmq:ipc:///…/precious.mp4 by mistake."""
+    path = tmp_path / "precious.mp4"
+    {
+        "file": lambda: path.write_text("an hour of flight"),
+        "fifo": lambda: os.mkfifo(path),
+        "folder": path.mkdir,
+        "link": lambda: path.symlink_to(tmp_path),
+    }[kind]()
+    before = os.lstat(path)
+    with pytest.raises(SourceError, match="expected a socket or nothing") as caught:
+        next(read_pushed_frames(CameraConfig(source=f"zmq:ipc://{path}"), slot, clock))
+    assert not caught.value.retryable and os.path.samestat(os.lstat(path), before)
+
+
+def test_a_path_that_was_removed_is_bound_again(config, slot, clock, tmp_path, source, pusher, new_pusher):
+    pusher.send(1)
+    assert next(source).frame_id == 1
+    (tmp_path / "frames").unlink()
+    clock.advance(1.1)
+    pusher.send(2)
+    assert next(source).frame_id == 2, "connections stay"
+    assert (tmp_path / "frames").is_socket()
+    clock.advance(0.02)
+    new_pusher().send(3)
+    assert next(source).frame_id == 3
+    source.close()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_path_that_is_lost_ends_the_source_which_is_opened_again(config, slot, clock, tmp_path, source, pusher):
+    pusher.send(1)
+    assert next(source).frame_id == 1
+    (tmp_path / "frames").unlink()
+    (tmp_path / "frames").write_text("precious")
+    clock.advance(1.1)
+    pusher.send(2)
+    with pytest.raises(SourceError, match=r"absent: .*frames: cannot be bound") as caught:
+        next(source)
+    assert caught.value.retryable and (tmp_path / "frames").read_text() == "precious"
 
 
 def test_a_path_that_is_too_long_for_a_socket_is_named(tmp_path):

@@ -463,6 +463,20 @@ def test_a_shutdown_is_the_reason_of_the_last_status(running, notified, signal_h
     assert "edge-agent: bundle: damaged" in capfd.readouterr().err
 
 
+def test_a_lost_endpoint_ends_the_daemon_with_1_and_is_the_reason(running, notified, signal_handlers, monkeypatch):
+    """A daemon that cannot be told to stop may not go on; systemd starts it again."""
+    running.make_ready()
+    monkeypatch.setattr(running.supervisor, "start", lambda: None)
+    monkeypatch.setattr(running.supervisor, "close", lambda: None)
+    running.publisher.lost = "runtime_dir: /run/edge-agent/control: cannot be bound: found a file"
+    n_actions = len(running.publisher.stream("actions"))
+    assert running.supervisor.run() == 1
+    monkeypatch.undo()
+    last = running.publisher.stream("status")[-1]
+    assert (last.state, last.reason) == ("stopping", running.publisher.lost)
+    assert len(running.publisher.stream("actions")) == n_actions
+
+
 def test_a_shutdown_answers_what_waits(running, notified, signal_handlers, monkeypatch):
     running.make_ready()
     running.publisher.request("ask", "what?", "q")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import socket
 import stat
@@ -140,6 +142,109 @@ def test_an_endpoint_that_cannot_be_bound_is_one_line(folder):
         Publisher(folder)
     (folder / "text").rmdir()
     Publisher(folder).close()  # the lock was released
+
+
+def test_a_lock_held_for_a_moment_is_waited_for(folder, monkeypatch):
+    """A program that cleans up old files locks a folder while it looks through it."""
+    folder.mkdir()
+    cleaner = os.open(folder, os.O_RDONLY)
+    fcntl.flock(cleaner, fcntl.LOCK_EX)
+    naps = []
+
+    def sleep(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 3:
+            os.close(cleaner)
+
+    monkeypatch.setattr("edge_agent.supervisor.publisher.time.sleep", sleep)
+    Publisher(folder).close()
+    assert len(naps) == 3
+
+
+def test_a_file_system_without_locks_is_named(folder, monkeypatch):
+    def no_locks(*_arguments: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("edge_agent.supervisor.publisher.fcntl.flock", no_locks)
+    with pytest.raises(
+        EndpointError, match="cannot be locked: No locks available; use a folder of a local file system"
+    ):
+        Publisher(folder)
+
+
+def test_nothing_in_the_folder_holds_the_lock(publisher, folder):
+    """A cleaner takes away old files, and leaves sockets in use. Older versions had a lock file, which may be there."""
+    for name in os.listdir(folder):
+        assert (folder / name).is_socket()
+    (folder / "lock").touch()
+    (folder / "lock").unlink()
+    with pytest.raises(EndpointError, match="another edge-agent runs in this folder"):
+        Publisher(folder)
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_endpoints_of_a_daemon_whose_folder_was_moved_away_are_its_own(folder, stream):
+    """The lock of the second is of another folder. Sockets that live are not bound over, and only ours are removed."""
+    with contextlib.closing(Publisher(folder)):
+        elsewhere = folder.rename(folder.with_name("elsewhere"))
+        folder.mkdir()
+        (elsewhere / stream).rename(folder / stream)
+        with pytest.raises(EndpointError, match=f"{folder}/{stream}: cannot be bound: another process listens there"):
+            Publisher(folder)
+        assert os.listdir(folder) == [stream]
+
+
+# -- lost in flight ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_an_endpoint_that_was_removed_is_bound_again(folder, stream, connect):
+    clock = FakeClock()
+    with contextlib.closing(Publisher(folder, clock)) as publisher:
+        before = connect("text", zmq.SUB)
+        join(publisher, before)
+        (folder / stream).unlink()
+        clock.advance(0.9)
+        assert publisher.lost_endpoint() == "" and not (folder / stream).exists(), "about once a second"
+        clock.advance(0.2)
+        assert publisher.lost_endpoint() == "" and (folder / stream).is_socket()
+        assert stat.S_IMODE((folder / stream).stat().st_mode) == 0o660
+        send(publisher, "still here")
+        received_until(publisher, before, "still here")
+        after = connect("control", zmq.DEALER)
+        after.send(b"pause")
+        assert [payload for _, payload in requests(publisher, 1)] == [b"pause"]
+    assert os.listdir(folder) == []
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("what", ["file", "socket", "folder", "another folder", "another daemon"])
+def test_an_endpoint_that_cannot_be_bound_again_is_named(folder, what, stream):
+    clock = FakeClock()
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(contextlib.closing(Publisher(folder, clock)))
+        if what in ("file", "socket"):
+            (folder / stream).unlink()
+        else:
+            folder.rename(folder.with_name("away"))
+        if what == "file":
+            (folder / stream).write_text("precious")
+        elif what == "socket":
+            thief = stack.enter_context(socket.socket(socket.AF_UNIX))
+            thief.bind(str(folder / stream))
+            thief.listen()
+        elif what == "another folder":
+            folder.mkdir()
+        elif what == "another daemon":
+            second = stack.enter_context(contextlib.closing(Publisher(folder, clock)))
+        clock.advance(1.1)
+        assert str(folder) in first.lost_endpoint()
+        first._checked_ns -= 2_000_000_000
+        if what == "another daemon":
+            first.close()
+            assert second.lost_endpoint() == "" and (folder / stream).is_socket(), "ours alone is removed"
+            stack.pop_all()
+            second.close()
 
 
 # -- private ----------------------------------------------------------------------------------------------------------

@@ -94,6 +94,47 @@ def test_before_the_first_frame_the_ages_are_unknown():
     assert (status.last_frame_age_ms, status.last_action_age_ms) == (None, None)
 
 
+def test_the_age_of_a_frame_counts_from_its_capture(running):
+    slot = running.supervisor.slot
+    slot.write(4, 6)
+    slot.publish(9, running.clock() - 300_000_000, "driver")  # the driver needed 300 ms
+    running.turn(0.2)
+    assert running.publisher.stream("status")[-1].last_frame_age_ms == 500.0
+
+
+REFUSED = {
+    "late": {"t_capture_ns": 1},
+    "invalid": {"text": "not json"},
+    "truncated": {"stop_reason": "length"},
+    "not-finite": {"stop_reason": "not-finite"},
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_a_model_whose_every_answer_is_refused_has_a_reason(running, reason, capfd):
+    for _ in range(10):
+        running.answer(**REFUSED[reason])
+        running.turn(0.3)
+    expected = f"model: every answer is refused: for 3 s, the last one: {reason}"
+    assert running.state == ("running", expected)
+    assert running.publisher.stream("status")[-1].reason == expected
+    running.answer()
+    assert running.state == ("running", "")
+    assert capfd.readouterr().err.count("state running: model: every answer is refused") == 1
+
+
+def test_some_refusals_and_those_that_follow_from_a_request_are_no_reason(running):
+    for refused in [{"text": "not json"}] * 3 + [{"instruction_id": 99}] * 20 + [{}]:
+        running.answer(**refused)
+        running.turn(0.3)
+        assert running.state == ("running", "")
+    running.answer(text="not json")
+    running.restart_model()
+    running.load_model()
+    running.answer(text="not json")
+    assert running.state == ("running", "")
+
+
 def test_faults_of_both_workers_are_counted_by_their_reason(running):
     running.camera.exit_status = 3
     running.lose_model()
