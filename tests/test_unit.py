@@ -12,6 +12,7 @@ import yaml
 
 from edge_agent.config import Config, WatchdogConfig, load_config
 from edge_agent.strict_yaml import convert
+from edge_agent.supervisor.process import DESCRIPTORS
 from edge_agent.supervisor.systemd import MARGIN_S
 from tests.harness import ROOT
 
@@ -47,7 +48,14 @@ def test_exposure(unit):
 
 def test_contract_with_the_supervisor():
     text = (SYSTEMD / "edge-agent.service").read_text()
-    for line in ("Type=notify", "WatchdogSec=15", "RestartPreventExitStatus=78", "KillMode=mixed", "TimeoutStopSec=5"):
+    for line in (
+        "Type=notify",
+        "WatchdogSec=15",
+        "RestartPreventExitStatus=78",
+        "KillMode=mixed",
+        "TimeoutStopSec=5",
+        f"LimitNOFILE={DESCRIPTORS}",
+    ):
         assert f"\n{line}\n" in text
 
 

@@ -39,16 +39,16 @@ class Worker:
         The calling thread must live as long as the child: the kernel kills the child when that thread ends.
         """
         self.hung_up = False  # the child's end of the socket is closed: no message comes any more
-        with contextlib.ExitStack() as ours, contextlib.ExitStack() as childs:
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
             self.socket, child_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             ours.callback(self.socket.close)
-            childs.callback(child_end.close)
+            theirs.callback(child_end.close)
             self.socket.setblocking(False)
             # Neither end waits: a child whose stderr nobody reads loses lines.
             stderr_fd, child_stderr_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             self._stderr = os.fdopen(stderr_fd, "rb", buffering=0)
             ours.callback(self._stderr.close)
-            childs.callback(os.close, child_stderr_fd)
+            theirs.callback(os.close, child_stderr_fd)
             fds = (slot.fd, slot.wake_fd, child_end.fileno())
             options = ("--slot", str(fds[0]), "--wake", str(fds[1]), "--events", str(fds[2]))
             self.process = subprocess.Popen(
