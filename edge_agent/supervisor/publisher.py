@@ -164,7 +164,12 @@ class Publisher:
 
 def _lock(folder: Path) -> int:
     """Make the folder and lock it; the descriptor of the folder. Raises EndpointError."""
-    longest = max(len(os.fsencode(folder / stream)) for stream in STREAMS)
+    try:
+        longest = max(len(os.fsencode(folder / stream)) for stream in STREAMS)
+    except UnicodeEncodeError:
+        longest = 0
+    if not longest or "\0" in str(folder):
+        raise EndpointError(f"runtime_dir: {str(folder)!a}: expected the path of a folder; found characters of no path")
     if longest > MAX_PATH_BYTES:
         raise EndpointError(
             f"runtime_dir: {folder}: socket paths may have {MAX_PATH_BYTES} bytes, found {longest}; use a "

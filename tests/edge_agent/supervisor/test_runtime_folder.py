@@ -53,6 +53,13 @@ def test_a_folder_that_cannot_be_used_is_one_line(tmp_path):
         assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["nul\0nul", "half a \ud800 pair"])
+def test_a_name_that_no_folder_can_have_is_one_line(tmp_path, name):
+    with pytest.raises(EndpointError, match="expected the path of a folder") as caught:
+        Publisher(tmp_path / name)
+    assert str(caught.value).isprintable()
+
+
 def test_a_path_too_long_for_a_socket_is_refused_by_its_length(tmp_path):
     room = 107 - len(f"{tmp_path}/") - len("/actions")
     Publisher(tmp_path / ("x" * room)).close()
