@@ -44,7 +44,7 @@ from edge_agent.config import Config
 from edge_agent.model.preprocess import Preprocessor
 from edge_agent.model.prompt import ACTION_QUESTION, SYSTEM_PROMPT
 from edge_agent.tools import bench
-from edge_agent.tools.stills import read_stills
+from edge_agent.tools.stills import Stills
 
 # The releases' own chat template for one system text and one image with a text. IMAGE: the host program's expression
 # for the image.
@@ -317,7 +317,7 @@ def main() -> int:
     add("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        frames = list(read_stills(options.frames, options.n)) if options.frames else bench.synthetic_frames(16)
+        frames = list(Stills(options.frames, options.n)) if options.frames else bench.synthetic_frames(16)
         frames = [still(frames[0], i) if options.still else frames[i % len(frames)] for i in range(options.n)]
         program = options.llama_mtmd_cli if options.serve == "cli" else options.llama_server
         serve(options.serve, bench_config(options), program or "", frames)

@@ -11,15 +11,18 @@ to change it: systemd/edge-agent.yaml.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
+from edge_agent.errors import ConfigError
 from edge_agent.strict_yaml import convert, parse_yaml, read_text
 
-Positive = Annotated[int, Meta(ge=1)]
+Positive = Annotated[int, Meta(ge=1, le=600_000)]
+Seconds = Annotated[float, Meta(ge=0.1, le=3600)]
 AdapterName = Annotated[str, Meta(pattern="^[A-Za-z0-9_-]{1,32}$")]
 Profile = Literal["reproducible", "fast", "small"]
 
@@ -30,8 +33,16 @@ class CameraConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     width: Annotated[int, Meta(ge=1, le=7680)] | None = None  # pixels; requested from V4L2 and GStreamer
     height: Annotated[int, Meta(ge=1, le=4320)] | None = None
     fps: Annotated[float, Meta(gt=0, le=1000)] | None = None
+    fourcc: Annotated[str, Meta(pattern="^[A-Za-z0-9 ]{4}$")] | None = None  # V4L2: pixel format, for example MJPG
+    max_megapixels: Annotated[float, Meta(gt=0, le=33.1776)] = 13.0  # larger frames are refused; bounds the memory
+    identical_frames_s: Annotated[float, Meta(ge=0, le=86400)] | None = None  # V4L2, GStreamer; 0: for ever
     realtime: bool = True  # files only: at the recorded rate, or as fast as the model answers
     loop: bool = True  # files only: start again at the end, or stop
+
+    @property
+    def max_pixels(self) -> int:
+        """Pixels of the largest frame that is taken."""
+        return round(self.max_megapixels * 1e6)
 
 
 class VisionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -44,9 +55,10 @@ class VisionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
 class LanguageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     context: Annotated[int, Meta(ge=256, le=262144)] = 1024  # tokens of each lane: actions and text have a cache each
-    gpu_layers: Annotated[int, Meta(ge=-1)] = -1  # -1: all that a GPU build can take; without a GPU it has no effect
-    describe_prompt: str = ""  # question for the text lane about every frame it has time for; empty: no descriptions
-    max_text_tokens: Positive = 96  # the longest description or answer
+    gpu_layers: Annotated[int, Meta(ge=-1, le=10_000)] = -1  # -1: all that fit; without a GPU build it has no effect
+    # Question for the text lane about every frame it has time for; empty: no descriptions.
+    describe_prompt: Annotated[str, Meta(max_length=2000)] = ""
+    max_text_tokens: Annotated[int, Meta(ge=1, le=8192)] = 96  # the longest description or answer
     max_reasoning_tokens: Annotated[int, Meta(ge=0, le=8192)] = 0  # before a text, for a reasoning model; 0: none
     stream_action_text: bool = True  # also publish the text of the actions on the text stream
     adapters: dict[AdapterName, str] = {}  # name -> path of a GGUF adapter (edge-quantize lora); all are loaded
@@ -65,9 +77,9 @@ class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 class WatchdogConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    model_stall_s: Annotated[float, Meta(gt=0, le=3600)] = 10.0  # without progress: the model process is restarted
-    model_load_s: Annotated[float, Meta(gt=0, le=3600)] = 120.0  # the same while the model loads
-    camera_stall_s: Annotated[float, Meta(gt=0, le=3600)] = 3.0  # without a frame: the camera process is restarted
+    model_stall_s: Seconds = 10.0  # without progress: the model process is restarted
+    model_load_s: Seconds = 120.0  # the same while the model loads
+    camera_stall_s: Seconds = 3.0  # without a frame: the camera process is restarted
 
 
 class AdvancedConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -96,7 +108,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     bundle: str
     trusted_keys: tuple[str, ...] = ()  # paths of public keys (edge-agent keygen); with any, one must fit the bundle
     profile: Profile | None = None  # None: reproducible on a CPU, fast on a GPU
-    cpu_threads: Annotated[int, Meta(ge=0)] = 0  # of the model process; 0: one per core
+    cpu_threads: Annotated[int, Meta(ge=0, le=1024)] = 0  # of the model process; 0: one per core
     camera: CameraConfig
     vision: VisionConfig = VisionConfig()
     language: LanguageConfig = LanguageConfig()
@@ -113,7 +125,28 @@ def load_config(path: str | Path) -> Config:
 
 def load_config_text(text: str, name: str) -> Config:
     """text: YAML; name: of the file, for errors. Raises ConfigError."""
-    return convert(parse_yaml(text, name), Config, name)
+    config = convert(parse_yaml(text, name), Config, name)
+    check_texts(config, name)
+    return config
+
+
+def check_texts(config: Config, where: str) -> None:
+    """Every text must be UTF-8 without a NUL: it becomes a path, a message or a prompt. Raises ConfigError."""
+    for key, text in _texts(msgspec.to_builtins(config), ""):
+        if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ConfigError(f"{where}: {key}: expected text without NUL and lone surrogates, found {text[:80]!a}")
+
+
+def _texts(value: object, path: str) -> Iterator[tuple[str, str]]:
+    """(key, text) of every text in a value."""
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _texts(inner, f"{path}.{key}".lstrip("."))
+    elif isinstance(value, list | tuple):
+        for i, inner in enumerate(value):
+            yield from _texts(inner, f"{path}[{i}]")
 
 
 def state_dir() -> Path:

@@ -29,3 +29,9 @@ class BundleError(UserError):
     """A wrong or damaged bundle. One line: file, key, expected, found, and what to do."""
 
     exit_status = os.EX_CONFIG
+
+
+def printable(text: str) -> str:
+    """The text in characters that UTF-8 can hold. The name of a file in another encoding has others (PEP 383), which
+    cannot be printed or sent."""
+    return text.encode(errors="backslashreplace").decode()

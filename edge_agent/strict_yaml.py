@@ -21,7 +21,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_ori
 import msgspec
 import yaml
 
-from edge_agent.errors import ConfigError
+from edge_agent.errors import ConfigError, printable
 
 T = TypeVar("T")
 # "PROBLEM - at `$.PATH`", or "PROBLEM - at `key` in `$.PATH`" for a key of a mapping. "[...]" in a path is any value of
@@ -48,7 +48,14 @@ def read_text(path: str | Path) -> str:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML's safe subset. A key that appears twice in one mapping is an error."""
+    """YAML's safe subset. A key that appears twice in one mapping is an error, and so is half a character."""
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        text = node.value if isinstance(node.value, str) else ""
+        if text != printable(text):  # the escape \ud800, for example; it could not be sent or printed
+            problem = f"half a character: {printable(text)}; write the character itself"
+            raise yaml.constructor.ConstructorError(problem=problem, problem_mark=node.start_mark)
+        return super().construct_scalar(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys: set[str] = set()

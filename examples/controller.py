@@ -19,8 +19,9 @@ PERIOD_S = 0.05  # 20 turns per second, more than an autopilot needs
 def main() -> None:
     parser = argparse.ArgumentParser(description="Print the actions of a running edge-agent.")
     parser.add_argument("--runtime-dir", default="", metavar="DIR", help="the daemon's folder of sockets")
-    previous, player = "", ChunkPlayer()
+    previous = ""
     with Client(parser.parse_args().runtime_dir) as agent:
+        player = ChunkPlayer(agent)
         while True:
             player.take(agent.next_answer(timeout_s=PERIOD_S))
             step = player.step()  # never after the action's expiry

@@ -2,7 +2,7 @@
 
 edge-agent run --bundle BUNDLE --camera zmq:ipc:///tmp/frames
 python examples/push_frames.py ipc:///tmp/frames                     # generated frames
-python examples/push_frames.py ipc:///tmp/frames a.jpg b.png         # image files, in turn; needs opencv-python
+python examples/push_frames.py ipc:///tmp/frames a.jpg b.png         # image files, in turn; needs the daemon's packages
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import contextlib
 import itertools
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from edge_agent.client import FramePusher
+from edge_agent.errors import UserError
 
 WIDTH, HEIGHT, SQUARE = 640, 480, 80  # pixels
 
@@ -29,13 +31,10 @@ def generated_frames() -> Iterator[bytes]:
 
 def image_frames(paths: list[str]) -> Iterator[object]:
     """The images, in turn, without end: (H, W, 3) uint8 arrays, RGB."""
-    import cv2
+    from edge_agent.camera.picture import read_picture
 
     for path in itertools.cycle(paths):
-        image = cv2.imread(path)  # BGR
-        if image is None:
-            raise SystemExit(f"{path}: not an image that OpenCV can read")
-        yield image[..., ::-1]
+        yield read_picture(Path(path))[..., ::-1]  # it is BGR
 
 
 def main() -> None:
@@ -55,5 +54,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        main()
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            main()
+    except UserError as error:  # an image that is damaged, for example
+        raise SystemExit(str(error)) from None

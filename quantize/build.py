@@ -95,6 +95,8 @@ def _check_space(plan: BuildPlan, out: Path) -> None:
 
 def _write_files(plan: BuildPlan, folder: BuildFolder, progress: Progress) -> None:
     """Write what an earlier run has not written yet."""
+    for missing in folder.missing:
+        progress.remark(f"this file system has {missing}")
     if left := folder.left_by_earlier_run():
         progress.remark(f"continuing: an earlier run left {left}")
     if not folder.is_complete(LANGUAGE):

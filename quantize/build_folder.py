@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -25,7 +26,7 @@ from edge_agent.bundle.manifest import LANGUAGE, MANIFEST, MMPROJ, REPORT, VISIO
 from edge_agent.errors import UserError
 
 OUR_FILES = {LANGUAGE, VISION, MMPROJ, REPORT, MANIFEST, signing.SIGNATURE}
-JOURNAL = "journal.json"
+JOURNAL, LOCK = "journal.json", "lock"
 JOURNAL_INTERVAL_S = 5.0  # between two entries in the journal; each one waits for the disk
 
 
@@ -42,15 +43,16 @@ class _Journal(msgspec.Struct):
 class BuildFolder:
     """The hidden folder, and what an earlier run of the same work has left in it."""
 
-    def __init__(self, folder: Path, key: str) -> None:
-        """key: fingerprint of everything that the files depend on. Files of another key are removed."""
-        self.folder, self._journal = folder, _Journal(key)
-        with contextlib.suppress(OSError, msgspec.DecodeError):
+    def __init__(self, folder: Path, key: str, missing: list[str]) -> None:
+        """key: fingerprint of everything that the files depend on. Files of another key are removed. missing: what
+        this file system does not guarantee."""
+        self.folder, self.missing, self._journal = folder, missing, _Journal(key)
+        with contextlib.suppress(OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             journal = msgspec.json.decode((folder / JOURNAL).read_bytes(), type=_Journal)
             if journal.key == key and all((folder / name).stat().st_size >= n for name, n in journal.n_bytes.items()):
                 self._journal = journal
         for path in folder.iterdir():
-            if path.name not in (JOURNAL, *self._journal.n_bytes):
+            if path.name not in (JOURNAL, LOCK, *self._journal.n_bytes):
                 path.unlink()
         self._journalled_s = time.monotonic()
 
@@ -113,32 +115,57 @@ def atomic_folder(out: Path, key: str, force: bool = False) -> Iterator[BuildFol
     """
     out = check_target(out, force)
     folder = out.with_name(f".{out.name}.part")
+    is_new = not folder.exists()
     folder.mkdir(mode=0o700, exist_ok=True)
-    lock = _locked(folder)
-    if lock is None:
-        raise BuildError(f"{out}: another edge-quantize is writing it; wait for it, or give another folder")
     keep = False
     try:
-        yield BuildFolder(folder, key)
-        (folder / JOURNAL).unlink(missing_ok=True)
+        lock, missing = _locked(folder), _missing_features(folder)
+    except OSError:
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if lock is None:
+        raise BuildError(f"{out}: another edge-quantize is writing it; wait for it, or give another folder")
+    try:
+        yield BuildFolder(folder, key, [*lock.missing, *missing])
+        keep = True  # what is finished stays, whatever fails from here on
         for file in folder.iterdir():
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
-        folder.chmod(0o755)
+        with contextlib.suppress(OSError):  # the file system may have no modes
+            folder.chmod(0o755)
+        for name in (JOURNAL, LOCK):
+            (folder / name).unlink(missing_ok=True)
         sync_folder(folder)
         _replace(folder, out)
+        keep = False  # under the hidden name is now nothing, or what was replaced
         sync_folder(out.parent)
     except KeyboardInterrupt:
         keep = (folder / JOURNAL).is_file()
         raise
     except OSError as error:
+        if keep:
+            why = f"{error.strerror} at the end; the finished files are in {folder}: rename this folder to {out.name}"
+            raise BuildError(f"{out}: {why}") from None
         if error.filename is not None:
             raise
         raise BuildError(f"{out}: {error.strerror} while writing it; make room and run the command again") from None
     finally:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        os.close(lock.descriptor)
+
+
+def _missing_features(folder: Path) -> list[str]:
+    """What the file system of a folder cannot do and a build can do without. Found before the work, not after it."""
+    missing = []
+    try:
+        folder.chmod(0o700)
+    except OSError:
+        missing.append("no modes: everybody who can open this disk may be able to change the files")
+    if not sync_folder(folder):
+        missing.append("no fsync of folders: a power cut can lose the new folder; unmount before you unplug")
+    return missing
 
 
 def resumable_bytes(out: Path) -> int:
@@ -154,8 +181,9 @@ def temporary_folder(out: Path) -> Iterator[Path]:
     """A hidden folder beside `out`, locked while in use, then removed. Those of killed runs are removed first."""
     for abandoned in out.parent.glob(f".{glob.escape(out.name)}.*.scratch"):
         if (lock := _locked(abandoned)) is not None:
-            shutil.rmtree(abandoned, ignore_errors=True)
-            os.close(lock)
+            if not lock.missing:  # without locks nobody knows whether it is abandoned
+                shutil.rmtree(abandoned, ignore_errors=True)
+            os.close(lock.descriptor)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".scratch", dir=out.parent))
     lock = _locked(folder)
     try:
@@ -163,18 +191,26 @@ def temporary_folder(out: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
-            os.close(lock)
+            os.close(lock.descriptor)
 
 
-def _locked(folder: Path) -> int | None:
-    """A descriptor that holds the folder's lock until it is closed. None: another process has the lock."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+class _Lock(NamedTuple):
+    descriptor: int  # holds the lock until it is closed
+    missing: list[str]  # what is not guaranteed
+
+
+def _locked(folder: Path) -> _Lock | None:
+    """The folder's lock. None: another process has it. The lock is on a file that is open for writing: NFS gives no
+    other."""
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         return None
-    return descriptor
+    except OSError:  # a server without a lock service
+        return _Lock(descriptor, ["no locks: do not start a second build of the same folder"])
+    return _Lock(descriptor, [])
 
 
 def _replace(folder: Path, out: Path) -> None:

@@ -14,7 +14,6 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 500, 60, 7
 REASONS: dict[str, str] = {
     "edge_agent/supervisor/process.py:__init__": "four parameters replace the clock and the processes in tests",
     "models/pad_pilot/scene.py:render": "one picture; each parameter is a part of the scene",
-    "tests/edge_agent/client/test_client.py": "one class; its tests share fixtures",
     "tests/harness/toy.py:write_checkpoint": "every parameter is one way in which checkpoints differ",
     "tests/harness/toy_config.py:config": "the content of a file, key for key",
     "tests/harness/toy_tokenizer.py:write_tokenizer": "the content of a file, key for key",

@@ -22,7 +22,7 @@ has_analyze = pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="sy
 
 @pytest.fixture
 def unit(tmp_path):
-    """The unit with a program that exists here: verify looks whether it can be started."""
+    """The unit with a program that exists here: `systemd-analyze verify` checks that the program exists."""
     text = (SYSTEMD / "edge-agent.service").read_text()
     path = tmp_path / "edge-agent.service"
     path.write_text(re.sub(r"ExecStart=\S+", "ExecStart=/bin/true", text))
@@ -30,8 +30,8 @@ def unit(tmp_path):
 
 
 @has_analyze
-def test_verify_says_nothing(unit):
-    # It returns 0 for unknown keys, too: only silence counts.
+def test_systemd_analyze_verify_prints_no_warning(unit):
+    # The exit status is 0 for unknown keys too, so the output must be empty.
     done = subprocess.run(["systemd-analyze", "verify", "--man=no", unit], capture_output=True, text=True)
     ours = [line for line in done.stderr.splitlines() if "edge-agent" in line]
     assert (done.returncode, ours) == (0, [])
@@ -57,6 +57,18 @@ def test_contract_with_the_supervisor():
         f"LimitNOFILE={DESCRIPTORS}",
     ):
         assert f"\n{line}\n" in text
+
+
+@pytest.mark.parametrize("name", ["bundle", "bundles", "adapters"])
+def test_the_service_may_not_write_to_what_it_has_verified(name):
+    """The StateDirectory is writable; the folder of the example's bundle and those of the documents are not."""
+    text = (SYSTEMD / "edge-agent.service").read_text()
+    (paths,) = re.findall(r"^ReadOnlyPaths=(.*)$", text, re.MULTILINE)
+    read_only = {path.removeprefix("-") for path in paths.split()}
+    assert f"/var/lib/edge-agent/{name}" in read_only
+    pages = [*(ROOT / "docs").glob("*.md"), ROOT / "README.md", SYSTEMD / "edge-agent.yaml"]
+    used = {f for page in pages for f in re.findall(r"/var/lib/edge-agent/\w+", page.read_text(encoding="utf-8"))}
+    assert used <= read_only | {"/var/lib/edge-agent/tensorrt"}
 
 
 def test_the_supervisor_restarts_a_stalled_model_before_systemd_restarts_the_daemon():

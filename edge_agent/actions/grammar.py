@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from edge_agent.actions.decimals import has_exact_grammar, multiples
 from edge_agent.actions.space import ActionField, ActionSpace, ActionType, ChoiceField
 
 
@@ -19,9 +20,12 @@ def _action_schema(name: str, action: ActionType) -> dict[str, Any]:
 
 
 def _field_schema(field: ActionField) -> dict[str, Any]:
-    """An integer where min, max and step are whole numbers: the model then writes no decimal point."""
+    """An integer where min, max and step are whole numbers: the model then writes no decimal point. A list of all
+    values where llguidance would allow others."""
     if isinstance(field, ChoiceField):
         return {"enum": field.one_of}
+    if not has_exact_grammar(field.min, field.max, field.step):
+        return {"enum": multiples(field.min, field.max, field.step)}
     whole = all(float(limit).is_integer() for limit in (field.min, field.max, field.step))
     return {
         "type": "integer" if whole else "number",

@@ -21,6 +21,13 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from edge_agent.actions.decimals import (
+    MAX_DECIMALS,
+    decimal,
+    has_exact_grammar,
+    is_decimal_fraction,
+    n_multiples,
+)
 from edge_agent.errors import ConfigError
 from edge_agent.strict_yaml import convert, parse_yaml, read_text
 
@@ -28,6 +35,8 @@ READY_SPACES = Path(__file__).parent / "spaces"
 # Below the offboard time-out of PX4 (1 s): an action expires before the autopilot declares the link lost.
 MAX_VALID_FOR_MS = 900
 PLACEHOLDER = re.compile("[{](.*?)[}]")  # {key} in the text of the vehicle state
+MAX_NUMBER = 1e9  # of min and max, as of the vehicle state
+MAX_LISTED = 5000  # values of a field that the grammar has to list: see grammar.py
 _NAME = Meta(pattern="^[a-z][a-z0-9_]{0,31}$")
 _NUMBER_KEYS = {"min", "max", "step", "unit", "q01", "q99"}
 
@@ -113,12 +122,27 @@ def load_action_space(name_or_path: str) -> ActionSpace:
         raise ConfigError(
             f"task.action_space: expected one of {names}, or the path of a YAML file; found {name_or_path!r}"
         )
-    file = convert(parse_yaml(read_text(path), str(path)), _ActionSpaceInFile, str(path))
-    _check_horizon(file, str(path))
-    if file.vehicle_state is not None:
-        _check_vehicle_state_prompt(file.vehicle_state, str(path))
-    actions = {name: _read_action_type(action, name, str(path)) for name, action in file.actions.items()}
-    return ActionSpace(**(msgspec.structs.asdict(file) | {"actions": actions}))
+    return _read_space(parse_yaml(read_text(path), str(path)), str(path))
+
+
+def encode_action_space(space: ActionSpace) -> bytes:
+    """For another process, which must not read the file again: it can have changed."""
+    return msgspec.msgpack.encode(space)
+
+
+def decode_action_space(raw: bytes) -> ActionSpace:
+    """What encode_action_space has encoded."""
+    return _read_space(msgspec.msgpack.decode(raw), "action space")
+
+
+def _read_space(value: object, file: str) -> ActionSpace:
+    """Raises ConfigError."""
+    space = convert(value, _ActionSpaceInFile, file)
+    _check_horizon(space, file)
+    if space.vehicle_state is not None:
+        _check_vehicle_state_prompt(space.vehicle_state, file)
+    actions = {name: _read_action_type(action, name, file) for name, action in space.actions.items()}
+    return ActionSpace(**(msgspec.structs.asdict(space) | {"actions": actions}))
 
 
 def wire_name(key: str, field: ActionField) -> str:
@@ -160,26 +184,27 @@ def _check_number_field(field: NumberField, where: str) -> None:
     limits = f"min {field.min:g}, max {field.max:g}, step {field.step:g}"
     if not all(map(math.isfinite, (field.min, field.max, field.step))):
         raise ConfigError(f"{where}: min, max and step must be finite; found {limits}")
-    if not _is_decimal(field.step):
-        raise ConfigError(f"{where}.step: must be a decimal fraction such as 0.01 or 0.25; found {field.step:g}")
-    if field.min >= field.max or field.step > field.max - field.min:
+    if max(abs(field.min), abs(field.max)) > MAX_NUMBER:
+        raise ConfigError(f"{where}: min and max must be within {MAX_NUMBER:.0e}; found {limits}")
+    if not is_decimal_fraction(field.step):
+        raise ConfigError(
+            f"{where}.step: must be a decimal fraction such as 0.01 or 0.25, with at most {MAX_DECIMALS} digits behind "
+            f"the point; found {field.step!r}"
+        )
+    if field.min >= field.max or decimal(field.step) > decimal(field.max) - decimal(field.min):
         raise ConfigError(f"{where}: min must be below max, and step at most max - min; found {limits}")
+    n = n_multiples(field.min, field.max, field.step)
+    if n > MAX_LISTED and not has_exact_grammar(field.min, field.max, field.step):
+        raise ConfigError(
+            f"{where}.step: {n} values from min to max; expected at most {MAX_LISTED}; found {limits}; take a larger "
+            "step, or one of 0.1, 0.01, 0.001 with limits that are multiples of it"
+        )
     if field.q01 is None and field.q99 is None:
         return
     if field.q01 is None or field.q99 is None:
         raise ConfigError(f"{where}: expected both q01 and q99, or neither; found q01 {field.q01}, q99 {field.q99}")
     if not (math.isfinite(field.q01) and math.isfinite(field.q99) and field.q01 < field.q99):
         raise ConfigError(f"{where}: q01 must be below q99, both finite; found q01 {field.q01:g}, q99 {field.q99:g}")
-
-
-def _is_decimal(step: float) -> bool:
-    """True if the step times a power of ten (up to 10^6) is an exact integer in float64. llguidance reads a JSON
-    schema's multipleOf that way."""
-    for _ in range(7):
-        if step.is_integer():
-            return True
-        step *= 10
-    return False
 
 
 def _check_horizon(space: _SpaceSettings, where: str) -> None:

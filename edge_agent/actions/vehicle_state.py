@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from edge_agent.actions.space import PLACEHOLDER, ActionSpace, VehicleStateField
 from edge_agent.time_units import NS_PER_MS
 from edge_agent.wire.control import StateValue
 
 MAX_STATE_NUMBER = 1e9  # no quantity of a vehicle is larger; bounds the length of the prompt
-_WORD = re.compile("[a-z0-9_-]{1,32}")
+# The mode names of PX4, ArduPilot and MAVROS fit, for example AUTO.LOITER and "Auto Loiter". Brackets, quotes and
+# control characters do not: they would look like a part of the prompt.
+_WORD = re.compile("[A-Za-z0-9_][A-Za-z0-9_./ +-]{0,31}")
 _MAX_VALUE_TOKENS = 34  # upper bound for a number or a word, without its unit
 
 
-def check_vehicle_state(values: Mapping[str, StateValue], space: ActionSpace) -> str:
-    """Check the values of one request. Returns an error line for the controller, or "" if all values are valid."""
+def check_vehicle_state(key: str, value: Any, space: ActionSpace) -> tuple[StateValue | None, str]:
+    """Check one value -> (the value to use, why it cannot be taken). None as the value: it is unknown.
+
+    Words are written in lower case. None and numbers that are not finite mean "unknown", as autopilots send them.
+    """
     keys = space.vehicle_state.values if space.vehicle_state is not None else {}
-    for key, value in values.items():
-        if key not in keys:
-            expected = f"one of {', '.join(keys)}" if keys else "no values: this action space has no vehicle_state"
-            return f"values.{key[:40]}: expected {expected}"
-        if isinstance(value, str):
-            if not _WORD.fullmatch(value):
-                return (
-                    f"values.{key}: expected a number, a bool or a word of 1 to 32 characters (a-z, 0-9, _ and -); "
-                    f"found {value[:40]!r}"
-                )
-        elif not abs(value) <= MAX_STATE_NUMBER:  # true for NaN as well
-            return f"values.{key}: expected a number within ±{MAX_STATE_NUMBER:g}; found {value}"
-    return "" if values else "values: expected at least one value"
+    if key not in keys:
+        return None, f"expected one of {', '.join(keys)}" if keys else "this action space has no vehicle_state"
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return None, ""
+    if isinstance(value, str):
+        word = value.strip()
+        if _WORD.fullmatch(word):
+            return word.lower(), ""
+        expected = "a number, a bool, or a word of 1 to 32 characters (letters, digits, space and _ . / + -)"
+        return None, f"expected {expected}; found {value[:40]!r}"
+    if not isinstance(value, bool | int | float):
+        return None, f"expected a number, a bool or a word; found {type(value).__name__}"
+    if abs(value) > MAX_STATE_NUMBER:
+        return None, f"expected a number within ±{MAX_STATE_NUMBER:g}; found {value:g}"
+    return value, ""
 
 
 def render_vehicle_state(space: ActionSpace, values: Mapping[str, tuple[StateValue, int]], now_ns: int) -> str:

@@ -22,6 +22,11 @@ def peak_rss_mib(pid: int, text: str | None = None) -> float | None:
     return _mib("VmHWM:", _read(f"/proc/{pid}/status") if text is None else text)
 
 
+def boot_id(text: str | None = None) -> str:
+    """The kernel's random name of this boot, from /proc/sys/kernel/random/boot_id; "" if it is unknown."""
+    return (_read("/proc/sys/kernel/random/boot_id") if text is None else text).strip()[:64]
+
+
 def _mib(name: str, text: str) -> float | None:
     """The value of the line that starts with `name`. The kernel writes it in KiB."""
     for line in text.splitlines():

@@ -12,9 +12,10 @@ from __future__ import annotations
 import itertools
 import math
 import mmap
+import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from edge_agent.errors import UserError
 
@@ -23,26 +24,28 @@ MAX_STRING_BYTES = 4096  # longer values are skipped, not returned
 MAX_ARRAY = 1 << 24
 MAX_ELEMENTS = 1 << 40
 ALIGNMENT_BYTES = 32
-# ggml type -> elements in a block, bytes of a block: the types that edge-quantize writes
+# ggml type -> its name, elements in a block, bytes of a block: the types that edge-quantize writes
 BLOCKS = {
-    0: (1, 4),  # F32
-    1: (1, 2),  # F16
-    30: (1, 2),  # BF16
-    2: (32, 18),  # Q4_0
-    3: (32, 20),  # Q4_1
-    6: (32, 22),  # Q5_0
-    7: (32, 24),  # Q5_1
-    8: (32, 34),  # Q8_0
-    10: (256, 84),  # Q2_K
-    11: (256, 110),  # Q3_K
-    12: (256, 144),  # Q4_K
-    13: (256, 176),  # Q5_K
-    14: (256, 210),  # Q6_K
-    20: (32, 18),  # IQ4_NL
-    23: (256, 136),  # IQ4_XS
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    30: ("BF16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
+    20: ("IQ4_NL", 32, 18),
+    23: ("IQ4_XS", 256, 136),
 }
 SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # GGUF value type -> bytes
-UINT32, STRING, ARRAY, UINT64 = 4, 8, 9, 10
+UINT32, FLOAT32, STRING, ARRAY, UINT64 = 4, 6, 8, 9, 10
+MAX_KEPT = 1024  # values of an array of strings that are returned: the special tokens come first
+MAX_KEPT_FLOATS = 16
 MAX_OPSET, MAX_IR_VERSION = 21, 10
 MAX_DIMENSIONS = 16
 DATA_TYPES = {1: 4, 3: 1, 7: 8, 10: 2, 16: 2}  # TensorProto: FLOAT, INT8, INT64, FLOAT16, BFLOAT16 -> bytes
@@ -53,6 +56,27 @@ OPS = frozenset((
 ))  # fmt: skip
 
 
+class TensorHeader(NamedTuple):
+    """What the header of a GGUF file says about one tensor."""
+
+    shape: list[int]  # in GGUF's order: innermost dimension first
+    type_name: str
+    offset: int  # bytes from the start of the file
+    n_bytes: int
+
+    @property
+    def n_elements(self) -> int:
+        return math.prod(self.shape)
+
+
+class GgufHeader(NamedTuple):
+    """values: strings, unsigned integers, short arrays of float32, and the first strings of arrays of strings; None for
+    every other value."""
+
+    values: dict[str, object]
+    tensors: dict[str, TensorHeader]
+
+
 class UnsafeFileError(UserError):
     """What is wrong with the file; one line, without the file's name."""
 
@@ -60,22 +84,11 @@ class UnsafeFileError(UserError):
 # -- GGUF --------------------------------------------------------------------------------------------------------------
 
 
-def check_gguf(path: Path, architectures: tuple[str, ...]) -> tuple[dict[str, object], dict[str, list[int]]]:
-    """Check a GGUF file whose general.architecture has to be one of `architectures`. Raises UnsafeFileError.
-
-    Returns its keys, and its tensors' shapes in GGUF's order (innermost dimension first). The keys' values are strings
-    and unsigned integers; every other value is None.
-    """
+def check_gguf(path: Path, architectures: tuple[str, ...]) -> GgufHeader:
+    """Check a GGUF file whose general.architecture has to be one of `architectures`. Raises UnsafeFileError."""
     with path.open("rb") as file, _map(file) as data:
         reader = _Reader(data)
-        if reader.take(4) != b"GGUF" or reader.uint32() != 3:
-            raise UnsafeFileError("expected GGUF version 3")
-        n_tensors, n_keys = reader.uint64(), reader.uint64()
-        if not 0 < n_tensors <= MAX_TENSORS or n_keys > MAX_KEYS:
-            raise UnsafeFileError(
-                f"{n_tensors} tensors and {n_keys} keys; expected at most {MAX_TENSORS} and {MAX_KEYS}"
-            )
-        values = _read_keys(reader, n_keys)
+        n_tensors, values = _read_start(reader)
         architecture = values.get("general.architecture")
         if architecture not in architectures:
             expected = " or ".join(architectures)
@@ -83,7 +96,23 @@ def check_gguf(path: Path, architectures: tuple[str, ...]) -> tuple[dict[str, ob
         alignment = values.get("general.alignment", ALIGNMENT_BYTES)
         if alignment != ALIGNMENT_BYTES:
             raise UnsafeFileError(f"general.alignment: expected {ALIGNMENT_BYTES}, found {alignment!r}")
-        return values, _read_tensors(reader, n_tensors)
+        return GgufHeader(values, _read_tensors(reader, n_tensors))
+
+
+def read_gguf_keys(path: Path) -> dict[str, object]:
+    """The keys of any GGUF file, as in GgufHeader.values. Raises UnsafeFileError."""
+    with path.open("rb") as file, _map(file) as data:
+        return _read_start(_Reader(data))[1]
+
+
+def _read_start(reader: _Reader) -> tuple[int, dict[str, object]]:
+    """The number of tensors, and the keys."""
+    if reader.take(4) != b"GGUF" or reader.uint32() != 3:
+        raise UnsafeFileError("expected GGUF version 3")
+    n_tensors, n_keys = reader.uint64(), reader.uint64()
+    if not 0 < n_tensors <= MAX_TENSORS or n_keys > MAX_KEYS:
+        raise UnsafeFileError(f"{n_tensors} tensors and {n_keys} keys; expected at most {MAX_TENSORS} and {MAX_KEYS}")
+    return n_tensors, _read_keys(reader, n_keys)
 
 
 def _read_keys(reader: _Reader, n_keys: int) -> dict[str, object]:
@@ -98,37 +127,36 @@ def _read_keys(reader: _Reader, n_keys: int) -> dict[str, object]:
     return values
 
 
-def _read_tensors(reader: _Reader, n_tensors: int) -> dict[str, list[int]]:
-    """Shapes by name. The spans of bytes of all tensors must lie inside the file and must not overlap."""
-    shapes: dict[str, list[int]] = {}
-    spans: list[tuple[int, int, str]] = []  # start and end, relative to the data section; name
+def _read_tensors(reader: _Reader, n_tensors: int) -> dict[str, TensorHeader]:
+    """By name. The spans of bytes of all tensors must lie inside the file and must not overlap."""
+    found: dict[str, TensorHeader] = {}  # with offsets relative to the data section
     for _ in range(n_tensors):
         name = reader.string(MAX_NAME_BYTES)
-        if name in shapes:
+        if name in found:
             raise UnsafeFileError(f"{name}: duplicate tensor name")
         n_dims = reader.uint32()
         if not 1 <= n_dims <= 4:
             raise UnsafeFileError(f"{name}: {n_dims} dimensions; expected 1 to 4")
-        shape = shapes[name] = [reader.uint64() for _ in range(n_dims)]
+        shape = [reader.uint64() for _ in range(n_dims)]
         ggml_type, offset = reader.uint32(), reader.uint64()
         if ggml_type not in BLOCKS:
             raise UnsafeFileError(f"{name}: type {ggml_type}: edge-quantize never writes this type")
         if not all(0 < side <= MAX_ELEMENTS for side in shape) or math.prod(shape) > MAX_ELEMENTS:
             raise UnsafeFileError(f"{name}: shape {shape}: expected 1 to {MAX_ELEMENTS} elements")
-        block_elements, block_bytes = BLOCKS[ggml_type]
+        type_name, block_elements, block_bytes = BLOCKS[ggml_type]
         if shape[0] % block_elements:
             raise UnsafeFileError(f"{name}: rows of {shape[0]} elements; expected a multiple of {block_elements}")
         if offset % ALIGNMENT_BYTES:
             raise UnsafeFileError(f"{name}: offset {offset} is not a multiple of {ALIGNMENT_BYTES}")
-        spans.append((offset, offset + math.prod(shape) // block_elements * block_bytes, name))
+        found[name] = TensorHeader(shape, type_name, offset, math.prod(shape) // block_elements * block_bytes)
     data_start = -(-reader.position // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-    spans.sort()
+    spans = sorted((tensor.offset, tensor.offset + tensor.n_bytes, name) for name, tensor in found.items())
     for (_, end, name), (next_start, _, next_name) in itertools.pairwise(spans):
         if next_start < end:
             raise UnsafeFileError(f"the tensors {name} and {next_name} overlap")
     if data_start + spans[-1][1] > reader.size:
         raise UnsafeFileError(f"{spans[-1][2]}: ends after the end of the file")
-    return shapes
+    return {name: tensor._replace(offset=data_start + tensor.offset) for name, tensor in found.items()}
 
 
 class _Reader:
@@ -162,7 +190,7 @@ class _Reader:
             raise UnsafeFileError("a name that is not UTF-8") from None
 
     def value(self, value_type: int, key: str) -> object:
-        """A string or an unsigned integer; None for every other value, which nothing here uses."""
+        """As in GgufHeader.values."""
         if value_type == STRING:
             n_bytes = self.uint64()
             if n_bytes <= MAX_STRING_BYTES:
@@ -170,22 +198,28 @@ class _Reader:
             self.skip(n_bytes)
             return None
         if value_type == ARRAY:
-            self.skip_array(key)
-            return None
+            return self.array(key)
         if value_type not in SCALARS:
             raise UnsafeFileError(f"{key}: unknown value type {value_type}")
         raw = self.take(SCALARS[value_type])
         return int.from_bytes(raw, "little") if value_type in (UINT32, UINT64) else None
 
-    def skip_array(self, key: str) -> None:
+    def array(self, key: str) -> object:
         element_type, n = self.uint32(), self.uint64()
         if n > MAX_ARRAY or (element_type != STRING and element_type not in SCALARS):
             raise UnsafeFileError(f"{key}: an array of {n} values of type {element_type}")
+        if element_type == FLOAT32 and n <= MAX_KEPT_FLOATS:
+            return list(struct.unpack(f"<{n}f", self.take(4 * n)))
         if element_type != STRING:
             self.skip(n * SCALARS[element_type])
-            return
-        for _ in range(n):
-            self.skip(self.uint64())
+            return None
+        kept: list[str] = []
+        for i in range(n):
+            n_bytes = self.uint64()
+            self.skip(n_bytes)
+            if i < MAX_KEPT and n_bytes <= MAX_STRING_BYTES:
+                kept.append(self.data[self.position - n_bytes : self.position].decode(errors="replace"))
+        return kept
 
 
 # -- ONNX --------------------------------------------------------------------------------------------------------------
@@ -195,28 +229,33 @@ _Span = tuple[int, int]
 _Value = int | _Span
 
 
-def check_onnx(path: Path) -> None:
-    """Raises UnsafeFileError for references to other files, functions, subgraphs, unknown operators, wrong sizes.
+def check_onnx(path: Path) -> list[int]:
+    """The shape of the graph's first input; 0 is a side that can vary. Raises UnsafeFileError for references to other
+    files, functions, subgraphs, unknown operators, wrong sizes.
 
     The numbers in the code are those of the fields in onnx.proto.
     """
     with path.open("rb") as file, _map(file) as data:
         n_graphs = 0
+        input_shape: list[int] = []
         for number, value in _fields(data, 0, len(data)):
             if number == 1 and _integer(value) > MAX_IR_VERSION:
                 raise UnsafeFileError(f"ir_version {value}; expected at most {MAX_IR_VERSION}")
             elif number == 7:
                 n_graphs += 1
-                _check_graph(data, *_span(value))
+                input_shape = _check_graph(data, *_span(value))
             elif number == 8:
                 _check_opset(data, *_span(value))
             elif number in (20, 25):
                 raise UnsafeFileError("contains training information or functions; expected one graph only")
         if n_graphs != 1:
             raise UnsafeFileError(f"{n_graphs} graphs; expected one")
+        return input_shape
 
 
-def _check_graph(data: mmap.mmap, start: int, end: int) -> None:
+def _check_graph(data: mmap.mmap, start: int, end: int) -> list[int]:
+    """The shape of the first input."""
+    inputs: list[list[int]] = []
     for number, value in _fields(data, start, end):
         if number == 1:
             _check_node(data, *_span(value))
@@ -224,6 +263,17 @@ def _check_graph(data: mmap.mmap, start: int, end: int) -> None:
             _check_initializer(data, *_span(value))
         elif number == 15:
             raise UnsafeFileError("contains sparse tensors")
+        elif number == 11:
+            inputs.append(_value_shape(data, *_span(value)))
+    return inputs[0] if inputs else []
+
+
+def _value_shape(data: mmap.mmap, start: int, end: int) -> list[int]:
+    """ValueInfoProto.type.tensor_type.shape.dim[].dim_value; 0: a side without a number."""
+    spans = [(start, end)]
+    for number in (2, 1, 2, 1):  # the numbers of these fields, one inside the other
+        spans = [_span(value) for span in spans for found, value in _fields(data, *span) if found == number]
+    return [next((_integer(value) for found, value in _fields(data, *span) if found == 1), 0) for span in spans]
 
 
 def _check_node(data: mmap.mmap, start: int, end: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -14,14 +15,13 @@ from msgspec import Meta
 
 from edge_agent.errors import BundleError
 
-Count = Annotated[int, Meta(ge=0)]
 BLOCK_BYTES = 4 << 20
 
 
 class BundleFile(msgspec.Struct, frozen=True, kw_only=True):
     """Size and hash of one file."""
 
-    bytes: Count
+    bytes: Annotated[int, Meta(ge=0, le=1 << 48)]
     sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
@@ -42,6 +42,12 @@ def open_plain(path: Path) -> int:
         os.close(descriptor)
         raise BundleError(f"{path}: expected a plain file with one name; found a special or hard-linked file")
     return descriptor
+
+
+def file_stamp(descriptor: int) -> tuple[int, ...]:
+    """What changes when an open file is written to, or is given another name or mode."""
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def hash_file(path: Path, report: Callable[[int], None] = lambda n_bytes: None) -> BundleFile:
@@ -70,10 +76,19 @@ def write_durably(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Write the folder's list of names to the disk. Raises OSError."""
+NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS, errno.EPERM}
+
+
+def sync_folder(folder: Path) -> bool:
+    """Write the folder's list of names to the disk. False: this file system cannot (FAT, some network shares). Raises
+    OSError."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC:
+            raise
+        return False
     finally:
         os.close(descriptor)
+    return True

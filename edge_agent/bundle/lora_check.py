@@ -8,34 +8,40 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import msgspec
+
 from edge_agent.bundle import signing
 from edge_agent.bundle.file_check import UnsafeFileError, check_gguf
-from edge_agent.bundle.files import hash_file, open_plain
+from edge_agent.bundle.files import BundleFile, hash_file, open_plain
 from edge_agent.bundle.manifest import LANGUAGE_ARCHITECTURES, Bundle
 from edge_agent.errors import BundleError, ConfigError
 
 
-def verify_adapters(adapters: dict[str, str], bundle: Bundle, trusted_keys: tuple[str, ...]) -> None:
-    """Check every adapter (name -> path of its GGUF file). Raises ConfigError.
+def verify_adapters(adapters: dict[str, str], bundle: Bundle, trusted_keys: tuple[str, ...]) -> Bundle:
+    """Check every adapter (name -> path of its GGUF file). Returns the bundle with their hashes. Raises ConfigError.
 
     trusted_keys: paths of public keys; if there are any, one of them must have signed each adapter.
     """
+    verified: dict[str, BundleFile] = {}
     for name, path in adapters.items():
         try:
-            _verify_adapter(Path(path), bundle, trusted_keys)
+            verified[name] = _verify_adapter(Path(path), bundle, trusted_keys)
         except (UnsafeFileError, BundleError, signing.SigningError) as error:
             raise ConfigError(f"language.adapters: {name}: {path}: {error}") from None
         except OSError as error:
             raise ConfigError(f"language.adapters: {name}: {error.filename or path}: {error.strerror}") from None
+    return msgspec.structs.replace(bundle, adapters=verified)
 
 
-def _verify_adapter(path: Path, bundle: Bundle, trusted_keys: tuple[str, ...]) -> None:
+def _verify_adapter(path: Path, bundle: Bundle, trusted_keys: tuple[str, ...]) -> BundleFile:
     os.close(open_plain(path))
+    hashed = hash_file(path)
     if trusted_keys:
-        statement = signing.adapter_statement(hash_file(path).sha256)
+        statement = signing.adapter_statement(hashed.sha256)
         with os.fdopen(open_plain(path.with_name(path.name + signing.ADAPTER_SUFFIX)), "rb") as file:
             signing.find_signer(statement, file.read(signing.MAX_SIGNATURE_BYTES), trusted_keys)
-    values, shapes = check_gguf(path, LANGUAGE_ARCHITECTURES)
+    values, tensors = check_gguf(path, LANGUAGE_ARCHITECTURES)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     for key, expected in (("general.type", "adapter"), ("adapter.type", "lora")):
         found = values.get(key)
         if found != expected:
@@ -52,3 +58,4 @@ def _verify_adapter(path: Path, bundle: Bundle, trusted_keys: tuple[str, ...]) -
             raise UnsafeFileError(f"{name}: expected low-rank matrices of the layers only")
         if kind == "lora_a" and (len(shape) != 2 or shapes.get(f"{stem}.lora_b", [0])[0] != shape[1]):
             raise UnsafeFileError(f"{name}: {stem}.lora_b of the same rank is missing")
+    return hashed

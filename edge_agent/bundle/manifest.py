@@ -16,8 +16,8 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from edge_agent.bundle import signing
-from edge_agent.bundle.files import BundleFile, Count, open_plain, write_durably
+from edge_agent.bundle import recognise, signing
+from edge_agent.bundle.files import BundleFile, open_plain, write_durably
 from edge_agent.errors import BundleError
 
 FORMAT = 1
@@ -26,57 +26,76 @@ MAX_MANIFEST_BYTES = 1 << 20
 LANGUAGE_ARCHITECTURES = ("mistral3", "llama")
 LANGUAGE, VISION, MMPROJ, REPORT = "language.gguf", "vision.onnx", "mmproj.gguf", "report.json"
 
-Positive = Annotated[int, Meta(ge=1)]
+# name in the manifest -> the token's text: the special tokens that the prompt needs
+SPECIAL_TOKENS = {
+    "unk": "<unk>",
+    "bos": "<s>",
+    "eos": "</s>",
+    "pad": "<pad>",
+    "inst": "[INST]",
+    "inst_end": "[/INST]",
+    "system": "[SYSTEM_PROMPT]",
+    "system_end": "[/SYSTEM_PROMPT]",
+    "img": "[IMG]",
+    "img_break": "[IMG_BREAK]",
+    "img_end": "[IMG_END]",
+}
+THINK_TOKENS = {"think": "[THINK]", "think_end": "[/THINK]"}  # around the reasoning of a reasoning model
+
+# Bounds far above any model, so that no sum overflows a fixed-size integer. The values are compared with the files.
+Size = Annotated[int, Meta(ge=1, le=1 << 20)]
+Bytes = Annotated[int, Meta(ge=0, le=1 << 48)]
+Text = Annotated[str, Meta(max_length=200)]
 
 
 class EmbeddingInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Where language.gguf stores token_embd.weight. The model process reads text embeddings there itself."""
 
-    offset: Count  # bytes
-    ggml_type: str  # gguf.GGMLQuantizationType name
-    row_bytes: Positive
+    offset: Bytes
+    ggml_type: Text  # gguf.GGMLQuantizationType name
+    row_bytes: Size
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """The language model."""
 
-    family: str
-    size: str
-    variant: str
-    parameters: Positive
-    layers: Positive
-    hidden: Positive
-    vocab: Positive
-    context: Positive
-    kv_bytes_per_token: Positive  # keys and values in 16 bit
-    special: dict[str, int]  # name -> token: bos, eos, inst, inst_end, system, system_end, img, img_break, img_end, …
+    family: Text
+    size: Text
+    variant: Text
+    parameters: Annotated[int, Meta(ge=1, le=1 << 48)]
+    layers: Size
+    hidden: Size
+    vocab: Size
+    context: Size
+    kv_bytes_per_token: Annotated[int, Meta(ge=1, le=1 << 40)]  # keys and values in 16 bit
+    special: dict[Text, Annotated[int, Meta(ge=0, le=1 << 20)]]  # names of SPECIAL_TOKENS and THINK_TOKENS -> token
     embedding: EmbeddingInfo
 
 
 class VisionInfo(msgspec.Struct, frozen=True, kw_only=True):
     """The vision encoder, and the images that it takes."""
 
-    patch: Positive  # pixels
-    merge: Positive  # patches per side of one image token
-    image_size: Positive  # longest edge, pixels
+    patch: Size  # pixels
+    merge: Size  # patches per side of one image token
+    image_size: Size  # longest edge, pixels
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    fixed: tuple[Positive, Positive] | None = None  # height and width in pixels, if vision.onnx takes no other size
+    fixed: tuple[Size, Size] | None = None  # height and width in pixels, if vision.onnx takes no other size
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """bundle.json. Unknown keys are accepted, because a newer writer may add some. A newer `format` is refused."""
 
     format: int
-    created_by: str
+    created_by: Text
     files: dict[str, BundleFile]
     model: ModelInfo
     vision: VisionInfo | None  # None: a text-only model
-    recipe: str
-    bytes_by_type: dict[str, int]  # of the language model: ggml type -> bytes
-    source_dtype: str
+    recipe: Text
+    bytes_by_type: dict[Text, Bytes]  # of the language model: ggml type -> bytes
+    source_dtype: Text
     source_sha256: dict[str, str]
-    licence: str
+    licence: Text
 
 
 class Bundle(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,6 +104,7 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     folder: Path
     manifest: Manifest
     id: str
+    adapters: dict[str, BundleFile] = {}  # the configured LoRA adapters, once verify_adapters has checked them
 
     def path(self, name: str) -> Path:
         return self.folder / name
@@ -99,12 +119,13 @@ def read_manifest(folder: str | Path) -> Bundle:
     folder = Path(folder)
     path = folder / MANIFEST
     if not folder.is_dir():
-        raise BundleError(f"{folder}: no such folder; expected a bundle made by edge-quantize build")
+        what = recognise.describe(folder) or "no such folder"
+        raise BundleError(f"{folder}: {what}; expected a bundle made by edge-quantize build")
     try:
         descriptor = open_plain(path)
     except FileNotFoundError:
-        detail = "missing; the folder is not a finished bundle; make one with edge-quantize build"
-        raise BundleError(f"{path}: {detail}") from None
+        what = recognise.describe(folder) or "the folder is not a finished bundle"
+        raise BundleError(f"{path}: missing: {what}; make a bundle with edge-quantize build") from None
     with os.fdopen(descriptor, "rb") as file:
         raw = file.read(MAX_MANIFEST_BYTES + 1)
     if len(raw) > MAX_MANIFEST_BYTES:
@@ -115,7 +136,8 @@ def read_manifest(folder: str | Path) -> Bundle:
             raise BundleError(f"{path}: format: expected {FORMAT}, found {found}; use the edge-agent of that format")
         manifest = msgspec.json.decode(raw, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BundleError(f"{path}: damaged: {error}; build or copy the bundle again") from None
+        what = recognise.describe(path) or f"damaged: {error}"
+        raise BundleError(f"{path}: {what}; build or copy the bundle again") from None
     for name in (LANGUAGE, *([VISION, MMPROJ] if manifest.vision else []), *manifest.files):
         if name not in manifest.files:
             raise BundleError(f"{path}: files: {name} missing; build the bundle again")

@@ -23,12 +23,15 @@ import gguf
 import msgspec
 
 from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, VISION, Manifest
-from edge_agent.config import Config
+from edge_agent.config import CameraConfig, Config
 from edge_agent.errors import UserError
 from edge_agent.profile import resolve
 
 MIB = 1 << 20
-PROCESS_MIB = 150  # Python, libraries, frame buffers
+PROCESS_MIB = 150  # Python, libraries
+# Frames of the largest size that the configuration allows: the slot's three, and what the camera process holds of one
+# more; a frame that is pushed can be in the socket twice beside it.
+FRAMES, PUSHED_FRAMES = 4, 6
 MIN_IMAGE_TOKENS, MIN_CONTEXT = 64, 640
 ROWS_PER_STEP = 512  # llama.cpp's physical batch
 REPACKED = {"Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "Q2_K"}  # by the kernels of x86-64 or of ARM
@@ -42,11 +45,11 @@ class NotEnoughMemoryError(UserError):
 
 
 class MemoryPlan(msgspec.Struct, frozen=True):
-    """What is served with: the configuration, after the reductions."""
+    """The configuration after the reductions, and the memory that it needs."""
 
     config: Config
     parts_mib: dict[str, float]
-    given_up: dict[str, object]  # key of the configuration -> its reduced value
+    reductions: dict[str, object]  # key of the configuration -> its reduced value
 
     @property
     def mib(self) -> float:
@@ -70,8 +73,14 @@ def needed_mib(config: Config, manifest: Manifest, adapters_mib: float = 0.0) ->
         "scores and logits": scores_mib + 16 * model.vocab * FLOAT32_BYTES / MIB,
         "vision encoder": _vision_mib(config, manifest, switches.vision_backend),
         "adapters": adapters_mib,
+        "frames": _frames_mib(config.camera),
         "the process": PROCESS_MIB,
     }
+
+
+def _frames_mib(camera: CameraConfig) -> float:
+    n_frames = PUSHED_FRAMES if camera.source.startswith("zmq:") else FRAMES
+    return n_frames * 3 * camera.max_pixels / MIB
 
 
 def adapters_mib(config: Config) -> float:
@@ -103,20 +112,20 @@ def plan_memory(config: Config, manifest: Manifest, free_mib: float | None, adap
 
     free_mib: None if it is unknown; then nothing is reduced.
     """
-    given_up: dict[str, object] = {}
+    reductions: dict[str, object] = {}
     while True:
         parts = needed_mib(config, manifest, adapters_mib)
         if free_mib is None or sum(parts.values()) <= free_mib:
-            return MemoryPlan(config, parts, given_up)
+            return MemoryPlan(config, parts, reductions)
         reduced = _reduce_once(config)
         if reduced is None:
             summed = " + ".join(f"{name} {n:.0f}" for name, n in parts.items() if n >= 1)
             raise NotEnoughMemoryError(
                 f"memory: {sum(parts.values()):.0f} MiB needed ({summed}), {free_mib:.0f} MiB free; use a smaller "
-                "bundle, or vision.backend mtmd"
+                "bundle, vision.backend mtmd, or a smaller camera.max_megapixels"
             )
         config, key, value = reduced
-        given_up[key] = value
+        reductions[key] = value
 
 
 def _reduce_once(config: Config) -> tuple[Config, str, object] | None:

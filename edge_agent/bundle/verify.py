@@ -6,10 +6,11 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from edge_agent.bundle import signing
 from edge_agent.bundle.file_check import UnsafeFileError, check_gguf, check_onnx
-from edge_agent.bundle.files import BLOCK_BYTES, BundleFile, open_plain
+from edge_agent.bundle.files import BLOCK_BYTES, BundleFile, file_stamp, open_plain
 from edge_agent.bundle.manifest import (
     LANGUAGE,
     LANGUAGE_ARCHITECTURES,
@@ -20,6 +21,7 @@ from edge_agent.bundle.manifest import (
     Bundle,
     read_manifest,
 )
+from edge_agent.bundle.manifest_check import wrong_fact
 from edge_agent.errors import BundleError
 
 
@@ -38,14 +40,32 @@ def verify_bundle(
         _check_signature(bundle, trusted_keys)
     if bundle.manifest.vision is None:
         raise BundleError(f"{folder}: a text-only model; use a bundle of a model with a vision encoder")
-    n_done = 0
+    n_before = 0
+
+    def advance(n_done: int) -> None:
+        report(n_before + n_done, bundle.file_bytes)
+
+    headers: dict[str, Any] = {}
     for name, expected in sorted(bundle.manifest.files.items()):
-        n_done = _check_hash(bundle.path(name), expected, n_done, lambda n: report(n, bundle.file_bytes))
-    for name, check in HEADER_CHECKS.items():
+        path = bundle.path(name)
         try:
-            check(bundle.path(name))
+            descriptor = open_plain(path)
+        except FileNotFoundError:
+            raise BundleError(f"{path}: missing; copy the bundle again") from None
+        try:
+            stamp = file_stamp(descriptor)
+            check_hash(descriptor, path, expected, advance)
+            if name in HEADER_CHECKS:
+                headers[name] = HEADER_CHECKS[name](Path(f"/proc/self/fd/{descriptor}"))
+            if file_stamp(descriptor) != stamp:
+                raise BundleError(f"{path}: changed while it was verified; try again")
         except UnsafeFileError as error:
-            raise BundleError(f"{bundle.path(name)}: {error}; build the bundle again") from None
+            raise BundleError(f"{path}: {error}; build the bundle again") from None
+        finally:
+            os.close(descriptor)
+        n_before += expected.bytes
+    if wrong := wrong_fact(bundle.manifest, headers[LANGUAGE], headers[MMPROJ], headers[VISION]):
+        raise BundleError(f"{bundle.path(MANIFEST)}: {wrong}; build the bundle again")
     return bundle
 
 
@@ -57,17 +77,14 @@ HEADER_CHECKS: dict[str, Callable[[Path], object]] = {
 }
 
 
-def _check_hash(path: Path, expected: BundleFile, n_done: int, report: Callable[[int], None]) -> int:
-    """Compare size and sha256. n_done: the bytes hashed before this file; returns the bytes hashed after it."""
-    try:
-        descriptor = open_plain(path)
-    except FileNotFoundError:
-        raise BundleError(f"{path}: missing; copy the bundle again") from None
-    digest = hashlib.sha256()
-    with os.fdopen(descriptor, "rb") as file:
-        size = os.fstat(descriptor).st_size
-        if size != expected.bytes:
-            raise BundleError(f"{path}: expected {expected.bytes} bytes, found {size}; copy the bundle again")
+def check_hash(descriptor: int, path: Path, expected: BundleFile, report: Callable[[int], None]) -> None:
+    """Compare size and sha256 of an open file, from its start. report: called with the bytes hashed, after each block.
+    Raises BundleError."""
+    size = os.fstat(descriptor).st_size
+    if size != expected.bytes:
+        raise BundleError(f"{path}: expected {expected.bytes} bytes, found {size}; copy it again")
+    digest, n_done = hashlib.sha256(), 0
+    with open(descriptor, "rb", buffering=0, closefd=False) as file:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
             n_done += len(block)
@@ -75,9 +92,8 @@ def _check_hash(path: Path, expected: BundleFile, n_done: int, report: Callable[
     if digest.hexdigest() != expected.sha256:
         raise BundleError(
             f"{path}: sha256: expected {expected.sha256[:16]}…, found {digest.hexdigest()[:16]}…: the file was "
-            "changed or damaged; copy the bundle again"
+            "changed or damaged; copy it again"
         )
-    return n_done
 
 
 def _check_signature(bundle: Bundle, trusted_keys: tuple[str, ...]) -> None:

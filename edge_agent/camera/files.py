@@ -2,83 +2,111 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-import cv2
-import numpy as np
-
 from edge_agent.camera.clock import Clock
-from edge_agent.camera.source import CapturedFrame, SourceError, SourceItems, into_slot, wait_for_reader
+from edge_agent.camera.picture import picture_paths, read_picture
+from edge_agent.camera.recording import USUAL_FPS, Playback, Recording
+from edge_agent.camera.source import CapturedFrame, FaultReport, SourceError, SourceItems, into_slot, wait_for_reader
 from edge_agent.config import CameraConfig
 from edge_agent.ipc.events import CameraFault
 from edge_agent.ipc.frame_slot import Slot
 from edge_agent.time_units import NS_PER_S
 
-FOLDER_FPS, VIDEO_FPS = 5.0, 30.0  # Hz, where neither the source nor the configuration has a rate
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+FOLDER_FPS = 5.0  # Hz, where the configuration has no rate
 
 
 def read_video(config: CameraConfig, slot: Slot, clock: Clock) -> SourceItems:
-    path = config.source
-    if not os.path.isfile(path):
-        problem = "not a regular file" if os.path.exists(path) else "no such file or folder"
-        raise SourceError("absent", f"{path}: {problem}", retryable=False)
-    due_ns = clock.now_ns()
-    while True:
-        capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG)
-        try:
-            fps = capture.get(cv2.CAP_PROP_FPS)
-            fps = fps if 0 < fps <= 1000 else config.fps or VIDEO_FPS  # a broken header may claim anything
-            period_ns, n_frames, bgr = round(NS_PER_S / fps), 0, None
-            while True:
-                if config.realtime:
-                    clock.sleep_until(due_ns)
-                    due_ns = skip_late_frames(capture, due_ns, period_ns, clock)
-                if not capture.grab():
-                    break
-                captured_ns = clock.now_ns()
-                ok, bgr = capture.retrieve(bgr)
-                due_ns += period_ns
-                if not ok:
-                    continue
-                n_frames += 1
-                image = into_slot(bgr, slot)
-                if not config.realtime:
-                    captured_ns = wait_for_reader(slot, clock)
-                yield CapturedFrame(image, captured_ns, "arrival", fps)
-        finally:
-            capture.release()
-        if n_frames == 0:
-            raise SourceError("unreadable", f"{path}: contains no frame that OpenCV can decode", retryable=False)
-        if not config.loop:
-            return
+    with Recording(config.source, config.max_pixels) as recording:
+        fps = recording.fps()
+        faults = FaultReport(config.source)
+        start_ns = clock.now_ns()
+        while True:
+            n_frames = 0
+            with Playback(recording, config.fps or fps or USUAL_FPS) as playback:
+                pacer = Pacer(playback, start_ns, clock)
+                while pacer.next() if config.realtime else playback.grab() is not None:
+                    captured_ns = clock.now_ns()
+                    try:
+                        image = into_slot(playback.image(), slot, config)
+                    except SourceError as error:
+                        if error.reason == "too-large":
+                            raise
+                        if fault := faults.add(error, captured_ns):
+                            yield fault
+                        continue
+                    n_frames += 1
+                    if not config.realtime:
+                        captured_ns = wait_for_reader(slot, clock)
+                    yield CapturedFrame(image, captured_ns, "arrival", fps)
+                start_ns = pacer.end_ns
+            if n_frames == 0:
+                raise recording.no_frame()
+            if not config.loop:
+                return
 
 
-def skip_late_frames(capture: cv2.VideoCapture, due_ns: int, period_ns: int, clock: Clock) -> int:
-    """Skip the frames whose time is over, without converting them. Returns the time at which the next frame was due.
+class Pacer:
+    """Plays a recording at its own pace: waits until a frame is due, and skips frames whose time is over."""
 
-    Skips the frames of one second at most. Where decoding is slower than the video, the frame after that is shown late.
-    """
-    for _ in range(max(1, NS_PER_S // period_ns)):
-        if clock.now_ns() < due_ns + period_ns or not capture.grab():
-            return due_ns
-        due_ns += period_ns
-    return clock.now_ns()
+    def __init__(self, playback: Playback, start_ns: int, clock: Clock) -> None:
+        """start_ns: when the first frame is due."""
+        self.playback, self.clock = playback, clock
+        self._shift_ns = start_ns  # from the recording's time to the clock's
+        self._time_ns, self._gap_ns = 0, playback.usual_gap_ns
+
+    @property
+    def end_ns(self) -> int:
+        """When the last frame has been shown for as long as the frame before it."""
+        return self._shift_ns + self._time_ns + self._gap_ns
+
+    def next(self) -> bool:
+        """Go to the frame to show next and wait until it is due; False when the last one has been shown for its time.
+
+        The first frame is always shown. Of the late ones, those of one second at most are skipped: where decoding is
+        slower than the recording, the next frame is shown late, and the rest of the recording is as much later.
+        """
+        is_first = self.playback.n_grabbed == 0
+        if not self._grab():
+            if not is_first:
+                self.clock.sleep_until(self.end_ns)
+            return False
+        if is_first:
+            self._show_now()
+        skip_until_ns = self._time_ns + NS_PER_S
+        while not is_first and self.clock.now_ns() >= self.end_ns:
+            if self._time_ns >= skip_until_ns:
+                self._show_now()
+            elif not self._grab():
+                return False
+        self.clock.sleep_until(self._shift_ns + self._time_ns)
+        return True
+
+    def _show_now(self) -> None:
+        """Show this frame now if it is due, and all later ones as much later."""
+        self._shift_ns = max(self._shift_ns, self.clock.now_ns() - self._time_ns)
+
+    def _grab(self) -> bool:
+        time_ns = self.playback.grab()
+        if time_ns is None:
+            return False
+        self._gap_ns, self._time_ns = time_ns - self._time_ns or self._gap_ns, time_ns
+        return True
 
 
 def read_folder(config: CameraConfig, slot: Slot, clock: Clock) -> SourceItems:
     folder, fps = Path(config.source), config.fps or FOLDER_FPS
     period_ns, due_ns = round(NS_PER_S / fps), clock.now_ns()
-    reported: set[Path] = set()  # an unreadable image is reported once, not in every round
+    reported: set[Path] = set()  # a picture that cannot be used is reported once, not in every round
     while True:
-        n_frames = 0
-        for path in (paths := image_paths(folder)):
+        n_frames, problem = 0, ""
+        for path in (paths := picture_paths(folder)):
             if config.realtime:
                 clock.sleep_until(due_ns)
             try:
-                image = into_slot(read_image(path), slot)
+                image = into_slot(read_picture(path, config.max_pixels), slot, config)
             except SourceError as error:
+                problem = problem or error.detail
                 if path not in reported:
                     reported.add(path)
                     yield CameraFault(error.reason, f"{error.detail}; skipped")
@@ -88,31 +116,7 @@ def read_folder(config: CameraConfig, slot: Slot, clock: Clock) -> SourceItems:
             due_ns = max(due_ns + period_ns, captured_ns)
             yield CapturedFrame(image, captured_ns, "arrival", fps if config.realtime else None)
         if n_frames == 0:
-            detail = f"{folder}: OpenCV can read none of its {len(paths)} images"
+            detail = f"{folder}: none of its {len(paths)} images can be used; the first: {problem}"
             raise SourceError("unreadable", detail, retryable=False)
         if not config.loop:
             return
-
-
-def image_paths(folder: Path) -> list[Path]:
-    """The images of a folder in the order of their names. Raises SourceError if there are none."""
-    try:
-        files = sorted(path for path in folder.iterdir() if path.is_file())
-    except OSError as error:
-        raise SourceError("absent", f"{folder}: {error.strerror}", retryable=False) from None
-    paths = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-    if not paths:
-        kinds = ", ".join(IMAGE_SUFFIXES)
-        raise SourceError("absent", f"{folder}: no image in this folder; expected {kinds}", retryable=False)
-    return paths
-
-
-def read_image(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8, BGR. Raises SourceError."""
-    try:
-        bgr = cv2.imread(str(path), cv2.IMREAD_COLOR)
-    except cv2.error as error:
-        raise SourceError("unreadable", f"{path}: {error.err}") from None
-    if bgr is None:
-        raise SourceError("unreadable", f"{path}: not an image that OpenCV can decode")
-    return bgr

@@ -21,7 +21,10 @@ from edge_agent.time_units import NS_PER_S
 GST_START_S = 8.0  # a CSI pipeline takes seconds to its first frame
 KILL_TIMEOUT_S = 1.0  # a killed child that does not end within this time hangs in a driver
 LAST_MESSAGE_S = 1.0  # how long to wait for the child's last message after its last frame
-MAX_LOG_BYTES = 500  # of the child's messages: the last ones say why it ended
+MAX_LOG_BYTES = 1000  # of the child's messages: the last ones say why it ended
+# gst-launch-1.0 writes one of these if it cannot make the pipeline: a mistake in it, or an element that is not
+# installed. Everything else may be the hardware, which can come back.
+PERMANENT_MESSAGES = ("erroneous pipeline", "pipeline could not be constructed")
 
 # Killed children that have not ended yet. While there is one, its camera is in use, and no other pipeline is started.
 _unfinished: list[subprocess.Popen[bytes]] = []
@@ -52,7 +55,7 @@ def frame_size(config: CameraConfig) -> tuple[int, int]:
     if width % 4:
         detail = f"gst: camera.width must be a multiple of 4 (GStreamer pads rows to 4 bytes), found {width}"
         raise SourceError("unreadable", detail, retryable=False)
-    check_size(height, width)
+    check_size(height, width, config.max_pixels)
     return width, height
 
 
@@ -80,7 +83,9 @@ class PipelineOutput:
                     if select.select([self.log_fd], [], [], LAST_MESSAGE_S)[0]:
                         self.read_log()
                     log = " ".join(self.log.decode(errors="replace").split())
-                    raise SourceError("unreadable", f"gst: the pipeline ended: {log or 'without a message'}")
+                    is_permanent = any(message in log for message in PERMANENT_MESSAGES)
+                    detail = f"gst: the pipeline ended: {log or 'without a message'}"
+                    raise SourceError("unreadable", detail, retryable=not is_permanent)
                 buffer, last_data_ns = buffer[n_bytes:], self.clock.now_ns()
             elif self.clock.now_ns() - last_data_ns > timeout_s * NS_PER_S:
                 raise SourceError("stalled", f"gst: no frame in {timeout_s:g} s")
@@ -111,6 +116,7 @@ def start_pipeline(config: CameraConfig, width: int, height: int) -> tuple[subpr
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             pass_fds=(write_fd,),
+            env=os.environ | {"LC_ALL": "C"},  # PERMANENT_MESSAGES are English
             start_new_session=True,  # Ctrl-C in a terminal is for the supervisor
             preexec_fn=functools.partial(die_with_parent, os.getpid()),
         )
@@ -133,6 +139,13 @@ def pipeline_of(config: CameraConfig, width: int, height: int) -> list[str]:
         source = shlex.split(config.source.removeprefix("gst:"))
     except ValueError as error:  # for example a quotation that does not end
         raise SourceError("unreadable", f"gst: the pipeline cannot be read: {error}", retryable=False) from None
+    last = source[max((i + 1 for i, word in enumerate(source) if word == "!"), default=0) :]
+    if not last:
+        detail = "gst: the pipeline is empty or ends in '!'; expected elements, for example videotestsrc"
+        raise SourceError("unreadable", detail, retryable=False)
+    if last[0].endswith("sink"):
+        detail = f"gst: the pipeline may not end in a sink, because its frames come here; leave {last[0]} out"
+        raise SourceError("unreadable", detail, retryable=False)
     caps = f"video/x-raw,format=RGB,width={width},height={height}"
     rate = []
     if config.fps:

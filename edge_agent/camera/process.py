@@ -25,7 +25,14 @@ from edge_agent.camera.clock import MONOTONIC, Clock
 from edge_agent.camera.files import read_folder, read_video
 from edge_agent.camera.gstreamer import read_gstreamer
 from edge_agent.camera.pushed import read_pushed_frames
-from edge_agent.camera.source import CapturedFrame, SourceError, SourceItems, detect_frozen, wait_for_reader
+from edge_agent.camera.source import (
+    CapturedFrame,
+    SourceError,
+    SourceItems,
+    detect_frozen,
+    fingerprint,
+    wait_for_reader,
+)
 from edge_agent.camera.v4l2 import read_v4l2
 from edge_agent.config import CameraConfig
 from edge_agent.ipc.backoff import Backoff
@@ -45,10 +52,13 @@ SOURCES: dict[str, Callable[[CameraConfig, Slot, Clock], SourceItems]] = {
     "folder": read_folder,
 }
 CAN_FREEZE = {"v4l2", "gst"}  # a pushed frame has a stamp that shows a repetition; a file may repeat an image
+PROBE_FREEZE_S = 5.0  # how long the probe looks at identical images at most
 
 
 def source_kind(source: str) -> str:
     """The row of SOURCES that a source string means. Raises SourceError."""
+    if "\0" in source:
+        raise SourceError("absent", f"{source!r}: a name cannot contain a zero character", retryable=False)
     prefix = source.partition(":")[0]
     if prefix in ("v4l2", "gst", "zmq") and ":" in source:
         return prefix
@@ -67,26 +77,41 @@ def open_source(
     kind = source_kind(config.source)
     height_width: tuple[int, int] | None = None
     items = SOURCES[kind](config, slot, clock)
-    with contextlib.closing(detect_frozen(items, slot, clock) if kind in CAN_FREEZE else items) as items:
+    with contextlib.closing(detect_frozen(items, slot, clock, config) if kind in CAN_FREEZE else items) as items:
         for item in items:
             if isinstance(item, CapturedFrame) and item.image.shape[:2] != height_width:
                 height, width = height_width = item.image.shape[:2]
-                yield CameraOpened(width=width, height=height, fps=item.fps, description=f"{kind} {config.source}")
+                description = f"{kind} {config.source}{item.remark and f' ({item.remark})'}"
+                yield CameraOpened(width=width, height=height, fps=item.fps, description=description)
             yield item
 
 
 def probe(config: CameraConfig, timeout_s: float = PROBE_TIMEOUT_S, clock: Clock = MONOTONIC) -> str:
-    """Open the source, read one frame, and return its size: "640x480 at 30 fps". Raises SourceError.
+    """Open the source, read its first frames, and return their size: "640x480 at 30 fps". Raises SourceError.
+
+    Of a device that can freeze, it reads until an image differs from the first one.
 
     A camera can hang in read() for ever: call this in a process that you can kill.
     """
     slot, end_ns = Slot.create(), clock.now_ns() + round(timeout_s * NS_PER_S)
+    found, first = "", b""
     with contextlib.closing(slot), contextlib.closing(open_source(config, slot, clock)) as items:
         for item in items:
             if isinstance(item, CameraOpened):
-                return f"{item.width}x{item.height}" + (f" at {item.fps:g} fps" if item.fps else "")
-            if isinstance(item, CameraFault) and clock.now_ns() > end_ns:
-                raise SourceError(item.reason, item.detail)
+                found = f"{item.width}x{item.height}" + (f" at {item.fps:g} fps" if item.fps else "")
+                remark = item.description.removeprefix(f"{source_kind(config.source)} {config.source}")
+                found += remark
+                end_ns = min(end_ns, clock.now_ns() + round(PROBE_FREEZE_S * NS_PER_S))
+            elif isinstance(item, CameraFault):
+                if clock.now_ns() > end_ns:
+                    raise SourceError(item.reason, item.detail)
+            elif source_kind(config.source) not in CAN_FREEZE or clock.now_ns() > end_ns:
+                return found
+            else:
+                this = fingerprint(item.image)
+                if first not in (b"", this):
+                    return found
+                first = this
     raise SourceError("unreadable", f"{config.source}: no frame")
 
 
@@ -101,7 +126,9 @@ def run(config: CameraConfig, slot: Slot, send: Callable[[CameraEvent], object],
                 if isinstance(item, CapturedFrame):
                     frame_id = frame_id + 1 if item.frame_id is None else item.frame_id
                     slot.publish(frame_id, item.t_capture_ns, item.capture_clock)
-                    backoff.delivered(clock.now_ns())
+                    backoff.note_success(clock.now_ns())
+                elif isinstance(item, CameraFault):
+                    send(CameraFault(item.reason, item.detail[:MAX_DETAIL_CHARACTERS]))
                 else:
                     send(item)
             if not config.realtime:

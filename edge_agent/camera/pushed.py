@@ -13,11 +13,13 @@ import msgspec
 import numpy as np
 
 from edge_agent.camera.clock import Clock
+from edge_agent.camera.picture import decode_jpeg
 from edge_agent.camera.source import (
     FRAME_POLL_MS,
     STALL_NS,
     STALL_S,
     CapturedFrame,
+    FaultReport,
     SourceError,
     SourceItems,
     check_size,
@@ -25,7 +27,7 @@ from edge_agent.camera.source import (
 )
 from edge_agent.config import CameraConfig
 from edge_agent.ipc.events import CameraFault, CameraFaultReason
-from edge_agent.ipc.frame_slot import MAX_IMAGE_BYTES, Slot
+from edge_agent.ipc.frame_slot import Slot
 from edge_agent.time_units import NS_PER_MS, NS_PER_S
 from edge_agent.wire.pushed_frame import PushedFrame, decode_pushed_frame
 from edge_agent.zmtp.endpoint import PULL, Endpoint, Limits
@@ -34,9 +36,9 @@ from edge_agent.zmtp.listener import PathError
 
 MAX_AHEAD_NS, MAX_AGE_NS = 5 * NS_PER_MS, NS_PER_S  # how far a frame's stamp may lie in the future and in the past
 MAX_QUEUED_FRAMES = 2  # behind the first one that has arrived
-RECEIVER_LIMITS = Limits(MAX_IMAGE_BYTES + 4096, read_bytes=64 * 1024, max_connections=4)
+MAX_PUSHERS = 4
 CHECK_INTERVAL_NS = NS_PER_S  # how often the path of the socket is checked
-FAULT_INTERVAL_NS = NS_PER_S  # a pusher with a defect sends wrong frames at its full rate
+MAX_HEADER_BYTES = 4096  # of a message, beside its pixels
 
 # format -> bytes per pixel (None: compressed), and OpenCV's conversion to RGB (None: it is RGB)
 PUSHED_FORMATS: dict[str, tuple[int | None, int | None]] = {
@@ -52,11 +54,12 @@ def read_pushed_frames(config: CameraConfig, slot: Slot, clock: Clock) -> Source
     if not endpoint.startswith("ipc:///"):
         detail = f"zmq:{endpoint}: expected zmq:ipc:///absolute/path; frames cannot come over a network"
         raise SourceError("unreadable", detail, retryable=False)
-    with bind_receiver(endpoint) as receiver:
+    with bind_receiver(endpoint, config.max_pixels) as receiver:
         newest = slot.peek(0)  # a frame that was published before a restart is not a new frame
         last_captured_ns = newest.t_capture_ns if newest else 0
-        refusals = RefusalReport(endpoint)
+        refusals = FaultReport(endpoint)
         last_data_ns = checked_ns = clock.now_ns()
+        n_refused_before = 0
         while True:
             message = receive_newest(receiver)
             now_ns = clock.now_ns()
@@ -67,12 +70,19 @@ def read_pushed_frames(config: CameraConfig, slot: Slot, clock: Clock) -> Source
             if message is None:
                 if now_ns - last_data_ns >= STALL_NS:
                     last_data_ns = now_ns
-                    yield CameraFault("stalled", f"{endpoint}: no frame was pushed for {STALL_S:g} s")
+                    detail = f"{endpoint}: no frame was pushed for {STALL_S:g} s"
+                    n, n_refused_before = receiver.n_refused - n_refused_before, receiver.n_refused
+                    if n:
+                        detail += (
+                            f"; {n} times a pusher's connection ended: a message of more than "
+                            f"{max_message_bytes(config.max_pixels)} bytes (from camera.max_megapixels) ends it"
+                        )
+                    yield CameraFault("stalled", detail)
                 continue
             last_data_ns = now_ns
             try:
-                frame = check_pushed_frame(message, last_captured_ns, now_ns)
-                image = into_slot(pushed_pixels(frame), slot, PUSHED_FORMATS[frame.format][1])
+                frame = check_pushed_frame(message, last_captured_ns, now_ns, config.max_pixels)
+                image = into_slot(pushed_pixels(frame), slot, config, PUSHED_FORMATS[frame.format][1])
             except SourceError as error:
                 if fault := refusals.add(error, now_ns):
                     yield fault
@@ -81,11 +91,19 @@ def read_pushed_frames(config: CameraConfig, slot: Slot, clock: Clock) -> Source
             yield CapturedFrame(image, frame.t_capture_ns, "sender", frame_id=frame.frame_id)
 
 
+def max_message_bytes(max_pixels: int) -> int:
+    return 3 * max_pixels + MAX_HEADER_BYTES
+
+
 @contextlib.contextmanager
-def bind_receiver(endpoint: str) -> Iterator[Endpoint]:
-    """The PULL socket at `ipc:///absolute/path`. Raises SourceError, "busy" if another process receives there."""
+def bind_receiver(endpoint: str, max_pixels: int) -> Iterator[Endpoint]:
+    """The PULL socket at `ipc:///absolute/path`. Raises SourceError, "busy" if another process receives there.
+
+    A message that is longer than the largest frame is not received: the connection that it comes from ends.
+    """
+    limits = Limits(max_message_bytes(max_pixels), read_bytes=64 * 1024, max_connections=MAX_PUSHERS)
     try:
-        receiver = Endpoint(Path(endpoint.removeprefix("ipc://")), PULL, RECEIVER_LIMITS)
+        receiver = Endpoint(Path(endpoint.removeprefix("ipc://")), PULL, limits)
     except PathError as error:
         reason: CameraFaultReason = "busy" if error.is_busy else "absent"
         raise SourceError(reason, str(error), retryable=not error.is_taken) from None
@@ -109,23 +127,7 @@ def receive_newest(receiver: Endpoint) -> Message | None:
     return newest
 
 
-class RefusalReport:
-    """Makes at most one CameraFault a second of refused messages, with their number."""
-
-    def __init__(self, endpoint: str) -> None:
-        self.endpoint = endpoint
-        self.n_refused, self.reported_ns = 0, -FAULT_INTERVAL_NS
-
-    def add(self, error: SourceError, now_ns: int) -> CameraFault | None:
-        self.n_refused += 1
-        if now_ns - self.reported_ns < FAULT_INTERVAL_NS:
-            return None
-        fault = CameraFault(error.reason, f"{self.endpoint}: {self.n_refused} refused, the last one: {error.detail}")
-        self.n_refused, self.reported_ns = 0, now_ns
-        return fault
-
-
-def check_pushed_frame(message: Message, last_captured_ns: int, now_ns: int) -> PushedFrame:
+def check_pushed_frame(message: Message, last_captured_ns: int, now_ns: int, max_pixels: int) -> PushedFrame:
     """One message, checked except for its pixels. Raises SourceError.
 
     last_captured_ns: the stamp of the previous frame.
@@ -139,7 +141,7 @@ def check_pushed_frame(message: Message, last_captured_ns: int, now_ns: int) -> 
         frame = decode_pushed_frame(payload[1:])
     except msgspec.DecodeError as error:
         raise SourceError("unreadable", str(error)) from None
-    check_size(frame.height, frame.width)
+    check_size(frame.height, frame.width, max_pixels)
     n_bytes = frame.width * frame.height * (PUSHED_FORMATS[frame.format][0] or 0)
     if n_bytes and len(frame.data) != n_bytes:
         size = f"{frame.width}x{frame.height} {frame.format}"
@@ -163,15 +165,12 @@ def pushed_pixels(frame: PushedFrame) -> np.ndarray:
         return data.reshape(frame.height, frame.width)
     if frame.format != "jpeg":
         return data.reshape(frame.height, frame.width, 3)
-    # OpenCV has decoders for a dozen formats, and decodes half a JPEG to an image with a grey bottom: both are refused.
-    if bytes(data[:3]) != b"\xff\xd8\xff" or bytes(data[-2:]) != b"\xff\xd9":
-        raise SourceError("unreadable", f"frame {frame.frame_id}: not one whole JPEG")
     try:
-        bgr = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    except cv2.error as error:
-        raise SourceError("unreadable", f"frame {frame.frame_id}: JPEG: {error.err}") from None
-    height, width = (0, 0) if bgr is None else bgr.shape[:2]
-    if bgr is None or (height, width) != (frame.height, frame.width):
+        bgr = decode_jpeg(data, frame.width * frame.height)
+    except SourceError as error:
+        raise SourceError("unreadable", f"frame {frame.frame_id}: {error.detail}") from None
+    height, width = bgr.shape[:2]
+    if (height, width) != (frame.height, frame.width):
         expected = f"{frame.width}x{frame.height}"
         raise SourceError("unreadable", f"frame {frame.frame_id}: JPEG: expected {expected}, found {width}x{height}")
     return bgr

@@ -1,4 +1,4 @@
-"""What every source of frames uses: CapturedFrame, SourceError, pixels into the slot, detection of a frozen device.
+"""What every source of frames uses: CapturedFrame, SourceError, limits, pixels into the slot, frozen devices.
 
 A source is a generator. It fills the slot's free buffer, then yields a CapturedFrame; or it yields a CameraFault and
 continues. A source that cannot continue raises SourceError.
@@ -14,7 +14,8 @@ import msgspec
 import numpy as np
 
 from edge_agent.camera.clock import Clock
-from edge_agent.errors import UserError
+from edge_agent.config import CameraConfig
+from edge_agent.errors import UserError, printable
 from edge_agent.ipc.events import CameraFault, CameraFaultReason
 from edge_agent.ipc.frame_slot import MAX_IMAGE_BYTES, Slot
 from edge_agent.time_units import NS_PER_MS, NS_PER_S
@@ -24,8 +25,10 @@ STALL_S = 2.0  # a live source without a frame for this long has stalled
 STALL_NS = round(STALL_S * NS_PER_S)
 FRAME_POLL_MS = 100  # how often a source that waits for data reads the clock
 READER_POLL_NS = NS_PER_MS  # how often a file that is not in real time asks whether the model wants the next frame
-# A device is frozen after this many identical frames over at least this time: a sensor's noise never repeats so long.
-FROZEN_FRAMES, FROZEN_NS = 30, NS_PER_S
+# A device is frozen after this many identical frames over at least this time, if camera.identical_frames_s is not set.
+FROZEN_FRAMES, FROZEN_S = 30, 1.0
+FAULT_INTERVAL_NS = NS_PER_S  # a source with a defect gives bad frames at its full rate
+MAX_PIXELS = MAX_IMAGE_BYTES // 3  # of any frame, whatever the configuration allows
 
 
 class CapturedFrame(msgspec.Struct, frozen=True):
@@ -36,6 +39,7 @@ class CapturedFrame(msgspec.Struct, frozen=True):
     capture_clock: CaptureClock  # who took that time
     fps: float | None = None  # the rate that the source reports, Hz
     frame_id: int | None = None  # None: the camera process numbers the frames
+    remark: str = ""  # what the log and `edge-agent check` say about the open source
 
 
 SourceItems = Generator["CapturedFrame | CameraFault", None, None]
@@ -48,20 +52,43 @@ class SourceError(UserError):
     """
 
     def __init__(self, reason: CameraFaultReason, detail: str, retryable: bool = True):
+        detail = printable(detail)
         super().__init__(f"{reason}: {detail}")
         self.reason: CameraFaultReason = reason
         self.detail = detail
         self.retryable = retryable
 
 
-def check_size(height: int, width: int) -> None:
-    """Raises SourceError if a frame of height x width pixels does not fit into the slot."""
-    if height * width * 3 > MAX_IMAGE_BYTES:
-        limit = f"the limit is {MAX_IMAGE_BYTES // 3} pixels (7680x4320)"
+class FaultReport:
+    """Makes at most one CameraFault a second of frames that were refused, with their number."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.n_refused, self.reported_ns = 0, -FAULT_INTERVAL_NS
+
+    def add(self, error: SourceError, now_ns: int) -> CameraFault | None:
+        self.n_refused += 1
+        if now_ns - self.reported_ns < FAULT_INTERVAL_NS:
+            return None
+        fault = CameraFault(error.reason, f"{self.source}: {self.n_refused} refused, the last one: {error.detail}")
+        self.n_refused, self.reported_ns = 0, now_ns
+        return fault
+
+
+def check_size(height: int, width: int, max_pixels: int = MAX_PIXELS) -> None:
+    """Raises SourceError if a frame of height x width pixels is larger than is allowed, or empty."""
+    if height < 1 or width < 1:
+        raise SourceError("unreadable", f"frames of {width}x{height} pixels")
+    if height * width > max_pixels:
+        limit = f"camera.max_megapixels allows {max_pixels / 1e6:g} million pixels; ask for smaller frames, or raise it"
+        if max_pixels >= MAX_PIXELS:
+            limit = f"the limit is {MAX_PIXELS} pixels (7680x4320)"
         raise SourceError("too-large", f"frames of {width}x{height}; {limit}", retryable=False)
 
 
-def into_slot(pixels: np.ndarray, slot: Slot, conversion: int | None = cv2.COLOR_BGR2RGB) -> np.ndarray:
+def into_slot(
+    pixels: np.ndarray, slot: Slot, config: CameraConfig, conversion: int | None = cv2.COLOR_BGR2RGB
+) -> np.ndarray:
     """Convert pixels, (H, W, 3) or (H, W) uint8, into the slot's free buffer without a copy in between.
 
     conversion: OpenCV's code, for example COLOR_BGR2RGB; None copies. Returns the buffer's view, (H, W, 3) uint8 RGB.
@@ -69,7 +96,7 @@ def into_slot(pixels: np.ndarray, slot: Slot, conversion: int | None = cv2.COLOR
     if pixels.dtype != np.uint8 or (pixels.ndim == 3 and pixels.shape[2] != 3):
         raise SourceError("unreadable", f"expected 8-bit pixels of 3 channels, found {pixels.shape} {pixels.dtype}")
     height, width = pixels.shape[:2]
-    check_size(height, width)
+    check_size(height, width, config.max_pixels)
     image = slot.write(height, width)
     if conversion is None:
         np.copyto(image, pixels)
@@ -85,25 +112,35 @@ def wait_for_reader(slot: Slot, clock: Clock) -> int:
     return clock.now_ns()
 
 
-def detect_frozen(items: SourceItems, slot: Slot, clock: Clock) -> SourceItems:
+def detect_frozen(items: SourceItems, slot: Slot, clock: Clock, config: CameraConfig) -> SourceItems:
     """Pass the items on; raise SourceError when a device returns the same image again and again.
 
-    A dead image processor does that, and every read succeeds. The first frame is compared with the last published one,
-    also after a restart, so a device that is still frozen when it is opened again is reported at once.
+    A dead image processor does that, and every read succeeds. A stamp of the driver that advances proves that a new
+    image was taken. Where there is none, a sensor's noise proves it: a covered lens behind noise reduction or a still
+    screen has no noise, so the configuration can allow identical images for a longer time, or always. The first frame
+    is compared with the last published one, also after a restart, so a device that is still frozen when it is opened
+    again is reported at once.
     """
+    allowed_s = config.identical_frames_s
+    limit_s = FROZEN_S if allowed_s is None else allowed_s
     newest = slot.peek(0)
     last = fingerprint(newest.image) if newest else None
-    n_identical, since_ns = FROZEN_FRAMES, 0
+    n_identical, since_ns = FROZEN_FRAMES, clock.now_ns() - round(limit_s * NS_PER_S)
     with contextlib.closing(items):  # closes the device before it is opened again
         for item in items:
-            if isinstance(item, CapturedFrame):
+            if isinstance(item, CapturedFrame) and limit_s:
+                is_proven = allowed_s is None and item.capture_clock == "driver"
                 now_ns, this = clock.now_ns(), fingerprint(item.image)
-                if this != last:
+                if this != last or is_proven:
                     last, n_identical, since_ns = this, 0, now_ns
                 n_identical += 1
-                if n_identical >= FROZEN_FRAMES and now_ns - since_ns >= FROZEN_NS:
+                if n_identical >= FROZEN_FRAMES and now_ns - since_ns >= limit_s * NS_PER_S:
                     size = f"{item.image.shape[1]}x{item.image.shape[0]}"
-                    raise SourceError("frozen", f"the same {size} image again and again")
+                    detail = (
+                        f"the same {size} image again and again for {limit_s:g} s; if the camera may show a still "
+                        "picture, set camera.identical_frames_s (0: for ever)"
+                    )
+                    raise SourceError("frozen", detail)
             yield item
 
 

@@ -19,15 +19,17 @@ from edge_agent.wire.control import StateValue
 from edge_agent.wire.messages import Status
 
 STATUS_TIMEOUT_S = 2.0  # the daemon publishes its status five times a second
-REQUEST_TIMEOUT_S = 30.0
+REQUEST_TIMEOUT_S = 30.0  # of requests that wait for the model
+CONSTANTS = {"true": True, "false": False, "null": None, "none": None, "unknown": None}
+STOP_TIMEOUT_S = 2.0  # the supervisor alone replies, at once
 
 
 def run_command(name: str, arguments: argparse.Namespace) -> int:
     """Returns the exit status. Raises CommandFailed, and TimeoutError if no daemon answers."""
     with Client(arguments.runtime_dir) as client:
         try:
-            if name != "status":
-                _read_status(client)  # a request would wait much longer for a daemon that does not run
+            if name == "listen":
+                _read_status(client)  # streams are silent where no daemon runs
             HANDLERS[name](client, arguments)
         except RequestRefused as error:
             raise CommandFailed(str(error)) from None
@@ -64,28 +66,33 @@ def adapter(client: Client, arguments: argparse.Namespace) -> None:
 
 
 def vehicle_state(client: Client, arguments: argparse.Namespace) -> None:
-    client.vehicle_state(**dict(map(parse_pair, arguments.values)))
+    refused = client.vehicle_state(**dict(map(parse_pair, arguments.values)))
+    if refused:
+        raise CommandFailed("; ".join(f"{key}: {printable(why)}" for key, why in refused.items()))
 
 
 def pause(client: Client, _arguments: argparse.Namespace) -> None:
-    client.pause(REQUEST_TIMEOUT_S)
+    client.pause(STOP_TIMEOUT_S)
 
 
 def resume(client: Client, _arguments: argparse.Namespace) -> None:
-    client.resume(REQUEST_TIMEOUT_S)
+    client.resume(STOP_TIMEOUT_S)
 
 
-def parse_pair(pair: str) -> tuple[str, StateValue]:
-    """altitude_m=3.5 -> ("altitude_m", 3.5). A value that is not a JSON number or boolean is a string.
+def parse_pair(pair: str) -> tuple[str, StateValue | None]:
+    """altitude_m=3.5 -> ("altitude_m", 3.5). "true", "True", "false" and "null" are no words. Everything else that is
+    not a number is a string.
 
     Raises CommandFailed if there is no "=".
     """
     key, equals_sign, text = pair.partition("=")
     if not equals_sign:
         raise CommandFailed(f"expected KEY=VALUE, found {pair!r}", EX_USAGE)
+    if text.lower() in CONSTANTS:
+        return key, CONSTANTS[text.lower()]
     with contextlib.suppress(ValueError):
         value = json.loads(text)
-        if isinstance(value, bool | int | float):
+        if isinstance(value, int | float):
             return key, value
     return key, text
 

@@ -13,13 +13,14 @@ import sys
 
 import msgspec
 
-from edge_agent.actions.space import load_action_space
+from edge_agent.actions.space import encode_action_space, load_action_space
 from edge_agent.bundle.lora_check import verify_adapters
 from edge_agent.bundle.manifest import Manifest
+from edge_agent.bundle.model_start import encode_model_start
 from edge_agent.bundle.verify import verify_bundle
 from edge_agent.cli.commands import EX_CONFIG, EX_USAGE, CommandFailed, add_arguments
-from edge_agent.config import CameraConfig, Config, load_config
-from edge_agent.errors import BundleError, ConfigError
+from edge_agent.config import CameraConfig, Config, check_texts, load_config
+from edge_agent.errors import BundleError, ConfigError, printable
 from edge_agent.profile import resolve
 from edge_agent.strict_yaml import convert
 
@@ -44,13 +45,19 @@ def read_config(arguments: argparse.Namespace) -> Config:
     With both --bundle and --camera no file is needed.
     """
     bundle, source = arguments.bundle, arguments.camera
+    for flag, name in (("--bundle", bundle), ("--camera", source)):
+        if name and name != printable(name):  # it goes to the child processes as UTF-8
+            raise ConfigError(f"{flag}: {printable(name)}: a name that is not UTF-8; rename it, or give a link to it")
     if arguments.config:
         config = load_config(arguments.config)
         camera = msgspec.structs.replace(config.camera, source=source or config.camera.source)
-        return msgspec.structs.replace(config, bundle=bundle or config.bundle, camera=camera)
-    if bundle and source:
-        return Config(bundle=bundle, camera=CameraConfig(source=source))
-    raise ConfigError("expected --config FILE, or --bundle DIR and --camera SOURCE")
+        config = msgspec.structs.replace(config, bundle=bundle or config.bundle, camera=camera)
+    elif bundle and source:
+        config = Config(bundle=bundle, camera=CameraConfig(source=source))
+    else:
+        raise ConfigError("expected --config FILE, or --bundle DIR and --camera SOURCE")
+    check_texts(config, arguments.config or "arguments")
+    return config
 
 
 def _require_onnxruntime(config: Config) -> None:
@@ -69,14 +76,16 @@ def _require_onnxruntime(config: Config) -> None:
 def check(arguments: argparse.Namespace) -> int:
     """Print one line per part. Goes on after a fault, so that one run shows every fault."""
     config = read_config(arguments)
-    status, manifest = 0, None
+    _require_onnxruntime(config)
+    status, manifest, raw_space = 0, None, b""
     try:
         space = load_action_space(config.task.action_space)
+        raw_space = encode_action_space(space)
         _print_ok("actions", f"{space.name}: {', '.join(space.actions)}")
     except ConfigError as error:
         status = _print_fault("actions", str(error))
     try:
-        manifest, line = _check_bundle(config)
+        manifest, line = _check_bundle(config, raw_space)
         _print_ok("bundle", line)
     except (BundleError, ConfigError) as error:
         status = _print_fault("bundle", str(error))
@@ -100,10 +109,11 @@ def _print_fault(part: str, line: str) -> int:
     return EX_CONFIG
 
 
-def _check_bundle(config: Config) -> tuple[Manifest, str]:
+def _check_bundle(config: Config, space: bytes) -> tuple[Manifest, str]:
     """The manifest, and one line about it. Raises BundleError, ConfigError."""
     verified = verify_bundle(config.bundle, config.trusted_keys)
-    verify_adapters(config.language.adapters, verified, config.trusted_keys)
+    verified = verify_adapters(config.language.adapters, verified, config.trusted_keys)
+    encode_model_start(config, verified, space)  # run refuses texts that are too long in all
     manifest = verified.manifest
     signed = ", signed" if config.trusted_keys else ""
     return manifest, (
@@ -125,7 +135,7 @@ def _check_memory(config: Config, manifest: Manifest) -> int:
     parts = ", ".join(f"{name} {mib:.0f}" for name, mib in plan.parts_mib.items() if mib >= 1)
     free = "unknown" if free_mib is None else f"{free_mib:.0f}"
     _print_ok("memory", f"about {plan.mib:.0f} MiB needed ({parts}), {free} MiB available")
-    for key, value in plan.given_up.items():
+    for key, value in plan.reductions.items():
         print(f"      memory   low memory: {key} is reduced to {value}")
     return 0
 

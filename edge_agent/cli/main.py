@@ -31,7 +31,7 @@ exit status:
   78  the configuration, the bundle or the installation has a fault; a restart does not help
 """
 # What setup.cfg's extra `agent` installs, by the names to import.
-DAEMON_MODULES = ("cryptography", "cv2", "gguf", "llama_cpp", "llguidance", "numpy", "yaml")
+DAEMON_MODULES = ("cryptography", "cv2", "gguf", "llama_cpp", "llguidance", "numpy", "simplejpeg", "yaml")
 
 
 def main() -> None:

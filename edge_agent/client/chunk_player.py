@@ -1,7 +1,7 @@
 """Plays the steps of an action chunk at their times, and never after the action's expiry.
 
-    player = ChunkPlayer()
     with Client() as agent:
+        player = ChunkPlayer(agent)
         while True:
             player.take(agent.next_answer(0.02))        # 0.02 s: shorter than a step
             step = player.step()
@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from edge_agent.client.client import is_valid
+from edge_agent.client.client import Client
 from edge_agent.time_units import NS_PER_MS
 from edge_agent.wire.messages import Action, Refusal
 
@@ -34,9 +34,10 @@ class ChunkStep(NamedTuple):
 class ChunkPlayer:
     """Holds one action, the newest."""
 
-    def __init__(self, clock: Callable[[], int] = time.monotonic_ns) -> None:
-        """clock: CLOCK_MONOTONIC in nanoseconds."""
-        self._clock = clock
+    def __init__(self, client: Client, clock: Callable[[], int] = time.monotonic_ns) -> None:
+        """client: whose actions are played; it knows of a pause and of a suspend. clock: CLOCK_MONOTONIC in
+        nanoseconds."""
+        self._client, self._clock = client, clock
         self._action: Action | None = None
 
     def take(self, answer: Action | Refusal | None) -> None:
@@ -53,7 +54,7 @@ class ChunkPlayer:
     def step(self) -> ChunkStep | None:
         """The step that is due now. None: hold."""
         action, now_ns = self._action, self._clock()
-        if action is None or not is_valid(action, now_ns):
+        if action is None or not self._client.is_valid(action):
             self._action = None  # an expired action stays expired
             return None
         index = 0

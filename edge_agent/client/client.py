@@ -9,7 +9,7 @@
 
 Silence means hold: stop, or keep the position; never repeat the last command. The client never returns an action
 after its expiry, never returns an action twice, and never returns an action whose time stamps are not from the clock
-of this machine.
+of this machine, that was published before a suspend, or before the reply to pause(), instruct() or adapter().
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from enum import Enum
 from typing import Any
 
 import msgspec
 import zmq
 
+from edge_agent.suspend import Clock, SuspendDetector
 from edge_agent.time_units import NS_PER_MS, NS_PER_S
 from edge_agent.wire.codec import encode
 from edge_agent.wire.control import Operation, Request, StateValue, decode_reply
-from edge_agent.wire.endpoints import endpoint, runtime_dir
+from edge_agent.wire.endpoints import endpoint, runtime_dir, why_unreachable
 from edge_agent.wire.messages import (
     MAX_MESSAGE_BYTES,
     PROTOCOL_VERSION,
@@ -41,21 +43,37 @@ MAX_AHEAD_NS = 5 * NS_PER_MS  # a later stamp is from another machine's clock, o
 MAX_VALID_NS = 1 * NS_PER_S  # no action may be valid for longer: autopilots time out after about a second
 MAX_SKIPPED_MESSAGES = 2000  # read at once to find the newest; more than a socket's queue holds
 POLL_S = 1.0  # one wait of an iterator that has no time-out
+REPLY_S = 5.0  # time-out of requests that the daemon answers at once
+CONNECT_S = 2.0  # to connect to a socket of this machine takes no time: after this, nobody is there
+CANCEL_LINGER_MS = 100  # it is in the daemon's socket within a millisecond, if the daemon lives
+ROUTING_ID_BYTES = 8
+ENDS_OLDER_ACTIONS = ("pause", "instruct", "adapter")  # after the reply, no action published before it is returned
 
 
 class RequestRefused(Exception):
     """The daemon refused a request. One line: the reason."""
 
 
-class Client:
-    """Owns its sockets; close() or a with block frees them. Use one client per thread."""
+class NotConnected(TimeoutError):
+    """No daemon can be reached. One line: no folder, no permission, or nobody answers there."""
 
-    def __init__(self, folder: str = "", clock: Callable[[], int] = time.monotonic_ns) -> None:
+
+class Client:
+    """Owns its sockets; close() or a with block frees them. Use one client per thread and per process."""
+
+    def __init__(
+        self, folder: str = "", clock: Clock = time.monotonic_ns, suspend: SuspendDetector | None = None
+    ) -> None:
         """folder: the daemon's runtime folder; empty: the default folder of a daemon on this machine.
 
-        clock: CLOCK_MONOTONIC in nanoseconds, the clock of the daemon's time stamps.
+        clock: CLOCK_MONOTONIC in nanoseconds, the clock of the daemon's time stamps. suspend: notices that the machine
+        slept.
         """
         self.folder = runtime_dir(folder)
+        self._pid = os.getpid()
+        self._suspend = suspend or SuspendDetector(clock)
+        self._routing_id = b"\x01" + os.urandom(ROUTING_ID_BYTES)  # the same for every connection of this client
+        self._valid_from_ns = 0  # an action published before this is not returned
         self.expired = 0  # actions that arrived after their expiry, or with stamps of another clock; not returned
         # Gaps in seq on the actions stream: messages that were lost, and messages that were skipped because a newer one
         # had arrived too. A controller that reads slowly skips many; that is no fault.
@@ -66,6 +84,9 @@ class Client:
         self._newest: tuple[int, int] | None = None  # session and seq of the newest message of the actions stream
 
     def close(self) -> None:
+        if os.getpid() != self._pid:  # after fork(): the sockets belong to the other process
+            self._sockets.clear()
+            return
         for socket in self._sockets.values():
             socket.close()
         self._sockets.clear()
@@ -85,7 +106,7 @@ class Client:
         while (payload := self._receive("actions", deadline_ns)) is not None:
             message = _unpack("actions", payload)
             if message is not None and self._is_new(message):
-                if isinstance(message, Refusal) or is_valid(message, self._clock()):
+                if isinstance(message, Refusal) or self.is_valid(message):
                     answer: Action | Refusal = message
                     return answer
                 self.expired += 1
@@ -130,6 +151,11 @@ class Client:
         message: Status | None = self._next("status", timeout_s)
         return message
 
+    def is_valid(self, action: Action) -> bool:
+        """Whether a controller may still act on an action: it has not expired, and nothing has ended it before."""
+        is_current = action.t_pub_ns > max(self._valid_from_ns, self._suspend.resumed_ns())
+        return is_current and is_valid(action, self._clock())
+
     # -- control ------------------------------------------------------------------------------------------------------
 
     def instruct(self, text: str, timeout_s: float = 30.0) -> None:
@@ -158,36 +184,49 @@ class Client:
         poller = zmq.Poller()
         poller.register(text_socket, zmq.POLLIN)
         poller.register(control, zmq.POLLIN)
-        while ready := dict(poller.poll(self._left_ms(deadline_ns))):
-            if control in ready and (reply := self._reply_to(request_id)) is not None:
-                whole = str(reply["text"])  # with the pieces that are lost, or still in the socket
-                yield whole.removeprefix(received) if whole.startswith(received) else f"\n{whole}"
-                return
-            piece = self.next_text(0.0) if text_socket in ready else None
-            if piece is not None and (piece.request, piece.lane) == (request_id, "answer"):
-                received += piece.text
-                yield piece.text
-            if self._is_over(deadline_ns):
-                break
-        raise self._no_reply("ask", timeout_s)
+        with self._waiting_for("ask", request_id):
+            while ready := dict(poller.poll(self._left_ms(deadline_ns))):
+                if control in ready and (reply := self._reply_to(request_id)) is not None:
+                    whole = str(reply["text"])  # with the pieces that are lost, or still in the socket
+                    yield whole.removeprefix(received) if whole.startswith(received) else f"\n{whole}"
+                    return
+                piece = self.next_text(0.0) if text_socket in ready else None
+                if piece is not None and (piece.request, piece.lane) == (request_id, "answer"):
+                    received += piece.text
+                    yield piece.text
+                if self._is_over(deadline_ns):
+                    break
+            raise self._no_reply("ask", timeout_s)
 
-    def vehicle_state(self, /, **values: StateValue) -> None:
+    def vehicle_state(self, /, **values: object) -> dict[str, str]:
         """Send values of the vehicle's state to the model, by the keys of the action space's vehicle_state.
 
         Call it whenever a value changes. The newest value of a key is part of the next prompt, until it is older than
-        the action space allows. Raises RequestRefused, TimeoutError.
-        """
-        self.request("vehicle_state", "", 5.0, values=values)
+        the action space allows. None and NaN mean "unknown". Numbers of numpy and the like are taken.
 
-    def pause(self, timeout_s: float = 5.0) -> None:
-        """No action is published after the reply. Raises RequestRefused, TimeoutError."""
+        Returns key -> why its value was not taken; all other values were. Raises RequestRefused, TimeoutError.
+        """
+        plain, refused = {}, {}
+        for key, value in values.items():
+            try:
+                plain[key] = plain_value(value)
+            except ValueError as error:
+                refused[key] = str(error)
+        refused |= self.request("vehicle_state", "", REPLY_S, values=plain).get("refused", {})
+        return refused
+
+    def pause(self, timeout_s: float = REPLY_S) -> None:
+        """After it returns, no action is published, and none that was published before is returned.
+
+        The daemon stays paused until resume(), also if it is restarted. Raises RequestRefused, TimeoutError.
+        """
         self.request("pause", "", timeout_s)
 
-    def resume(self, timeout_s: float = 5.0) -> None:
+    def resume(self, timeout_s: float = REPLY_S) -> None:
         """Publish actions again. Raises RequestRefused, TimeoutError."""
         self.request("resume", "", timeout_s)
 
-    def stats(self, timeout_s: float = 5.0) -> dict[str, Any]:
+    def stats(self, timeout_s: float = REPLY_S) -> dict[str, Any]:
         """The daemon's counters (PROTOCOL.md lists them). Raises RequestRefused, TimeoutError."""
         return self.request("stats", "", timeout_s)
 
@@ -197,20 +236,24 @@ class Client:
         text: str,
         timeout_s: float,
         request_id: str = "",
-        values: dict[str, StateValue] | None = None,
+        values: dict[str, StateValue | None] | None = None,
     ) -> dict[str, Any]:
         """Any operation; returns the result of the reply. Raises RequestRefused, TimeoutError.
 
-        request_id: the same id again gets the first reply again, and nothing is done twice; empty: a random one.
+        After a TimeoutError the daemon does not carry out a request that it has not read yet, except pause and cancel.
+        request_id: empty: a random one.
         """
         deadline_ns = self._deadline_ns(timeout_s)
         control, request_id = self._send(op, text, request_id, timeout_s, values)
-        while control.poll(self._left_ms(deadline_ns)):
-            if (result := self._reply_to(request_id)) is not None:
-                return result
-            if self._is_over(deadline_ns):
-                break
-        raise self._no_reply(op, timeout_s)
+        with self._waiting_for(op, request_id):
+            while control.poll(self._left_ms(deadline_ns)):
+                if (result := self._reply_to(request_id)) is not None:
+                    if op in ENDS_OLDER_ACTIONS:
+                        self._valid_from_ns = self._clock()
+                    return result
+                if self._is_over(deadline_ns):
+                    break
+            raise self._no_reply(op, timeout_s)
 
     def _send(
         self,
@@ -218,28 +261,54 @@ class Client:
         text: str,
         request_id: str,
         timeout_s: float,
-        values: dict[str, StateValue] | None = None,
+        values: dict[str, StateValue | None] | None = None,
     ) -> tuple[zmq.Socket[bytes], str]:
         """Send to a daemon that is connected: a request must not wait in a queue and be carried out later.
 
         Returns the socket and the request's id. Raises TimeoutError.
         """
         request_id = request_id or os.urandom(8).hex()
-        request = Request(v=PROTOCOL_VERSION, id=request_id, op=op, text=text, values=values or {})
+        deadline_ns = self._deadline_ns(timeout_s)
+        request = Request(
+            v=PROTOCOL_VERSION, id=request_id, op=op, text=text, values=values or {}, expires_ns=deadline_ns
+        )
         control = self._control()
-        if not control.poll(self._left_ms(self._deadline_ns(timeout_s)), zmq.POLLOUT):
-            raise self._no_reply(op, timeout_s)
+        connect_ms = self._left_ms(min(deadline_ns, self._deadline_ns(CONNECT_S)))
+        if not control.poll(connect_ms, zmq.POLLOUT):
+            raise self._not_connected(op)
         try:
             control.send(encode(request), zmq.NOBLOCK)
         except zmq.Again:  # the daemon ended after the poll
-            raise self._no_reply(op, timeout_s) from None
+            raise self._not_connected(op) from None
         return control, request_id
 
-    def _no_reply(self, op: str, timeout_s: float) -> TimeoutError:
+    @contextlib.contextmanager
+    def _waiting_for(self, op: str, request_id: str) -> Iterator[None]:
+        """Close the connection when the reply is not waited for any longer: after a time-out, Ctrl-C, or the end of an
+        iterator. The daemon is told that nobody needs the answer to a question, so that the next one need not wait."""
+        try:
+            yield
+        except RequestRefused:
+            raise
+        except BaseException:
+            control = self._sockets.pop("control")
+            if op == "ask":
+                cancel = Request(v=PROTOCOL_VERSION, id=os.urandom(8).hex(), op="cancel", text=request_id)
+                with contextlib.suppress(zmq.Again):
+                    control.send(encode(cancel), zmq.NOBLOCK)
+            control.close(linger=CANCEL_LINGER_MS if op == "ask" else 0)
+            raise
+
+    def _not_connected(self, op: str) -> NotConnected:
         """The error to raise. Closes the socket, and with it drops what has not been sent."""
         self._sockets.pop("control").close()
-        where = endpoint(self.folder, "control")
-        return TimeoutError(f"{where}: no answer to {op} in {timeout_s:g} s; is edge-agent running?")
+        return NotConnected(
+            f"{self.folder / 'control'}: nobody answers there, {op} was not sent; is edge-agent running?"
+        )
+
+    def _no_reply(self, op: str, timeout_s: float) -> TimeoutError:
+        where = self.folder / "control"
+        return TimeoutError(f"{where}: edge-agent did not reply to {op} in {timeout_s:g} s; its status says why")
 
     def _reply_to(self, request_id: str) -> dict[str, Any] | None:
         """The result in the waiting reply; None: a reply to another request, which has timed out here."""
@@ -256,7 +325,16 @@ class Client:
 
     # -- sockets ------------------------------------------------------------------------------------------------------
 
+    def _check_reachable(self, stream: str) -> None:
+        """Raises NotConnected where this user may not connect, or another user could answer; RuntimeError after fork():
+        the threads of libzmq are not in this process, and nothing would ever arrive."""
+        if os.getpid() != self._pid:
+            raise RuntimeError(f"this Client was made in process {self._pid}; make one in process {os.getpid()}")
+        if stream not in self._sockets and (why := why_unreachable(self.folder, stream)):
+            raise NotConnected(why)
+
     def _subscriber(self, stream: str) -> zmq.Socket[bytes]:
+        self._check_reachable(stream)
         if stream not in self._sockets:
             socket = self._context.socket(zmq.SUB)
             socket.setsockopt(zmq.LINGER, 0)
@@ -267,8 +345,10 @@ class Client:
         return self._sockets[stream]
 
     def _control(self) -> zmq.Socket[bytes]:
+        self._check_reachable("control")
         if "control" not in self._sockets:
             socket = self._context.socket(zmq.DEALER)
+            socket.setsockopt(zmq.ROUTING_ID, self._routing_id)
             socket.setsockopt(zmq.LINGER, 0)
             socket.setsockopt(zmq.IMMEDIATE, 1)  # no queue without a connection
             socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
@@ -331,6 +411,21 @@ def _unpack(stream: str, payload: bytes) -> Any:
         return unpack(stream, payload)
     except msgspec.DecodeError:
         return None
+
+
+def plain_value(value: object) -> StateValue | None:
+    """A value as flight programs hold it -> a value of the wire. None: unknown. Raises ValueError."""
+    if isinstance(value, Enum):
+        value = value.value
+    if hasattr(value, "item"):  # a scalar of numpy
+        value = value.item()
+    if value is None or isinstance(value, bool | str):
+        return value
+    try:
+        is_wire_integer = isinstance(value, int) and abs(value) < 2**63
+        return value if is_wire_integer else float(value)  # type: ignore[return-value, arg-type]  # Decimal, Fraction
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"expected a number, a bool or a word; found {type(value).__name__}") from None
 
 
 def is_valid(action: Action, now_ns: int) -> bool:

@@ -9,6 +9,7 @@ The frame may be a numpy array or anything else with the buffer protocol; numpy 
 
 from __future__ import annotations
 
+import os
 from typing import Literal, Protocol, cast, get_args
 
 import zmq
@@ -38,6 +39,7 @@ class FramePusher:
 
     def __init__(self, endpoint: str) -> None:
         """endpoint: the part of camera.source after "zmq:", for example ipc:///run/edge-agent/frames."""
+        self._pid = os.getpid()
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.PUSH)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -46,6 +48,8 @@ class FramePusher:
         self._socket.connect(endpoint)
 
     def close(self) -> None:
+        if os.getpid() != self._pid:  # the socket belongs to the process before fork()
+            return
         self._socket.close()
         self._context.term()
 
@@ -73,8 +77,11 @@ class FramePusher:
         frame_id: grows from frame to frame; the answer to the frame has it too.
         t_capture_ns: CLOCK_MONOTONIC of the exposure on this machine, not of the call.
 
+        Raises RuntimeError after fork(): make a FramePusher in each process.
         Raises ValueError: the format is unknown, only one of width and height is given, or the buffer does not match.
         """
+        if os.getpid() != self._pid:
+            raise RuntimeError(f"this FramePusher was made in process {self._pid}; make one in process {os.getpid()}")
         if format not in get_args(PixelFormat):
             raise ValueError(f"format: expected one of {', '.join(get_args(PixelFormat))}; found {format!r}")
         if (width is None) != (height is None):

@@ -25,7 +25,7 @@ class CameraEnded(msgspec.Struct, frozen=True, tag_field="kind", tag="ended"):
     """A source that has an end (a video or a folder, loop: false) has reached it."""
 
 
-CameraFaultReason = Literal["absent", "busy", "unreadable", "stalled", "frozen", "clock", "too-large"]
+CameraFaultReason = Literal["absent", "busy", "unreadable", "stalled", "frozen", "clock", "too-large", "other-camera"]
 
 
 class CameraFault(msgspec.Struct, frozen=True, tag_field="kind", tag="fault"):
@@ -137,13 +137,19 @@ class AskQuestion(msgspec.Struct, frozen=True, tag_field="kind", tag="ask"):
     question: str
 
 
+class CancelQuestion(msgspec.Struct, frozen=True, tag_field="kind", tag="cancel"):
+    """End the answer to a question, or forget the question: nobody waits for it any more."""
+
+    request: str  # of AskQuestion
+
+
 class SetPaused(msgspec.Struct, frozen=True, tag_field="kind", tag="paused"):
     """Answer no frames, or answer them again."""
 
     paused: bool
 
 
-ModelCommand = SetInstruction | AskQuestion | SetPaused
+ModelCommand = SetInstruction | AskQuestion | CancelQuestion | SetPaused
 decode_camera_event = make_decoder(CameraEvent)
 decode_model_event = make_decoder(ModelEvent)
 decode_model_command = make_decoder(ModelCommand)

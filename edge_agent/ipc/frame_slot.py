@@ -60,6 +60,8 @@ _RECORD_WORDS = 8  # per buffer: frame_id, t_capture_ns, clock, height, width
 MAX_VEHICLE_STATE_BYTES = 16384
 _VEHICLE_STATE = 1024  # index of the first of two vehicle state records, written in turn: length, then bytes
 _VEHICLE_STATE_WORDS = (8 + MAX_VEHICLE_STATE_BYTES) // 8
+_SOURCE_IDENTITY = 6144  # index of one record: length, then bytes; only the camera process uses it
+MAX_SOURCE_IDENTITY_BYTES = 4096
 
 _lock = threading.Lock()
 
@@ -163,6 +165,22 @@ class Slot:
         """Whether the model process is done with the newest frame. The reader of a file that is not played in real time
         waits for this, so that the model gets every frame and none grows old in the slot."""
         return self._header[_DONE] >= self._header[_LATEST]
+
+    # -- the camera that was opened: it outlives the camera process ---------------------------------------------------
+
+    def write_source_identity(self, payload: bytes) -> None:
+        """Only the camera process calls this. Raises ValueError when the record is too large."""
+        if len(payload) > MAX_SOURCE_IDENTITY_BYTES:
+            raise ValueError(f"source identity of {len(payload)} bytes, the limit is {MAX_SOURCE_IDENTITY_BYTES}")
+        start = (_SOURCE_IDENTITY + 1) * 8
+        self._header[_SOURCE_IDENTITY] = 0  # a process that is killed here leaves no record, not half of one
+        self._bytes[start : start + len(payload)] = np.frombuffer(payload, np.uint8)
+        self._header[_SOURCE_IDENTITY] = len(payload)
+
+    def read_source_identity(self) -> bytes:
+        """What was written; empty before."""
+        start = (_SOURCE_IDENTITY + 1) * 8
+        return self._bytes[start : start + self._header[_SOURCE_IDENTITY]].tobytes()
 
     # -- the vehicle state --------------------------------------------------------------------------------------------
 

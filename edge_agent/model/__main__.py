@@ -11,14 +11,13 @@ import os
 import sys
 import time
 
-import msgspec
-
-from edge_agent.actions.space import load_action_space
+from edge_agent.actions.space import decode_action_space
 from edge_agent.board import health
-from edge_agent.bundle.manifest import read_manifest
 from edge_agent.bundle.memory_plan import adapters_mib, plan_memory
+from edge_agent.bundle.model_start import decode_model_start
+from edge_agent.bundle.verified_files import VerifiedFiles
 from edge_agent.config import Config
-from edge_agent.errors import ConfigError, UserError
+from edge_agent.errors import BundleError, ConfigError, UserError
 from edge_agent.ipc.events import Heartbeat, LogLine, ModelReady, StartupFailed
 from edge_agent.ipc.worker import attach_to_supervisor
 from edge_agent.model.frame_encoder import FrameEncoder
@@ -32,23 +31,27 @@ _libc = ctypes.CDLL(None)
 
 def main() -> int:
     slot, socket, first_message, trace = attach_to_supervisor()
-    config = msgspec.msgpack.decode(first_message, type=Config)
+    start = decode_model_start(first_message)
+    config = start.config
     supervisor = SupervisorChannel(socket, trace=trace)
     start_s, is_reduced = time.monotonic(), False
-    try:
-        bundle = read_manifest(config.bundle)  # the supervisor has verified the files
-        planned = plan_memory(config, bundle.manifest, health.mem_available_mib(), adapters_mib(config))
-        config, is_reduced = planned.config, bool(planned.given_up)
-        for key, value in planned.given_up.items():
-            supervisor.send(LogLine(f"low memory: {key} is {value} instead of the configured value"))
-        model = load_model(config, bundle, load_action_space(config.task.action_space), supervisor.events)
-        supervisor.send(Heartbeat("warm-up"))
-        warmup_ms = warm_up(model, config.camera)
-    except UserError as error:  # any other exception is a defect: it ends the process with its traceback
-        # With reduced memory, a prompt that does not fit is not the fault of the configuration: a later start may work.
-        is_permanent = isinstance(error, ConfigError) or (isinstance(error, InstructionRefused) and not is_reduced)
-        supervisor.send(StartupFailed(reason=str(error), configured=is_permanent))
-        return 1
+    with VerifiedFiles(start.files, lambda path, n: supervisor.send(Heartbeat(f"verify {path.name} {n}"))) as files:
+        try:
+            planned = plan_memory(config, start.manifest, health.mem_available_mib(), adapters_mib(config))
+            config, is_reduced = planned.config, bool(planned.reductions)
+            for key, value in planned.reductions.items():
+                supervisor.send(LogLine(f"low memory: {key} is {value} instead of the configured value"))
+            model = load_model(config, start.bundle, decode_action_space(start.space), supervisor.events, files.open)
+            files.check_unchanged()
+            supervisor.send(Heartbeat("warm-up"))
+            warmup_ms = warm_up(model, config.camera)
+        except UserError as error:  # any other exception is a defect: it ends the process with its traceback
+            # With reduced memory, a prompt that does not fit is not the fault of the configuration: a later start may
+            # work.
+            is_permanent = isinstance(error, ConfigError | BundleError)
+            is_permanent |= isinstance(error, InstructionRefused) and not is_reduced
+            supervisor.send(StartupFailed(reason=files.with_names(str(error)), configured=is_permanent))
+            return 1
     _warn_about_profile(config, model, supervisor)
     gc.collect()
     _libc.malloc_trim(0)  # memory that loading no longer needs, 10 MB with a full vocabulary

@@ -29,6 +29,7 @@ import llama_cpp.llama_cpp as ll
 import msgspec
 import numpy as np
 
+from edge_agent.bundle.files import file_stamp
 from edge_agent.bundle.manifest import EmbeddingInfo
 from edge_agent.errors import ConfigError, UserError
 from edge_agent.model.frame_buffer import FrameBuffer
@@ -278,6 +279,7 @@ class LlamaContext:
         status = ll.llama_decode(self.context, native)
         if status:
             raise LlamaError(f"llama_decode returned {status} for {n_padded} rows (1: the cache is full)")
+        self._table.check_unchanged()
         self.n_calls, self.n_rows = self.n_calls + 1, self.n_rows + n
         if n_padded > n:
             self.truncate(sequence, start + n)
@@ -353,12 +355,17 @@ class _EmbeddingTable:
 
     def __init__(self, path: Path, embedding: EmbeddingInfo) -> None:
         try:
-            with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise LlamaError(f"{path}: cannot be read: {error.strerror}") from None
+        self._stamp = file_stamp(self._descriptor)
+        try:
+            self._map = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
+            os.close(self._descriptor)
             raise LlamaError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
         if embedding.ggml_type not in gguf.GGMLQuantizationType.__members__ or embedding.offset >= len(self._map):
-            self._map.close()
+            self.close()
             raise LlamaError(
                 f"{path}: no {embedding.ggml_type} embedding at {embedding.offset}; build the bundle again"
             )
@@ -374,8 +381,16 @@ class _EmbeddingTable:
                 self._cached[token] = gguf.quants.dequantize(raw, self._type).reshape(-1)
         return np.stack([self._cached[token] for token in tokens])
 
+    def check_unchanged(self) -> None:
+        """Mapped weights and rows change with the file. Raises LlamaError: another process has written to it."""
+        if file_stamp(self._descriptor) != self._stamp:
+            raise LlamaError("language.gguf: changed while it is in use; stop the daemon before you replace a bundle")
+
     def close(self) -> None:
         self._map.close()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor = -1
 
 
 def _load_model(path: Path, options: LlamaOptions, progress: Callable[[float], None]) -> int:

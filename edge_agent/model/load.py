@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from edge_agent.actions import action_tokens
 from edge_agent.actions.grammar import json_schema
 from edge_agent.actions.space import ActionSpace
-from edge_agent.bundle.manifest import LANGUAGE, Bundle
+from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, VISION, Bundle, Manifest
 from edge_agent.config import CameraConfig, Config
 from edge_agent.errors import BundleError, ConfigError
 from edge_agent.ipc.events import Heartbeat
@@ -43,12 +44,13 @@ class LoadedModel(NamedTuple):
         self.engine.close()
 
 
-def llama_options(config: Config, switches: ResolvedSwitches) -> LlamaOptions:
+def llama_options(config: Config, switches: ResolvedSwitches, open_file: Callable[[Path], Path] = Path) -> LlamaOptions:
+    """open_file: of load_model."""
     return LlamaOptions(
         context=config.language.context,
         threads=config.cpu_threads,
         gpu_layers=config.language.gpu_layers,
-        adapters=config.language.adapters,
+        adapters={name: str(open_file(Path(path))) for name, path in config.language.adapters.items()},
         repack=switches.repack,
         mmap=switches.mmap,
         mlock=switches.mlock,
@@ -58,15 +60,24 @@ def llama_options(config: Config, switches: ResolvedSwitches) -> LlamaOptions:
     )
 
 
-def load_model(config: Config, bundle: Bundle, space: ActionSpace, events: Events = NULL_EVENTS) -> LoadedModel:
-    """Load everything; heartbeats go to `events`. Raises LlamaError, VisionError, BundleError, ConfigError."""
+def load_model(
+    config: Config,
+    bundle: Bundle,
+    space: ActionSpace,
+    events: Events = NULL_EVENTS,
+    open_file: Callable[[Path], Path] = Path,
+) -> LoadedModel:
+    """Load everything; heartbeats go to `events`. Raises LlamaError, VisionError, BundleError, ConfigError.
+
+    open_file: called with each file before it is loaded; returns the path to load it from (VerifiedFiles.open).
+    """
     gpu = uses_gpu(config.language.gpu_layers)
     switches, model = resolve(config, gpu), bundle.manifest.model
     if config.language.max_reasoning_tokens and "think" not in model.special:
         raise ConfigError("language.max_reasoning_tokens: expected 0 for a model without [THINK]")
     llama = LlamaContext(
-        bundle.path(LANGUAGE),
-        llama_options(config, switches),
+        open_file(bundle.path(LANGUAGE)),
+        llama_options(config, switches, open_file),
         model.embedding,
         progress=lambda part: events.send(Heartbeat(f"weights {part:.0%}")),
     )
@@ -74,7 +85,10 @@ def load_model(config: Config, bundle: Bundle, space: ActionSpace, events: Event
         events.send(Heartbeat("grammar"))
         grammar = _compile_grammar(llama, space)
         events.send(Heartbeat("vision"))
-        return _add_vision(config, bundle, switches, llama, grammar, space)
+        encoder_file = MMPROJ if switches.vision_backend == "mtmd" else VISION
+        return _add_vision(
+            config, bundle.manifest, open_file(bundle.path(encoder_file)), switches, llama, grammar, space
+        )
     except BaseException:
         llama.close()
         raise
@@ -96,18 +110,19 @@ def _compile_grammar(llama: LlamaContext, space: ActionSpace) -> Grammar:
 
 def _add_vision(
     config: Config,
-    bundle: Bundle,
+    manifest: Manifest,
+    encoder_file: Path,
     switches: ResolvedSwitches,
     llama: LlamaContext,
     grammar: Grammar,
     space: ActionSpace,
 ) -> LoadedModel:
-    vision, special = bundle.manifest.vision, bundle.manifest.model.special
+    vision, special = manifest.vision, manifest.model.special
     if vision is None:
-        raise BundleError(f"{bundle.folder}: a text-only model; expected a bundle with a vision encoder")
+        raise BundleError(f"{config.bundle}: a text-only model; expected a bundle with a vision encoder")
     preprocessor = Preprocessor(vision, config.vision.max_image_tokens)
     encoder = open_encoder(
-        bundle,
+        encoder_file,
         EncoderOptions(
             backend=switches.vision_backend,
             threads=config.cpu_threads,

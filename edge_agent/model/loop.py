@@ -15,7 +15,7 @@ import msgspec
 
 from edge_agent.actions.space import ActionSpace
 from edge_agent.actions.vehicle_state import render_vehicle_state
-from edge_agent.ipc.events import Heartbeat, InstructionApplied, Proposal, SetInstruction, SetPaused
+from edge_agent.ipc.events import CancelQuestion, Heartbeat, InstructionApplied, Proposal, SetInstruction, SetPaused
 from edge_agent.ipc.frame_slot import Slot
 from edge_agent.model.action_lane import Decision
 from edge_agent.model.engine import Engine
@@ -74,9 +74,12 @@ class ModelLoop:
     def _needs_frame(self) -> bool:
         return self.instruction_id >= 0 and (not self.paused or bool(self.supervisor.pending_questions))
 
-    def _apply(self, command: SetInstruction | SetPaused) -> None:
+    def _apply(self, command: SetInstruction | SetPaused | CancelQuestion) -> None:
         if isinstance(command, SetPaused):
             self.paused = command.paused
+            return
+        if isinstance(command, CancelQuestion):
+            self._cancel(command.request)
             return
         engine, error = self.engine, ""
         try:
@@ -92,6 +95,14 @@ class ModelLoop:
                 instruction_id=command.instruction_id, text=engine.instruction, adapter=engine.adapter, error=error
             )
         )
+
+    def _cancel(self, request: str) -> None:
+        """Forget a question that waits, or end the answer to it."""
+        questions, text = self.supervisor.pending_questions, self.engine.text
+        for question in [question for question in questions if question.request == request]:
+            questions.remove(question)
+        if text.request == request:
+            text.stop("cancelled")
 
     def _answer(self, encoded: EncodedFrame) -> bool:
         """One frame -> one proposal; while paused, the frame is only evaluated, for the question that waits.

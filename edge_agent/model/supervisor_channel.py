@@ -6,7 +6,14 @@ import select
 import socket
 from collections import deque
 
-from edge_agent.ipc.events import AskQuestion, ModelEvent, SetInstruction, SetPaused, decode_model_command
+from edge_agent.ipc.events import (
+    AskQuestion,
+    CancelQuestion,
+    ModelEvent,
+    SetInstruction,
+    SetPaused,
+    decode_model_command,
+)
 from edge_agent.ipc.worker import MAX_EVENT_BYTES
 from edge_agent.model.events import Events
 from edge_agent.wire.codec import encode
@@ -20,7 +27,7 @@ class SupervisorChannel:
         self._socket = socket
         self.events = Events(self.send, trace=trace)
         self.pending_questions: deque[AskQuestion] = deque()
-        self._pending_commands: deque[SetInstruction | SetPaused] = deque()
+        self._pending_commands: deque[SetInstruction | SetPaused | CancelQuestion] = deque()
 
     def fileno(self) -> int:
         """For select.poll: readable when a command has arrived."""
@@ -29,7 +36,7 @@ class SupervisorChannel:
     def send(self, event: ModelEvent) -> None:
         self._socket.send(encode(event))
 
-    def take_commands(self) -> list[SetInstruction | SetPaused]:
+    def take_commands(self) -> list[SetInstruction | SetPaused | CancelQuestion]:
         """The commands that have arrived, in order; questions go to `pending_questions`. Never waits."""
         self._read()
         commands = list(self._pending_commands)
@@ -39,7 +46,10 @@ class SupervisorChannel:
     def has_urgent(self) -> bool:
         """True if a new instruction or a pause has arrived, so the current answer should be abandoned."""
         self._read()
-        return any(not isinstance(command, SetPaused) or command.paused for command in self._pending_commands)
+        return any(
+            isinstance(command, SetInstruction) or (isinstance(command, SetPaused) and command.paused)
+            for command in self._pending_commands
+        )
 
     def _read(self) -> None:
         while select.select([self._socket], [], [], 0)[0]:

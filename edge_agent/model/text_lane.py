@@ -61,6 +61,11 @@ class TextLane:
     def describing(self) -> bool:
         return self.generation is not None and self.generation.lane == "describe"
 
+    @property
+    def request(self) -> str | None:
+        """Of the question that is being answered; None: no text; "": a description."""
+        return self.generation.request if self.generation is not None else None
+
     def start(self, lane: Lane, request: str, question: str, events: Events) -> None:
         """Start a text about the frame in the cache; its deltas go to `events`. It may end at once: a question that is
         too long ends with the stop reason `length`."""

@@ -17,7 +17,6 @@ import llama_cpp.llama_cpp as ll
 import llama_cpp.mtmd_cpp as mtmd
 import numpy as np
 
-from edge_agent.bundle.manifest import MMPROJ, VISION, Bundle
 from edge_agent.config import state_dir
 from edge_agent.errors import UserError
 from edge_agent.model.preprocess import Preprocessor, n_embedding_rows
@@ -174,13 +173,11 @@ mtmd.mtmd_helper_log_set(_on_log, ctypes.c_void_p(0))
 
 
 def open_encoder(
-    bundle: Bundle, options: EncoderOptions, preprocessor: Preprocessor, model: int, break_row: np.ndarray
+    path: Path, options: EncoderOptions, preprocessor: Preprocessor, model: int, break_row: np.ndarray
 ) -> OnnxEncoder | MtmdEncoder:
-    """The encoder that the options name. model, break_row: as for MtmdEncoder. Raises VisionError."""
+    """The encoder that the options name, from its file. model, break_row: as for MtmdEncoder. Raises VisionError."""
     if options.backend == "mtmd":
-        path = bundle.path(MMPROJ)
         return MtmdEncoder(path, model, break_row, preprocessor.unit, options.threads, options.gpu)
-    path = bundle.path(VISION)
     encoder = OnnxEncoder(path, preprocessor, options.threads, options.tensorrt)
     if encoder.n_embd != len(break_row):  # mtmd checks this by itself
         raise VisionError(

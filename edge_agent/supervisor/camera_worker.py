@@ -60,9 +60,11 @@ class CameraWorker(ManagedWorker):
             try:
                 event = decode_camera_event(payload)
             except msgspec.DecodeError as error:
-                self.lose(Reason("camera", ReasonKind.FAILED, "invalid event from the camera process", str(error)))
+                self.restart_after_fault(
+                    Reason("camera", ReasonKind.FAILED, "invalid event from the camera process", str(error))
+                )
                 return
-            self.heard()
+            self.note_progress()
             self._handle_event(event)
         if status is not None:
             self._handle_exit(status, was_ready)
@@ -84,28 +86,30 @@ class CameraWorker(ManagedWorker):
         if self.readiness is Readiness.ENDED and reason is not None:
             self.end(reason)
         elif status != EX_CONFIG or reason is None or reason.kind is not ReasonKind.SOURCE:
-            self.lose(self.exit_reason() or Reason("camera", ReasonKind.FAILED, "ended"))
+            self.restart_after_fault(self.exit_reason() or Reason("camera", ReasonKind.FAILED, "ended"))
         elif was_ready:
             self.restart_later(reason)  # the last fault says more than the exit status, and was counted
         else:
             raise Shutdown(EX_CONFIG, f"camera.source: {reason.what}: {reason.detail}")
 
-    def watch_slot(self) -> None:
-        """A new frame in the slot is a sign of progress, and ends a fault of the source."""
+    def check_slot(self) -> None:
+        """Look for a new frame in the slot. It is a sign of progress, and ends a fault of the source."""
         seq = self.slot.latest_seq
         if seq == self._latest_seq:
             return
         self._latest_seq, self.last_frame_ns = seq, self.clock()
-        self.heard()
-        self.delivered()
+        self.note_progress()
+        self.note_success()
         if self.readiness is Readiness.READY:
             self.reason = None
 
     def check_timeouts(self, was_ready: bool) -> None:
         """Restart a process that hangs. Before READY: raises Shutdown when no camera was opened in CAMERA_WAIT_S."""
         hung_s = self.no_frame_s + HUNG_S
-        if self.config.realtime and self.is_silent_for(hung_s):
-            self.lose(Reason("camera", ReasonKind.STALLED, "stalled", f"no frame and no event in {hung_s:g} s"))
+        if self.config.realtime and self.has_no_progress_for(hung_s):
+            self.restart_after_fault(
+                Reason("camera", ReasonKind.STALLED, "stalled", f"no frame and no event in {hung_s:g} s")
+            )
         waited_ns = self.clock() - self._created_ns
         is_open = self.readiness in (Readiness.READY, Readiness.ENDED)
         if not was_ready and not is_open and waited_ns > CAMERA_WAIT_S * NS_PER_S:
@@ -114,11 +118,11 @@ class CameraWorker(ManagedWorker):
 
     # -- for the status -----------------------------------------------------------------------------------------------
 
-    def missing_frames(self) -> Reason | None:
-        """Why the camera delivers no frames; None: it delivers."""
+    def missing_frames_reason(self) -> Reason | None:
+        """Why the camera delivers no frames; None: it delivers frames."""
         frame_age_ns = self.clock() - self.last_frame_ns
         if self.readiness is not Readiness.READY or (self.reason is not None and frame_age_ns > FAULT_SHOWN_NS):
-            return self.explained()
+            return self.full_reason()
         if self.config.realtime and frame_age_ns > self.no_frame_s * NS_PER_S:
             return Reason("camera", ReasonKind.NO_FRAME, "no frame", f"for {frame_age_ns / NS_PER_S:.0f} s")
         return None

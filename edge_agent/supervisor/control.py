@@ -1,4 +1,8 @@
-"""Requests of controllers: one reply per request, and the same id again gets the same reply.
+"""Requests of controllers: one reply per request. A repeated request is carried out again, and that does no harm.
+
+No reply is remembered: an operation says what shall be, not what shall change, so its repetition changes nothing, and
+its reply is always about now. A remembered reply to `pause` would be wrong after a `resume`. Only a question that is in
+progress is known by its id: its repetition does not ask twice.
 
 OPERATIONS says of each operation what it needs and when it is answered. An operation that is answered later waits for
 the model process: for InstructionApplied, or for the last piece of an answer. The model process knows a question by a
@@ -9,32 +13,28 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import msgspec
-
 from edge_agent.actions.space import ActionSpace
 from edge_agent.actions.vehicle_state import check_vehicle_state
-from edge_agent.ipc.events import AskQuestion, InstructionApplied, SetInstruction, SetPaused, TextDelta
+from edge_agent.ipc.events import AskQuestion, CancelQuestion, InstructionApplied, SetInstruction, SetPaused, TextDelta
 from edge_agent.ipc.frame_slot import Slot
-from edge_agent.supervisor.gate import Instruction, Orders
+from edge_agent.supervisor.gate import ControlState, Instruction
 from edge_agent.supervisor.managed_worker import Clock, Readiness
 from edge_agent.supervisor.model_worker import ModelWorker
+from edge_agent.supervisor.pause_file import keep_pause
 from edge_agent.supervisor.publisher import Publisher, Sender
 from edge_agent.supervisor.status import StatusReporter
-from edge_agent.time_units import NS_PER_S
+from edge_agent.time_units import NS_PER_MS, NS_PER_S
 from edge_agent.wire.codec import encode
-from edge_agent.wire.control import Operation, Reply, Request, StateValue, decode_request
+from edge_agent.wire.control import MAX_ID_CHARS, BadRequest, Operation, Reply, Request, StateValue, read_request
 from edge_agent.wire.messages import PROTOCOL_VERSION, TextMessage, TextStopReason
 
-MAX_ID_CHARS = 64
 MAX_TEXT_CHARS = 2000  # of an instruction or a question
 MAX_ANSWER_CHARS = 12_000  # of the whole answer in the reply; the pieces on the text stream are not cut
 MAX_ERROR_CHARS = 500
-MAX_REMEMBERED_REPLIES = 256
 MAX_PENDING_REQUESTS = 8  # questions and instructions that the model has not answered yet
 ASK_TIMEOUT_S = 60.0
 
@@ -46,6 +46,7 @@ class Pending:
     sender: Sender
     request_id: str
     started_ns: int
+    question: str = ""
     parts: list[str] = field(default_factory=list)  # of the answer to a question
 
 
@@ -56,45 +57,26 @@ class VehicleState:
         self._slot, self._space, self._clock = slot, space, clock
         self._values: dict[str, tuple[StateValue, int]] = {}  # key -> value, and when it came
 
-    def update(self, values: dict[str, StateValue]) -> str:
-        """Why the values cannot be taken; "": they were taken."""
-        error = check_vehicle_state(values, self._space)
-        if not error:
-            now_ns = self._clock()
-            self._values |= {key: (value, now_ns) for key, value in values.items()}
-            self._slot.write_vehicle_state(encode(self._values))
-        return error
+    def update(self, values: dict[str, Any]) -> dict[str, str]:
+        """Take the values. Returns key -> why its value cannot be taken; the other values are taken.
 
-
-class ReplyMemory:
-    """The replies to the last requests, by sender and id, so that a repeated request is not carried out twice."""
-
-    def __init__(self, limit: int = MAX_REMEMBERED_REPLIES) -> None:
-        self._limit = limit
-        self._replies: OrderedDict[tuple[bytes, str], bytes | None] = OrderedDict()  # None: not answered yet
-
-    def begin(self, sender: Sender, request_id: str) -> bool:
-        """Whether this request is new. From now on it is known."""
-        key = (sender[0], request_id)
-        if key in self._replies:
-            return False
-        self._replies[key] = None
-        while len(self._replies) > self._limit:
-            self._replies.popitem(last=False)
-        return True
-
-    def get(self, sender: Sender, request_id: str) -> bytes | None:
-        """The reply that was sent; None: there is none yet."""
-        return self._replies.get((sender[0], request_id))
-
-    def store(self, sender: Sender, request_id: str, payload: bytes) -> None:
-        """Remember the reply, if the request is still known."""
-        if (sender[0], request_id) in self._replies:
-            self._replies[sender[0], request_id] = payload
+        None means that the value is unknown from now on.
+        """
+        now_ns, refused = self._clock(), {}
+        for key, value in values.items():
+            checked, error = check_vehicle_state(key, value, self._space)
+            if error:
+                refused[key[:MAX_ID_CHARS]] = error
+            elif checked is None:
+                self._values.pop(key, None)
+            else:
+                self._values[key] = checked, now_ns
+        self._slot.write_vehicle_state(encode(self._values))
+        return refused
 
 
 class Control:
-    """Answers requests. Owns the orders of controllers and everything that waits for the model process."""
+    """Answers requests. Changes the control state, and owns the requests that wait for the model process."""
 
     def __init__(
         self,
@@ -107,14 +89,14 @@ class Control:
     ) -> None:
         """adapters: names of the configured adapters."""
         self.adapters = ("", *adapters)
-        self.orders: Orders = status.orders
+        self.control_state: ControlState = status.control_state
         self.model, self.status, self.publisher, self.vehicle_state = model, status, publisher, vehicle_state
         self.clock = clock
         self._questions: dict[str, Pending] = {}  # the number given to the model process -> request
         self._instructions: dict[int, Pending] = {}  # Instruction.number -> request
         self._question_numbers = itertools.count(1)
-        self._instruction_numbers = itertools.count(self.orders.instruction.number + 1)
-        self._replies = ReplyMemory()
+        self._instruction_numbers = itertools.count(self.control_state.instruction.number + 1)
+        self._unsent_cancels: list[str] = []  # questions that the model process still has to be told to end
         self._sent_paused: bool | None = None  # what the model process knows; None: it is not loaded
 
     # -- requests -----------------------------------------------------------------------------------------------------
@@ -122,31 +104,26 @@ class Control:
     def handle(self, sender: Sender, payload: bytes) -> None:
         """Carry out one request, or refuse it; the reply follows now or later."""
         try:
-            request: Request = decode_request(payload)
-        except msgspec.DecodeError as error:
-            self._refuse(sender, "", f"not a request: {error}")
-            return
-        if request.v != PROTOCOL_VERSION or not 0 < len(request.id) <= MAX_ID_CHARS:
-            expected = f"expected v {PROTOCOL_VERSION} and an id of 1 to {MAX_ID_CHARS} characters"
-            self._refuse(sender, request.id[:MAX_ID_CHARS], expected)
+            request = read_request(payload)
+        except BadRequest as bad:
+            self._refuse(sender, bad.id, str(bad))
             return
         rule = OPERATIONS[request.op]
-        if not rule.idempotent and not self._replies.begin(sender, request.id):
-            if (payload_before := self._replies.get(sender, request.id)) is not None:
-                self.publisher.reply(sender, payload_before)
-            return
-        if why_not := self._why_not(rule, request):
-            self._refuse(sender, request.id, why_not)
+        if unmet := self._precondition_error(rule, request):
+            self._refuse(sender, request.id, unmet)
         else:
             rule.carry_out(self, Pending(sender, request.id, self.clock()), request)
 
-    def _why_not(self, rule: OperationRule, request: Request) -> str:
+    def _precondition_error(self, rule: OperationRule, request: Request) -> str:
         """Why the operation cannot be carried out now; "": it can."""
+        late_ns = self.clock() - request.expires_ns
+        if request.expires_ns and late_ns > 0 and not rule.never_expires:
+            return f"expired {late_ns / NS_PER_MS:.0f} ms ago, when its sender stopped waiting; send it again"
         n_chars = len(request.text.strip())
         if rule.needs_text and not 0 < n_chars <= MAX_TEXT_CHARS:
             return f"text: expected 1 to {MAX_TEXT_CHARS} characters, found {n_chars}"
         if rule.model_must_be and self.model.readiness not in rule.model_must_be:
-            reason = self.model.explained()
+            reason = self.model.full_reason()
             return f"the model is not ready ({reason.text if reason is not None else 'starting'}); try again"
         if rule.answered_later and len(self._questions) + len(self._instructions) >= MAX_PENDING_REQUESTS:
             return f"{MAX_PENDING_REQUESTS} requests are waiting already; try again"
@@ -165,19 +142,45 @@ class Control:
         self._send_instruction(pending, SetInstruction(instruction_id=0, adapter=name))
 
     def _send_instruction(self, pending: Pending, change: SetInstruction) -> None:
-        number, in_force = next(self._instruction_numbers), self.orders.instruction
+        in_force = self.control_state.instruction
         text, adapter = change.text, change.adapter
         if self.model.readiness is Readiness.REFUSED:  # the process is new, and holds neither text nor adapter
             text = in_force.text if text is None else text
             adapter = in_force.adapter if adapter is None else adapter
+        elif not self._instructions and text in (None, in_force.text) and adapter in (None, in_force.adapter):
+            self._reply(pending, {"instruction": in_force.text, "adapter": in_force.adapter})  # nothing changes
+            return
+        number = next(self._instruction_numbers)
         command = SetInstruction(instruction_id=number, text=text, adapter=adapter)
         if self._send_command(pending, encode(command)):
             self._instructions[number] = pending
 
     def _ask(self, pending: Pending, request: Request) -> None:
-        number = str(next(self._question_numbers))
-        if self._send_command(pending, encode(AskQuestion(number, request.text.strip()))):
-            self._questions[number] = pending
+        question = request.text.strip()
+        same_id = self._question_of(pending.sender, request.id)
+        if same_id is None:
+            number = str(next(self._question_numbers))
+            if self._send_command(pending, encode(AskQuestion(number, question))):
+                pending.question = question
+                self._questions[number] = pending
+        elif self._questions[same_id].question == question:
+            self._questions[same_id].sender = pending.sender  # it asks again after a reconnection
+        else:
+            error = f"id {request.id!r}: another question with this id is in progress; use a new id for each request"
+            self._refuse(pending.sender, request.id, error)
+
+    def _cancel(self, pending: Pending, request: Request) -> None:
+        number = self._question_of(pending.sender, request.text)
+        if number is not None:
+            self._abandon(number, "cancelled", "cancelled by its sender")
+        self._reply(pending, {"cancelled": number is not None})
+
+    def _question_of(self, sender: Sender, request_id: str) -> str | None:
+        """The number of a question in progress; None: the sender has none with this id."""
+        for number, pending in self._questions.items():
+            if (pending.sender.routing[0], pending.request_id) == (sender.routing[0], request_id):
+                return number
+        return None
 
     def _send_command(self, pending: Pending, command: bytes) -> bool:
         """Whether the model process took the command. If not, the request is refused, and nothing waits."""
@@ -187,38 +190,42 @@ class Control:
         return sent
 
     def _push_vehicle_state(self, pending: Pending, request: Request) -> None:
-        if error := self.vehicle_state.update(request.values):
-            self._refuse(pending.sender, pending.request_id, error)
+        if request.values:
+            self._reply(pending, {"refused": self.vehicle_state.update(request.values)})
         else:
-            self._reply(pending, {})
+            self._refuse(pending.sender, pending.request_id, "values: expected at least one value")
 
     def _pause(self, pending: Pending, request: Request) -> None:
-        self.orders.paused = request.op == "pause"  # from this moment the gate lets no action through
-        self.sync_paused()
-        self._reply(pending, {"paused": self.orders.paused})
+        paused = request.op == "pause"
+        keep_pause(self.publisher.folder, paused)
+        self.control_state.paused = paused  # from this moment the gate lets no action through
+        self.sync_model()
+        self._reply(pending, {"paused": self.control_state.paused})
 
     def _stats(self, pending: Pending, request: Request) -> None:
         self._reply(pending, self.status.counts() | {"state": self.status.state()[0]})
 
     # -- the model process --------------------------------------------------------------------------------------------
 
-    def introduce_model(self) -> bool:
-        """Send a loaded model process the orders in force. False: it takes no commands."""
+    def send_control_state(self) -> bool:
+        """Send the instruction in force and the pause to a loaded model process. False: it takes no commands."""
         self._sent_paused = None
-        instruction = self.orders.instruction
+        instruction = self.control_state.instruction
         command = SetInstruction(instruction_id=instruction.number, text=instruction.text, adapter=instruction.adapter)
-        if not self.model.send(encode(SetPaused(self.orders.paused))) or not self.model.send(encode(command)):
+        if not self.model.send(encode(SetPaused(self.control_state.paused))) or not self.model.send(encode(command)):
             return False
-        self._sent_paused = self.orders.paused
+        self._sent_paused = self.control_state.paused
         return True
 
-    def sync_paused(self) -> None:
-        """Once per turn: send pause or resume again until the model process takes it.
+    def sync_model(self) -> None:
+        """Once per turn: send again what the model process has not taken, a pause or resume and the end of questions.
 
-        A resume that got lost would leave a model that answers nothing, in a daemon that says it is running.
+        Without this, a resume command that the process did not take would leave a paused model in a running daemon.
         """
-        if self._sent_paused not in (None, self.orders.paused):
-            paused = self.orders.paused
+        while self._unsent_cancels and self.model.send(encode(CancelQuestion(self._unsent_cancels[0]))):
+            del self._unsent_cancels[0]
+        if self._sent_paused not in (None, self.control_state.paused):
+            paused = self.control_state.paused
             self._sent_paused = paused if self.model.send(encode(SetPaused(paused))) else self._sent_paused
 
     def instruction_applied(self, event: InstructionApplied) -> bool:
@@ -228,15 +235,15 @@ class Control:
             if pending is not None:
                 self._refuse(pending.sender, pending.request_id, event.error)
             return pending is not None
-        self.orders.instruction = Instruction(event.instruction_id, event.text, event.adapter)
+        self.control_state.instruction = Instruction(event.instruction_id, event.text, event.adapter)
         if pending is not None:
             self._reply(pending, {"instruction": event.text, "adapter": event.adapter})
         return True
 
     def publish_text(self, event: TextDelta) -> None:
-        """Publish a piece of text, and collect it if it answers a question.
+        """Publish a piece of text, and add it to the answer of its question.
 
-        A piece that answers a question which nobody waits for any more is dropped: its text has ended already.
+        A piece for a question whose request was refused meanwhile is dropped: the end of its text was published then.
         """
         pending = self._questions.get(event.request)
         if event.request and pending is None:
@@ -251,35 +258,43 @@ class Control:
             final=event.final,
             stop_reason=event.stop_reason,
         )
-        if pending is None or event.lane != "answer":
-            return
+        if pending is not None and event.lane == "answer":
+            self._collect_answer(pending, event)
+
+    def _collect_answer(self, pending: Pending, event: TextDelta) -> None:
+        """Keep a piece of an answer. After the last piece, reply with the whole answer."""
         pending.parts.append(event.text)
         if event.final:
             del self._questions[event.request]
             text = "".join(pending.parts)[:MAX_ANSWER_CHARS]
             self._reply(pending, {"text": text, "frame_id": event.frame_id, "stop_reason": event.stop_reason})
 
-    def model_lost(self, reason: str) -> None:
-        """Answer everything that waits for the model process: it will not answer any more."""
+    def refuse_pending(self, reason: str) -> None:
+        """Refuse every request that waits for a model process which has ended."""
         self._sent_paused = None
         for number in list(self._questions):
             self._abandon(number, "model-restart", f"the model process was lost ({reason}); ask again")
+        self._unsent_cancels.clear()
         for pending in self._instructions.values():
             error = f"the model process was lost ({reason}); the instruction and the adapter before stay in force"
             self._refuse(pending.sender, pending.request_id, error)
         self._instructions.clear()
 
     def check_timeouts(self) -> None:
-        """Refuse the questions that the model process has not answered in time."""
+        """End the questions that the model process has not answered in time, and those whose sender is gone."""
         state, reason = self.status.state()
         why = reason.text if reason is not None else state
         for number, pending in list(self._questions.items()):
             if self.clock() - pending.started_ns > ASK_TIMEOUT_S * NS_PER_S:
                 self._abandon(number, "late", f"no answer in {ASK_TIMEOUT_S:g} s ({why})")
+            elif not self.publisher.is_connected(pending.sender):
+                self._abandon(number, "cancelled", "its sender is gone")
 
     def _abandon(self, number: str, stop_reason: TextStopReason, error: str) -> None:
-        """End the text of a question, and refuse its request."""
+        """End a question: in the model process, on the text stream, and with a refusal of its request."""
         pending = self._questions.pop(number)
+        self._unsent_cancels.append(number)
+        self.sync_model()
         self.publisher.send(
             "text",
             TextMessage,
@@ -302,9 +317,7 @@ class Control:
         self._send_reply(sender, Reply(v=PROTOCOL_VERSION, id=request_id, ok=False, error=error[:MAX_ERROR_CHARS]))
 
     def _send_reply(self, sender: Sender, reply: Reply) -> None:
-        payload = encode(reply)
-        self._replies.store(sender, reply.id, payload)
-        self.publisher.reply(sender, payload)
+        self.publisher.reply(sender, encode(reply))
 
 
 class OperationRule(NamedTuple):
@@ -314,7 +327,7 @@ class OperationRule(NamedTuple):
     needs_text: bool  # Request.text: 1 to MAX_TEXT_CHARS characters
     model_must_be: frozenset[Readiness]  # empty: the operation needs no model process
     answered_later: bool  # the reply follows when the model process has answered
-    idempotent: bool  # a repetition does no harm: the reply is not remembered
+    never_expires: bool  # carried out although the sender has stopped waiting: a late stop is on the safe side
 
 
 _ANY: frozenset[Readiness] = frozenset()
@@ -323,13 +336,14 @@ _LOADED = frozenset({Readiness.READY, Readiness.REFUSED})
 
 # fmt: off
 OPERATIONS: dict[Operation, OperationRule] = {
-    #                               carry out                     needs text  model    later  idempotent
+    #                               carry out                     needs text  model    later  never expires
     "instruct":      OperationRule(Control._instruct,             True,       _LOADED, True,  False),
     "adapter":       OperationRule(Control._switch_adapter,       False,      _LOADED, True,  False),
     "ask":           OperationRule(Control._ask,                  True,       _READY,  True,  False),
-    "vehicle_state": OperationRule(Control._push_vehicle_state,   False,      _ANY,    False, True),
-    "pause":         OperationRule(Control._pause,                False,      _ANY,    False, False),
+    "cancel":        OperationRule(Control._cancel,               False,      _ANY,    False, True),
+    "vehicle_state": OperationRule(Control._push_vehicle_state,   False,      _ANY,    False, False),
+    "pause":         OperationRule(Control._pause,                False,      _ANY,    False, True),
     "resume":        OperationRule(Control._pause,                False,      _ANY,    False, False),
-    "stats":         OperationRule(Control._stats,                False,      _ANY,    False, True),
+    "stats":         OperationRule(Control._stats,                False,      _ANY,    False, False),
 }
 # fmt: on

@@ -35,7 +35,7 @@ class Readiness(enum.Enum):
     STARTING = enum.auto()  # the process runs and cannot deliver yet
     READY = enum.auto()  # camera: the source was opened; model: frames are answered under the instruction in force
     REFUSED = enum.auto()  # model only: it is loaded, and refuses the instruction in force
-    LOST = enum.auto()  # no process; the next one starts at restart_at_ns
+    RESTARTING = enum.auto()  # no process; the next one starts at restart_at_ns
     ENDED = enum.auto()  # camera only: the source has ended; no process, and none will be started
 
 
@@ -90,11 +90,11 @@ class ManagedWorker:
         self.name, self.clock = name, clock
         self._launch = launch
         self.worker: Worker | None = None
-        self.readiness = Readiness.LOST
+        self.readiness = Readiness.RESTARTING
         self.reason: Reason | None = Reason(name, ReasonKind.STARTING, "starting")
         self.faults: Counter[str] = Counter()
-        self.failures_before_ready = 0  # in a row, of processes that never got ready
-        self.last_heard_ns = 0
+        self.failures_before_ready = 0  # consecutive processes that never got ready
+        self.last_progress_ns = 0
         self.restart_at_ns = 0
         self._starts = 0
         self._was_ready = False  # the current process
@@ -111,51 +111,53 @@ class ManagedWorker:
         try:
             self.worker = self._launch()
         except OSError as error:
-            self.lose(Reason(self.name, ReasonKind.FAILED, "cannot be started", error.strerror or str(error)))
+            self.restart_after_fault(
+                Reason(self.name, ReasonKind.FAILED, "cannot be started", error.strerror or str(error))
+            )
             return
         self.readiness = Readiness.STARTING
-        self.last_heard_ns = self.clock()
+        self.last_progress_ns = self.clock()
         self._starts += 1
 
     def start_if_due(self) -> None:
         """Start the next process when the pause after a failure is over."""
-        if self.readiness is Readiness.LOST and self.clock() >= self.restart_at_ns:
+        if self.readiness is Readiness.RESTARTING and self.clock() >= self.restart_at_ns:
             self.start()
 
     def mark_ready(self) -> None:
         self.readiness, self.reason = Readiness.READY, None
         self.failures_before_ready, self._was_ready = 0, True
 
-    def delivered(self) -> None:
-        """A frame was delivered or answered. See Backoff.delivered."""
-        self._backoff.delivered(self.clock())
+    def note_success(self) -> None:
+        """Note that a frame was delivered or answered. See Backoff.note_success."""
+        self._backoff.note_success(self.clock())
 
-    def heard(self) -> None:
-        """The process gave a sign of progress."""
-        self.last_heard_ns = self.clock()
+    def note_progress(self) -> None:
+        """Note that the process gave a sign of progress."""
+        self.last_progress_ns = self.clock()
 
-    def is_silent_for(self, seconds: float) -> bool:
+    def has_no_progress_for(self, seconds: float) -> bool:
         """Whether a process exists that gave no sign of progress in the last `seconds`."""
-        return self.worker is not None and self.clock() - self.last_heard_ns > seconds * NS_PER_S
+        return self.worker is not None and self.clock() - self.last_progress_ns > seconds * NS_PER_S
 
     def record_fault(self, reason: Reason) -> None:
         self.faults[reason.key] += 1
         log_line(f"fault {reason.text}")
 
-    def lose(self, reason: Reason) -> None:
+    def restart_after_fault(self, reason: Reason) -> None:
         """Count a fault, kill the process, and start the next one after a pause that grows with every failure."""
         self.record_fault(reason)
         self.restart_later(reason)
 
     def restart_later(self, reason: Reason) -> None:
-        """Kill the process and start the next one after a pause. The fault was counted already."""
+        """Kill the process and start the next one after a pause. Counts no fault."""
         self._kill()
-        self.readiness, self.reason = Readiness.LOST, reason
+        self.readiness, self.reason = Readiness.RESTARTING, reason
         self.failures_before_ready += not self._was_ready
         self.restart_at_ns = self.clock() + round(self._backoff.next_pause_s() * NS_PER_S)
 
     def end(self, reason: Reason) -> None:
-        """Kill the process and start no other one."""
+        """Kill the process. No other process is started."""
         self._kill()
         self.readiness, self.reason = Readiness.ENDED, reason
 
@@ -205,8 +207,8 @@ class ManagedWorker:
         """Whether no process of this worker exists, running or dying."""
         return self.worker is None and not self._dying
 
-    def explained(self) -> Reason | None:
-        """The reason, with the killed process that may still hold the device or the memory."""
+    def full_reason(self) -> Reason | None:
+        """The reason. If a killed process still exists, the detail names it: it may hold the device or the memory."""
         if self.reason is None or not self._dying:
             return self.reason
         stuck = f"the old process {self._dying[0].worker.pid} is still in the kernel"

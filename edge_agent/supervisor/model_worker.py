@@ -55,14 +55,14 @@ class ModelWorker(ManagedWorker):
 
     def timeout_reason(self) -> Reason | None:
         """Why the process must be started again; None: it need not."""
-        if self.is_silent_for(self.stall_s):
+        if self.has_no_progress_for(self.stall_s):
             return Reason("model", ReasonKind.STALLED, "stalled", f"no progress in {self.stall_s:g} s")
         if self.readiness is Readiness.REFUSED and self.clock() - self._refused_ns > REFUSED_RETRY_S * NS_PER_S:
             return self.reason
         return None
 
-    def give_up_if_hopeless(self) -> None:
-        """Raises Shutdown when too many processes in a row never got ready."""
+    def shut_down_after_failures(self) -> None:
+        """Raises Shutdown when too many consecutive processes never got ready."""
         n = self.failures_before_ready
         if n > MAX_FAILURES_BEFORE_READY:
             why = self.reason.text if self.reason is not None else "model: failed"

@@ -27,9 +27,10 @@ from typing import Any
 import msgspec
 
 from edge_agent.actions.envelope import CheckedAction, Rejection
-from edge_agent.actions.space import ActionSpace, load_action_space
+from edge_agent.actions.space import ActionSpace, encode_action_space, load_action_space
 from edge_agent.bundle.lora_check import verify_adapters
 from edge_agent.bundle.manifest import Bundle
+from edge_agent.bundle.model_start import encode_model_start
 from edge_agent.bundle.verify import verify_bundle
 from edge_agent.config import Config
 from edge_agent.ipc.events import (
@@ -48,15 +49,17 @@ from edge_agent.ipc.frame_slot import Slot
 from edge_agent.ipc.worker import Worker
 from edge_agent.supervisor.camera_worker import CameraWorker
 from edge_agent.supervisor.control import MAX_TEXT_CHARS, Control, VehicleState
-from edge_agent.supervisor.gate import Gate, Instruction, Orders
+from edge_agent.supervisor.gate import ControlState, Gate, Instruction
 from edge_agent.supervisor.log import log_line
 from edge_agent.supervisor.managed_worker import Clock, Readiness, Reason, ReasonKind
 from edge_agent.supervisor.model_worker import ModelWorker
+from edge_agent.supervisor.pause_file import was_paused
 from edge_agent.supervisor.publisher import Publisher
 from edge_agent.supervisor.shutdown import EX_CONFIG, EX_FAILED, EX_STOPPED, Shutdown
 from edge_agent.supervisor.status import StatusReporter
 from edge_agent.supervisor.systemd import Watchdog, notify
 from edge_agent.supervisor.trace import Trace
+from edge_agent.suspend import SuspendDetector
 from edge_agent.time_units import NS_PER_MS
 from edge_agent.wire.codec import encode
 from edge_agent.wire.endpoints import runtime_dir
@@ -93,10 +96,11 @@ class Supervisor:
         """clock: CLOCK_MONOTONIC in nanoseconds. start_worker: called as Worker. The modules run as child processes."""
         self.config, self.bundle, self.space, self.publisher, self.trace = config, bundle, space, publisher, trace
         self.clock = clock
+        self.suspend = SuspendDetector(clock)
         self.slot = Slot.create()
         self.watchdog = Watchdog(clock)
         flags = ("--trace",) if trace.is_on else ()
-        first_messages = encode(config.camera), encode(config)
+        first_messages = encode(config.camera), encode_model_start(config, bundle, encode_action_space(space))
         self.camera = CameraWorker(
             config.camera,
             config.watchdog.camera_stall_s,
@@ -107,9 +111,11 @@ class Supervisor:
         self.model = ModelWorker(
             config.watchdog, lambda: start_worker(model_module, self.slot, first_messages[1], flags), clock
         )
-        self.orders = Orders(Instruction(0, config.task.instruction, config.language.adapter))
+        self.control_state = ControlState(
+            Instruction(0, config.task.instruction, config.language.adapter), paused=was_paused(publisher.folder)
+        )
         self.gate = Gate(space, config.task.deadline_ms)
-        self.status = StatusReporter(config.camera, self.orders, self.camera, self.model, clock)
+        self.status = StatusReporter(config.camera, self.control_state, self.camera, self.model, clock)
         self.counters = self.status.counters
         vehicle_state = VehicleState(self.slot, space, clock)
         adapters = tuple(config.language.adapters)
@@ -142,7 +148,7 @@ class Supervisor:
             if shutdown.line:
                 log_line(f"edge-agent: {shutdown.line}")
             self.status.is_stopping = True
-            self.control.model_lost(shutdown.line or "the daemon was stopped")  # every request gets its reply
+            self.control.refuse_pending(shutdown.line or "the daemon was stopped")  # every request gets its reply
             self.status.publish(self.publisher, "stopping", shutdown.line)
             return shutdown.status
         finally:
@@ -157,15 +163,15 @@ class Supervisor:
         self._wait()
         self._handle_model_events()  # first: nothing may delay an answer
         self.camera.handle_events(was_ready=self.status.is_ready)
-        self.camera.watch_slot()
+        self.camera.check_slot()
         self.publisher.serve()
         for sender, payload in self.publisher.requests():
             self.control.handle(sender, payload)
-        self.control.sync_paused()
+        self.control.sync_model()
         self._check_timeouts()
         self._become_ready()
         self.status.publish_if_due(self.publisher)
-        self.watchdog.feed(self.counters.inference_count)
+        self.watchdog.feed(self.counters.model_events)
 
     def close(self) -> None:
         """Kill both children and wait for a bounded time until they are gone."""
@@ -225,7 +231,7 @@ class Supervisor:
         if lost := self.publisher.lost_endpoint():  # a daemon that cannot be told to stop may not go on
             raise Shutdown(EX_FAILED, lost)
         if reason := self.model.timeout_reason():
-            self._lose_model(reason)
+            self._restart_model(reason)
         self.camera.check_timeouts(was_ready=self.status.is_ready)
         self.control.check_timeouts()
         for worker in (self.camera, self.model):
@@ -255,23 +261,29 @@ class Supervisor:
             except msgspec.DecodeError as decode_error:
                 error = str(decode_error)
             if error:
-                self._lose_model(Reason("model", ReasonKind.FAILED, "invalid event from the model process", error))
+                self._restart_model(Reason("model", ReasonKind.FAILED, "invalid event from the model process", error))
             else:
-                self.model.heard()
-                self.counters.inference_count += 1
+                self.model.note_progress()
+                self.counters.model_events += 1
                 self._handlers[type(event)](event)
-            if self.model.worker is not worker:  # lost: what else the old process has sent does not count
+            if self.model.worker is not worker:  # it was killed: its other messages do not count
                 return
         if exit_reason:
-            self._lose_model(exit_reason)
+            self._restart_model(exit_reason)
 
     def _on_proposal(self, proposal: Proposal) -> None:
         """Publish the action or the refusal that the gate makes of a proposal."""
-        start_ns = self.clock()
+        if proposal.frame_seq <= self.counters.last_frame_seq:
+            return  # a new model process finds the frame that the old one has answered
+        start_ns, resumed_ns = self.clock(), self.suspend.resumed_ns()
         dropped = self.counters.count_dropped(proposal.frame_seq)
         is_ready = self.model.readiness is Readiness.READY
-        result = self.gate.check(proposal, self.orders, model_is_ready=is_ready, now_ns=start_ns)
+        result = self.gate.check(
+            proposal, self.control_state, model_is_ready=is_ready, now_ns=start_ns, resumed_ns=resumed_ns
+        )
         now_ns = self.clock()
+        if not isinstance(result, Rejection):
+            result = self.gate.check_age(proposal, now_ns, resumed_ns) or result
         frame: dict[str, Any] = {
             "t_pub_ns": now_ns,
             "camera": self.config.camera.name,
@@ -279,7 +291,7 @@ class Supervisor:
             "t_capture_ns": proposal.t_capture_ns,
             "capture_clock": proposal.capture_clock,
             "age_ms": (now_ns - proposal.t_capture_ns) / NS_PER_MS,
-            "instruction": self.orders.instruction.text,
+            "instruction": self.control_state.instruction.text,
             "dropped_frames": dropped,
         }
         if isinstance(result, Rejection):
@@ -289,7 +301,7 @@ class Supervisor:
             return
         stages_ms = msgspec.structs.replace(proposal.stages_ms, check=(now_ns - start_ns) / NS_PER_MS)
         self._publish_action(result, now_ns, stages_ms=stages_ms, **frame)
-        self.model.delivered()
+        self.model.note_success()
         self.trace.span(f"frame {proposal.frame_id} out", "supervisor", start_ns, self.clock())
 
     def _publish_action(self, checked: CheckedAction, now_ns: int, **fields: Any) -> None:
@@ -302,7 +314,7 @@ class Supervisor:
             type=checked.type,
             values=checked.values,
             clamped=checked.clamped,
-            adapter=self.orders.instruction.adapter,
+            adapter=self.control_state.instruction.adapter,
             chunk=checked.chunk,
             chunk_step_ms=self.space.chunk_step_ms,
             **fields,
@@ -320,8 +332,8 @@ class Supervisor:
             )
         self.model.vision_backend, self.model.warmup_s = vision, first_ms / 1000
         self.model.memory_reduced = event.memory_reduced
-        if not self.control.introduce_model():
-            self._lose_model(Reason("model", ReasonKind.FAILED, "takes no commands"))
+        if not self.control.send_control_state():
+            self._restart_model(Reason("model", ReasonKind.FAILED, "takes no commands"))
 
     def _on_instruction_applied(self, event: InstructionApplied) -> None:
         was_loaded = self.model.is_loaded
@@ -334,22 +346,24 @@ class Supervisor:
             self.model.mark_refused(event.error)
         self.counters.refused_since_ns = 0  # another instruction, or another process
         if self.model.is_loaded and not was_loaded:
-            self.watchdog.outlast(self.model.stall_s)
+            self.watchdog.set_interval_above(self.model.stall_s)
 
     def _on_startup_failed(self, event: StartupFailed) -> None:
         if not self.status.is_ready:
             raise Shutdown(EX_CONFIG if event.configured else EX_FAILED, event.reason)
-        self._lose_model(Reason("model", ReasonKind.FAILED, "cannot start", event.reason))
+        if event.configured:  # files changed in flight: a new start of the daemon would end with 78 and stay away
+            self.model.failures_before_ready = 0
+        self._restart_model(Reason("model", ReasonKind.FAILED, "cannot start", event.reason))
 
-    def _lose_model(self, reason: Reason) -> None:
-        """Kill the model process and tell everybody who waits for it; its successor starts after a pause."""
-        if reason is self.model.reason:  # a refusal of the instruction, which was counted already
+    def _restart_model(self, reason: Reason) -> None:
+        """Kill the model process and refuse every request that waits for it. The next process starts after a pause."""
+        if reason is self.model.reason:  # a refusal of the instruction: mark_refused counted the fault
             self.model.restart_later(reason)
         else:
-            self.model.lose(reason)
-        self.watchdog.outlast(self.config.watchdog.model_load_s)
-        self.control.model_lost(reason.text)
-        self.model.give_up_if_hopeless()
+            self.model.restart_after_fault(reason)
+        self.watchdog.set_interval_above(self.config.watchdog.model_load_s)
+        self.control.refuse_pending(reason.text)
+        self.model.shut_down_after_failures()
 
 
 def _event_fault(event: ModelEvent, latest_seq: int) -> str:
@@ -398,7 +412,7 @@ def run(
     try:
         notify("STATUS=verifying the bundle")
         bundle = verify_bundle(config.bundle, config.trusted_keys)
-        verify_adapters(config.language.adapters, bundle, config.trusted_keys)
+        bundle = verify_adapters(config.language.adapters, bundle, config.trusted_keys)
         publisher.bundle_id = bundle.id
         model = bundle.manifest.model
         log_line(f"bundle {bundle.id}: {model.family} {model.size} {bundle.manifest.recipe}")

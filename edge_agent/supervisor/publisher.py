@@ -16,12 +16,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from edge_agent.errors import UserError
 from edge_agent.wire.messages import MAX_MESSAGE_BYTES, PROTOCOL_VERSION, Header
 from edge_agent.wire.streams import STREAMS, pack
-from edge_agent.zmtp.endpoint import Endpoint, Limits
+from edge_agent.zmtp.endpoint import Connection, Endpoint, Limits
 from edge_agent.zmtp.frames import pack_message
 from edge_agent.zmtp.listener import MAX_PATH_BYTES, PathError
 
@@ -38,7 +38,13 @@ LIMITS = {stream: Limits(MAX_SUBSCRIPTION_BYTES, 1024, queue_messages=hwm) for s
 LIMITS["control"] = Limits(MAX_MESSAGE_BYTES, 16 * 1024, queue_messages=CONTROL_HWM)
 
 Message = TypeVar("Message", bound=Header)
-Sender = list[bytes]  # the routing frames of a request: where its reply goes
+
+
+class Sender(NamedTuple):
+    """Where the reply to a request goes."""
+
+    routing: tuple[bytes, ...]  # the first is the routing id of the socket that sent the request
+    connection: Connection | None = None  # that the request came on; None: unknown
 
 
 class EndpointError(UserError):
@@ -90,7 +96,7 @@ class Publisher:
             elif len(self._requests) < MAX_REQUESTS_PER_TURN:  # else they wait in the sockets of their senders
                 for connection, parts in endpoint.serve():
                     *envelope, payload = map(bytes, parts)
-                    self._requests.append(([connection.identity, *envelope], payload))
+                    self._requests.append((Sender((connection.identity, *envelope), connection), payload))
 
     def lost_endpoint(self) -> str:
         """About once a second: whether the endpoints are still those that controllers find. One that was removed is
@@ -157,9 +163,14 @@ class Publisher:
     def reply(self, sender: Sender, payload: bytes) -> None:
         """Send a reply, or drop it when the sender is gone or reads nothing."""
         control = self._endpoints["control"]
-        connection = control.find(sender[0])
+        connection = control.find(sender.routing[0])
         if connection is not None:
-            control.send(connection, pack_message(*sender[1:], payload))
+            control.send(connection, pack_message(*sender.routing[1:], payload))
+
+    @staticmethod
+    def is_connected(sender: Sender) -> bool:
+        """Whether the connection that a request came on is still open; True if that is unknown."""
+        return sender.connection is None or sender.connection.is_open
 
 
 def _lock(folder: Path) -> int:

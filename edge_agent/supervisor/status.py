@@ -10,7 +10,7 @@ from typing import Any
 from edge_agent.board import health
 from edge_agent.config import CameraConfig
 from edge_agent.supervisor.camera_worker import CameraWorker
-from edge_agent.supervisor.gate import Orders
+from edge_agent.supervisor.gate import ControlState
 from edge_agent.supervisor.log import log_line
 from edge_agent.supervisor.managed_worker import Clock, Reason, ReasonKind
 from edge_agent.supervisor.model_worker import ModelWorker
@@ -20,7 +20,7 @@ from edge_agent.wire.messages import DaemonState, Status
 
 STATUS_INTERVAL_NS = 200_000_000
 MAX_REASON_CHARS = 1000
-PAUSED = Reason("", ReasonKind.PAUSED, "by control")
+PAUSED = Reason("", ReasonKind.PAUSED, "by control; `edge-agent resume` ends it")
 NO_ACTION_NS = 2 * NS_PER_S  # refusals alone for this time are a reason, although the daemon is running
 
 
@@ -31,7 +31,7 @@ ORDERED_REFUSALS = ("paused", "stale-instruction")  # they follow from a request
 class Counters:
     """Numbers since this session began."""
 
-    inference_count: int = 0  # events of the model process: each means that work was done
+    model_events: int = 0  # from the model process: each means that it made progress. Status.inference_count
     actions: int = 0
     dropped_frames: int = 0
     refusals: Counter[str] = field(default_factory=Counter)  # refusal reason -> count
@@ -66,16 +66,18 @@ class StatusReporter:
     def __init__(
         self,
         config: CameraConfig,
-        orders: Orders,
+        control_state: ControlState,
         camera: CameraWorker,
         model: ModelWorker,
         clock: Clock = time.monotonic_ns,
     ) -> None:
-        self.config, self.orders, self.camera, self.model, self.clock = config, orders, camera, model, clock
+        self.config, self.control_state, self.camera, self.model = config, control_state, camera, model
+        self.clock = clock
         self.counters = Counters()
         self.is_ready = False  # READY was sent
         self.is_stopping = False
         self._started_ns = clock()
+        self._boot_id = health.boot_id()
         self._published_ns = 0
         self._published_key: tuple[DaemonState, str] | None = None
 
@@ -84,13 +86,13 @@ class StatusReporter:
         if self.is_stopping:
             return "stopping", None
         if not self.is_ready:
-            return "starting", self.model.explained() or self.camera.explained()
-        model_reason = self.model.explained()
+            return "starting", self.model.full_reason() or self.camera.full_reason()
+        model_reason = self.model.full_reason()
         if model_reason is not None:
             return ("stalled" if model_reason.kind is ReasonKind.STALLED else "fault"), model_reason
-        if self.orders.paused:
+        if self.control_state.paused:
             return "paused", PAUSED
-        camera_reason = self.camera.missing_frames()
+        camera_reason = self.camera.missing_frames_reason()
         return ("running", self._only_refusals()) if camera_reason is None else ("no-frames", camera_reason)
 
     def _only_refusals(self) -> Reason | None:
@@ -112,9 +114,9 @@ class StatusReporter:
             "actions": counters.actions,
             "refusals": dict(counters.refusals),
             "faults": dict(self.camera.faults + self.model.faults),
-            "inference_count": counters.inference_count,
-            "instruction": self.orders.instruction.text,
-            "adapter": self.orders.instruction.adapter,
+            "inference_count": counters.model_events,
+            "instruction": self.control_state.instruction.text,
+            "adapter": self.control_state.instruction.adapter,
         }
 
     def publish_if_due(self, publisher: Publisher) -> None:
@@ -134,6 +136,8 @@ class StatusReporter:
             "status",
             Status,
             t_pub_ns=now_ns,
+            wall_clock_ns=time.time_ns(),
+            boot_id=self._boot_id,
             state=state,
             reason=reason[:MAX_REASON_CHARS],
             camera=self.config.name,

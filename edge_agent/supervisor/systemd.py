@@ -47,7 +47,7 @@ class Watchdog:
             self._fed_ns, self._fed_count = now_ns, work_count
             notify("WATCHDOG=1")
 
-    def outlast(self, stall_s: float) -> None:
+    def set_interval_above(self, stall_s: float) -> None:
         """Make the interval longer than the time after which the supervisor itself restarts a stalled model process.
 
         Without the margin systemd would end the whole daemon for a fault that costs only the model process. The

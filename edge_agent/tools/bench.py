@@ -8,10 +8,11 @@ supervisor, a few milliseconds; the `stages_ms` of a running daemon show those.
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from edge_agent.model.events import NULL_EVENTS, Events
 from edge_agent.model.llama import ACTION_SEQ
 from edge_agent.model.load import NO_DEADLINE_NS, load_model, warm_up
 from edge_agent.time_units import NS_PER_MS
-from edge_agent.tools.stills import read_stills
+from edge_agent.tools.stills import Stills
 
 MAX_TEXT_TOKENS = 48  # of a text, to measure tokens per second
 QUESTION = "Describe what you see."
@@ -145,24 +146,23 @@ class Bench:
 def run(config: Config, frames_from: Path | None, n: int, report: Report = lambda done, total: None) -> dict[str, Any]:
     """The whole measurement, as plain values. frames_from: a folder or a video; None: synthetic frames. Raises what
     Bench raises, and ImageError."""
-    if frames_from is not None:
-        frames = list(read_stills(frames_from, n))
-    else:
-        frames = synthetic_frames(min(n, MAX_SYNTHETIC_FRAMES))
+    frames: Stills | list[np.ndarray] = (
+        synthetic_frames(min(n, MAX_SYNTHETIC_FRAMES)) if frames_from is None else Stills(frames_from, n)
+    )
     ceilings = measure_ceilings()
     bench = Bench(config, config.task.instruction)
     try:
         timings, joules, text = [], [], TextTiming()
-        for i in range(n):
+        for i, frame in enumerate(itertools.islice(endless(frames), n)):
             before_w = power_w()
-            timings.append(bench.time_frame(frames[i % len(frames)]))
+            timings.append(bench.time_frame(frame))
             if before_w is not None and (after_w := power_w()) is not None:
                 joules.append((before_w + after_w) / 2 * timings[-1].ms / 1000)
             if i % TEXT_EVERY == 0:
                 timing = bench.time_text()
                 text = TextTiming(text.steps + timing.steps, text.ms + timing.ms)
             report(i + 1, n)
-        repeat_ms, floor_ms = bench.repeat_floor(frames[0])
+        repeat_ms, floor_ms = bench.repeat_floor(next(iter(frames)))
         figures = _speed(bench, timings) | _resources(bench, joules) | _shares(bench, timings, text, ceilings)
         return figures | {
             "repeat_ms": round(repeat_ms, 2),
@@ -172,6 +172,12 @@ def run(config: Config, frames_from: Path | None, n: int, report: Report = lambd
         }
     finally:
         bench.close()
+
+
+def endless(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The frames again and again; itertools.cycle would keep all of them in memory."""
+    while True:
+        yield from frames
 
 
 def _speed(bench: Bench, timings: list[FrameTiming]) -> dict[str, Any]:

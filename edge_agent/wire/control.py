@@ -1,36 +1,122 @@
-"""The control endpoint: one request, one reply with the same id. PROTOCOL.md describes every operation."""
+"""The control endpoint: one request, one reply with the same id. PROTOCOL.md describes every operation.
+
+A request is read in the forms in which the encoders of other languages write it: null for a field that was not set,
+text as bin, a whole number as float. A field that the operation does not use is not read at all.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 
 from edge_agent.wire.codec import make_decoder
+from edge_agent.wire.messages import PROTOCOL_VERSION
 
-Operation = Literal["instruct", "adapter", "ask", "vehicle_state", "pause", "resume", "stats"]
+Operation = Literal["instruct", "adapter", "ask", "cancel", "vehicle_state", "pause", "resume", "stats"]
 StateValue = bool | int | float | str  # a value of the vehicle state that the controller pushes
+
+MAX_ID_CHARS = 64
+WITHOUT_ARGUMENTS = ("pause", "resume", "stats")
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """One request of a controller."""
 
     v: int  # PROTOCOL_VERSION
-    id: str  # 1 to 64 characters, chosen by the controller, different for every request
+    id: str  # 1 to 64 characters, chosen by the controller
     op: Operation
-    text: str = ""  # the instruction, the question, or the name of the adapter
-    values: dict[str, StateValue] = {}  # vehicle_state: key -> newest value
+    text: str = ""  # the instruction, the question, the name of the adapter, or the id of the question to cancel
+    values: dict[str, StateValue | None] = {}  # vehicle_state: key -> newest value; None: unknown
+    expires_ns: int = 0  # CLOCK_MONOTONIC: not carried out later, except pause; 0: it does not expire
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
     """The reply to one request."""
 
     v: int  # PROTOCOL_VERSION
-    id: str  # of the request; "" if the request could not be read
+    id: str  # of the request; "" if it could not be read
     ok: bool
     error: str = ""  # one line that says why the operation was refused; "" if ok
     result: dict[str, Any] = {}  # if ok
 
 
-decode_request = make_decoder(Request)
+class BadRequest(ValueError):
+    """A request that cannot be read. One line. `id`: of the request, as far as it could be read."""
+
+    def __init__(self, request_id: str, line: str) -> None:
+        super().__init__(line)
+        self.id = request_id[:MAX_ID_CHARS]
+
+
+class _Head(msgspec.Struct):
+    """What every operation needs. Any: str, or the same as bin."""
+
+    v: int | float
+    id: Any
+    op: Any
+    expires_ns: int | float | None = None
+
+
+class _Arguments(msgspec.Struct):
+    """What some operations need."""
+
+    text: Any = None
+    values: dict[str, Any] | None = None
+
+
+class _Id(msgspec.Struct):
+    id: Any = ""
+
+
+_decode_head = make_decoder(_Head)
+_decode_arguments = make_decoder(_Arguments)
+_decode_id = make_decoder(_Id)
 decode_reply = make_decoder(Reply)
+
+
+def read_request(payload: bytes) -> Request:
+    """The msgpack map of a request -> the request. Raises BadRequest."""
+    request_id = ""
+    try:
+        request_id = _readable_id(payload)
+        head = _decode_head(payload)
+        request_id, operation = _text("id", head.id), _text("op", head.op)
+        if head.v != PROTOCOL_VERSION or not 0 < len(request_id) <= MAX_ID_CHARS:
+            raise ValueError(f"expected v {PROTOCOL_VERSION} and an id of 1 to {MAX_ID_CHARS} characters")
+        if operation not in get_args(Operation):
+            raise ValueError(f"op: expected one of {', '.join(get_args(Operation))}; found {operation[:40]!r}")
+        no_arguments = operation in WITHOUT_ARGUMENTS
+        arguments = _Arguments() if no_arguments else _decode_arguments(payload)
+        return Request(
+            v=PROTOCOL_VERSION,
+            id=request_id,
+            op=operation,  # type: ignore[arg-type]  # one of Operation: checked above
+            text="" if arguments.text is None else _text("text", arguments.text),
+            values=arguments.values or {},
+            expires_ns=_whole_ns(head.expires_ns or 0),
+        )
+    except (ValueError, OverflowError) as error:  # msgspec.DecodeError and UnicodeDecodeError are ValueErrors
+        raise BadRequest(request_id, f"not a request: {error}") from None
+
+
+def _readable_id(payload: bytes) -> str:
+    """The id alone, so that the refusal of everything else can name it; "" if there is none."""
+    request_id = _decode_id(payload).id
+    if isinstance(request_id, bytes):
+        return request_id.decode(errors="replace")
+    return str(request_id) if isinstance(request_id, str | int | float) else ""
+
+
+def _text(name: str, value: object) -> str:
+    if isinstance(value, bytes):
+        return value.decode()
+    if not isinstance(value, str):
+        raise ValueError(f"{name}: expected a str, found {type(value).__name__}")
+    return value
+
+
+def _whole_ns(value: int | float) -> int:
+    if value != int(value) or not 0 <= value < 2**63:
+        raise ValueError(f"expires_ns: expected whole nanoseconds; found {value}")
+    return int(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 UNIT_FOLDER = Path("/run/edge-agent")  # RuntimeDirectory of systemd/edge-agent.service
@@ -20,7 +21,32 @@ def runtime_dir(configured: str = "") -> Path:
         return Path(os.environ["RUNTIME_DIRECTORY"].split(":")[0])
     if UNIT_FOLDER.is_dir() and os.access(UNIT_FOLDER, os.R_OK | os.X_OK):
         return UNIT_FOLDER
+    return _own_folder()
+
+
+def _own_folder() -> Path:
     return Path(os.environ.get("XDG_RUNTIME_DIR", "/tmp")) / f"edge-agent-{os.getuid()}"
+
+
+def why_unreachable(folder: Path, stream: str) -> str:
+    """Why a client must not or cannot use a socket, in one line; "": it can, or no daemon has made the folder yet."""
+    if folder == _own_folder() and not folder.exists() and UNIT_FOLDER.is_dir():
+        folder = UNIT_FOLDER  # runtime_dir() has passed over it: this user may not read it
+    try:
+        status = folder.stat()
+        socket = (folder / stream).stat() if os.access(folder, os.X_OK) else None
+    except FileNotFoundError:
+        socket = None
+        if not folder.exists():
+            return ""
+    except OSError as error:
+        return f"{folder}: {error.strerror}"
+    if status.st_mode & stat.S_IWOTH:
+        return f"{folder}: everybody may write to it, so anybody can pose as the daemon; use a folder of its user alone"
+    if folder == _own_folder() and status.st_uid not in (os.getuid(), 0):
+        return f"{folder}: expected a folder of uid {os.getuid()}, found one of uid {status.st_uid}: not your daemon"
+    may_connect = os.access(folder, os.X_OK) and (socket is None or os.access(folder / stream, os.W_OK))
+    return "" if may_connect else f"{folder}: permission denied; join the group of this folder (gid {status.st_gid})"
 
 
 def endpoint(folder: Path, stream: str) -> str:

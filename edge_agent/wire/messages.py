@@ -110,7 +110,7 @@ TextStopReason = Literal[
     "length",  # the limit of tokens or of the context was reached
     "grammar",  # no token of the model fits the grammar of the action space
     "not-finite",  # the model's numbers were NaN or infinite
-    "cancelled",  # a new instruction or a pause came while the model wrote an answer to a frame
+    "cancelled",  # a new instruction or a pause ended an answer to a frame, or nobody waits for an answer any more
     "new-instruction",  # a new instruction ended a description or an answer
     "new-question",  # a question ended a description
     "model-restart",  # the model process ended
@@ -172,3 +172,6 @@ class Status(Header, frozen=True, kw_only=True, tag_field="kind", tag="status"):
     mem_available_mib: float | None  # memory that the kernel can still give, of the whole machine
     temperature_c: float | None  # the hottest thermal zone, degrees Celsius
     adapter: str = ""  # name of the active LoRA adapter; "" without one
+    # For recorders, which want a date: nothing may be decided by these two.
+    wall_clock_ns: int = 0  # CLOCK_REALTIME at t_pub_ns, ns since 1970; wrong where nothing has set the clock
+    boot_id: str = ""  # of the kernel; stamps of two boots cannot be compared

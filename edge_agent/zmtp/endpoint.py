@@ -63,6 +63,10 @@ class Connection:
         self.topics: set[bytes] = set()
         self.identity = b""
 
+    @property
+    def is_open(self) -> bool:
+        return self.socket.fileno() >= 0
+
 
 class Endpoint:
     """Owns the path, the listening socket and the connections of one endpoint. fileno() is readable when serve() has
@@ -79,6 +83,7 @@ class Endpoint:
         """mode: permissions of the path; None: by the umask. Raises PathError."""
         self.path, self.socket_type, self.limits = path, socket_type, limits
         self.n_subscribed = 0  # how often somebody subscribed
+        self.n_refused = 0  # connections that ended because the peer exceeded its budget, or does not speak ZMTP
         self._mode, self._clock = mode, clock
         self._listener = Listener(path, mode)
         self._epoll = select.epoll()
@@ -236,7 +241,10 @@ class Endpoint:
                 self._subscribe(connection, message)
         except BlockingIOError:
             pass
-        except (OSError, ProtocolError):
+        except OSError:
+            self._drop(connection)
+        except ProtocolError:
+            self.n_refused += 1
             self._drop(connection)
         return []
 

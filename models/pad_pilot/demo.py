@@ -48,7 +48,7 @@ def main() -> int:
     options = parser.parse_args()
     console = Console()
     OUT.mkdir(exist_ok=True)
-    shutil.rmtree(OUT / "flight", ignore_errors=True)  # so that an old flight is not taken for this one
+    shutil.rmtree(OUT / "flight", ignore_errors=True)  # files of an earlier flight
     bundle = OUT / "bundle"
     run(console, BIN / "edge-quantize", "build", CHECKPOINT, bundle, "--recipe", "Q4_K_M", "--force")
     with tempfile.TemporaryDirectory(prefix="edge-agent-") as runtime:  # a socket's path has at most 107 bytes
@@ -65,21 +65,21 @@ def main() -> int:
             print_command(console, *command)
             world = subprocess.Popen([str(word) for word in command], cwd=ROOT, stdout=world_log, stderr=world_log)
             try:
-                received, asked = watch(runtime, daemon, world)
+                received, exchanges = watch(runtime, daemon, world)
             finally:
                 world.terminate()
                 world.wait(10)
                 daemon.send_signal(signal.SIGTERM)
                 status = daemon.wait(10)
-    return summary(console, received, asked, world.returncode, status)
+    return summary(console, received, exchanges, world.returncode, status)
 
 
 def watch(runtime: str, daemon: subprocess.Popen, world: subprocess.Popen) -> tuple[WireLog, list[tuple[str, str]]]:
-    """Show what the daemon publishes until the flight ends; another thread asks a question now and then.
+    """Show the messages of the daemon until the flight ends. Another thread asks a question every few seconds.
 
-    Returns everything received, and the questions with their answers.
+    Returns the received messages, and the questions with their answers.
     """
-    asked: list[tuple[str, str]] = []
+    exchanges: list[tuple[str, str]] = []
     with Client(runtime) as client:
         until_s = time.monotonic() + 60
         while (status := client.status(0.5)) is None or status.state != "running":
@@ -87,25 +87,28 @@ def watch(runtime: str, daemon: subprocess.Popen, world: subprocess.Popen) -> tu
                 logs = (OUT / "daemon.log").read_text() + (OUT / "world.log").read_text()
                 sys.exit(f"the daemon or the world did not start:\n{logs}")
         landed = threading.Event()
-        asking = threading.Thread(target=ask, args=(runtime, landed, asked))
-        asking.start()
+        questioner = threading.Thread(target=ask, args=(runtime, landed, exchanges))
+        questioner.start()
         received = terminal.run(client, ended=lambda: world.poll() is not None or daemon.poll() is not None)
         landed.set()
-        asking.join()
-    return received, asked
+        questioner.join()
+    return received, exchanges
 
 
-def ask(runtime: str, landed: threading.Event, asked: list[tuple[str, str]]) -> None:
+def ask(runtime: str, landed: threading.Event, exchanges: list[tuple[str, str]]) -> None:
     with Client(runtime) as client:
         while not landed.wait(QUESTION_EVERY_S):
-            question = QUESTIONS[len(asked) % len(QUESTIONS)]
+            question = QUESTIONS[len(exchanges) % len(QUESTIONS)]
             try:
-                asked.append((question, client.ask(question, 5.0)))
+                exchanges.append((question, client.ask(question, 5.0)))
             except (RequestRefused, TimeoutError) as error:
-                asked.append((question, f"no answer: {error}"))
+                exchanges.append((question, f"no answer: {error}"))
 
 
-def summary(console: Console, received: WireLog, asked: list[tuple[str, str]], world_status: int, status: int) -> int:
+def summary(
+    console: Console, received: WireLog, exchanges: list[tuple[str, str]], world_status: int, status: int
+) -> int:
+    """Print the tables. Returns the exit status: 0 if the flight succeeded."""
     record = OUT / "flight" / "flight.json"
     if world_status not in (0, 1) or not record.is_file():
         console.print((OUT / "world.log").read_text(), style="red", markup=False)
@@ -117,12 +120,12 @@ def summary(console: Console, received: WireLog, asked: list[tuple[str, str]], w
     for result in results["results"]:
         orders.add_row(result["instruction"], result["outcome"], str(result["steps"]), f"{result['off_m']:.2f}")
     console.print(orders)
-    words = Table(title="Questions and answers", title_justify="left")
-    words.add_column("question")
-    words.add_column("answer")
-    for question, answer in asked:
-        words.add_row(question, printable(answer))
-    console.print(words)
+    answers = Table(title="Questions and answers", title_justify="left")
+    answers.add_column("question")
+    answers.add_column("answer")
+    for question, answer in exchanges:
+        answers.add_row(question, printable(answer))
+    console.print(answers)
     figures = Table(title="Figures", title_justify="left")
     figures.add_column("figure")
     figures.add_column("value", justify="right")

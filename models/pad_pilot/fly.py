@@ -3,11 +3,11 @@
     edge-agent run --config pilot.yaml &                                     # camera: {source: "zmq:ipc:///…/frames"}
     python -m models.pad_pilot.fly --runtime DIR --frames ipc:///…/frames --seed 3 --out flight/
 
-It pushes frames with FramePusher and reads actions with Client, as any controller does. On silence it holds. One step
-is one frame, one answer, and half a second of the world's time. While the model works, the world moves on under the
-previous answer, and no answer is followed for longer than half a second. A mission is a few orders; each one is given
-with `instruct` when the order before it is done. Written: flight.json (every step), flight.png (path and frames),
-flight.mp4.
+It pushes frames with FramePusher and reads actions with Client, as any controller does. Without an answer, the vehicle
+holds its position. One step is one frame, one answer, and half a second of the world's time. While the model works, the
+vehicle follows the previous answer, but follows no answer for longer than half a second. A mission is a few orders. The
+next order is sent with `instruct` when the order before it is done. The files of a flight are flight.json (every step),
+flight.png (path and frames) and flight.mp4.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from models.pad_pilot.scene import Pad, Pose, homography, render
 from models.pad_pilot.task import Order
 from models.pad_pilot.world import START_HEIGHT_M, World
 
-STEP_S = 0.5  # also what the action space's valid_for_ms allows
-STEPS = 60  # per order; an order that takes more is lost
-ANSWER_S = 2.0  # the longest wait for an answer; then the vehicle holds
+STEP_S = 0.5  # the same time as valid_for_ms in the action space
+MAX_STEPS = 60  # per order; after more steps the order has failed with "lost"
+MAX_ANSWER_S = 2.0  # the longest wait for an answer; then the vehicle holds its position
 SEARCH_M_S = 2.0
 SEARCH_LEG_M = 3.0  # length of the square spiral's first two legs; it grows by this after every two legs
-AREA_M = 3.5  # half side of the square around home that is searched; from its edge the camera covers as much again
+AREA_M = 3.5  # half side of the square around home in which the vehicle searches; the camera shows more than the square
 LANDING_M_S = 0.7  # straight down, by the autopilot itself; later answers change nothing
-HOLD_M_S = 1.0  # back to the place to hold
-ARRIVED = 2  # consecutive "hold" answers
-ARRIVED_M = 1.0  # from the pad's centre, at most
+HOLD_M_S = 1.0  # maximum speed back to the position to hold
+HOLDS_TO_ARRIVE = 2  # consecutive "hold" answers
+ARRIVED_M = 1.0  # maximum distance from the centre of the pad
 
 
 class Step(NamedTuple):
@@ -61,7 +61,7 @@ class Result(NamedTuple):
     instruction: str
     outcome: str
     steps: int
-    off_m: float  # from the right pad's centre
+    off_m: float  # distance from the centre of the right pad
 
 
 class DaemonLink:
@@ -89,7 +89,7 @@ class DaemonLink:
         self._pusher.push(picture, frame_id=self.frame_id, t_capture_ns=time.monotonic_ns())
         return self.frame_id
 
-    def answer(self, picture: np.ndarray, timeout_s: float = ANSWER_S) -> Action | Refusal | None:
+    def answer(self, picture: np.ndarray, timeout_s: float = MAX_ANSWER_S) -> Action | Refusal | None:
         """The daemon's answer to this picture. None: no answer within timeout_s."""
         frame_id, until_s = self.push(picture), time.monotonic() + timeout_s
         while (left_s := until_s - time.monotonic()) > 0:
@@ -103,52 +103,53 @@ class DaemonLink:
         until_s = time.monotonic() + timeout_s
         while time.monotonic() < until_s:
             self.push(picture)
-            if self.client.next_answer(0.3) is not None:  # to any of these frames: the first answers may be slow
+            if self.client.next_answer(0.3) is not None:  # to any of these frames: the first answers can be slow
                 return
         raise TimeoutError(f"{self.client.folder}: no answer to a frame in {timeout_s:g} s; is edge-agent running?")
 
 
 class Search:
-    """The vehicle's own search pattern inside its area: first on in the direction of the last move, if there was one,
-    then a square spiral around that place, at the start height, from which the camera covers much."""
+    """The search pattern of the vehicle, inside its area and at the start height, where the camera shows a large area.
+
+    If there was a move, the vehicle first flies on in its direction. Then it flies a square spiral.
+    """
 
     def __init__(self) -> None:
         self.corners: list[np.ndarray] = []
-        self.led: np.ndarray | None = (
-            None  # velocity (north, east) of the last move; while tilted, its pad may be hidden
-        )
+        # Velocity (north, east) of the last move. While the vehicle is tilted, the pad may be outside the picture.
+        self.last_move_m_s: np.ndarray | None = None
 
     def begin(self, world: World) -> None:
-        corner, heading = world.place[:2].copy(), np.array([1.0, 0.0])
+        corner, heading = world.position_m[:2].copy(), np.array([1.0, 0.0])
         self.corners = []
-        if self.led is not None and np.hypot(*self.led) > 0.05:
-            corner = np.clip(corner + self.led / np.hypot(*self.led) * SEARCH_LEG_M, -AREA_M, AREA_M)
+        if self.last_move_m_s is not None and (speed_m_s := np.hypot(*self.last_move_m_s)) > 0.05:
+            corner = np.clip(corner + self.last_move_m_s / speed_m_s * SEARCH_LEG_M, -AREA_M, AREA_M)
             self.corners.append(corner)
         for leg in range(12):
             corner = corner + heading * SEARCH_LEG_M * (leg // 2 + 1)
             heading = np.array([-heading[1], heading[0]])
             self.corners.append(np.clip(corner, -AREA_M, AREA_M))
 
-    def velocity(self, world: World) -> tuple[float, float, float]:
+    def velocity_m_s(self, world: World) -> tuple[float, float, float]:
         """Body-frame forward, right, down."""
         if not self.corners:
             self.begin(world)
-        away = self.corners[0] - world.place[:2]
+        away = self.corners[0] - world.position_m[:2]
         if np.hypot(*away) < 0.8 and len(self.corners) > 1:
             self.corners.pop(0)
-        down = float(np.clip(world.place[2] - START_HEIGHT_M, -1.0, 1.0))
-        return *toward(world, self.corners[0], SEARCH_M_S), down
+        down_m_s = float(np.clip(world.position_m[2] - START_HEIGHT_M, -1.0, 1.0))
+        return *velocity_toward(world, self.corners[0], SEARCH_M_S), down_m_s
 
 
-def toward(world: World, place: np.ndarray, most_m_s: float) -> tuple[float, float]:
-    """Body-frame velocity (forward, right) towards a place (north, east); slower within the last metre."""
-    away = place - world.place[:2]
-    north, east = away / max(1.0, np.hypot(*away)) * most_m_s
+def velocity_toward(world: World, position_m: np.ndarray, max_speed_m_s: float) -> tuple[float, float]:
+    """Body-frame velocity (forward, right) towards a position (north, east). It is slower within the last metre."""
+    away = position_m - world.position_m[:2]
+    north, east = away / max(1.0, np.hypot(*away)) * max_speed_m_s
     cos, sin = math.cos(world.yaw_rad), math.sin(world.yaw_rad)
     return north * cos + east * sin, -north * sin + east * cos
 
 
-def over_ground(world: World, forward: float, right: float) -> np.ndarray:
+def to_north_east(world: World, forward: float, right: float) -> np.ndarray:
     """Body-frame forward and right -> north and east."""
     cos, sin = math.cos(world.yaw_rad), math.sin(world.yaw_rad)
     return np.array([forward * cos - right * sin, forward * sin + right * cos])
@@ -164,18 +165,19 @@ def fly(
 ) -> list[Result]:
     """Fly a mission. It ends with the first order that fails.
 
-    pace_s: a step takes at least this long, for people who watch. clock_s: the time that an answer took is the world's.
+    pace_s: minimum duration of a step, for people who watch. clock_s: measures how long an answer takes; the same time
+    passes in the world.
     """
     results = []
     for instruction, order in mission:
         link.client.instruct(instruction)
-        results.append(_one_order(link, world, (instruction, order), on_step, pace_s, clock_s))
+        results.append(_fly_order(link, world, (instruction, order), on_step, pace_s, clock_s))
         if results[-1].outcome != "right":
             break
     return results
 
 
-def _one_order(
+def _fly_order(
     link: DaemonLink,
     world: World,
     instruction_and_order: tuple[str, Order],
@@ -184,55 +186,53 @@ def _one_order(
     clock_s: Callable[[], float],
 ) -> Result:
     instruction, order = instruction_and_order
-    search, held, landing, good_s = Search(), 0, False, 0.0
-    before, anchor = (0.0, 0.0, 0.0, 0.0), None  # the place to hold
+    search, n_holds, is_landing, valid_s = Search(), 0, False, 0.0
+    set_point, hold_position_m = (0.0, 0.0, 0.0, 0.0), None
     target = next(pad for pad in world.pads if (pad.colour, pad.shape) == order[1:])
-    for n in range(1, STEPS + 1):
+    for n in range(1, MAX_STEPS + 1):
         began_s = clock_s()
         picture, time_s, pose = world.picture(), world.time_s, world.pose
-        answer, thought_s = None, 0.0
-        if not landing:
+        answer, latency_s = None, 0.0
+        if not is_landing:
             answer = link.answer(picture)
-            thought_s = clock_s() - began_s
-            world.fly(*before, min(thought_s, good_s))  # the world did not wait for the model
-            world.fly(0.0, 0.0, 0.0, 0.0, max(0.0, thought_s - good_s))  # the previous answer has expired
+            latency_s = clock_s() - began_s
+            world.fly(*set_point, min(latency_s, valid_s))  # the world did not wait for the model
+            world.fly(0.0, 0.0, 0.0, 0.0, max(0.0, latency_s - valid_s))  # the previous answer has expired
         on_step(Step(time_s, pose, instruction, answer, picture))
-        asked = answer.type if isinstance(answer, Action) else ""
-        held = held + 1 if asked == "hold" else 0
-        landing = landing or asked == "land"
-        if landing or asked not in ("move", "search"):  # land, hold, a refusal, or silence
-            anchor = world.place[:2].copy() if anchor is None else anchor
-            before = (*toward(world, anchor, HOLD_M_S), LANDING_M_S if landing else 0.0, 0.0)
-        elif asked == "move":
-            v, anchor = answer.values, None
-            before = (v["forward_m_s"], v["right_m_s"], v["down_m_s"], v["yaw_rate_rad_s"])
-            search.corners, search.led = (
-                [],
-                over_ground(world, *before[:2]),
-            )  # a later search starts here
+        action_type = answer.type if isinstance(answer, Action) else ""
+        n_holds = n_holds + 1 if action_type == "hold" else 0
+        is_landing = is_landing or action_type == "land"
+        if is_landing or action_type not in ("move", "search"):  # land, hold, a refusal, or silence
+            hold_position_m = world.position_m[:2].copy() if hold_position_m is None else hold_position_m
+            set_point = (*velocity_toward(world, hold_position_m, HOLD_M_S), LANDING_M_S if is_landing else 0.0, 0.0)
+        elif action_type == "move":
+            v, hold_position_m = answer.values, None
+            set_point = (v["forward_m_s"], v["right_m_s"], v["down_m_s"], v["yaw_rate_rad_s"])
+            search.corners = []  # a later search starts here
+            search.last_move_m_s = to_north_east(world, *set_point[:2])
         else:
-            before, anchor = (*search.velocity(world), 0.0), None
-        flown_s = max(0.0, STEP_S - thought_s)
-        world.fly(*before, flown_s)
-        good_s = STEP_S - flown_s  # how long this answer stays valid while the next one is computed
-        if world.down or (held >= ARRIVED and order.kind != "land"):  # in a landing, "hold" is a pause
+            set_point, hold_position_m = (*search.velocity_m_s(world), 0.0), None
+        flown_s = max(0.0, STEP_S - latency_s)
+        world.fly(*set_point, flown_s)
+        valid_s = STEP_S - flown_s  # how long this answer stays valid while the next one is computed
+        if world.is_landed or (n_holds >= HOLDS_TO_ARRIVE and order.kind != "land"):  # in a landing, "hold" is a pause
             nearest, off_m = world.nearest(), world.offset_m(target)
-            near_m = nearest.radius_m if world.down else ARRIVED_M
+            near_m = nearest.radius_m if world.is_landed else ARRIVED_M
             outcome = "beside" if world.offset_m(nearest) > near_m else "right" if nearest is target else "wrong pad"
-            if outcome == "right" and world.down and order.kind != "land":
+            if outcome == "right" and world.is_landed and order.kind != "land":
                 outcome = "beside"  # it landed, but the order was to go there
             return Result(instruction, outcome, n, off_m)
         time.sleep(max(0.0, began_s + pace_s - clock_s()))
-    return Result(instruction, "lost", STEPS, world.offset_m(target))
+    return Result(instruction, "lost", MAX_STEPS, world.offset_m(target))
 
 
-def a_mission(rng: np.random.Generator, pads: list[Pad], n_orders: int) -> list[tuple[str, Order]]:
+def random_mission(rng: np.random.Generator, pads: list[Pad], n_orders: int) -> list[tuple[str, Order]]:
     """An order for each of n_orders different pads, in a random language. The last order is to land."""
     chosen = [pads[i] for i in rng.permutation(len(pads))[:n_orders]]
     mission = []
     for n, pad in enumerate(chosen):
         order = Order("land" if n == len(chosen) - 1 else "goto", pad.colour, pad.shape)
-        mission.append((task.instruction(rng, str(rng.choice(task.LANGUAGES)), order), order))
+        mission.append((task.random_instruction(rng, str(rng.choice(task.LANGUAGES)), order), order))
     return mission
 
 
@@ -243,18 +243,19 @@ PATH_COLOURS = {"move": (60, 255, 60), "search": (255, 170, 0), "hold": (0, 220,
 
 
 def caption(step: Step) -> str:
-    """One line."""
-    a = step.answer
-    if isinstance(a, Action):
-        said = " ".join([a.type, *(f"{name.split('_')[0]} {value:+.2f}" for name, value in a.values.items() if value)])
+    """The time and the answer in one line."""
+    answer = step.answer
+    if isinstance(answer, Action):
+        values = [f"{name.split('_')[0]} {value:+.2f}" for name, value in answer.values.items() if value]
+        description = " ".join([answer.type, *values])
     else:
-        said = "landing" if a is None else f"none: {a.reason}"
-    return f"{step.time_s:5.1f} s  {said}"
+        description = "landing" if answer is None else f"none: {answer.reason}"
+    return f"{step.time_s:5.1f} s  {description}"
 
 
 def ground_map(world: World) -> np.ndarray:
     """The ground and its pads from above, (MAP_PX, MAP_PX, 3) uint8 RGB."""
-    return render(world.pads, world.ground, MAP_POSE, np.random.default_rng(0), (MAP_PX, MAP_PX), 2, world.things)
+    return render(world.pads, world.ground, MAP_POSE, np.random.default_rng(0), (MAP_PX, MAP_PX), 2, world.objects)
 
 
 def path_map(ground: np.ndarray, steps: list[Step]) -> np.ndarray:
@@ -265,53 +266,54 @@ def path_map(ground: np.ndarray, steps: list[Step]) -> np.ndarray:
     xy = np.round(places[:, :2] / places[:, 2:]).astype(int)
     cv2.polylines(image, [xy], False, (0, 0, 0), 4, cv2.LINE_AA)
     for i in range(1, len(xy)):
-        asked = steps[i].answer.type if isinstance(steps[i].answer, Action) else ""
-        cv2.line(image, xy[i - 1].tolist(), xy[i].tolist(), PATH_COLOURS.get(asked, (255, 255, 255)), 2, cv2.LINE_AA)
+        action_type = steps[i].answer.type if isinstance(steps[i].answer, Action) else ""
+        colour = PATH_COLOURS.get(action_type, (255, 255, 255))
+        cv2.line(image, xy[i - 1].tolist(), xy[i].tolist(), colour, 2, cv2.LINE_AA)
     cv2.circle(image, xy[0].tolist(), 5, (255, 255, 255), -1, cv2.LINE_AA)
     cv2.drawMarker(image, xy[-1].tolist(), (255, 255, 255), cv2.MARKER_TILTED_CROSS, 14, 2, cv2.LINE_AA)
     return image
 
 
-def _write(image: np.ndarray, text: str, at: tuple[int, int], size: float = 0.45) -> None:
-    bare = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))  # accents off
-    text = bare.encode("ascii", "replace").decode()  # OpenCV before version 5 can write nothing else
-    for place, colour in (((at[0] + 1, at[1] + 1), (0, 0, 0)), (at, (255, 255, 255))):
-        cv2.putText(image, text, place, cv2.FONT_HERSHEY_SIMPLEX, size, colour, 1, cv2.LINE_AA)
+def _draw_text(image: np.ndarray, text: str, at: tuple[int, int], size: float = 0.45) -> None:
+    bare = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))  # without accents
+    text = bare.encode("ascii", "replace").decode()  # OpenCV before version 5 can draw only ASCII
+    for corner_px, colour in (((at[0] + 1, at[1] + 1), (0, 0, 0)), (at, (255, 255, 255))):
+        cv2.putText(image, text, corner_px, cv2.FONT_HERSHEY_SIMPLEX, size, colour, 1, cv2.LINE_AA)
 
 
-def draw(world: World, steps: list[Step], results: list[Result]) -> np.ndarray:
+def draw_flight(world: World, steps: list[Step], results: list[Result]) -> np.ndarray:
     """The whole flight as one image: the path, and twelve frames with their answers."""
     page = np.full((MAP_PX + 30 * len(results), MAP_PX + 4 * 200, 3), 32, np.uint8)
     page[:MAP_PX, :MAP_PX] = path_map(ground_map(world), steps)
     for i, n in enumerate(np.linspace(0, len(steps) - 1, 12).round().astype(int)):
         top, left = i // 4 * 187, MAP_PX + i % 4 * 200 + 8
         page[top : top + 168, left : left + 184] = cv2.resize(steps[n].picture, (184, 168))
-        _write(page, caption(steps[n]), (left, top + 181), 0.34)
+        _draw_text(page, caption(steps[n]), (left, top + 181), 0.34)
     for i, (name, colour) in enumerate(PATH_COLOURS.items()):
         cv2.line(page, (MAP_PX + 8 + 100 * i, MAP_PX + 15), (MAP_PX + 30 + 100 * i, MAP_PX + 15), colour, 3)
-        _write(page, name, (MAP_PX + 36 + 100 * i, MAP_PX + 20))
+        _draw_text(page, name, (MAP_PX + 36 + 100 * i, MAP_PX + 20))
     for i, result in enumerate(results):
-        _write(page, f"{result.instruction}: {result.outcome}, {result.steps} steps", (10, MAP_PX + 20 + 30 * i))
+        _draw_text(page, f"{result.instruction}: {result.outcome}, {result.steps} steps", (10, MAP_PX + 20 + 30 * i))
     return page
 
 
-def film(path: Path, world: World, steps: list[Step], fps: float = 5.0) -> None:
+def write_video(path: Path, world: World, steps: list[Step], fps: float = 5.0) -> None:
     """Write a video: the camera's picture beside the path so far, one step per frame."""
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), fps, (2 * MAP_PX, MAP_PX))
     if not writer.isOpened():
         raise OSError(f"{path}: OpenCV cannot write a video here")
     ground = ground_map(world)
     for n, step in enumerate(steps, 1):
-        seen = cv2.resize(step.picture, (MAP_PX, MAP_PX), interpolation=cv2.INTER_CUBIC)
-        _write(seen, caption(step), (12, MAP_PX - 16), 0.6)
-        _write(seen, step.instruction, (12, 28), 0.7)
-        writer.write(np.hstack([seen, path_map(ground, steps[:n])])[..., ::-1])
+        view = cv2.resize(step.picture, (MAP_PX, MAP_PX), interpolation=cv2.INTER_CUBIC)
+        _draw_text(view, caption(step), (12, MAP_PX - 16), 0.6)
+        _draw_text(view, step.instruction, (12, 28), 0.7)
+        writer.write(np.hstack([view, path_map(ground, steps[:n])])[..., ::-1])
     writer.release()
 
 
-def as_json(steps: list[Step], results: list[Result], world: World) -> dict:
+def to_json(steps: list[Step], results: list[Result], world: World) -> dict:
     return {
-        "wind_m_s": round(float(np.hypot(*world.wind)), 2),
+        "wind_m_s": round(float(np.hypot(*world.wind_mean_m_s)), 2),
         "results": [result._asdict() for result in results],
         "steps": [
             {
@@ -338,15 +340,15 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for flight.json, flight.png, flight.mp4")
     options = parser.parse_args()
     world = World(options.seed, Grounds(training_photographs(), options.seed + 10**6))
-    mission = a_mission(np.random.default_rng([options.seed, 5]), world.pads, options.orders)
+    mission = random_mission(np.random.default_rng([options.seed, 5]), world.pads, options.orders)
     options.out.mkdir(parents=True, exist_ok=True)
     steps: list[Step] = []
     with DaemonLink(options.runtime, options.frames) as link:
         link.wait(world.picture())
         results = fly(link, world, mission, steps.append, options.pace)
-    (options.out / "flight.json").write_text(json.dumps(as_json(steps, results, world), indent=1, ensure_ascii=False))
-    cv2.imwrite(str(options.out / "flight.png"), draw(world, steps, results)[..., ::-1])
-    film(options.out / "flight.mp4", world, steps)
+    (options.out / "flight.json").write_text(json.dumps(to_json(steps, results, world), indent=1, ensure_ascii=False))
+    cv2.imwrite(str(options.out / "flight.png"), draw_flight(world, steps, results)[..., ::-1])
+    write_video(options.out / "flight.mp4", world, steps)
     for result in results:
         print(f"{result.instruction}  {result.outcome}, {result.steps} steps, {result.off_m:.2f} m off", flush=True)
     return 0 if len(results) == len(mission) and all(result.outcome == "right" for result in results) else 1

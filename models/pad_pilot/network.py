@@ -1,8 +1,9 @@
 """Ministral 3 in torch, for training: pictures to image embeddings, embeddings to hidden states.
 
-The weights are one dictionary with the names of a released checkpoint, so it can be saved as it is. All rows of a batch
-share a prefix, which is evaluated once and never copied. transformers loads checkpoints trained with this file and
-gives the right answers (tests/reference/make_pad_pilot.py). Not here: generation, caches, loss.
+The weights are one dictionary with the tensor names of a released checkpoint, so the dictionary can be saved unchanged.
+All rows of a batch share a prefix, which is evaluated once and never copied. transformers loads checkpoints trained
+with this file and gives the right answers (tests/reference/make_pad_pilot.py). This file has no generation, no cache
+and no loss.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def encode_pictures(w: dict, pictures: torch.Tensor, s: dict) -> torch.Tensor:
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k0: torch.Tensor, v0: torch.Tensor, bias: torch.Tensor):
-    """Attention to a shared prefix and to the row itself: one softmax over both, without a copy of the prefix.
+    """Attention to a shared prefix and to the row itself, with one softmax over both and without a copy of the prefix.
 
     q (n, heads, t, d); k, v (n, kv, t, d); k0, v0 (kv, p, d); bias (n, t, t), added to the row's own scores.
     """
@@ -98,8 +99,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k0: torch.Tensor, 
     over_rows = q.permute(1, 0, 2, 3, 4).reshape(kv, n * group * t, d)
     shared = (over_rows @ k0.transpose(1, 2)).view(kv, n, group, t, p)
     own = (q.reshape(n, kv, group * t, d) @ k.transpose(2, 3)).view(n, kv, group, t, t) + bias[:, None, None]
-    most = torch.maximum(shared.amax(-1, keepdim=True).transpose(0, 1), own.amax(-1, keepdim=True)).detach()
-    shared, own = (shared - most.transpose(0, 1)).exp(), (own - most).exp()
+    largest = torch.maximum(shared.amax(-1, keepdim=True).transpose(0, 1), own.amax(-1, keepdim=True)).detach()
+    shared, own = (shared - largest.transpose(0, 1)).exp(), (own - largest).exp()
     total = shared.float().sum(-1, keepdim=True).transpose(0, 1) + own.float().sum(-1, keepdim=True)
     out = (shared.view(kv, n * group * t, p) @ v0).view(kv, n, group, t, d).transpose(0, 1)
     out = out + (own.view(n, kv, group * t, t) @ v).view(n, kv, group, t, d)
@@ -114,7 +115,7 @@ def hidden_states(
     prefix (1, p, hidden); x (rows, t, hidden); positions (rows, t); bias (rows, t, t). Returns x after each layer, the
     last one before its norm: each (rows, t, hidden).
     """
-    p, after = prefix.shape[1], []
+    p, hidden_by_layer = prefix.shape[1], []
     turn = text_angles(positions, config)
     turn_prefix = text_angles(torch.arange(p, device=x.device)[None], config)
     heads = lambda y: y.unflatten(-1, (-1, s["head_dim"])).transpose(1, 2)  # noqa: E731
@@ -138,5 +139,5 @@ def hidden_states(
             h = F.scaled_dot_product_attention(q0, k0, v0, is_causal=True, enable_gqa=True)
             prefix = rest(prefix, h, at)
         x = rest(x, attend(q, k, v, k0[0], v0[0], bias), at)
-        after.append(x)
-    return after
+        hidden_by_layer.append(x)
+    return hidden_by_layer

@@ -1,15 +1,15 @@
 """Images of a downward camera: landing pads on the ground, drawn in perspective from a pose.
 
 A pad is a white plate with a coloured shape on it. World axes: north, east (m); height is above ground. Body axes:
-forward, right, down. The top of the picture is forward. Places in a picture are (right, down) in units of half its
-longest side, so the edge of a square picture is at ±1. A pad's apparent radius has the same unit.
+forward, right, down. The top of the picture is forward. Positions in a picture are (right, down) from its centre. Their
+unit is half the longest side, so the edge of a square picture is at ±1. A pad's apparent radius has the same unit.
 
-Pure functions: a picture depends only on the arguments and the given generator. Not here: the right action (task.py),
-and the vehicle's motion (world.py).
+The functions are pure: a picture depends only on the arguments and the given generator. task.py has the right action
+for a picture, and world.py has the motion of the vehicle.
 
     rng = np.random.default_rng(1)
     pad = Pad("red", "disc", north_m=1.0, east_m=0.0, radius_m=0.5, turn_rad=0.0)
-    picture = render([pad], painted(rng), Pose(height_m=5.0), rng)          # (140, 140, 3) uint8 RGB
+    picture = render([pad], synthetic_ground(rng), Pose(height_m=5.0), rng)  # (140, 140, 3) uint8 RGB
     sights([pad], Pose(height_m=5.0))                                        # [Sight(pad, 0.0, -0.29, 0.14)]
 """
 
@@ -54,17 +54,17 @@ class Pose(NamedTuple):
 
 
 class Sight(NamedTuple):
-    """A pad in the picture."""
+    """Where the centre of a pad appears. It can be outside the picture."""
 
     pad: Pad
     right: float
     down: float
     radius: float
-    edge: tuple[float, float] = (1.0, 1.0)  # where the picture ends (right, down): 1 along its longest side
+    edge: tuple[float, float] = (1.0, 1.0)  # position of the picture's edge (right, down): 1 along its longest side
 
 
 class Ground(NamedTuple):
-    image: np.ndarray  # (H, W, 3) uint8 RGB; mirrored at its edges, so the ground is endless
+    image: np.ndarray  # (H, W, 3) uint8 RGB; it is mirrored at its edges, so the ground has no end
     metres_per_px: float
 
 
@@ -88,19 +88,19 @@ def homography(pose: Pose, height_px: int, width_px: int) -> np.ndarray:
 
 
 def sights(pads: list[Pad], pose: Pose, size_px: tuple[int, int] = (SIDE_PX, SIDE_PX)) -> list[Sight]:
-    """Where each pad's centre appears, also outside the picture. Pads behind the camera's horizon are left out."""
-    found = []
+    """One Sight per pad, also for pads outside the picture. Pads behind the camera's horizon are left out."""
+    projected = []
     to_body = rotation(pose).T
     edge = (size_px[1] / max(size_px), size_px[0] / max(size_px))
     for pad in pads:
         forward, right, down = to_body @ (pad.north_m - pose.north_m, pad.east_m - pose.east_m, pose.height_m)
         if down > 0.1:
             scale = 1 / (down * HALF_VIEW)
-            found.append(Sight(pad, right * scale, -forward * scale, pad.radius_m * scale, edge))
-    return found
+            projected.append(Sight(pad, right * scale, -forward * scale, pad.radius_m * scale, edge))
+    return projected
 
 
-def painted(rng: np.random.Generator, side_px: int = 512) -> Ground:
+def synthetic_ground(rng: np.random.Generator, side_px: int = 512) -> Ground:
     """A synthetic ground: noise of several sizes between two or three colours, sometimes with tiles and cracks."""
     noise = np.zeros((side_px, side_px), np.float32)
     roughness = rng.uniform(0.4, 0.95)
@@ -108,12 +108,12 @@ def painted(rng: np.random.Generator, side_px: int = 512) -> Ground:
         cells = rng.random((2**octave + 1, 2**octave + 1), np.float32)
         noise += roughness**octave * cv2.resize(cells, (side_px, side_px), interpolation=cv2.INTER_CUBIC)
     noise = cv2.normalize(noise, None, 0, 1, cv2.NORM_MINMAX)
-    low, high = _earth(rng), _earth(rng)
+    low, high = _ground_colour(rng), _ground_colour(rng)
     image = low + (high - low) * noise[..., None]
     if rng.random() < 0.35:  # a second kind of ground in patches
         patches = cv2.resize(rng.random((6, 6), np.float32), (side_px, side_px), interpolation=cv2.INTER_CUBIC)
         image = np.where(
-            (patches > rng.uniform(0.4, 0.7))[..., None], _earth(rng) * (0.6 + 0.4 * noise[..., None]), image
+            (patches > rng.uniform(0.4, 0.7))[..., None], _ground_colour(rng) * (0.6 + 0.4 * noise[..., None]), image
         )
     if rng.random() < 0.35:  # tiles or planks
         step = int(rng.integers(16, 128))
@@ -123,17 +123,20 @@ def painted(rng: np.random.Generator, side_px: int = 512) -> Ground:
     image = np.clip(image, 0, 255).astype(np.uint8)
     for _ in range(rng.integers(0, 5)):  # paths, markings, cracks
         ends = rng.integers(-50, side_px + 50, 4).tolist()
-        colour = tuple(int(c) for c in (_earth(rng) if rng.random() < 0.6 else rng.integers(180, 255, 3)))
+        colour = tuple(int(c) for c in (_ground_colour(rng) if rng.random() < 0.6 else rng.integers(180, 255, 3)))
         cv2.line(image, ends[:2], ends[2:], colour, int(rng.integers(1, 24)), cv2.LINE_AA)
     return Ground(image, rng.uniform(6, 40) / side_px)
 
 
-def photographed(rng: np.random.Generator, photograph: np.ndarray, side_px: int = 512) -> Ground:
-    """A ground from a photograph, (H, W, 3) uint8 RGB: a random part, sometimes mirrored or with another tint."""
-    short = min(photograph.shape[:2])
-    part = round(short * rng.uniform(0.35, 1.0))
-    top, left = rng.integers(0, np.array(photograph.shape[:2]) - part + 1)
-    image = photograph[top : top + part, left : left + part]
+def photograph_ground(rng: np.random.Generator, photograph: np.ndarray, side_px: int = 512) -> Ground:
+    """A ground that shows a random part of a photograph, sometimes mirrored or with another tint.
+
+    photograph: (H, W, 3) uint8 RGB.
+    """
+    short_side_px = min(photograph.shape[:2])
+    side_taken_px = round(short_side_px * rng.uniform(0.35, 1.0))
+    top, left = rng.integers(0, np.array(photograph.shape[:2]) - side_taken_px + 1)
+    image = photograph[top : top + side_taken_px, left : left + side_taken_px]
     if rng.random() < 0.5:
         image = image[:, ::-1]
     image = cv2.resize(np.ascontiguousarray(image), (side_px, side_px), interpolation=cv2.INTER_AREA)
@@ -145,8 +148,8 @@ def photographed(rng: np.random.Generator, photograph: np.ndarray, side_px: int 
     return Ground(np.ascontiguousarray(image), rng.uniform(3, 40) / side_px)
 
 
-def _earth(rng: np.random.Generator) -> np.ndarray:
-    """A typical colour of a ground, and in one case of five any colour: (3,) float RGB."""
+def _ground_colour(rng: np.random.Generator) -> np.ndarray:
+    """A random colour, (3,) float RGB: in four cases of five a typical colour of a ground, else any colour."""
     if rng.random() < 0.2:
         return rng.uniform(20, 235, 3)
     hue, saturation, value = rng.uniform(5, 60), rng.uniform(0, 130), rng.uniform(30, 225)
@@ -155,40 +158,44 @@ def _earth(rng: np.random.Generator) -> np.ndarray:
 
 
 def clutter(rng: np.random.Generator, reach_m: float, pose: Pose) -> list[tuple[np.ndarray, tuple[int, int, int]]]:
-    """Objects that are not pads: [(outline (n, 2) north, east; RGB)]. Many have the pads' colours, some are white."""
-    things = []
+    """Random objects that are not pads: [(outline (n, 2) north, east; RGB)].
+
+    Many objects have the colour of a pad. Some are white.
+    """
+    objects = []
     for _ in range(rng.integers(0, 6)):
         centre = np.array([pose.north_m, pose.east_m]) + rng.uniform(-reach_m, reach_m, 2)
         size = rng.uniform(0.1, 0.9) * rng.uniform(0.4, 1.0, 2)
-        spots = CIRCLE[:: rng.integers(2, 12)] * size * rng.uniform(0.6, 1.0, (1 if rng.random() < 0.5 else 2))
-        turn = rng.uniform(0, 2 * math.pi)
-        turned = spots @ np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
+        corners = CIRCLE[:: rng.integers(2, 12)] * size * rng.uniform(0.6, 1.0, (1 if rng.random() < 0.5 else 2))
+        turn_rad = rng.uniform(0, 2 * math.pi)
+        cos, sin = math.cos(turn_rad), math.sin(turn_rad)
+        rotated = corners @ np.array([[cos, sin], [-sin, cos]])
         kind = rng.random()
         if kind < 0.5:
             colour = np.array(list(COLOURS.values())[rng.integers(len(COLOURS))]) * rng.uniform(0.6, 1.1)
         elif kind < 0.7:
             colour = np.full(3, rng.uniform(190, 250))
         else:
-            colour = _earth(rng)
-        things.append((centre + turned, tuple(int(c) for c in np.clip(colour, 0, 255))))
-    return things
+            colour = _ground_colour(rng)
+        objects.append((centre + rotated, tuple(int(c) for c in np.clip(colour, 0, 255))))
+    return objects
 
 
 def outlines(pad: Pad, white: np.ndarray, paint: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     """A pad as polygons on the ground, in drawing order: [(outline (n, 2) north, east; colour (3,))]."""
     cos, sin = math.cos(pad.turn_rad), math.sin(pad.turn_rad)
-    place = lambda points, size: (  # noqa: E731
+    placed = lambda points, size: (  # noqa: E731
         np.array([pad.north_m, pad.east_m]) + pad.radius_m * size * points @ np.array([[cos, sin], [-sin, cos]])
     )
-    parts = [(place(CIRCLE, 1.0), white)]
+    parts = [(placed(CIRCLE, 1.0), white)]
     if pad.shape == "disc":
-        parts.append((place(CIRCLE, 0.76), paint))
+        parts.append((placed(CIRCLE, 0.76), paint))
     elif pad.shape == "square":
-        parts.append((place(np.array([(1, 1), (1, -1), (-1, -1), (-1, 1)]), 0.64), paint))
+        parts.append((placed(np.array([(1, 1), (1, -1), (-1, -1), (-1, 1)]), 0.64), paint))
     elif pad.shape == "triangle":
-        parts.append((place(CIRCLE[[0, 13, 27]], 0.94), paint))
+        parts.append((placed(CIRCLE[[0, 13, 27]], 0.94), paint))
     else:
-        parts += [(place(CIRCLE, 0.84), paint), (place(CIRCLE, 0.46), white)]
+        parts += [(placed(CIRCLE, 0.84), paint), (placed(CIRCLE, 0.46), white)]
     return parts
 
 
@@ -198,18 +205,20 @@ def render(
     pose: Pose,
     rng: np.random.Generator,
     size_px: tuple[int, int] = (SIDE_PX, SIDE_PX),
-    finer: int = 2,
-    things: list | None = None,
+    oversampling: int = 2,
+    objects: list | None = None,
     light: Light | None = None,
 ) -> np.ndarray:
     """The picture, (H, W, 3) uint8 RGB.
 
-    finer: the picture is drawn this many times larger and then averaged, as a lens does. things: from clutter(). light:
-    the light and the camera's faults; None for neither. rng: for the noise.
+    oversampling: the picture is drawn this many times larger and then averaged, as a lens does.
+    objects: from clutter().
+    light: the light on the scene and the faults of the camera; None: plain light and no fault.
+    rng: for the noise.
 
-    Eight parameters: training draws each of them by itself, and the tests change one at a time.
+    Eight parameters: training draws each one independently, and the tests change one at a time.
     """
-    height, width = (side * finer for side in size_px)
+    height, width = (side * oversampling for side in size_px)
     to_picture = homography(pose, height, width)
     texture_h, texture_w = ground.image.shape[:2]
     s = ground.metres_per_px  # the texture's centre is the world's origin, its top points north
@@ -217,7 +226,7 @@ def render(
     image = cv2.warpPerspective(
         ground.image, to_picture @ to_ground, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT
     )
-    for outline, colour in things or []:
+    for outline, colour in objects or []:
         _fill(image, to_picture, outline, colour)
     light = light or Light()
     for sight in sights(pads, pose):
@@ -227,9 +236,9 @@ def render(
         paint = paint * light.fading + (1 - light.fading) * 128
         for outline, colour in outlines(sight.pad, np.array(light.white), paint):
             _fill(image, to_picture, outline, tuple(int(c) for c in np.clip(colour, 0, 255)))
-    if finer > 1:
+    if oversampling > 1:
         image = cv2.resize(image, size_px[::-1], interpolation=cv2.INTER_AREA)
-    return light.fall_on(image, rng)
+    return light.apply(image, rng)
 
 
 def _fill(image: np.ndarray, to_picture: np.ndarray, outline: np.ndarray, colour: tuple[int, int, int]) -> None:
@@ -241,17 +250,17 @@ def _fill(image: np.ndarray, to_picture: np.ndarray, outline: np.ndarray, colour
 
 
 class Light(NamedTuple):
-    """The light on the scene, and the camera's faults."""
+    """The light on the scene, and the faults of the camera."""
 
     gain: tuple[float, float, float] = (1.0, 1.0, 1.0)  # brightness and white balance
     gamma: float = 1.0
-    white: tuple[float, float, float] = (236.0, 236.0, 232.0)  # of the plates
-    fading: float = 1.0  # of the paint: 1 is fresh
-    shadow: tuple[float, float, float] | None = None  # angle, offset in half sides, strength; one side is darker
+    white: tuple[float, float, float] = (236.0, 236.0, 232.0)  # colour of the plates, RGB
+    fading: float = 1.0  # saturation of the paint: 1 is fresh paint, 0 is grey
+    shadow: tuple[float, float, float] | None = None  # angle, offset in half sides, brightness of the darker side
     blur_px: float = 0.0
-    smear_px: int = 0  # motion, along a random direction
-    noise: float = 0.0  # standard deviation, of 255
-    jpeg_quality: int = 0
+    motion_blur_px: int = 0  # length, along a random direction
+    noise: float = 0.0  # standard deviation; pixels are 0 to 255
+    jpeg_quality: int = 0  # 0: no compression
 
     @classmethod
     def random(cls, rng: np.random.Generator) -> Light:
@@ -265,12 +274,12 @@ class Light(NamedTuple):
             if rng.random() < 0.3
             else None,
             blur_px=rng.uniform(0.3, 1.1) if rng.random() < 0.4 else 0.0,
-            smear_px=int(rng.integers(2, 6)) if rng.random() < 0.15 else 0,
+            motion_blur_px=int(rng.integers(2, 6)) if rng.random() < 0.15 else 0,
             noise=rng.uniform(0, 12) if rng.random() < 0.7 else 0.0,
             jpeg_quality=int(rng.integers(40, 95)) if rng.random() < 0.25 else 0,
         )
 
-    def fall_on(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def apply(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         levels = np.arange(256, dtype=np.float64)[:, None] / 255
         table = np.clip(255 * levels**self.gamma * self.gain, 0, 255)
         image = cv2.LUT(image, np.round(table).astype(np.uint8)[None])
@@ -279,10 +288,11 @@ class Light(NamedTuple):
             y, x = np.mgrid[-1 : 1 : image.shape[0] * 1j, -1 : 1 : image.shape[1] * 1j].astype(np.float32)
             edge = np.clip((x * math.cos(angle) + y * math.sin(angle) - offset) * 12 + 0.5, 0, 1)
             image = (image * (1 - (1 - strength) * edge)[..., None]).astype(np.uint8)
-        if self.smear_px:
-            kernel = np.zeros((self.smear_px, self.smear_px), np.float32)
-            ends = [(0, 0, -1, -1), (0, -1, -1, 0), (0, self.smear_px // 2, -1, self.smear_px // 2)][rng.integers(3)]
-            last = self.smear_px - 1
+        if self.motion_blur_px:
+            kernel = np.zeros((self.motion_blur_px, self.motion_blur_px), np.float32)
+            middle = self.motion_blur_px // 2
+            ends = [(0, 0, -1, -1), (0, -1, -1, 0), (0, middle, -1, middle)][rng.integers(3)]
+            last = self.motion_blur_px - 1
             cv2.line(kernel, *([last if n == -1 else n for n in pair] for pair in (ends[:2], ends[2:])), 1.0)
             image = cv2.filter2D(image, -1, kernel / kernel.sum())
         if self.blur_px:

@@ -1,13 +1,14 @@
 """Instructions and questions in five languages, and the right action or answer for each.
 
-Instructions are in the pinned prefix, before the picture; questions come after it. `action` is the rule that the model
-learns (a proportional approach, then a descent), and every benchmark compares with it. Pure functions.
+Instructions are in the pinned prefix, before the picture. Questions come after the picture. `action` is the rule that
+the model learns: a proportional approach, then a descent. Every benchmark compares the model with this rule. The
+functions are pure.
 
-    go = instruction(rng, "en", Order("land", "red", "disc"))              # "Land on the red disc."
+    random_instruction(rng, "en", Order("land", "red", "disc"))            # "Land on the red disc."
     action(Order("land", "red", "disc"), sights(pads, pose))               # {"action": "move", "vx": 0.3, …}
 
-At each limit of a rule (landing or moving, inside or outside the picture) there is a band in which both answers are
-right. There, `action` and the questions return None, and neither training nor held-out frames use such a case.
+At each limit of the rule (landing or moving, inside or outside the picture) there is a band in which both answers are
+right. In a band, `action` and `random_exchange` return None. Training and held-out frames do not use such cases.
 """
 
 from __future__ import annotations
@@ -23,66 +24,68 @@ from models.pad_pilot.scene import COLOURS, SHAPES, Sight
 
 LANGUAGES = ("en", "fr", "de", "es", "ko")
 
-# -- what is right -----------------------------------------------------------------------------------------------------
+# -- the rule ----------------------------------------------------------------------------------------------------------
 
-SPEED_M_S = 1.5  # when the pad is at the picture's edge; also the maximum along each axis
-DESCENT_M_S = 0.8  # when the pad is in the middle; zero from the distance CENTRED on
-CENTRED = 0.5
-STEP_M_S = 0.05  # of the velocities in training; the action space allows finer steps
-# Bands: below the first number the answer is yes, above the second no, between them both are right.
-ABOVE = (0.12, 0.18)  # distance from the middle at which "go to" has arrived
-TOUCH = (0.22, 0.36)  # distance from the middle at which landing may begin, if low enough,
-TOUCH_OF_RADIUS = (
-    0.4,
-    0.55,
-)  # or this share of the apparent radius, if that is more (at a small height, angles are large)
-LOW = (0.52, 0.44)  # apparent radius: the pad is so near that landing may begin
-INSIDE = 0.06  # a pad's centre this far within the edge counts as in the picture
-OUTSIDE = 0.9  # a pad's centre this share of its radius beyond the edge counts as outside
+# Distances and radii in a picture are in units of half its longest side, as in scene.py.
+
+MAX_SPEED_M_S = 1.5  # when the pad is at the picture's edge; also the maximum along each axis
+DESCENT_M_S = 0.8  # when the pad is in the middle; it falls linearly to zero at DESCENT_DISTANCE from the middle
+DESCENT_DISTANCE = 0.5
+STEP_M_S = 0.05  # step of the velocities in training; the action space allows finer steps
+# Bands: before the first number the answer is yes, beyond the second number it is no. Between them both are right.
+ARRIVED_DISTANCE = (0.12, 0.18)  # distance from the middle at which "go to" has arrived
+LANDING_DISTANCE = (0.22, 0.36)  # distance from the middle at which landing may begin, if the height is small enough
+# The landing distance is at least this share of the apparent radius: at a small height, angles are large.
+LANDING_DISTANCE_OF_RADIUS = (0.4, 0.55)
+LANDING_RADIUS = (0.52, 0.44)  # apparent radius from which the height is small enough for landing
+INSIDE_MARGIN = 0.06  # a pad whose centre is this far inside the edge counts as in the picture
+OUTSIDE_OF_RADIUS = 0.9  # a pad whose centre is this share of its radius beyond the edge counts as outside
 
 
 class Order(NamedTuple):
-    """The meaning of an instruction. kind: goto, land, hold, or nothing (not an order for this pilot)."""
+    """The meaning of an instruction. kind: goto, land, hold, or nothing (the text is not an order for this pilot)."""
 
     kind: str
     colour: str = ""
     shape: str = ""
 
 
-def seen(sight: Sight) -> bool | None:
-    """Whether a pad counts as in the picture; None if it is partly inside."""
-    beyond = max(abs(sight.right) - sight.edge[0], abs(sight.down) - sight.edge[1])
-    if beyond < -INSIDE:
+def is_in_picture(sight: Sight) -> bool | None:
+    """Whether a pad counts as in the picture; None: it is partly in the picture."""
+    beyond_edge = max(abs(sight.right) - sight.edge[0], abs(sight.down) - sight.edge[1])
+    if beyond_edge < -INSIDE_MARGIN:
         return True
-    return False if beyond > OUTSIDE * sight.radius else None
+    return False if beyond_edge > OUTSIDE_OF_RADIUS * sight.radius else None
 
 
-def action(order: Order, sights: list[Sight], settled: bool = False) -> dict | None:
-    """The right action, or None where two actions are right.
+def action(order: Order, sights: list[Sight], decide_in_bands: bool = False) -> dict | None:
+    """The right action; None: two actions are right.
 
-    settled: if the pad is in the picture, one action is right also inside a band: the middle of the band decides. A
-    model that is trained only outside the bands may give a third answer inside them.
+    decide_in_bands: for a pad in the picture, one action is right also inside a band: the middle of the band decides.
+    A model that is trained only outside the bands may give a third answer inside them.
     """
     if order.kind in ("hold", "nothing"):
         return {"action": "hold"}
     target = next((s for s in sights if (s.pad.colour, s.pad.shape) == order[1:]), None)
-    if target is None or seen(target) is False:
+    if target is None or is_in_picture(target) is False:
         return {"action": "search"}
-    if seen(target) is None:
+    if is_in_picture(target) is None:
         return None
     distance = math.hypot(target.right, target.down)
-    above, low = (_middle(ABOVE), _middle(LOW)) if settled else (ABOVE, LOW)
+    arrived, min_radius = ARRIVED_DISTANCE, LANDING_RADIUS
+    of_radius = [share * target.radius for share in LANDING_DISTANCE_OF_RADIUS]
+    landing = (max(LANDING_DISTANCE[0], of_radius[0]), max(LANDING_DISTANCE[1], of_radius[1]))
+    if decide_in_bands:
+        arrived, min_radius, landing = _middle(arrived), _middle(min_radius), _middle(landing)
     if order.kind == "goto":
-        if distance < above[0]:
+        if distance < arrived[0]:
             return {"action": "hold"}
-        return None if distance < above[1] else move(target, 0.0)
-    touch = tuple(max(pair) for pair in zip(TOUCH, (share * target.radius for share in TOUCH_OF_RADIUS), strict=True))
-    touch = _middle(touch) if settled else touch
-    if target.radius > low[0] and distance < touch[0]:
+        return None if distance < arrived[1] else move(target, 0.0)
+    if target.radius > min_radius[0] and distance < landing[0]:
         return {"action": "land"}
-    if target.radius > low[1] and distance < touch[1]:
+    if target.radius > min_radius[1] and distance < landing[1]:
         return None
-    return move(target, DESCENT_M_S * max(0.0, 1 - distance / CENTRED))
+    return move(target, DESCENT_M_S * max(0.0, 1 - distance / DESCENT_DISTANCE))
 
 
 def _middle(band: tuple[float, float]) -> tuple[float, float]:
@@ -91,20 +94,21 @@ def _middle(band: tuple[float, float]) -> tuple[float, float]:
 
 
 def move(target: Sight, down_m_s: float) -> dict:
-    """A velocity that brings the pad to the middle; proportional to its distance."""
-    wanted = {"vx": -SPEED_M_S * target.down, "vy": SPEED_M_S * target.right, "vz": down_m_s, "yaw": 0.0}
-    rounded = {k: round(round(min(max(v, -SPEED_M_S), SPEED_M_S) / STEP_M_S) * STEP_M_S, 2) for k, v in wanted.items()}
+    """A velocity that brings the pad to the middle of the picture. It is proportional to the distance."""
+    velocity = {"vx": -MAX_SPEED_M_S * target.down, "vy": MAX_SPEED_M_S * target.right, "vz": down_m_s, "yaw": 0.0}
+    limited = {k: min(max(v, -MAX_SPEED_M_S), MAX_SPEED_M_S) for k, v in velocity.items()}
+    rounded = {k: round(round(v / STEP_M_S) * STEP_M_S, 2) for k, v in limited.items()}
     return {"action": "move"} | {k: int(v) if v == int(v) else v for k, v in rounded.items()}
 
 
-def spell(answer: dict) -> str:
-    """The action as JSON in the grammar's form: compact, without trailing zeros."""
-    return json.dumps(answer, separators=(",", ":"))
+def to_json(action: dict) -> str:
+    """The action as JSON in the form that the runtime's grammar allows: compact, without trailing zeros."""
+    return json.dumps(action, separators=(",", ":"))
 
 
 # -- words for pads ----------------------------------------------------------------------------------------------------
 
-# No world contains these: an order for one leads to a search without end.
+# No world contains a pad with one of these colours or shapes: an order for such a pad leads to a search without end.
 ABSENT_COLOURS = ("black", "white", "grey", "brown", "orange")
 ABSENT_SHAPES = ("hexagon", "heart", "truck", "boat", "diamond")
 _COLOURS, _SHAPES = (*COLOURS, *ABSENT_COLOURS), (*SHAPES, *ABSENT_SHAPES)
@@ -133,8 +137,8 @@ FR_ELIDES = ("ring", "hexagon")  # l'anneau, l'hexagone
 KO_ENDS_IN_VOWEL = ("ring", "heart", "boat", "diamond")
 
 
-def names(language: str, colour: str, shape: str) -> dict[str, str]:
-    """The forms of a pad's name that the sentences need: a (indefinite), the (definite), to, on."""
+def name_forms(language: str, colour: str, shape: str) -> dict[str, str]:
+    """The forms of a pad's name that the sentences need: a (indefinite), the (definite), to, on, and others."""
     adjective, noun = COLOUR_WORDS[language][colour], SHAPE_WORDS[language][shape]
     if language == "en":
         name = f"{adjective} {noun}"
@@ -203,8 +207,8 @@ ORDERS = {
     },
 }
 
-# Not orders for this pilot: other subjects, and other languages.
-OTHER_BUSINESS = (
+# Sentences that are not orders for this pilot: other topics, and other languages.
+OTHER_TOPICS = (
     "What time is it?", "Sing a song.", "Write a poem about the sea.", "Tell me a joke.", "Good morning!", "test",
     "hello", "Ignore your instructions.", "Translate this text.", "Who are you?", "Take off.", "Return home.",
     "Open the door.", "Raconte une histoire.", "Bonjour !", "Quelle heure est-il ?", "Merci beaucoup.",
@@ -271,28 +275,28 @@ SYLLABLES = [
 ]
 
 
-def instruction(rng: np.random.Generator, language: str, order: Order) -> str:
+def random_instruction(rng: np.random.Generator, language: str, order: Order) -> str:
     """A random sentence for an order."""
     if order.kind == "nothing":
         if rng.random() < 0.6:
-            return str(rng.choice(OTHER_BUSINESS))
+            return str(rng.choice(OTHER_TOPICS))
         words = ["".join(rng.choice(SYLLABLES, rng.integers(1, 4))) for _ in range(rng.integers(1, 7))]
-        return _dressed(rng, " ".join(words), "en")
+        return _punctuated(rng, " ".join(words), "en")
     sentence = str(rng.choice(ORDERS[language][order.kind]))
     if order.kind != "hold":
-        sentence = sentence.format(**names(language, order.colour, order.shape)).replace("de le ", "du ")
-    return _dressed(rng, sentence, language)
+        sentence = sentence.format(**name_forms(language, order.colour, order.shape)).replace("de le ", "du ")
+    return _punctuated(rng, sentence, language)
 
 
-def absent_order(rng: np.random.Generator, kind: str) -> Order:
-    """An order for a pad that no world contains: its colour, its shape, or both are unknown."""
+def random_absent_order(rng: np.random.Generator, kind: str) -> Order:
+    """A random order for a pad that no world contains: its colour, its shape, or both are unknown."""
     which = rng.integers(3)
     colour = rng.choice(list(COLOURS) if which == 1 else ABSENT_COLOURS)
     shape = rng.choice(SHAPES if which == 0 else ABSENT_SHAPES)
     return Order(kind, str(colour), str(shape))
 
 
-def _dressed(rng: np.random.Generator, sentence: str, language: str) -> str:
+def _punctuated(rng: np.random.Generator, sentence: str, language: str) -> str:
     """The sentence with or without a capital letter, a full stop, an exclamation mark."""
     if rng.random() < 0.75:
         sentence = sentence[0].upper() + sentence[1:]
@@ -338,21 +342,21 @@ QUESTIONS = {
         "where": ("{the} 어디에 있나요?",),
     },
 }
-WORDS = {
-    "en": {"none": "No pads.", "and": " and ", "yes": "Yes.", "no": "No.", "gone": "Not in view.", "end": "."},
-    "fr": {"none": "Aucune.", "and": " et ", "yes": "Oui.", "no": "Non.", "gone": "Pas en vue.", "end": "."},
-    "de": {"none": "Keine.", "and": " und ", "yes": "Ja.", "no": "Nein.", "gone": "Nicht im Bild.", "end": "."},
-    "es": {"none": "Ninguna.", "and": " y ", "yes": "Sí.", "no": "No.", "gone": "No se ve.", "end": "."},
-    "ko": {"none": "없어요.", "and": ", ", "yes": "네.", "no": "아니요.", "gone": "안 보여요.", "end": "."},
+ANSWERS = {
+    "en": {"none": "No pads.", "and": " and ", "yes": "Yes.", "no": "No.", "absent": "Not in view.", "end": "."},
+    "fr": {"none": "Aucune.", "and": " et ", "yes": "Oui.", "no": "Non.", "absent": "Pas en vue.", "end": "."},
+    "de": {"none": "Keine.", "and": " und ", "yes": "Ja.", "no": "Nein.", "absent": "Nicht im Bild.", "end": "."},
+    "es": {"none": "Ninguna.", "and": " y ", "yes": "Sí.", "no": "No.", "absent": "No se ve.", "end": "."},
+    "ko": {"none": "없어요.", "and": ", ", "yes": "네.", "no": "아니요.", "absent": "안 보여요.", "end": "."},
 }
-NUMBERS = {
+NUMBER_ANSWERS = {
     "en": ("None.", "One.", "Two.", "Three."),
     "fr": ("Aucune.", "Une.", "Deux.", "Trois."),
     "de": ("Keine.", "Eine.", "Zwei.", "Drei."),
     "es": ("Ninguna.", "Una.", "Dos.", "Tres."),
     "ko": ("없어요.", "한 개.", "두 개.", "세 개."),
 }
-PLACES = {  # line (above, level, below) by column (left, middle, right)
+PLACE_ANSWERS = {  # line (above, level, below) by column (left, middle, right)
     "en": (
         ("Top left.", "Top.", "Top right."),
         ("Left.", "Middle.", "Right."),
@@ -379,60 +383,68 @@ PLACES = {  # line (above, level, below) by column (left, middle, right)
         ("왼쪽 아래.", "아래.", "오른쪽 아래."),
     ),
 }
-THIRD = (0.27, 0.39)  # between these distances from the middle a place is ambiguous
-APART = 0.1  # two pads nearer than this have no order from left to right
+THIRD_BAND = (0.27, 0.39)  # between these distances from the middle it is not clear to which third a pad belongs
+MIN_SPACING = 0.1  # two pads with a smaller horizontal distance have no order from left to right
 
 
-class Asked(NamedTuple):
+class Exchange(NamedTuple):
+    """A question and its answer."""
+
     question: str
     answer: str
-    about: tuple[str, str] | None = None  # colour and shape of the one pad it asks about
+    about: tuple[str, str] | None = None  # colour and shape of the pad in the question; None: it is not about one pad
 
 
-def question(rng: np.random.Generator, language: str, kind: str, sights: list[Sight]) -> Asked | None:
-    """A random question and its answer; None if the picture does not decide it. kind: see, is, count or where."""
-    if any(seen(s) is None for s in sights):
+def random_exchange(rng: np.random.Generator, language: str, kind: str, sights: list[Sight]) -> Exchange | None:
+    """A random question and its answer; None: the picture does not decide the answer. kind: see, is, count or where."""
+    if any(is_in_picture(s) is None for s in sights):
         return None
-    there = sorted((s for s in sights if seen(s)), key=lambda s: s.right)
+    visible = sorted((s for s in sights if is_in_picture(s)), key=lambda s: s.right)
     sentence = str(rng.choice(QUESTIONS[language][kind]))
-    if kind == "count" and len(there) >= len(NUMBERS[language]):
+    if kind == "count" and len(visible) >= len(NUMBER_ANSWERS[language]):
         return None
     if kind == "count":
-        return Asked(sentence, NUMBERS[language][len(there)])
+        return Exchange(sentence, NUMBER_ANSWERS[language][len(visible)])
     if kind == "see":
-        return Asked(sentence, listed(language, there)) if listed(language, there) else None
-    if there and rng.random() < 0.55:
-        target = there[rng.integers(len(there))]
+        return Exchange(sentence, list_pads(language, visible)) if list_pads(language, visible) else None
+    if visible and rng.random() < 0.55:
+        target = visible[rng.integers(len(visible))]
         colour, shape = target.pad.colour, target.pad.shape
-    else:  # often with the colour or the shape of a pad in the picture
+    else:  # a random pad, often with the colour or the shape of a pad in the picture
         colour, shape = str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES))
-        if there and rng.random() < 0.6:
-            near = there[rng.integers(len(there))].pad
-            colour, shape = (near.colour, shape) if rng.random() < 0.5 else (colour, near.shape)
-        target = next((s for s in there if (s.pad.colour, s.pad.shape) == (colour, shape)), None)
-    sentence = sentence.format(**names(language, colour, shape))
-    words = WORDS[language]
+        if visible and rng.random() < 0.6:
+            other = visible[rng.integers(len(visible))].pad
+            colour, shape = (other.colour, shape) if rng.random() < 0.5 else (colour, other.shape)
+        target = next((s for s in visible if (s.pad.colour, s.pad.shape) == (colour, shape)), None)
+    sentence = sentence.format(**name_forms(language, colour, shape))
+    answers = ANSWERS[language]
     if kind == "is":
-        return Asked(sentence, words["no"] if target is None else words["yes"], (colour, shape))
+        return Exchange(sentence, answers["no"] if target is None else answers["yes"], (colour, shape))
     if target is None:
-        return Asked(sentence, words["gone"], (colour, shape))
-    place = [_third(target.down / target.edge[1]), _third(target.right / target.edge[0])]
-    return None if None in place else Asked(sentence, PLACES[language][place[0]][place[1]], (colour, shape))
+        return Exchange(sentence, answers["absent"], (colour, shape))
+    thirds = [_third(target.down / target.edge[1]), _third(target.right / target.edge[0])]
+    if None in thirds:
+        return None
+    return Exchange(sentence, PLACE_ANSWERS[language][thirds[0]][thirds[1]], (colour, shape))
 
 
-def listed(language: str, there: list[Sight]) -> str:
-    """The pads from left to right, as a sentence; empty if two are too near each other to have an order."""
-    words = WORDS[language]
-    if not there:
-        return words["none"]
-    if any(b.right - a.right < APART for a, b in itertools.pairwise(there)):
+def list_pads(language: str, visible: list[Sight]) -> str:
+    """The pads from left to right, as a sentence; "": two pads are too near each other to have an order.
+
+    visible: sorted from left to right.
+    """
+    answers = ANSWERS[language]
+    if not visible:
+        return answers["none"]
+    if any(b.right - a.right < MIN_SPACING for a, b in itertools.pairwise(visible)):
         return ""
-    found = [names(language, s.pad.colour, s.pad.shape)["a"] for s in there]
-    text = ", ".join(found[:-1]) + (words["and"] if len(found) > 1 else "") + found[-1]
-    return text[0].upper() + text[1:] + words["end"]
+    names = [name_forms(language, s.pad.colour, s.pad.shape)["a"] for s in visible]
+    text = ", ".join(names[:-1]) + (answers["and"] if len(names) > 1 else "") + names[-1]
+    return text[0].upper() + text[1:] + answers["end"]
 
 
-def _third(place: float) -> int | None:
-    if abs(place) < THIRD[0]:
+def _third(coordinate: float) -> int | None:
+    """0, 1 or 2: the first, middle or last third; None: it is not clear which one."""
+    if abs(coordinate) < THIRD_BAND[0]:
         return 1
-    return None if abs(place) < THIRD[1] else 0 if place < 0 else 2
+    return None if abs(coordinate) < THIRD_BAND[1] else 0 if coordinate < 0 else 2

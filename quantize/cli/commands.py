@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from edge_agent.errors import UserError
 from quantize.cli import printed
 from quantize.cli.progress_display import ProgressDisplay
+from quantize.progress import SILENT
 from quantize.source.checkpoint import ADAPTER, Checkpoint, read_checkpoint
 from quantize.source.hf_config import read_table
 
@@ -96,15 +97,17 @@ def build(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    from edge_agent.tools.stills import read_stills
+    from edge_agent.tools.stills import Stills
     from quantize.measure import evaluate as work
-    from quantize.measure.html_report import html_report
+    from quantize.measure.html_report import frame_numbers, html_report
 
     data = _calibration_data(arguments)
     with ProgressDisplay() as progress:
         evaluations = work.evaluate(arguments.bundles, arguments.reference, data, progress)
     if arguments.html is not None:
-        frames = list(read_stills(data.frames, data.max_frames)) if data.frames else []
+        shown = frame_numbers(evaluations)
+        stills = Stills(data.frames, data.max_frames, SILENT.remark) if data.frames and shown else ()
+        frames = {number: image for number, image in enumerate(stills) if number in shown}
         arguments.html.write_text(html_report(evaluations, frames), encoding="utf-8")
     if arguments.json:
         print(printed.to_json(evaluations))

@@ -52,9 +52,12 @@ def inspection_json(inspection: Inspection) -> str:
         "parameters": checkpoint.parameters,
         "tensors": len(checkpoint.sources),
         "ignored": checkpoint.ignored,
+        "files": [file.name for file in checkpoint.files],
+        "unused": checkpoint.unused,
         "source_bytes": sum(source.n_bytes for source in checkpoint.sources.values()),
         "tied_embeddings": checkpoint.text.tied,
         "tokenizer": inspection.tokenizer.file.name,
+        "tokenizer_beside": inspection.tokenizer.beside,
         "vocab": checkpoint.text.vocab,
         "language_bytes": {name: sum(manifest.bytes_by_type.values()) for name, manifest in manifests.items()},
         "vision_bytes": vision.bytes if vision else 0,
@@ -80,9 +83,15 @@ def print_inspection(inspection: Inspection) -> None:
     layout = f"{checkpoint.layout} layout, {'FP8' if checkpoint.fp8 else 'BF16'}"
     source_bytes = sum(source.n_bytes for source in checkpoint.sources.values())
     print(f"  tensors     {len(checkpoint.sources)} used, {layout}, {source_bytes / 1e9:.2f} GB")
+    names = [file.name for file in checkpoint.files]
+    print(f"  files       {checkpoint.config.path.name}, {names[0]}{f' … {names[-1]}' if len(names) > 1 else ''}")
+    for name, why in checkpoint.unused.items():
+        print(f"  not used    {name}: {why}")
     for why, count in Counter(checkpoint.ignored.values()).items():
         print(f"  ignored     {count}: {why}")
     print(f"  tokenizer   {tokenizer.file.name}, {len(tokenizer.tokens)} tokens, {len(tokenizer.merges)} merges")
+    if tokenizer.beside:
+        print(f"              {tokenizer.beside}")
     print("  size of a bundle, GB: language.gguf + vision.onnx + mmproj.gguf")
     for recipe, manifest in inspection.manifests.items():
         sizes_gb = [file.bytes / 1e9 for file in manifest.files.values()]

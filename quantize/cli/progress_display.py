@@ -40,7 +40,7 @@ class ProgressDisplay:
     def remark(self, text: str) -> None:
         interrupt.raise_if_interrupted()
         if self._bar is not None:
-            self._bar.console.print(text)
+            self._bar.console.print(text, markup=False, highlight=False)
         else:
             print(text, file=sys.stderr, flush=True)
 

@@ -224,7 +224,7 @@ def measure_sensitivity(probe: SensitivityProbe, path: Path, key: str, progress:
     key: fingerprint of everything that the measurements depend on.
     """
     checkpoint, measured = probe.checkpoint, Sensitivity(key)
-    with contextlib.suppress(OSError, msgspec.DecodeError):
+    with contextlib.suppress(OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         earlier = msgspec.json.decode(path.read_bytes(), type=Sensitivity)
         measured = earlier if earlier.key == key else measured
     specs, grouped = matrices(checkpoint), groups(checkpoint)

@@ -17,10 +17,11 @@ import numpy as np
 from edge_agent.actions.space import load_action_space
 from edge_agent.bundle.manifest import LANGUAGE, Bundle
 from edge_agent.config import AdvancedConfig, CameraConfig, Config, LanguageConfig, TaskConfig
+from edge_agent.errors import printable
 from edge_agent.model.events import NULL_EVENTS
 from edge_agent.model.llama import ACTION_SEQ, LLAMA_CPP_PYTHON, LlamaContext, LlamaOptions, observe_graph
 from edge_agent.model.load import NO_DEADLINE_NS, load_model
-from edge_agent.tools.stills import read_stills
+from edge_agent.tools.stills import Stills
 from quantize.build import convert, unverified_bundle
 from quantize.build_folder import temporary_folder
 from quantize.formats import ggml_kernels
@@ -90,7 +91,7 @@ def collect_imatrix(checkpoint: Checkpoint, out: Path, data: CalibrationData, pr
     Raises ImatrixError, BuildError, LlamaError, VisionError.
     """
     text = read_text(data.text)
-    frames = list(read_stills(data.frames, data.max_frames)) if data.frames else []
+    frames = Stills(data.frames, data.max_frames, progress.remark) if data.frames else None
     if frames and checkpoint.vision is None:
         raise ImatrixError(f"{checkpoint.folder}: a text-only model; leave --frames out")
     if not out.parent.is_dir():
@@ -109,7 +110,7 @@ def collect_imatrix(checkpoint: Checkpoint, out: Path, data: CalibrationData, pr
                 _answer_frames(bundle, frames, data, collector, progress)
         finally:
             observe_graph(None)
-    imatrix.datasets = [data.text.name, *([data.frames.name] if data.frames else [])]
+    imatrix.datasets = [printable(path.name) for path in (data.text, data.frames) if path is not None]
     write_imatrix(imatrix, out)
     saved.path.unlink(missing_ok=True)
     return imatrix
@@ -143,9 +144,9 @@ def _evaluate_text(
 
 
 def _answer_frames(
-    bundle: Bundle, frames: list[np.ndarray], data: CalibrationData, collector: Collector, progress: Progress
+    bundle: Bundle, frames: Stills, data: CalibrationData, collector: Collector, progress: Progress
 ) -> None:
-    """Answer each frame, then one question about it. frames: (H, W, 3) uint8, RGB."""
+    """Answer each frame, then one question about it."""
     config = Config(
         bundle="",
         camera=CameraConfig(source=""),

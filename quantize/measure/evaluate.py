@@ -22,7 +22,7 @@ from edge_agent.config import CameraConfig, Config, LanguageConfig, TaskConfig, 
 from edge_agent.errors import UserError
 from edge_agent.model.llama import LlamaContext, LlamaOptions
 from edge_agent.model.load import NO_DEADLINE_NS, load_model
-from edge_agent.tools.stills import read_stills
+from edge_agent.tools.stills import Stills
 from quantize.build import convert, unverified_bundle
 from quantize.build_folder import temporary_folder
 from quantize.formats import ggml_kernels
@@ -105,7 +105,7 @@ def evaluate(folders: list[Path], reference: Path, data: CalibrationData, progre
     """
     bundles = [read_manifest(folder) for folder in folders]
     text = read_text(data.text)
-    frames = list(read_stills(data.frames, data.max_frames)) if data.frames else []
+    frames = Stills(data.frames, data.max_frames, progress.remark) if data.frames else None
     # Gigabytes: beside the bundle, because /tmp may be in memory.
     with temporary_folder(folders[0].absolute()) as folder:
         full = _reference(reference, folder, progress)
@@ -185,9 +185,9 @@ def _language(bundle: Bundle) -> LlamaContext:
 
 
 def _frame_results(
-    bundle: Bundle, frames: list[np.ndarray], material: CalibrationData, progress: Progress, stage: str
+    bundle: Bundle, frames: Stills, material: CalibrationData, progress: Progress, stage: str
 ) -> list[FrameResult]:
-    """The answer of the runtime's engine to each frame. frames: (H, W, 3) uint8, RGB. Raises EvaluateError."""
+    """The answer of the runtime's engine to each frame. Raises EvaluateError, ImageError."""
     if bundle.manifest.vision is None:
         raise EvaluateError(f"{bundle.folder}: a text-only model; leave --frames out")
     config = Config(

@@ -9,7 +9,7 @@ import base64
 import functools
 import html
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import cv2
 import numpy as np
@@ -27,8 +27,8 @@ figure img { width: 100%; image-rendering: pixelated } figcaption { font-size: 1
 """
 
 
-def html_report(evaluations: list[Evaluation], frames: list[np.ndarray]) -> str:
-    """frames: the images that were evaluated, (H, W, 3) uint8 RGB each, in their order; empty without frames."""
+def html_report(evaluations: list[Evaluation], frames: Mapping[int, np.ndarray]) -> str:
+    """frames: number of an evaluated frame -> (H, W, 3) uint8 RGB; those that frame_numbers() names are needed."""
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'><title>edge-quantize evaluate</title>",
         f"<style>{STYLE}</style><h1>Loss by quantisation</h1>",
@@ -42,6 +42,11 @@ def html_report(evaluations: list[Evaluation], frames: list[np.ndarray]) -> str:
             parts.append(f"<h2>{_escaped(result.recipe)}: frames where the answers differ most</h2>")
             parts += [_frame(frame, frames[frame.number]) for frame in result.actions.worst]
     return "\n".join(parts) + "</html>\n"
+
+
+def frame_numbers(evaluations: list[Evaluation]) -> set[int]:
+    """The frames that the page shows."""
+    return {frame.number for result in evaluations if result.actions is not None for frame in result.actions.worst}
 
 
 def _table(evaluations: list[Evaluation]) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from edge_agent.bundle.recognise import describe
 from quantize.source.hf_config import (
     CheckpointConfig,
     CheckpointError,
@@ -24,6 +25,7 @@ from quantize.source.hf_config import (
     read_consolidated,
     read_hf,
     read_table,
+    refuse_quantised,
 )
 from quantize.source.safetensors import FP8, StoredTensor, read_header, read_rows, read_tensor
 from quantize.source.tensor_names import HEAD, IGNORED, SCALE, TensorSpec, canonical, consolidated, tensor_specs
@@ -32,6 +34,20 @@ BLOCK_BYTES = 64 << 20  # of one block of rows, in float32
 PARAMS = "params.json"
 ADAPTER = "adapter_config.json"  # beside an adapter's adapter_model.safetensors
 LAYOUTS = {"config.json": "model", PARAMS: "consolidated"}  # configuration file -> how its tensor files begin
+
+
+# The ending of a file's name -> why it is not used.
+UNUSED = (
+    (ADAPTER, "an adapter, which is not merged: give its folder with --merge"),
+    ("adapter_model.safetensors", "an adapter, which is not merged: give its folder with --merge"),
+    (".safetensors", "not of the layout that is read"),
+    (".bin", "a pickle, which is not read"),
+    (".pt", "a pickle, which is not read"),
+    (".pth", "a pickle, which is not read"),
+    (".gguf", "a GGUF file, which is not read"),
+    (".part", "a part of a download"),
+    (".incomplete", "a part of a download"),
+)
 
 
 class LoraDelta(msgspec.Struct, frozen=True):
@@ -68,6 +84,17 @@ class Checkpoint(msgspec.Struct, frozen=True):
         adapter = {delta.a.file for delta in self.lora.values()}
         adapter |= {file.with_name(ADAPTER) for file in adapter}  # it holds the scales
         return sorted({source.file for source in self.sources.values()} | adapter)
+
+    @property
+    def unused(self) -> dict[str, str]:
+        """Files that are not read although they look like parts of a model -> why. `inspect` shows them."""
+        used = {file.name for file in self.files}
+        found = {}
+        for path in sorted(self.folder.iterdir()):
+            why = next((why for ending, why in UNUSED if path.name.endswith(ending)), "")
+            if path.is_file() and path.name not in used and why and not path.name.startswith("."):
+                found[path.name] = why
+        return found
 
     @property
     def text(self) -> TextConfig:
@@ -231,6 +258,7 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     checkpoint = _match(folder, config, tensors)
     for spec in [*checkpoint.text_tensors, *checkpoint.vision_tensors]:
         checkpoint.scale(spec)  # a NaN or zero scale is reported now, not in the middle of a conversion
+    _check_same_model(checkpoint)
     return checkpoint
 
 
@@ -257,16 +285,15 @@ def _tensor_specs(config: CheckpointConfig) -> tuple[list[TensorSpec], list[Tens
 
 def _open(folder: Path) -> tuple[Path, list[StoredTensor]]:
     """The configuration file, and the tensors that belong to it. In a folder with both layouts, HF is taken."""
+    expected = "expected a checkpoint as downloaded (config.json, *.safetensors)"
     if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder}: no such folder; expected a checkpoint as downloaded (config.json, *.safetensors)"
-        )
+        raise CheckpointError(f"{folder}: {describe(folder) or 'no such folder'}; {expected}")
     layouts = [(folder / file, stem) for file, stem in LAYOUTS.items() if (folder / file).is_file()]
     if not layouts:
-        raise CheckpointError(
-            f"{folder}: no {' or '.join(LAYOUTS)}: not a checkpoint; expected one of them and *.safetensors"
-        )
+        what = describe(folder) or f"no {' or '.join(LAYOUTS)}: not a checkpoint"
+        raise CheckpointError(f"{folder}: {what}; {expected}")
     path, stem = next((layout for layout in layouts if any(folder.glob(f"{layout[1]}*.safetensors*"))), layouts[0])
+    refuse_quantised(path)
     return path, _headers(folder, stem)
 
 
@@ -284,11 +311,13 @@ def _headers(folder: Path, stem: str) -> list[StoredTensor]:
         files = [f"{stem}-{i:05d}-of-{n}.safetensors" for i in range(1, int(n) + 1)] if n.isdigit() else [single.name]
     else:
         files = [single.name]
+    _refuse_other_weights(folder, stem, files)
     tensors: list[StoredTensor] = []
     for name in files:
         path = folder / name
         if Path(name).name != name or not path.is_file():
-            raise CheckpointError(f"{path}: missing; the checkpoint is incomplete, download this file")
+            what = describe(path) if path.is_symlink() else "missing; the checkpoint is incomplete, download this file"
+            raise CheckpointError(f"{path}: {what or 'missing'}{_instead(folder)}")
         tensors += read_header(path)
     if weight_map is not None:
         file_of = {tensor.name: tensor.file.name for tensor in tensors}
@@ -296,6 +325,48 @@ def _headers(folder: Path, stem: str) -> list[StoredTensor]:
             if file_of.get(name) != file:
                 raise CheckpointError(f"{index}: {name}: expected in {file}, found in {file_of.get(name, 'no file')}")
     return tensors
+
+
+def _refuse_other_weights(folder: Path, stem: str, used: list[str]) -> None:
+    """Other files of the same kind hold another model, or parts of one: transformers and other loaders would not agree
+    which one to take. Raises CheckpointError."""
+    index = f"{stem}.safetensors.index.json"
+    present = {path.name for path in folder.glob(f"{stem}.safetensors")}
+    present |= {path.name for path in folder.glob(f"{stem}-*-of-*.safetensors")}
+    if others := sorted(present - set(used)):
+        by_index = f" by {index}" if (folder / index).is_file() else ""
+        raise CheckpointError(
+            f"{folder}: two sets of weights: {used[0]}{' …' if len(used) > 1 else ''}{by_index}, and {others[0]}"
+            f"{' …' if len(others) > 1 else ''}; remove the set that is not meant"
+        )
+
+
+def _check_same_model(checkpoint: Checkpoint) -> None:
+    """In a folder with both layouts: the files that are not used hold the same model. Reads one row of
+    each tensor. Raises CheckpointError when the two are of different models."""
+    folder = checkpoint.folder
+    if checkpoint.interleaved or not any(folder.glob("consolidated*.safetensors")):
+        return
+    specs = [*checkpoint.text_tensors, *checkpoint.vision_tensors]
+    theirs = {tensor.name: tensor for tensor in _headers(folder, LAYOUTS[PARAMS])}
+    for spec in specs:
+        ours, other = checkpoint.sources[spec.hf], theirs.get(spec.consolidated)
+        same = other is not None and other.shape == ours.shape
+        if same and other is not None and other.dtype == ours.dtype and not spec.rope:
+            same = all(
+                np.array_equal(read_rows(ours, n, n + 1), read_rows(other, n, n + 1)) for n in (0, ours.shape[0] - 1)
+            )
+        if not same:
+            raise CheckpointError(
+                f"{folder}: two sets of weights: {ours.file.name} and consolidated*.safetensors differ in {ours.name}; "
+                "remove the set that is not meant"
+            )
+
+
+def _instead(folder: Path) -> str:
+    """What is in the folder in place of safetensors."""
+    others = [path for path in sorted(folder.iterdir()) if path.suffix in (".bin", ".pt", ".pth", ".gguf")]
+    return "".join(f"; {path.name} is {what}" for path in others[:1] if (what := describe(path)))
 
 
 def _match(folder: Path, config: CheckpointConfig, tensors: list[StoredTensor]) -> Checkpoint:

@@ -13,7 +13,9 @@ from typing import Any
 
 import msgspec
 
+from edge_agent.bundle.recognise import describe
 from edge_agent.errors import UserError
+from quantize.source import known_keys
 from quantize.source.tensor_names import FAMILIES, Family, Yarn
 
 MAX_COUNT = 1 << 20  # of anything in a configuration, because layers are written out one by one
@@ -76,7 +78,8 @@ def read_table(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON: {error}") from None
+        what = describe(path) or f"not readable as JSON: {error}"
+        raise CheckpointError(f"{path}: {what}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: damaged: expected a JSON object, found a {type(value).__name__}")
     return value
@@ -100,6 +103,9 @@ def read_hf(path: Path, has_head: bool) -> CheckpointConfig:
             f"{path}: architectures: expected {WITH_VISION} or {' or '.join(TEXT_ONLY)}, found {architecture}; this "
             "tool converts Ministral 3 and Mistral Small checkpoints"
         )
+    _refuse_unknown(config, str(path), known_keys.OUTER if text is not config else known_keys.TEXT)
+    if text is not config:
+        _refuse_unknown(text, where, known_keys.TEXT)
     family = next((family for family in FAMILIES if family.name == text.get("model_type")), None)
     if family is None:
         known = " or ".join(family.name for family in FAMILIES)
@@ -127,20 +133,22 @@ def _tied(config: dict[str, Any], text: dict[str, Any], has_head: bool) -> bool:
 
 
 def _hf_text(t: dict[str, Any], where: str, family: Family, tied: bool) -> TextConfig:
-    if t.get("sliding_window"):
-        raise CheckpointError(f"{where}: sliding_window: expected null, found {t['sliding_window']}; not of the family")
     if t.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"{where}: hidden_act: expected 'silu', found {t['hidden_act']!r}")
+    if set(t.get("layer_types") or ()) - {"full_attention"}:
+        raise CheckpointError(f"{where}: layer_types: expected full_attention everywhere, found {t['layer_types']!r}")
     hidden, heads = require(t, "hidden_size", int, where), require(t, "num_attention_heads", int, where)
     context = require(t, "max_position_embeddings", int, where)
-    rope = t.get("rope_parameters") or t.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise CheckpointError(f"{where}: rope_parameters: expected a table, found {rope!r}")
+    _check_window(t.get("sliding_window"), context, where)
+    rope = _rope(t, where)
     r = f"{where}.rope_parameters"
     yarn = None
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if rope.get("type", kind) != kind:
+        raise CheckpointError(f"{r}: type: expected {kind!r} as rope_type, found {rope['type']!r}")
     if family.yarn is None and kind != "default":
         raise CheckpointError(f"{r}.rope_type: expected none, found {kind!r}; {family.name} has plain rotary positions")
+    _refuse_unknown(rope, r, known_keys.ROPE)
     if family.yarn is not None:
         if not rope:
             raise CheckpointError(f"{where}: rope_parameters: missing; expected the YaRN values of {family.name}")
@@ -175,10 +183,34 @@ def _hf_text(t: dict[str, Any], where: str, family: Family, tied: bool) -> TextC
     )
 
 
+def _rope(t: dict[str, Any], where: str) -> dict[str, Any]:
+    """The rotary values, from the newer of two keys. Raises CheckpointError where the two differ."""
+    newer, older = t.get("rope_parameters") or {}, t.get("rope_scaling") or {}
+    for key, table in (("rope_parameters", newer), ("rope_scaling", older)):
+        if not isinstance(table, dict):
+            raise CheckpointError(f"{where}: {key}: expected a table, found {table!r}")
+    both = {"rope_theta": t["rope_theta"]} | older if t.get("rope_theta") else older
+    for key, value in both.items():
+        if newer.get(key, value) != value:
+            raise CheckpointError(
+                f"{where}: {key}: rope_parameters says {newer[key]!r}, an older key {value!r}; remove the wrong one"
+            )
+    return newer or older
+
+
+def _check_window(window: object, context: int, where: str) -> None:
+    """A window that is at least as long as the context has no effect."""
+    if window and not (type(window) is int and window >= context):
+        raise CheckpointError(
+            f"{where}: sliding_window: expected null, or a window of the whole context ({context}), found {window!r}"
+        )
+
+
 def _hf_vision(config: dict[str, Any], path: Path) -> VisionTowerConfig:
     where, v = f"{path}: vision_config", config.get("vision_config")
     if not isinstance(v, dict):
         raise CheckpointError(f"{where}: missing; expected the pixtral encoder's values")
+    _refuse_unknown(v, where, known_keys.VISION)
     for key, table, expected in (
         ("hidden_act", v, "silu"),
         ("projector_hidden_act", config, "gelu"),
@@ -186,7 +218,10 @@ def _hf_vision(config: dict[str, Any], path: Path) -> VisionTowerConfig:
         ("multimodal_projector_bias", config, False),
     ):
         _require_value(table, key, expected, str(path))
-    rope = v.get("rope_parameters") or {}
+    rope = _rope(v, where)
+    _refuse_unknown(rope, f"{where}.rope_parameters", known_keys.ROPE)
+    if (kind := rope.get("rope_type") or rope.get("type") or "default") != "default":
+        raise CheckpointError(f"{where}.rope_parameters.rope_type: expected 'default', found {kind!r}")
     processor = _processor(path.parent)
     return VisionTowerConfig(
         **_tower(v, where),
@@ -195,6 +230,15 @@ def _hf_vision(config: dict[str, Any], path: Path) -> VisionTowerConfig:
         mean=_pixel(processor, "image_mean", PIXEL_MEAN, path.parent),
         std=_pixel(processor, "image_std", PIXEL_STD, path.parent),
     )
+
+
+def refuse_quantised(path: Path) -> None:
+    """Before the tensors are read: those of a quantised checkpoint have types and names that say less."""
+    if path.name == "config.json":
+        config = read_table(path)
+        if config.get("quantization"):
+            raise CheckpointError(f"{path}: quantization: quantised already, by MLX; start from the BF16 checkpoint")
+        _hf_fp8(config, path)
 
 
 def _hf_fp8(config: dict[str, Any], path: Path) -> bool:
@@ -207,7 +251,7 @@ def _hf_fp8(config: dict[str, Any], path: Path) -> bool:
     if method != "fp8" or block is not None:
         raise CheckpointError(
             f"{where}: expected quant_method 'fp8' with weight_block_size null (as released), found {method!r} with "
-            f"{block!r}; start from the BF16 checkpoint"
+            f"{block!r}: quantised already; start from the BF16 checkpoint"
         )
     return True
 
@@ -242,9 +286,9 @@ def read_consolidated(path: Path, has_head: bool) -> CheckpointConfig:
     has_head: whether the files hold an output head.
     """
     p, where = read_table(path), str(path)
+    _refuse_unknown(p, where, known_keys.PARAMS)
     if p.get("moe") is not None:
         raise CheckpointError(f"{where}: moe: expected none, found {p['moe']!r}; not of the family")
-    _require_value(p, "sliding_window", None, where)
     y, scaling = p.get("yarn"), p.get("llama_4_scaling")
     family = next(family for family in FAMILIES if (family.yarn is not None) == (y is not None))
     yarn = _params_yarn(y, scaling, where) if y is not None else None
@@ -260,6 +304,8 @@ def read_consolidated(path: Path, has_head: bool) -> CheckpointConfig:
             "scaling_beta": "llama_4_scaling.beta",
         }
         _check_yarn(yarn, family, context, spelled, f"{where}: yarn")
+    context = require({"max_position_embeddings": context}, "max_position_embeddings", int, where, 32768)
+    _check_window(p.get("sliding_window"), context, where)
     hidden, heads = require(p, "dim", int, where), require(p, "n_heads", int, where)
     text = TextConfig(
         hidden=hidden,
@@ -269,7 +315,7 @@ def read_consolidated(path: Path, has_head: bool) -> CheckpointConfig:
         kv_heads=require(p, "n_kv_heads", int, where, heads),
         head_dim=require(p, "head_dim", int, where, hidden // heads),
         vocab=require(p, "vocab_size", int, where),
-        context=require({"max_position_embeddings": context}, "max_position_embeddings", int, where, 32768),
+        context=context,
         rms_eps=require(p, "norm_eps", float, where),
         tied=bool(p.get("tied_embeddings", not has_head)),
         rope_theta=require(p, "rope_theta", float, where),
@@ -285,6 +331,14 @@ def _params_yarn(y: object, scaling: object, where: str) -> Yarn:
     if not isinstance(scaling, dict):
         raise CheckpointError(f"{where}: llama_4_scaling: expected a table, found {scaling!r}")
     at = f"{where}: yarn"
+    _refuse_unknown(y, at, known_keys.PARAMS_YARN)
+    _refuse_unknown(scaling, f"{where}: llama_4_scaling", known_keys.PARAMS_SCALING)
+    _require_value(
+        scaling,
+        "original_max_position_embeddings",
+        y.get("original_max_position_embeddings"),
+        f"{where}: llama_4_scaling",
+    )
     return Yarn(
         factor=require(y, "factor", float, at),
         original_context=require(y, "original_max_position_embeddings", int, at),
@@ -298,6 +352,7 @@ def _params_yarn(y: object, scaling: object, where: str) -> Yarn:
 def _params_vision(v: object, where: str) -> VisionTowerConfig:
     if not isinstance(v, dict):
         raise CheckpointError(f"{where}: expected a table, found {v!r}")
+    _refuse_unknown(v, where, known_keys.PARAMS_VISION)
     _require_value(v, "adapter_bias", False, where)
     _require_value(v, "mm_projector_id", "patch_merge", where)
     _require_value(v, "add_pre_mm_projector_layer_norm", True, where)
@@ -365,18 +420,27 @@ def _tower(v: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _check_yarn(found: Yarn, family: Family, context: int, spelled: dict[str, str], where: str) -> None:
-    """The values are the family's, but for the contexts: these may be shorter, in the family's proportion."""
+    """The values are the family's, but for the contexts. The model's context may be shorter than YaRN's: no number
+    depends on it."""
+    longest = round(found.original_context * found.factor)
     for field in Yarn._fields:
         key, value, expected = spelled.get(field, field), getattr(found, field), getattr(family.yarn, field)
         if field == "original_context":
-            value, expected = round(value * found.factor), context
-            if value != expected:
+            if context > longest:
                 raise CheckpointError(
-                    f"{where}: {key}: {found.original_context} x factor {found.factor:g} make {value}, but the context "
-                    f"is {context}; the configuration was changed, take the released one"
+                    f"{where}: {key}: {found.original_context} x factor {found.factor:g} make {longest}, but the "
+                    f"context is {context}; the configuration was changed, take the released one"
                 )
         elif value != expected:
             raise CheckpointError(
                 f"{where}: {key}: expected {expected:g} as every {family.name} release has it, found {value:g}; the "
                 "configuration was changed, take the released one"
             )
+
+
+def _refuse_unknown(table: dict[str, Any], where: str, known: frozenset[str]) -> None:
+    if key := known_keys.unknown_key(table, known, known_keys.WRITTEN_BY_TRANSFORMERS):
+        raise CheckpointError(
+            f"{where}: {key}: unknown, and set to {str(table[key])[:60]!r}: it may change the model; if it does not, "
+            "remove the key"
+        )

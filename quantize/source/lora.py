@@ -20,9 +20,12 @@ import numpy as np
 
 from edge_agent.bundle import signing
 from edge_agent.bundle.files import hash_file, sync_folder, write_durably
+from edge_agent.bundle.recognise import describe
 from quantize.progress import Progress
 from quantize.source.checkpoint import ADAPTER, Checkpoint, LoraDelta, interleave
 from quantize.source.hf_config import CheckpointError, read_table
+from quantize.source.known_keys import ADAPTER as KNOWN_KEYS
+from quantize.source.known_keys import unknown_key
 from quantize.source.safetensors import FP8, StoredTensor, read_header, read_tensor
 from quantize.source.tensor_names import TEXT, TensorSpec, canonical
 
@@ -33,17 +36,8 @@ _NAME = re.compile(
     r"(?:base_model\.model\.)?(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.default)?(?:\.weight)?"
 )
 EMBEDDING = TEXT[0].hf
-# Keys that change what an adapter means -> the values with which it is plain LoRA.
-PLAIN: dict[str, tuple[object, None]] = {
-    "use_dora": (False, None),
-    "bias": ("none", None),
-    "lora_bias": (False, None),
-    "fan_in_fan_out": (False, None),
-    "alora_invocation_tokens": ([], None),
-    "layer_replication": ([], None),
-    "use_qalora": (False, None),
-    "use_bdlora": (False, None),
-}
+# With these, training begins with the base as it is. The others (PiSSA, OLoRA, CorDA, LoftQ, …) change the base first.
+INITS_THAT_KEEP_THE_BASE = ("true", "false", "gaussian", "orthogonal", "eva", "none")
 
 
 class Adapter(msgspec.Struct, frozen=True):
@@ -60,7 +54,8 @@ def read_adapter(folder: str | Path, checkpoint: Checkpoint) -> Adapter:
     folder = Path(folder)
     path, weights = folder / ADAPTER, folder / WEIGHTS
     if not path.is_file():
-        raise CheckpointError(f"{folder}: no {ADAPTER}: not an adapter; expected the folder that PEFT saved")
+        what = describe(folder) or f"no {ADAPTER}: not an adapter"
+        raise CheckpointError(f"{folder}: {what}; expected the folder that PEFT saved")
     if not weights.is_file():
         pickled = " (a pickle is not read)" if (folder / "adapter_model.bin").exists() else ""
         raise CheckpointError(f"{weights}: missing{pickled}; save the adapter as safetensors")
@@ -140,11 +135,21 @@ class _AdapterConfig:
         self.path, table = path, read_table(path)
         if table.get("peft_type") != "LORA":
             raise CheckpointError(f"{path}: peft_type: expected 'LORA', found {table.get('peft_type')!r}")
-        for key, plain in PLAIN.items():
-            if table.get(key) not in plain:
-                raise CheckpointError(
-                    f"{path}: {key}: expected {plain[0]!r}, found {table[key]!r}; merge this adapter with PEFT first"
-                )
+        if (init := str(table.get("init_lora_weights")).lower()) not in INITS_THAT_KEEP_THE_BASE:
+            raise CheckpointError(
+                f"{path}: init_lora_weights: expected {', '.join(INITS_THAT_KEEP_THE_BASE)}, found {init!r}: such a "
+                "training changes the base, and the adapter does not fit the released one; with PEFT, save it again "
+                "with path_initial_model_for_weight_conversion, or merge it (merge_and_unload) and build that model"
+            )
+        if table.get("bias") not in ("none", None):
+            raise CheckpointError(f"{path}: bias: expected 'none', found {table['bias']!r}; merge it with PEFT first")
+        if key := unknown_key(table, KNOWN_KEYS):
+            raise CheckpointError(
+                f"{path}: {key}: expected it not to be set, found {str(table[key])[:60]!r}; merge this adapter "
+                "with PEFT first"
+            )
+        if type(table.get("use_rslora") or False) is not bool:
+            raise CheckpointError(f"{path}: use_rslora: expected true or false, found {table['use_rslora']!r}")
         self._r, self.alpha = self._number(table, "r"), self._number(table, "lora_alpha")
         self._ranks, self._alphas = self._pattern(table, "rank_pattern"), self._pattern(table, "alpha_pattern")
         self._use_rslora = bool(table.get("use_rslora"))

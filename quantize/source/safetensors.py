@@ -16,6 +16,7 @@ import ml_dtypes
 import msgspec
 import numpy as np
 
+from edge_agent.bundle.recognise import describe
 from quantize.source.hf_config import CheckpointError
 
 MAX_HEADER_BYTES = 100 << 20  # the format's own limit
@@ -49,7 +50,8 @@ def read_header(path: Path) -> list[StoredTensor]:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if length < 2 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise CheckpointError(f"{path}: not a safetensors file, or cut in its header ({size} bytes); copy it again")
+            what = describe(path) or f"not a safetensors file, or cut in its header ({size} bytes); copy it again"
+            raise CheckpointError(f"{path}: {what}")
         try:
             header = json.loads(file.read(length))
         except ValueError as error:

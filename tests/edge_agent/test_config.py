@@ -29,9 +29,9 @@ def test_what_is_written_is_what_is_loaded():
     loaded = load_config_text(
         "bundle: /bundles/3b\n"
         "trusted_keys: [/etc/ours.pub, theirs.pub]\n"
-        "camera: {source: /dev/video2, name: nose, width: 1280, height: 720, fps: 29.97, realtime: false, loop: no}\n"
-        "profile: small\n"
-        "cpu_threads: 3\n"
+        "camera: {source: /dev/video2, name: nose, width: 1280, height: 720, fps: 29.97, realtime: false, loop: no,\n"
+        "         fourcc: MJPG, max_megapixels: 1, identical_frames_s: 0}\n"
+        "profile: small\ncpu_threads: 3\n"
         "vision: {backend: mtmd, max_image_tokens: 64, tensorrt: true}\n"
         "language: {context: 4096, gpu_layers: 0, describe_prompt: 'What?', max_text_tokens: 5,\n"
         "           stream_action_text: false, max_reasoning_tokens: 99,\n"
@@ -52,6 +52,9 @@ def test_what_is_written_is_what_is_loaded():
             "width": 1280,
             "height": 720,
             "fps": 29.97,
+            "fourcc": "MJPG",
+            "max_megapixels": 1.0,
+            "identical_frames_s": 0.0,
             "realtime": False,
             "loop": False,
         },
@@ -94,6 +97,9 @@ def test_defaults():
             "width": None,
             "height": None,
             "fps": None,
+            "fourcc": None,
+            "max_megapixels": 13.0,
+            "identical_frames_s": None,
             "realtime": True,
             "loop": True,
         },
@@ -193,6 +199,13 @@ OUT_OF_RANGE = [
     ("camera.fps", "0", "> 0", "0"),
     ("camera.fps", "1001", "<= 1000", "1001"),
     ("camera.fps", ".nan", "> 0", "nan"),
+    ("camera.fourcc", "MJP", "regex", "'MJP'"),
+    ("camera.fourcc", "MJPEG", "regex", "'MJPEG'"),
+    ("camera.max_megapixels", "0", "> 0", "0"),
+    ("camera.max_megapixels", "33.2", "<= 33.1776", "33.2"),
+    ("camera.max_megapixels", ".nan", "> 0", "nan"),
+    ("camera.identical_frames_s", "-1", ">= 0", "-1"),
+    ("camera.identical_frames_s", ".inf", "expected", "inf"),
     ("vision.backend", "tensorrt", "onnxruntime", "'tensorrt'"),
     ("vision.max_image_tokens", "3", ">= 8", "3"),
     ("vision.max_image_tokens", "1025", "<= 1024", "1025"),
@@ -205,9 +218,9 @@ OUT_OF_RANGE = [
     ("language.max_text_tokens", "0", ">= 1", "0"),
     ("task.instruction", "a" * 2001, "<= 2000", repr("a" * 2001)),
     ("task.deadline_ms", "0", ">= 1", "0"),
-    ("watchdog.model_stall_s", "0", "> 0", "0"),
-    ("watchdog.model_load_s", "-1", "> 0", "-1"),
-    ("watchdog.camera_stall_s", ".nan", "> 0", "nan"),
+    ("watchdog.model_stall_s", "0", ">= 0.1", "0"),
+    ("watchdog.model_load_s", "-1", ">= 0.1", "-1"),
+    ("watchdog.camera_stall_s", ".nan", ">= 0.1", "nan"),
     ("watchdog.model_stall_s", ".inf", "expected", "inf"),
     ("watchdog.model_load_s", ".inf", "expected", "inf"),
     ("watchdog.camera_stall_s", ".inf", "expected", "inf"),
@@ -229,7 +242,7 @@ def test_a_wrong_value_is_named_with_its_path_what_was_expected_and_what_was_fou
     assert expected in line and line.endswith(f"found {found}"), line
 
 
-def test_every_choice_is_named_when_the_value_is_none_of_them():
+def test_an_invalid_choice_is_refused_with_the_list_of_choices():
     line = error_of(GOOD + "vision: {backend: cuda}")
     assert "vision.backend" in line and "'cuda'" in line and "onnxruntime" in line and "mtmd" in line
 
@@ -287,7 +300,7 @@ def test_anything_else_is_one_line_too(text):
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "# nothing but a comment\n", "---\n"])
-def test_an_empty_file_says_which_keys_are_expected(text):
+def test_the_error_for_an_empty_file_names_the_expected_keys(text):
     line = error_of(text)
     assert "empty" in line and "bundle" in line and "camera" in line
 
@@ -310,7 +323,7 @@ def test_the_example_loads_and_is_the_default_but_for_bundle_and_camera():
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "latin1.yaml").write_bytes("bundle: /Bündel\n".encode("latin-1"))
-    for path, said in [
+    for path, message in [
         (tmp_path / "none.yaml", "No such file"),
         (tmp_path, "directory"),
         (tmp_path / "latin1.yaml", "utf-8"),
@@ -318,7 +331,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         with pytest.raises(ConfigError) as caught:
             load_config(path)
         line = str(caught.value)
-        assert line.startswith(f"{path}: cannot be read: ") and said in line and "\n" not in line
+        assert line.startswith(f"{path}: cannot be read: ") and message in line and "\n" not in line
 
 
 # -- where the sockets are --------------------------------------------------------------------------------------------
@@ -340,3 +353,40 @@ def test_runtime_dir_prefers_what_is_configured_then_systemd_then_the_user(monke
 def test_the_configuration_survives_the_way_to_the_workers():
     loaded = load_config_text(GOOD + "vision: {max_image_tokens: 64}\n", "agent.yaml")
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(loaded), type=Config) == loaded
+
+
+# -- texts and numbers that end a start -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [r'"a\0b"', r'"a\ud800"', r'"\udcfc.jpg"'])
+@pytest.mark.parametrize(
+    "key",
+    ["bundle", "runtime_dir", "trusted_keys[0]", "camera.source", "camera.name", "language.describe_prompt",
+     "language.adapters.night", "task.instruction", "task.action_space"],
+)  # fmt: skip
+def test_a_text_that_cannot_be_a_path_or_a_message_is_named(key: str, bad: str):
+    texts = {"bundle": f"bundle: {bad}\ncamera: {{source: x}}", "runtime_dir": GOOD + f"runtime_dir: {bad}",
+             "trusted_keys[0]": GOOD + f"trusted_keys: [{bad}]"}  # fmt: skip
+    section, _, name = key.partition(".")
+    if section == "camera":
+        texts[key] = f"bundle: /b\ncamera: {{source: x, {name}: {bad}}}".replace("source: x, source", "source")
+    elif name == "adapters.night":
+        texts[key] = GOOD + f"language: {{adapters: {{night: {bad}}}}}"
+    elif name:
+        texts[key] = GOOD + f"{section}: {{{name}: {bad}}}"
+    assert f"{key}: expected text without NUL and lone surrogates, found " in error_of(texts[key])
+
+
+@pytest.mark.parametrize("number", [2**31, 2**63, 2**64, 10**30])
+@pytest.mark.parametrize("key", ["cpu_threads", "language.gpu_layers", "language.max_text_tokens", "language.context",
+                                 "task.deadline_ms", "vision.max_image_tokens", "camera.width"])  # fmt: skip
+def test_a_number_that_no_message_holds_is_out_of_range(key: str, number: int):
+    section, _, name = key.rpartition(".")
+    text = f"{section}: {{{name}: {number}}}" if section not in ("", "camera") else f"{name}: {number}"
+    base = GOOD if section != "camera" else f"bundle: /b\ncamera: {{source: x, {name}: {number}}}\n"
+    assert name in error_of(base + (text if section != "camera" else ""))
+
+
+@pytest.mark.parametrize("key", ["model_stall_s", "model_load_s", "camera_stall_s"])
+def test_a_limit_that_restarts_for_ever_is_out_of_range(key: str):
+    assert ">= 0.1" in error_of(GOOD + f"watchdog: {{{key}: 0.000000001}}")

@@ -157,6 +157,9 @@ def test_the_path_of_a_part_of_a_file_stands_before_the_key():
     [
         ("a: 1\nb: 2\na: 3\n", "f.yaml:3:1: not YAML: duplicate key 'a'"),
         ("a: {b: 1, b: 2}", "f.yaml:1:11: not YAML: duplicate key 'b'"),
+        ('a: "x\\ud800"', "f.yaml:1:4: not YAML: half a character: x\\ud800; write the character itself"),
+        ('a: "\\udcfc.mp4"', "f.yaml:1:4: not YAML: half a character: \\udcfc.mp4; write the character itself"),
+        ('a: {"\\udfff": 1}', "f.yaml:1:5: not YAML: half a character: \\udfff; write the character itself"),
         ("a: [1", "f.yaml:1:6: not YAML: expected ',' or ']', but got '<stream end>'"),
         ("a: \x00", "f.yaml: not YAML: "),
         ("a: 2020-13-45", "f.yaml: YAML that cannot be read: month must be in 1..12"),

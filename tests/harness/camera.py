@@ -201,6 +201,10 @@ elif behaviour == "closes-its-log":
     os.close(1)
     os.close(2)
     frames(lambda k: os.urandom(size) if k < 5 else os._exit(0))
+elif behaviour == "says":
+    sys.exit(sys.argv[3])
+elif behaviour == "says-locale":
+    sys.exit("the locale is " + os.environ["LC_ALL"])
 elif behaviour == "silent":
     time.sleep(600)
 elif behaviour == "one-frame":

@@ -14,7 +14,7 @@ import zmq
 
 from edge_agent.time_units import NS_PER_MS
 from edge_agent.wire.codec import encode
-from edge_agent.wire.control import Reply, Request, decode_request
+from edge_agent.wire.control import Reply, Request, read_request
 from edge_agent.wire.endpoints import endpoint
 from edge_agent.wire.messages import Action, Header, Refusal, StageTimes, Status, TextMessage, WorkerStatus
 from edge_agent.wire.streams import STREAMS, pack
@@ -32,6 +32,8 @@ class FakeDaemon:
         for stream in STREAMS:
             socket = self._context.socket(zmq.ROUTER if stream == "control" else zmq.XPUB)
             socket.setsockopt(zmq.LINGER, 0)
+            if stream == "control":
+                socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
             socket.bind(endpoint(folder, stream))
             self.sockets[stream] = socket
 
@@ -66,7 +68,7 @@ class FakeDaemon:
             while not stop.is_set():
                 if control.poll(10):
                     sender, payload = control.recv_multipart()
-                    requests.append(decode_request(payload))
+                    requests.append(read_request(payload))
                     for reply in answer(requests[-1]):
                         control.send_multipart([sender, reply])
 

@@ -14,12 +14,12 @@ import itertools
 import signal
 import socket
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 
 from edge_agent.actions.space import load_action_space
+from edge_agent.bundle.manifest import Bundle, EmbeddingInfo, Manifest, ModelInfo
 from edge_agent.config import CameraConfig, Config
 from edge_agent.ipc.events import (
     CameraOpened,
@@ -30,6 +30,7 @@ from edge_agent.ipc.events import (
     decode_model_command,
 )
 from edge_agent.supervisor.process import Supervisor
+from edge_agent.supervisor.publisher import Sender
 from edge_agent.supervisor.status import Counters
 from edge_agent.supervisor.trace import Trace
 from edge_agent.time_units import NS_PER_S
@@ -39,6 +40,36 @@ from edge_agent.wire.messages import Header, StageTimes
 from edge_agent.wire.streams import pack
 
 MOVE = '{"action":"move","vx":1,"vy":0,"vz":0,"yaw":0}'
+
+
+FAKE_BUNDLE = Bundle(
+    folder=Path("/nowhere"),
+    id="0" * 16,
+    manifest=Manifest(
+        format=1,
+        created_by="a test",
+        files={},
+        model=ModelInfo(
+            family="fake",
+            size="0B",
+            variant="",
+            parameters=1,
+            layers=1,
+            hidden=1,
+            vocab=1,
+            context=1,
+            kv_bytes_per_token=1,
+            special={},
+            embedding=EmbeddingInfo(offset=0, ggml_type="F32", row_bytes=4),
+        ),
+        vision=None,
+        recipe="",
+        bytes_by_type={},
+        source_dtype="",
+        source_sha256={},
+        licence="",
+    ),
+)
 
 
 class FakeClock:
@@ -99,9 +130,9 @@ class FakeWorker:
 class FakePublisher:
     """In place of supervisor.publisher.Publisher. Keeps what would have left, packed as it would be."""
 
-    folder = Path("/nowhere")
-
-    def __init__(self) -> None:
+    def __init__(self, folder: Path = Path("/nowhere")) -> None:
+        self.folder = folder
+        self.gone: set[bytes] = set()  # senders whose connection has ended
         self._pairs = socket.socketpair(), socket.socketpair()
         self._pairs[0][1].send(b"x")  # always readable: the loop never waits
         self.lost = ""  # why an endpoint is lost
@@ -109,7 +140,7 @@ class FakePublisher:
         self.replies: list[Reply] = []
         self.reply_senders: list[bytes] = []
         self.new_subscriber = False
-        self._requests: list[tuple[list[bytes], bytes]] = []
+        self._requests: list[tuple[Sender, bytes]] = []
         self._request_numbers = itertools.count(1)
 
     def request(self, op: str, text: str = "", request_id: str = "", sender: bytes = b"controller", **more: Any) -> str:
@@ -119,7 +150,7 @@ class FakePublisher:
         return request_id
 
     def request_bytes(self, payload: bytes, sender: bytes = b"controller") -> None:
-        self._requests.append(([sender], payload))
+        self._requests.append((Sender((sender,)), payload))
 
     def filenos(self) -> list[int]:
         return [pair[0].fileno() for pair in self._pairs]
@@ -134,12 +165,15 @@ class FakePublisher:
     def has_requests(self) -> bool:
         return bool(self._requests)
 
-    def requests(self) -> list[tuple[list[bytes], bytes]]:
+    def requests(self) -> list[tuple[Sender, bytes]]:
         requests, self._requests = self._requests, []
         return requests
 
-    def reply(self, sender: list[bytes], payload: bytes) -> None:
-        self.reply_senders.append(sender[0])
+    def is_connected(self, sender: Sender) -> bool:
+        return sender.routing[0] not in self.gone
+
+    def reply(self, sender: Sender, payload: bytes) -> None:
+        self.reply_senders.append(sender.routing[0])
         self.replies.append(decode_reply(payload))
 
     def send(self, stream: str, message_type: type, *, t_pub_ns: int = 0, **fields: Any) -> Header:
@@ -168,15 +202,14 @@ def fake_config(**changes: Any) -> Config:
 class InProcess:
     """A supervisor with fakes around it, one turn of its loop at a time."""
 
-    def __init__(self, config: Config | None = None) -> None:
+    def __init__(self, config: Config | None = None, folder: Path = Path("/nowhere")) -> None:
+        """folder: of the sockets; what a daemon leaves for the next one is there."""
         self.config = config or fake_config()
-        self.clock, self.publisher = FakeClock(), FakePublisher()
+        self.clock, self.publisher = FakeClock(), FakePublisher(folder)
         self.frame_id = 0
-        model = SimpleNamespace(family="fake", size="0B")
-        bundle = SimpleNamespace(id="0" * 16, manifest=SimpleNamespace(model=model))
         space = load_action_space(self.config.task.action_space)
         self.supervisor = Supervisor(
-            self.config, bundle, space, self.publisher, Trace(""), clock=self.clock, start_worker=FakeWorker
+            self.config, FAKE_BUNDLE, space, self.publisher, Trace(""), clock=self.clock, start_worker=FakeWorker
         )
         self.supervisor.start()
 
@@ -231,7 +264,7 @@ class InProcess:
     def apply_instruction(self, error: str = "") -> None:
         """The model process answers the newest SetInstruction that it got."""
         command = [command for command in self.model.commands if isinstance(command, SetInstruction)][-1]
-        in_force = self.supervisor.orders.instruction
+        in_force = self.supervisor.control_state.instruction
         text = in_force.text if command.text is None else command.text
         adapter = in_force.adapter if command.adapter is None else command.adapter
         number = command.instruction_id
@@ -245,7 +278,7 @@ class InProcess:
             frame_id=self.frame_id,
             t_capture_ns=self.clock(),
             frame_seq=self.supervisor.slot.latest_seq,
-            instruction_id=self.supervisor.orders.instruction.number,
+            instruction_id=self.supervisor.control_state.instruction.number,
         )
         self.model.emit(msgspec.structs.replace(proposal, **changes))
         self.turn()
@@ -256,14 +289,14 @@ class InProcess:
         self.answer()
         assert self.state == ("running", "")
 
-    def lose_model(self, exit_status: int = -signal.SIGABRT) -> None:
+    def end_model_process(self, exit_status: int = -signal.SIGABRT) -> None:
         """The model process ends. Its successor is not started yet."""
         self.model.exit_status = exit_status
         self.turn()
 
     def restart_model(self) -> None:
         """The model process ends, and its successor is started."""
-        self.lose_model()
+        self.end_model_process()
         self.turn(6.0)  # longer than the longest pause
         self.push_frame()
         assert self.model is not None

@@ -1,4 +1,4 @@
-"""The words of the demo model's five languages, form by form, and a check of any sentence made of them."""
+"""The words of the five languages of the demo model, form by form, and a check of sentences made of them."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ FORMS = {
 }
 
 
-# How each language calls colours and shapes, by word or stem: to find out from a sentence which pad it is about.
-# Those from black and from hexagon on are in no world.
+# The word or stem of each colour and shape in each language, to find the pad that a sentence names.
+# No world contains the colours from black on and the shapes from hexagon on.
 # fmt: off
 WORDS = {
     "en": (
@@ -127,7 +127,7 @@ def about(language: str, sentence: str) -> tuple[str, str]:
     return colour, shape
 
 
-GERMAN = re.compile(  # article, ending of the colour, noun, as they may stand together
+GERMAN = re.compile(  # the valid combinations of article, ending of the colour, and noun
     r"(eine \w+e|die \w+e|(der|zur) \w+en) Scheibe"
     r"|(ein \w+es|das \w+e|(dem|zum) \w+en) (Quadrat|Dreieck|Sechseck|Herz|Boot)"
     r"|(ein \w+er|einen \w+en|der \w+e|den \w+en|(dem|zum) \w+en) (Ring|Lastwagen|Rhombus)"
@@ -135,12 +135,12 @@ GERMAN = re.compile(  # article, ending of the colour, noun, as they may stand t
 
 
 def final(syllable: str) -> int:
-    """The number of a Hangul syllable's final consonant; 0: none, 8: ㄹ."""
+    """The number of the final consonant of a Hangul syllable; 0: no final consonant, 8: ㄹ."""
     return (ord(syllable) - 0xAC00) % 28
 
 
 def particles_fit(sentence: str) -> bool:
-    """이, 을 and 으로 after a final consonant, 가, 를 and 로 after none; after ㄹ 로 too."""
+    """이, 을 and 으로 follow a final consonant. 가, 를 and 로 follow a vowel. 로 also follows ㄹ."""
     nouns = "|".join(WORDS["ko"][1].values())
     fits = {
         "이": lambda f: f, "을": lambda f: f, "으로": lambda f: f not in (0, 8),
@@ -151,7 +151,7 @@ def particles_fit(sentence: str) -> bool:
 
 
 def well_formed(language: str, sentence: str) -> bool:
-    """What can be seen without a dictionary: nothing left to fill in, and articles and particles that agree."""
+    """A check without a dictionary: no placeholder is left, and articles and particles agree with their nouns."""
     if re.search(r"[{}]|  |^ | $|\s[.,?]", sentence.replace(" ?", "?") if language == "fr" else sentence):
         return False
     if language == "fr":

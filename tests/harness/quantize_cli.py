@@ -39,12 +39,12 @@ def run(
             for number, handler in zip(numbers, handlers, strict=True):
                 signal.signal(number, handler)
         out, err = capfd.readouterr()
-        return status, out, said(err, tmp_path)
+        return status, out, stderr_lines(err, tmp_path)
 
     return run
 
 
-def said(err: str, tmp_path: Path) -> list[str]:
+def stderr_lines(err: str, tmp_path: Path) -> list[str]:
     return [line.replace(str(tmp_path), "~") for line in err.splitlines() if not PROGRESS.fullmatch(line)]
 
 

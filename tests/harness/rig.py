@@ -20,7 +20,10 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from edge_agent.actions.space import READY_SPACES
+from edge_agent.actions.space import READY_SPACES, encode_action_space, load_action_space
+from edge_agent.bundle.lora_check import verify_adapters
+from edge_agent.bundle.manifest import read_manifest
+from edge_agent.bundle.model_start import encode_model_start
 from edge_agent.client import Client, FramePusher
 from edge_agent.config import CameraConfig, Config, LanguageConfig, TaskConfig, VisionConfig, load_config
 from edge_agent.supervisor.process import run
@@ -39,6 +42,12 @@ def config_of(folder: Path, **changes) -> Config:
         "task": TaskConfig(deadline_ms=60_000),
     }
     return Config(bundle=str(folder), camera=CameraConfig(source="none"), **(defaults | changes))
+
+
+def model_start(config: Config) -> bytes:
+    """The first message to a model process, as the supervisor sends it. The hashes are not computed here."""
+    bundle = verify_adapters(config.language.adapters, read_manifest(config.bundle), ())
+    return encode_model_start(config, bundle, encode_action_space(load_action_space(config.task.action_space)))
 
 
 def numbers_only(folder: Path) -> str:

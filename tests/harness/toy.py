@@ -2,7 +2,7 @@
 
 They hold what a released Hugging Face folder holds (config, safetensors, tokenizer, processor files), under the same
 names and in the same number formats, so that every tool that reads a release can be tested on one in seconds. Or the
-consolidated layout of the same weights; or Mistral Small, with eyes or without.
+consolidated layout of the same weights; or Mistral Small, with or without a vision encoder.
 The weights mean nothing: the model babbles. Its scales are chosen so that the argmax is clear and that an image
 changes the answer. Only numpy and the vocabulary inside mistral-common's wheel are needed. Not here: chat templates,
 and running the model.

@@ -106,7 +106,7 @@ def _name_on_disk(name, prefix):
         return name
     if name.startswith("language_model.lm_head"):
         return name.removeprefix("language_model.")
-    if prefix == "text":  # a model without eyes
+    if prefix == "text":  # a text-only model
         return name.removeprefix("language_model.")
     return prefix + name.replace("language_model.model.", "language_model.", 1)
 

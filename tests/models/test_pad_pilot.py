@@ -1,7 +1,7 @@
-"""The trained checkpoint is what it claims to be: transformers, on its own, gives the answers that the daemon gives.
+"""The daemon gives the same answers with the trained checkpoint as transformers, which shares no code with it.
 
-tests/reference/make_pad_pilot.py froze transformers' greedy answers in float32. Here the same pictures go through
-edge-quantize, the daemon and the sockets, with nothing quantised (BF16) and at 4 bits.
+tests/reference/make_pad_pilot.py stored the greedy answers of transformers in float32. Here the same pictures go
+through edge-quantize, the daemon and the sockets, without quantisation (BF16) and at 4 bits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from edge_agent.actions.envelope import CheckedAction, parse_answer
 from edge_agent.actions.space import load_action_space
 
 CHECKPOINT = ROOT / "models" / "pad_pilot" / "checkpoint"
-CLEAR = 1.0  # a lead of so many logits is not lost to other kernels, nor to 16-bit caches
+CLEAR = 1.0  # with this lead, in logits, other kernels and 16-bit caches do not change the chosen token
 
 
 @pytest.fixture(scope="module")
@@ -31,43 +31,43 @@ def frozen() -> dict[str, np.ndarray]:
         return dict(file)
 
 
-def asked(text: str) -> benchmark.Answer:
-    """An action's text as the wire has it, by the model's keys."""
-    found = parse_answer(text, load_action_space("velocity_body"))
-    assert isinstance(found, CheckedAction) and not found.clamped, text
+def expected_answer(text: str) -> benchmark.Answer:
+    """The answer with an action, from its JSON text. Its values have the keys of the model."""
+    checked = parse_answer(text, load_action_space("velocity_body"))
+    assert isinstance(checked, CheckedAction) and not checked.clamped, text
     by_name = {name: key for key, name in benchmark.NAMES.items()}
-    return benchmark.Answer(found.type, {by_name[name]: value for name, value in found.values.items()}, "")
+    return benchmark.Answer(checked.type, {by_name[name]: value for name, value in checked.values.items()}, "")
 
 
-def test_nothing_lost_gives_the_reference_answers(build, frozen):
+def test_without_quantisation_the_answers_are_those_of_the_reference(build, frozen):
     with benchmark.pilot(build(CHECKPOINT, "BF16"), "onnxruntime") as link:
         n_clear = 0
         for i, picture in enumerate(frozen["pictures"]):
-            said = benchmark.answer(link, picture, str(frozen["instructions"][i]), str(frozen["questions"][i]))
-            expected, (lead, words_lead) = asked(str(frozen["actions"][i])), frozen["margins"][i]
+            given = benchmark.answer(link, picture, str(frozen["instructions"][i]), str(frozen["questions"][i]))
+            expected, (lead, words_lead) = expected_answer(str(frozen["actions"][i])), frozen["margins"][i]
             if lead > CLEAR:
-                assert said[:2] == expected[:2], frozen["instructions"][i]
+                assert given[:2] == expected[:2], frozen["instructions"][i]
             if words_lead > CLEAR:
-                assert said.words.strip() == str(frozen["words"][i]).strip(), frozen["questions"][i]
+                assert given.words.strip() == str(frozen["words"][i]).strip(), frozen["questions"][i]
             n_clear += (lead > CLEAR) + (words_lead > CLEAR)
-    assert n_clear >= len(frozen["pictures"])  # or the test would be about nothing
+    assert n_clear >= len(frozen["pictures"])  # enough answers were compared
 
 
-def test_four_bits_seldom_choose_another_action(build, frozen):
+def test_at_four_bits_the_action_type_rarely_changes(build, frozen):
     with benchmark.pilot(build(CHECKPOINT, "Q4_K_M"), "onnxruntime") as link:
-        said = [
+        given = [
             benchmark.answer(link, picture, str(instruction))
             for picture, instruction in zip(frozen["pictures"], frozen["instructions"], strict=True)
         ]
-    same = [a.action == asked(str(text)).action for a, text in zip(said, frozen["actions"], strict=True)]
+    same = [a.action == expected_answer(str(text)).action for a, text in zip(given, frozen["actions"], strict=True)]
     assert sum(same) >= len(same) - 1
 
 
-def test_the_folder_holds_what_a_release_holds():
+def test_the_checkpoint_has_the_files_of_a_release():
     files = {file.name for file in CHECKPOINT.iterdir()}
-    wanted = {"config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json"}
-    wanted |= {"processor_config.json", "tekken.json", "tokenizer.json", "tokenizer_config.json"}
-    assert files == wanted
+    expected = {"config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json"}
+    expected |= {"processor_config.json", "tekken.json", "tokenizer.json", "tokenizer_config.json"}
+    assert files == expected
     assert sum(file.stat().st_size for file in CHECKPOINT.iterdir()) <= 30e6
     with (CHECKPOINT / "model.safetensors").open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))

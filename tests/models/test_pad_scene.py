@@ -1,4 +1,4 @@
-"""Pads drawn by perspective: where they appear, against hand-worked places and OpenCV's own camera; what light adds."""
+"""Pads in perspective: their positions, against positions worked out by hand and OpenCV's camera; grounds and light."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from models.pad_pilot.scene import (
     clutter,
     homography,
     outlines,
-    painted,
-    photographed,
+    photograph_ground,
     render,
     rotation,
     sights,
+    synthetic_ground,
 )
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -53,7 +53,7 @@ def plain(pads: list[Pad], pose: Pose, *args, **options) -> np.ndarray:
 
 
 def reds(picture: np.ndarray) -> np.ndarray:
-    """(n, 2): x, y of the pixels with red paint, in a picture without light's faults."""
+    """(n, 2): x, y of the pixels with red paint, in a picture with plain light."""
     y, x = np.nonzero((picture[..., 0] > 150) & (picture[..., 1] < 100))
     return np.column_stack([x, y])
 
@@ -75,14 +75,15 @@ def reds(picture: np.ndarray) -> np.ndarray:
         ((1, 0), Pose(height_m=5, yaw_rad=math.pi / 2), -0.28563, 0, 0.14281),  # facing east, north is on the left
         ((0, 1), Pose(height_m=5, yaw_rad=math.pi / 2), 0, -0.28563, 0.14281),
         ((1, 0), Pose(height_m=5, yaw_rad=math.pi), 0, 0.28563, 0.14281),
-        # Leaning by 0.1, what is straight below is tan 0.1 / tan 35 = 0.14329 away from the middle, and cos 0.1 nearer.
-        ((0, 0), Pose(height_m=5, roll_rad=0.1), 0.14329, 0, 0.14353),  # right side down: the camera looks to the left
-        ((0, 0), Pose(height_m=5, pitch_rad=0.1), 0, 0.14329, 0.14353),  # nose up: it looks ahead
+        # At a tilt of 0.1, the point straight below is tan 0.1 / tan 35 = 0.14329 from the middle, and its distance
+        # along the axis of the camera is smaller by the factor cos 0.1.
+        ((0, 0), Pose(height_m=5, roll_rad=0.1), 0.14329, 0, 0.14353),  # right side down: the camera points left
+        ((0, 0), Pose(height_m=5, pitch_rad=0.1), 0, 0.14329, 0.14353),  # nose up: the camera points ahead
         ((0.50167, 0), Pose(height_m=5, pitch_rad=0.1), 0, 0, 0.14210),  # 5 tan 0.1 ahead: now in the middle
         ((0, 0.50167), Pose(height_m=5, roll_rad=-0.1), 0, 0, 0.14210),
     ],
 )
-def test_sights_against_places_worked_out_by_hand(at, pose, right, down, radius):
+def test_sights_against_positions_worked_out_by_hand(at, pose, right, down, radius):
     (sight,) = sights([pad(*at)], pose)
     assert (sight.right, sight.down, sight.radius) == pytest.approx((right, down, radius), abs=2e-5)
 
@@ -91,8 +92,8 @@ def test_sights_against_places_worked_out_by_hand(at, pose, right, down, radius)
     ("size_px", "edge"),
     [((140, 140), (1, 1)), ((126, 168), (1, 0.75)), ((168, 126), (0.75, 1)), ((28, 140), (1, 0.2))],
 )
-def test_a_sight_knows_where_its_picture_ends(size_px, edge):
-    """Right and down, while sizes are (height, width). Places themselves do not change with the shorter side."""
+def test_a_sight_has_the_edge_of_its_picture(size_px, edge):
+    """The edge is (right, down); a size is (height, width). The positions do not change with the shorter side."""
     pads, pose = [pad(1, 0.5), pad(-0.5, 2)], Pose(height_m=5, yaw_rad=0.3)
     found = sights(pads, pose, size_px)
     assert [s.edge for s in found] == [edge, edge]
@@ -101,7 +102,7 @@ def test_a_sight_knows_where_its_picture_ends(size_px, edge):
 
 @pytest.mark.parametrize("size_px", SIZES)
 def test_the_edge_of_a_sight_is_the_edge_of_the_picture(size_px):
-    """From homography's side: what appears at `edge` is on the outer border of the last pixel."""
+    """Against homography(): a pad at `edge` is on the outer border of the last pixel."""
     pose = Pose(1, -2, 4, 0.7, 0.05, -0.1)
     for x, y in ((size_px[1] - 0.5, 3.0), (2.0, size_px[0] - 0.5)):
         place = np.linalg.inv(homography(pose, *size_px)) @ (x, y, 1)
@@ -111,8 +112,8 @@ def test_the_edge_of_a_sight_is_the_edge_of_the_picture(size_px):
 
 
 @given(poses)
-def test_body_axes_are_a_rotation_composed_as_aircraft_do(pose):
-    """cv2.Rodrigues turns about one axis at a time: yaw about down, then pitch about right, then roll about forward."""
+def test_body_axes_are_rotated_by_yaw_pitch_and_roll(pose):
+    """cv2.Rodrigues rotates about one axis: yaw about down, then pitch about right, then roll about forward."""
     turns = [(0, 0, pose.yaw_rad), (0, pose.pitch_rad, 0), (pose.roll_rad, 0, 0)]
     yaw, pitch, roll = (cv2.Rodrigues(np.array(turn, float))[0] for turn in turns)
     assert rotation(pose) == pytest.approx(yaw @ pitch @ roll, abs=1e-9)
@@ -121,7 +122,7 @@ def test_body_axes_are_a_rotation_composed_as_aircraft_do(pose):
 @settings(max_examples=60, deadline=None)
 @given(poses, st.sampled_from(SIZES))
 def test_sights_and_homography_agree_with_a_pinhole_camera(pose, size_px):
-    """OpenCV's projectPoints as the third opinion: camera axes are right, backward, down."""
+    """The camera is OpenCV's projectPoints. Its axes are right, backward, down."""
     pads = [pad(pose.north_m + n, pose.east_m + e) for n, e in ((0, 0), (1, 0.5), (-0.7, 1.2), (0.2, -2))]
     height, width = size_px
     half = max(size_px) / 2
@@ -137,28 +138,28 @@ def test_sights_and_homography_agree_with_a_pinhole_camera(pose, size_px):
 
 
 def test_pads_behind_the_horizon_are_left_out():
-    """Nose straight up, the camera looks north along the ground: what lies south is behind it."""
+    """With the nose straight up, the camera points north along the ground: a pad to the south is behind it."""
     pose = Pose(height_m=5, pitch_rad=math.pi / 2)
     north, south = pad(30, 0), pad(-30, 0, colour="red")
     assert [s.pad for s in sights([south, north], pose)] == [north]
     assert not len(reds(plain([south], pose)))
 
 
-def test_a_pad_far_outside_is_still_sighted():
-    """Whoever asks decides what counts as seen; a pad outside is not lost here."""
+def test_a_pad_far_outside_the_picture_has_a_sight():
+    """The caller decides which pads count as in the picture."""
     (sight,) = sights([pad(0, 20)], Pose(height_m=5))
     assert sight.right == pytest.approx(5.7126, abs=1e-3)
     assert not len(reds(plain([pad(0, 20)], Pose(height_m=5))))
 
 
-# -- what is drawn ----------------------------------------------------------------------------------------------------
+# -- pictures ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("finer", [1, 2, 3])
+@pytest.mark.parametrize("oversampling", [1, 2, 3])
 @pytest.mark.parametrize("size_px", SIZES[:3])
-def test_paint_is_where_sights_says(size_px, finer):
+def test_the_paint_is_at_the_position_of_the_sight(size_px, oversampling):
     """Small discs, so that perspective does not move the middle of the paint away from the pad's centre."""
-    rng = np.random.default_rng([*size_px, finer])
+    rng = np.random.default_rng([*size_px, oversampling])
     for _ in range(10):
         pose = Pose(*rng.uniform(-3, 3, 2), rng.uniform(2, 6), rng.uniform(0, 7), *rng.uniform(-0.2, 0.2, 2))
         x, y = rng.uniform(0.25, 0.75, 2) * (size_px[1], size_px[0])
@@ -168,33 +169,33 @@ def test_paint_is_where_sights_says(size_px, finer):
         half = max(size_px) / 2
         expected = (sight.right * half + (size_px[1] - 1) / 2, sight.down * half + (size_px[0] - 1) / 2)
         assert expected == pytest.approx((x, y), abs=1e-6)
-        found = reds(plain([target], pose, size_px, finer))
+        found = reds(plain([target], pose, size_px, oversampling))
         assert found.mean(0) == pytest.approx(expected, abs=0.6)
 
 
 @pytest.mark.parametrize("shape", SHAPES[:3])
-def test_paint_covers_what_its_outline_says(shape):
+def test_the_paint_covers_the_area_of_its_outline(shape):
     """From 5 m straight above, a metre is 280 / 2 / (5 tan 35) = 39.99 pixels. OpenCV paints the edge's pixels too."""
     target = pad(0, 0, 1.0, shape=shape)
     (_, (outline, _)) = outlines(target, np.zeros(3), np.zeros(3))
     n_px = cv2.contourArea(outline.astype(np.float32)) * 39.99**2
-    assert len(reds(plain([target], Pose(height_m=5), (280, 280), finer=3))) == pytest.approx(n_px, rel=0.05)
+    assert len(reds(plain([target], Pose(height_m=5), (280, 280), oversampling=3))) == pytest.approx(n_px, rel=0.05)
 
 
 @pytest.mark.parametrize("colour", COLOURS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_each_kind_of_pad_wears_its_paint_on_a_white_plate(colour, shape):
-    """A radius of 2 m is 80 pixels here. Looked at in the middle, 43.5 north and south, and 45.5 north and east."""
+def test_each_kind_of_pad_has_its_paint_on_a_white_plate(colour, shape):
+    """A radius of 2 m is 80 pixels here. The pixels: the middle, 43.5 north and south, 45.5 north and east."""
     picture = plain([pad(0, 0, 2.0, colour, shape)], Pose(height_m=5), (280, 280)).astype(int)
-    seen = [(139, 139), (96, 139), (183, 139), (94, 185)]
-    painted_there = {
+    pixels = [(139, 139), (96, 139), (183, 139), (94, 185)]
+    is_painted = {
         "disc": (True, True, True, False),
         "square": (True, True, True, True),
         "triangle": (True, True, False, False),  # the tip is to the north, the base is less than half way out
         "ring": (False, True, True, True),
     }[shape]
     white, paint = (236, 236, 232), COLOURS[colour]
-    for (y, x), is_paint in zip(seen, painted_there, strict=True):
+    for (y, x), is_paint in zip(pixels, is_painted, strict=True):
         assert np.abs(picture[y, x] - (paint if is_paint else white)).max() <= 1, (y, x)
     assert np.abs(picture[139, 215] - white).max() <= 1  # 0.94 of the radius
     assert np.abs(picture[139, 224] - 96).max() <= 1  # 1.06 of it
@@ -210,15 +211,15 @@ def test_a_pad_turns_clockwise():
         assert out / np.hypot(*out) == pytest.approx((north, east), abs=1e-9)
 
 
-def test_the_vehicle_sees_the_tip_from_where_it_looks():
-    """A triangle pointing north, seen facing east: it points to the left."""
+def test_a_triangle_is_rotated_by_the_yaw_of_the_vehicle():
+    """In the picture of a vehicle that faces east, a triangle that points north points to the left."""
     target = Pad("red", "triangle", 0.0, 0.0, 2.0, 0.0)
     x, y = reds(plain([target], Pose(height_m=5, yaw_rad=math.pi / 2))).T
     widest = [np.ptp(y[x == column]) for column in (x.min() + 4, x.max() - 4)]
     assert widest[0] < widest[1] / 3 and 69.5 - x.min() > x.max() - 69.5
 
 
-def test_ground_lies_still_while_pads_are_seen_from_elsewhere():
+def test_the_ground_and_the_pads_move_together_in_the_picture():
     """The texture's centre is the world's origin and its top points north."""
     texture = np.zeros((800, 800, 3), np.uint8)
     texture[160:240, 520:600] = 255  # rows 160 to 240 are 4 to 6 m north, columns 520 to 600 are 3 to 5 m east
@@ -231,86 +232,88 @@ def test_ground_lies_still_while_pads_are_seen_from_elsewhere():
 
 
 @pytest.mark.parametrize("size_px", SIZES)
-def test_pictures_have_the_size_asked_for_whatever_it_is_drawn_at(size_px):
-    for finer in (1, 2, 3):
-        picture = plain([pad(0, 0)], Pose(height_m=4), size_px, finer)
+def test_pictures_have_the_requested_size_at_any_oversampling(size_px):
+    for oversampling in (1, 2, 3):
+        picture = plain([pad(0, 0)], Pose(height_m=4), size_px, oversampling)
         assert picture.shape == (*size_px, 3) and picture.dtype == np.uint8 and picture.flags.c_contiguous
 
 
-def test_drawing_finer_changes_edges_only():
+def test_oversampling_changes_only_edges():
     rng = np.random.default_rng(5)
-    ground, pads = painted(rng), [pad(0.5, 0.3), pad(-1, -0.8, shape="ring"), pad(1, -1, shape="triangle")]
-    once, twice = (render(pads, ground, Pose(height_m=4), rng, finer=finer).astype(int) for finer in (1, 2))
+    ground, pads = synthetic_ground(rng), [pad(0.5, 0.3), pad(-1, -0.8, shape="ring"), pad(1, -1, shape="triangle")]
+    once, twice = (
+        render(pads, ground, Pose(height_m=4), rng, oversampling=oversampling).astype(int) for oversampling in (1, 2)
+    )
     off = np.abs(once - twice).max(-1)
-    assert off.max() > 20  # there are edges, and they do change
+    assert off.max() > 20  # edges change
     assert off.mean() < 6 and (off > 40).mean() < 0.04
 
 
-def test_a_picture_follows_from_its_arguments_and_the_generator():
-    light = Light.random(np.random.default_rng(2))._replace(noise=8.0, smear_px=3, jpeg_quality=60)
-    ground, pads, pose = painted(np.random.default_rng(1)), [pad(0.5, 0.3)], Pose(height_m=4, yaw_rad=1)
+def test_the_same_arguments_and_the_same_seed_give_the_same_picture():
+    light = Light.random(np.random.default_rng(2))._replace(noise=8.0, motion_blur_px=3, jpeg_quality=60)
+    ground, pads, pose = synthetic_ground(np.random.default_rng(1)), [pad(0.5, 0.3)], Pose(height_m=4, yaw_rad=1)
     before = ground.image.copy()
     first, same, other = (
         render(pads, ground, pose, np.random.default_rng(seed), light=light).tobytes() for seed in (3, 3, 4)
     )
     assert first == same != other
-    assert (ground.image == before).all()  # a ground is worn by many pictures
+    assert (ground.image == before).all()  # many pictures use the same ground
 
 
-def test_things_lie_under_the_pads():
-    """A blue carpet under everything: it covers the ground and no pad."""
+def test_objects_are_drawn_below_the_pads():
+    """A blue carpet covers the ground and no pad."""
     carpet = np.array([(-5, -5), (-5, 5), (5, 5), (5, -5)], float)
-    picture = plain([pad(0, 0, 2.0)], Pose(height_m=5), things=[(carpet, (10, 20, 200))])
+    picture = plain([pad(0, 0, 2.0)], Pose(height_m=5), objects=[(carpet, (10, 20, 200))])
     assert tuple(picture[2, 2]) == (10, 20, 200) and tuple(picture[69, 69]) == COLOURS["red"]
 
 
-def test_things_behind_the_horizon_are_not_drawn():
-    """Nor those that reach behind it: projected, they would appear upside down on the other side."""
+def test_objects_behind_the_horizon_are_not_drawn():
+    """Objects that reach behind it are not drawn either: they would appear upside down on the other side."""
     pose = Pose(height_m=5, pitch_rad=math.pi / 2)  # looking north along the ground
     square = np.array([(-5, -5), (-5, 5), (5, 5), (5, -5)], float)
     without = plain([], pose)
     for north_m, drawn in ((-30, False), (3, False), (30, True)):
-        thing = (square + np.array([north_m, 0]), (10, 20, 200))
-        assert (plain([], pose, things=[thing]) != without).any() == drawn
+        item = (square + np.array([north_m, 0]), (10, 20, 200))
+        assert (plain([], pose, objects=[item]) != without).any() == drawn
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_clutter_can_be_drawn_as_it_comes(seed):
+def test_random_objects_can_be_rendered(seed):
     rng = np.random.default_rng(seed)
     pose = Pose(2, -1, 5)
-    things = clutter(rng, 3.0, pose)
-    assert len(things) <= 5
-    for outline, colour in things:
+    objects = clutter(rng, 3.0, pose)
+    assert len(objects) <= 5
+    for outline, colour in objects:
         assert outline.ndim == 2 and outline.shape[1] == 2 and len(outline) >= 3
         assert (np.abs(outline - (2, -1)) < 3 + 0.9).all()
         assert len(colour) == 3 and all(type(c) is int and 0 <= c <= 255 for c in colour)
-    assert plain([], pose, things=things).shape == (140, 140, 3)
+    assert plain([], pose, objects=objects).shape == (140, 140, 3)
 
 
 # -- grounds ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_painted_grounds(seed):
-    ground = painted(np.random.default_rng(seed))
+def test_synthetic_grounds(seed):
+    ground = synthetic_ground(np.random.default_rng(seed))
     assert ground.image.shape == (512, 512, 3) and ground.image.dtype == np.uint8
     assert 6 <= ground.metres_per_px * 512 <= 40
-    assert ground.image.std() > 1  # never one flat colour, or training would see no ground at all
-    again = painted(np.random.default_rng(seed))
+    assert ground.image.std() > 1  # more than one colour
+    again = synthetic_ground(np.random.default_rng(seed))
     assert (again.image == ground.image).all() and again.metres_per_px == ground.metres_per_px
 
 
 @pytest.mark.parametrize("shape", [(300, 451, 3), (1000, 40, 3), (5, 5, 3)])
-def test_photographed_grounds(shape):
+def test_photograph_grounds(shape):
     photograph = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
     before = photograph.copy()
     for seed in range(12):
-        ground = photographed(np.random.default_rng(seed), photograph)
+        ground = photograph_ground(np.random.default_rng(seed), photograph)
         assert (
             ground.image.shape == (512, 512, 3) and ground.image.dtype == np.uint8 and ground.image.flags.c_contiguous
         )
         assert 3 <= ground.metres_per_px * 512 <= 40
-        again = photographed(np.random.default_rng(seed), photograph)
+        again = photograph_ground(np.random.default_rng(seed), photograph)
         assert (again.image == ground.image).all() and again.metres_per_px == ground.metres_per_px
     assert (photograph == before).all()
 
@@ -322,12 +325,12 @@ FLAT = np.full((56, 84, 3), 100, np.uint8)
 
 
 def lit(image: np.ndarray, **changed) -> np.ndarray:
-    return Light(**changed).fall_on(image, np.random.default_rng(1))
+    return Light(**changed).apply(image, np.random.default_rng(1))
 
 
-def test_plain_light_changes_nothing_and_draws_no_number():
+def test_plain_light_changes_nothing_and_draws_no_random_number():
     rng, untouched = np.random.default_rng(1), np.random.default_rng(1)
-    assert (Light().fall_on(NOISE, rng) == NOISE).all()
+    assert (Light().apply(NOISE, rng) == NOISE).all()
     assert rng.bit_generator.state == untouched.bit_generator.state
     picture, without = (plain([pad(0, 0)], Pose(height_m=4), light=light) for light in (Light(), None))
     assert (picture == without).all()
@@ -340,18 +343,18 @@ def test_plain_light_changes_nothing_and_draws_no_number():
         ({"gain": (3.0, 3.0, 3.0)}, (255, 255, 255)),
         ({"gamma": 2.0}, (39, 39, 39)),  # 255 (100 / 255)^2
         ({"blur_px": 1.0}, (100, 100, 100)),
-        ({"smear_px": 2}, (100, 100, 100)),
-        ({"smear_px": 5}, (100, 100, 100)),
+        ({"motion_blur_px": 2}, (100, 100, 100)),
+        ({"motion_blur_px": 5}, (100, 100, 100)),
         ({"jpeg_quality": 90}, (100, 100, 100)),
     ],
 )
-def test_what_light_makes_of_a_flat_grey(changed, expected):
+def test_light_on_a_flat_grey(changed, expected):
     out = lit(FLAT, **changed)
     assert out.shape == FLAT.shape and out.dtype == np.uint8
     assert np.abs(out.astype(int) - expected).max() <= 1
 
 
-def test_jpeg_keeps_red_red():
+def test_jpeg_compression_keeps_the_colour():
     image = np.full((56, 84, 3), COLOURS["red"], np.uint8)
     assert np.abs(lit(image, jpeg_quality=90).astype(int) - COLOURS["red"]).max() <= 4
 
@@ -362,22 +365,22 @@ def test_a_shadow_is_dark_on_one_side():
     assert (out[:, :55] == 100).all() and (np.abs(out[:, 70:] - 60) <= 1).all()
 
 
-def test_noise_has_the_deviation_asked_for_and_blur_takes_it_away():
+def test_noise_has_the_given_deviation_and_blur_reduces_it():
     noisy = lit(FLAT, noise=8.0).astype(float)
     assert noisy.std() == pytest.approx(8, rel=0.05) and noisy.mean() == pytest.approx(99.5, abs=0.4)
-    assert lit(NOISE, blur_px=1.0).std() < NOISE.std() / 2 and lit(NOISE, smear_px=4).std() < NOISE.std() / 1.6
+    assert lit(NOISE, blur_px=1.0).std() < NOISE.std() / 2 and lit(NOISE, motion_blur_px=4).std() < NOISE.std() / 1.6
 
 
-def test_white_and_fading_are_of_the_pads_alone():
+def test_white_and_fading_change_only_the_pads():
     light = Light(white=(200.0, 210.0, 220.0), fading=0.5)
     picture = plain([pad(0, 0, 2.0)], Pose(height_m=5), light=light)
     assert tuple(picture[69, 69]) == (168, 80, 83)  # half way from (208, 32, 38) to grey 128
     assert tuple(picture[69, 69 + 36]) == (200, 210, 220) and tuple(picture[2, 2]) == (96, 96, 96)
 
 
-def test_any_light_of_a_day_leaves_a_picture():
+def test_random_light_is_neither_black_nor_white():
     for seed in range(60):
         rng = np.random.default_rng(seed)
-        out = Light.random(rng).fall_on(NOISE, rng)
+        out = Light.random(rng).apply(NOISE, rng)
         assert out.shape == NOISE.shape and out.dtype == np.uint8 and out.flags.c_contiguous
         assert 5 < out.mean() < 250

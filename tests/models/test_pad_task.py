@@ -1,4 +1,4 @@
-"""What is right, by hand: the action for every place of a pad, and the answers to questions."""
+"""The rule, against actions and answers written by hand: for every position of a pad, and for every question."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from edge_agent.actions.envelope import CheckedAction, parse_answer
 from edge_agent.actions.space import load_action_space
 from models.pad_pilot import task
 from models.pad_pilot.scene import Sight
-from models.pad_pilot.task import LANGUAGES, Order, action, question, seen, spell
+from models.pad_pilot.task import LANGUAGES, Order, action, is_in_picture, random_exchange, to_json
 from tests.harness.pad_sentences import PADS, about, sight, well_formed
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -23,7 +23,7 @@ VELOCITY = load_action_space("velocity_body")
 LAND, GOTO = Order("land", "red", "disc"), Order("goto", "red", "disc")
 
 
-WIDE, TALL = (1.0, 0.75), (0.75, 1.0)  # where a picture of four by three ends, right and down
+WIDE, TALL = (1.0, 0.75), (0.75, 1.0)  # the edge (right, down) of a picture of four by three, and of three by four
 
 
 def moving(vx: float, vy: float, vz: float) -> dict:
@@ -40,7 +40,7 @@ def moving(vx: float, vy: float, vz: float) -> dict:
         (0.93, -0.93, 0.2, True),
         (0.945, 0, 0.2, None),
         (0, -0.95, 0.0, None),
-        (-1.17, 0, 0.2, None),  # its rim still shows: 1 + 0.9 * 0.2 is 1.18
+        (-1.17, 0, 0.2, None),  # its rim is still in the picture: 1 + 0.9 * 0.2 is 1.18
         (-1.19, 0, 0.2, False),
         (0, 1.7, 0.8, None),
         (0, 1.73, 0.8, False),
@@ -48,8 +48,8 @@ def moving(vx: float, vy: float, vz: float) -> dict:
         (5, 5, 0.2, False),
     ],
 )
-def test_seen(right, down, radius, expected):
-    assert seen(sight(right, down, radius)) is expected
+def test_whether_a_pad_is_in_the_picture(right, down, radius, expected):
+    assert is_in_picture(sight(right, down, radius)) is expected
 
 
 @pytest.mark.parametrize(
@@ -68,14 +68,14 @@ def test_seen(right, down, radius, expected):
         (0.5, 1.3, 0.6, False),
     ],
 )
-def test_seen_in_pictures_that_are_not_square(along, across, radius, expected):
-    """Along and across the longer side, which ends at 1; the shorter one ends at 0.75."""
-    assert seen(sight(along, across, radius, edge=WIDE)) is expected
-    assert seen(sight(across, along, radius, edge=TALL)) is expected
+def test_whether_a_pad_is_in_a_picture_that_is_not_square(along, across, radius, expected):
+    """The longer side ends at 1, the shorter side at 0.75. along: the longer side. across: the shorter side."""
+    assert is_in_picture(sight(along, across, radius, edge=WIDE)) is expected
+    assert is_in_picture(sight(across, along, radius, edge=TALL)) is expected
 
 
-def test_what_a_picture_does_not_show_is_searched():
-    """0.9 down: at the bottom of a square picture, below a wide one."""
+def test_a_pad_outside_the_picture_is_searched():
+    """A pad 0.9 down is at the bottom of a square picture, and below a wide picture."""
     for order in (GOTO, LAND):
         assert action(order, [sight(0, 0.9, 0.1)]) == moving(-1.35, 0, 0)
         assert action(order, [sight(0, 0.9, 0.1, edge=WIDE)]) == {"action": "search"}
@@ -134,12 +134,12 @@ def test_what_a_picture_does_not_show_is_searched():
         (LAND, 2, 0, 0.8, {"action": "search"}),
     ],
 )
-def test_the_right_action_place_by_place(order, right, down, radius, expected):
+def test_the_right_action_for_each_position(order, right, down, radius, expected):
     assert action(order, [sight(right, down, radius)]) == expected
 
 
-def test_the_action_is_about_the_pad_that_was_named():
-    """Its colour and its shape; another one in the middle, ready to be landed on, changes nothing."""
+def test_the_action_is_about_the_pad_in_the_order():
+    """Colour and shape both count. Another pad in the middle of the picture changes nothing."""
     near, far = sight(0, 0, 0.6), sight(0.5, 0, 0.2, "red", "ring")
     assert action(LAND, [far, near]) == action(LAND, [near, far]) == {"action": "land"}
     assert action(Order("land", "red", "ring"), [near, far]) == moving(0, 0.75, 0)
@@ -148,13 +148,13 @@ def test_the_action_is_about_the_pad_that_was_named():
     assert action(GOTO, [sight(1, 0, 0.2, "red", "ring"), sight(0, 0)]) == {"action": "hold"}
 
 
-def test_hold_and_nothing_hold_whatever_is_seen():
+def test_for_hold_and_nothing_the_right_action_is_hold_with_any_pads():
     for kind in ("hold", "nothing"):
         for sights in ([], [sight(0, 0, 0.6)], [sight(0.96, 0)]):
             assert action(Order(kind), sights) == {"action": "hold"}
 
 
-def test_speeds_saturate():
+def test_the_speed_is_limited_along_each_axis():
     assert task.move(sight(3, -7), 9.0) == moving(1.5, 1.5, 1.5)
     assert task.move(sight(-3, 7), -9.0) == moving(-1.5, -1.5, -1.5)
 
@@ -165,28 +165,28 @@ def test_speeds_saturate():
     st.floats(0.01, 0.9),
     st.booleans(),
 )
-def test_any_action_passes_the_runtimes_reader_unchanged(kind, right, down, radius, as_numpy):
-    """Not clamped, not refused, on the grid of 0.05, with no digit too many; also from numpy's numbers."""
+def test_the_runtime_accepts_every_action_unchanged(kind, right, down, radius, as_numpy):
+    """No action is clamped or refused. Its numbers are multiples of 0.05 without extra digits, also of numpy floats."""
     number = np.float64 if as_numpy else float
     answer = action(Order(kind, "red", "disc"), [sight(number(right), number(down), number(radius))])
     if answer is None:
         return
-    asked = parse_answer(spell(answer), VELOCITY)
-    assert isinstance(asked, CheckedAction) and asked.type == answer["action"] and not asked.clamped
+    checked = parse_answer(to_json(answer), VELOCITY)
+    assert isinstance(checked, CheckedAction) and checked.type == answer["action"] and not checked.clamped
     if answer["action"] != "move":
-        assert spell(answer) == f'{{"action":"{answer["action"]}"}}'
+        assert to_json(answer) == f'{{"action":"{answer["action"]}"}}'
         return
     digits = r"(0|-?[01](\.\d5|\.\d)?)"
     pattern = rf'\{{"action":"move","vx":{digits},"vy":{digits},"vz":{digits},"yaw":0\}}'
-    assert re.fullmatch(pattern, spell(answer)) and "-0," not in spell(answer) and ".0," not in spell(answer)
-    wanted = (-1.5 * down, 1.5 * right, 0 if kind == "goto" else max(0, 0.8 - 1.6 * math.hypot(right, down)))
-    said = list(asked.values.values())
-    assert said[:3] == pytest.approx([min(1.5, max(-1.5, v)) for v in wanted], abs=0.025 + 1e-9)
-    assert all(abs(v * 20 - round(v * 20)) < 1e-9 for v in said) and said[3] == 0
+    assert re.fullmatch(pattern, to_json(answer)) and "-0," not in to_json(answer) and ".0," not in to_json(answer)
+    expected = (-1.5 * down, 1.5 * right, 0 if kind == "goto" else max(0, 0.8 - 1.6 * math.hypot(right, down)))
+    values = list(checked.values.values())
+    assert values[:3] == pytest.approx([min(1.5, max(-1.5, v)) for v in expected], abs=0.025 + 1e-9)
+    assert all(abs(v * 20 - round(v * 20)) < 1e-9 for v in values) and values[3] == 0
 
 
-def test_spelled_as_the_grammar_has_it():
-    assert spell(moving(0.3, -1, 0)) == '{"action":"move","vx":0.3,"vy":-1,"vz":0,"yaw":0}'
+def test_an_action_is_written_as_the_grammar_requires():
+    assert to_json(moving(0.3, -1, 0)) == '{"action":"move","vx":0.3,"vy":-1,"vz":0,"yaw":0}'
 
 
 # -- questions --------------------------------------------------------------------------------------------------------
@@ -223,11 +223,11 @@ THREE = [*TWO, sight(0, -0.5, 0.2, "green", "square")]
         ("ko", "없어요.", "빨간 원반.", "빨간 원반, 파란 고리.", "빨간 원반, 초록 사각형, 파란 고리."),
     ],
 )
-def test_what_is_seen_from_left_to_right(language, none, one, two, three):
+def test_the_pads_are_listed_from_left_to_right(language, none, one, two, three):
     rng = np.random.default_rng(8)
     for sights, expected in (([], none), (TWO[1:], one), (TWO, two), (THREE, three)):
-        asked = question(rng, language, "see", sights)
-        assert asked.answer == expected and asked.question in task.QUESTIONS[language]["see"]
+        exchange = random_exchange(rng, language, "see", sights)
+        assert exchange.answer == expected and exchange.question in task.QUESTIONS[language]["see"]
 
 
 @pytest.mark.parametrize(
@@ -240,44 +240,44 @@ def test_what_is_seen_from_left_to_right(language, none, one, two, three):
         ("ko", ("없어요.", "한 개.", "두 개.", "세 개.")),
     ],
 )
-def test_how_many(language, numbers):
+def test_questions_for_the_number_of_pads(language, numbers):
     rng = np.random.default_rng(9)
     outside = sight(3, 0, 0.2, "purple", "ring")
     for n in range(4):
-        assert question(rng, language, "count", THREE[:n]).answer == numbers[n]
-        assert question(rng, language, "count", [outside, *THREE[:n]]).answer == numbers[n]
+        assert random_exchange(rng, language, "count", THREE[:n]).answer == numbers[n]
+        assert random_exchange(rng, language, "count", [outside, *THREE[:n]]).answer == numbers[n]
 
 
 def test_more_than_three_pads_are_not_counted():
-    """There is no word for them; they are listed all the same."""
+    """The tables have no word for more than three. The pads can still be listed."""
     rng = np.random.default_rng(17)
     four = [*THREE, sight(0.3, 0, 0.2, "purple", "triangle")]
     for language in LANGUAGES:
         for sights in (four, [*four, sight(-0.3, 0.5, 0.2, "yellow", "disc")]):
-            assert question(rng, language, "count", sights) is None
-            assert question(rng, language, "see", sights) is not None
+            assert random_exchange(rng, language, "count", sights) is None
+            assert random_exchange(rng, language, "see", sights) is not None
     outside = sight(3, 0, 0.2, "yellow", "disc")
-    assert question(rng, "en", "count", [*THREE, outside]).answer == "Three."
-    listed = "A red disc, a green square, a purple triangle and a blue ring."
-    assert question(rng, "en", "see", four).answer == listed
+    assert random_exchange(rng, "en", "count", [*THREE, outside]).answer == "Three."
+    all_four = "A red disc, a green square, a purple triangle and a blue ring."
+    assert random_exchange(rng, "en", "see", four).answer == all_four
 
 
 def test_pads_side_by_side_have_no_order():
-    """Less than 0.1 apart, left to right; the number of pads stays clear."""
+    """Two pads less than 0.1 apart have no order from left to right. They can still be counted."""
     rng = np.random.default_rng(10)
     for apart, answer in ((0.09, None), (0.11, "A red disc and a blue ring.")):
         sights = [sight(0.2 + apart, 0.5, 0.2, "blue", "ring"), sight(0.2, -0.5)]
-        asked = question(rng, "en", "see", sights)
-        assert (asked and asked.answer) == answer
-        assert (task.listed("en", sorted(sights, key=lambda s: s.right)) or None) == answer
-        assert question(rng, "en", "count", sights).answer == "Two."
+        exchange = random_exchange(rng, "en", "see", sights)
+        assert (exchange and exchange.answer) == answer
+        assert (task.list_pads("en", sorted(sights, key=lambda s: s.right)) or None) == answer
+        assert random_exchange(rng, "en", "count", sights).answer == "Two."
 
 
-def test_a_pad_half_in_the_picture_leaves_every_question_open():
+def test_with_a_pad_partly_in_the_picture_no_question_has_an_answer():
     rng = np.random.default_rng(11)
     for language in LANGUAGES:
         for kind in ("see", "is", "count", "where"):
-            assert question(rng, language, kind, [sight(0, 0), sight(1.0, 0, 0.2, "blue")]) is None
+            assert random_exchange(rng, language, kind, [sight(0, 0), sight(1.0, 0, 0.2, "blue")]) is None
 
 
 YES_NO = {"en": ("Yes.", "No."), "fr": ("Oui.", "Non."), "de": ("Ja.", "Nein."), "es": ("Sí.", "No."),
@@ -285,27 +285,29 @@ YES_NO = {"en": ("Yes.", "No."), "fr": ("Oui.", "Non."), "de": ("Ja.", "Nein."),
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_is_there(language):
-    """The pad in the question, read from its words, is there or is not; both often enough to be worth asking."""
+def test_questions_whether_a_pad_is_in_the_picture(language):
+    """The answer fits the pad that the question names. Both answers are frequent."""
     rng = np.random.default_rng(12)
     answers, asked_about = [], set()
     for _ in range(400):
         sights = [s for s in THREE if rng.random() < 0.6] + [sight(2, 2, 0.2, "purple", "triangle")]
-        asked = question(rng, language, "is", sights)
-        assert well_formed(language, asked.question), asked
-        pad = about(language, asked.question)
+        exchange = random_exchange(rng, language, "is", sights)
+        assert well_formed(language, exchange.question), exchange
+        pad = about(language, exchange.question)
         there = any((s.pad.colour, s.pad.shape) == pad for s in sights[:-1])  # the last one is outside
-        assert asked == (asked.question, YES_NO[language][not there], pad)
+        assert exchange == (exchange.question, YES_NO[language][not there], pad)
         answers.append(there)
         asked_about.add(pad)
     assert 0.25 < np.mean(answers) < 0.75 and len(asked_about) == 20
 
 
-def test_german_asks_in_the_accusative():
+def test_german_questions_use_the_accusative():
     rng = np.random.default_rng(13)
-    asked = {question(rng, "de", "is", [sight(0, 0, 0.2, colour, shape)]).question for colour, shape in PADS * 20}
-    assert {"Siehst du einen roten Ring?", "Siehst du eine rote Scheibe?", "Gibt es hier ein rotes Quadrat?"} <= asked
-    assert not any(re.search(r"ein \w+er ", sentence) for sentence in asked)
+    sights = [sight(0, 0, 0.2, colour, shape) for colour, shape in PADS * 20]
+    questions = {random_exchange(rng, "de", "is", [one_sight]).question for one_sight in sights}
+    expected = {"Siehst du einen roten Ring?", "Siehst du eine rote Scheibe?", "Gibt es hier ein rotes Quadrat?"}
+    assert expected <= questions
+    assert not any(re.search(r"ein \w+er ", question) for question in questions)
 
 
 PLACE_WORDS = {
@@ -320,32 +322,32 @@ PLACE_WORDS = {
 
 
 def asked_where(language: str, sights: list[Sight], pad: tuple[str, str], rng: np.random.Generator) -> str | None:
-    """The answer about one pad. A question left open does not say what it was about: None after many tries."""
+    """The answer to a question where a pad is; None: in many tries, no question about this pad had an answer."""
     for _ in range(400):
-        asked = question(rng, language, "where", sights)
-        if asked and about(language, asked.question) == pad:
-            assert well_formed(language, asked.question) and asked.about == pad
-            return asked.answer
+        exchange = random_exchange(rng, language, "where", sights)
+        if exchange and about(language, exchange.question) == pad:
+            assert well_formed(language, exchange.question) and exchange.about == pad
+            return exchange.answer
     return None
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_where(language):
+def test_questions_where_a_pad_is(language):
     rng = np.random.default_rng(14)
     words = PLACE_WORDS[language].split("/")
     for line, down in enumerate((-0.4, 0.26, 0.9)):
         for column, right in enumerate((-0.9, -0.26, 0.4)):
             assert asked_where(language, [sight(right, down)], ("red", "disc"), rng) == words[3 * line + column]
-    gone = {"en": "Not in view.", "fr": "Pas en vue.", "de": "Nicht im Bild.", "es": "No se ve.", "ko": "안 보여요."}
-    assert asked_where(language, [sight(0, 0)], ("red", "ring"), rng) == gone[language]
-    assert asked_where(language, [sight(0, 0), sight(3, 0, colour="blue")], ("blue", "disc"), rng) == gone[language]
+    absent = {"en": "Not in view.", "fr": "Pas en vue.", "de": "Nicht im Bild.", "es": "No se ve.", "ko": "안 보여요."}
+    assert asked_where(language, [sight(0, 0)], ("red", "ring"), rng) == absent[language]
+    assert asked_where(language, [sight(0, 0), sight(3, 0, colour="blue")], ("blue", "disc"), rng) == absent[language]
 
 
-def test_where_leaves_the_places_between_open():
+def test_a_position_between_two_thirds_has_no_answer():
     rng = np.random.default_rng(15)
     for right, down in ((0.3, 0), (0, -0.28), (-0.38, 0.38), (0.9, 0.3)):
         assert asked_where("en", [sight(right, down)], ("red", "disc"), rng) is None
-    # Each of two has its own place.
+    # With two pads, each has its own position.
     assert asked_where("en", TWO, ("blue", "ring"), rng) == "Bottom right."
     assert asked_where("en", TWO, ("red", "disc"), rng) == "Left."
 
@@ -355,17 +357,17 @@ def test_where_leaves_the_places_between_open():
     [
         (0.0, 0.2, "Middle."),  # 0.2 of 0.75 is 0.267
         (0.0, 0.25, None),  # 0.333
-        (0.0, 0.3, "Bottom."),  # 0.4: it would be open in a square picture
+        (0.0, 0.3, "Bottom."),  # 0.4; in a square picture there is no answer
         (0.0, -0.3, "Top."),
-        (0.3, 0.0, None),  # the longer side is as it is in a square one
+        (0.3, 0.0, None),  # along the longer side, as in a square picture
         (0.4, 0.3, "Bottom right."),
         (-0.26, -0.2, "Middle."),
         (-0.9, 0.68, "Bottom left."),
         (0.0, 0.72, None),  # at its edge it may be outside
     ],
 )
-def test_where_in_pictures_that_are_not_square(along, across, place):
-    """A third is a third of this picture, whatever its sides."""
+def test_questions_where_a_pad_is_in_a_picture_that_is_not_square(along, across, place):
+    """A third is a third of each side of this picture."""
     rng = np.random.default_rng(18)
     assert asked_where("en", [sight(along, across, edge=WIDE)], ("red", "disc"), rng) == place
     turned = {"Bottom.": "Right.", "Top.": "Left.", "Bottom left.": "Top right."}.get(place, place)
@@ -375,21 +377,21 @@ def test_where_in_pictures_that_are_not_square(along, across, place):
 def test_a_pad_below_a_wide_picture_is_not_in_view():
     rng = np.random.default_rng(19)
     below = sight(0, 0.9, 0.1, edge=WIDE)
-    assert [question(rng, "en", kind, [below]).answer for kind in ("count", "see")] == ["None.", "No pads."]
+    assert [random_exchange(rng, "en", kind, [below]).answer for kind in ("count", "see")] == ["None.", "No pads."]
     assert asked_where("en", [below], ("red", "disc"), rng) == "Not in view."
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_a_question_says_which_pad_it_is_about(language):
-    """The one that its words name, in the picture, outside, or nowhere; what is seen, and how many, is about none."""
+    """It is the pad that the question names, in the picture or not. Lists and numbers are not about one pad."""
     rng = np.random.default_rng(20)
     sights = [*TWO, sight(3, 0, 0.2, "green", "square")]
     for kind in ("is", "where"):
-        asked = [question(rng, language, kind, sights) for _ in range(300)]
-        assert all(one.about == about(language, one.question) for one in asked)
-        pads = {one.about for one in asked}
+        exchange = [random_exchange(rng, language, kind, sights) for _ in range(300)]
+        assert all(exchange.about == about(language, exchange.question) for exchange in exchange)
+        pads = {exchange.about for exchange in exchange}
         assert {("blue", "ring"), ("red", "disc"), ("red", "ring"), ("blue", "disc"), ("green", "square")} <= pads
         assert all(type(word) is str for pad in pads for word in pad)  # not numpy's own
     for kind in ("see", "count"):
         for here in ([], sights[2:], TWO[:1], TWO):
-            assert question(rng, language, kind, here).about is None
+            assert random_exchange(rng, language, kind, here).about is None

@@ -21,7 +21,7 @@ import quantize.build
 import quantize.build_folder
 from edge_agent.bundle import manifest, verify
 from edge_agent.model.llama import LlamaContext, LlamaOptions
-from quantize.build_folder import BuildError
+from quantize.build_folder import BuildError, BuildFolder
 from quantize.formats import ggml_kernels
 from quantize.formats.build_plan import BuildPlan, plan_conversion
 from quantize.progress import SILENT, Progress
@@ -123,7 +123,7 @@ def test_the_manifest_describes_the_files(toy_bf16: Path, tmp_path: Path):
 
 
 def test_the_manifest_comes_last_and_the_bundle_appears_at_once(toy_small: Path, tmp_path: Path, monkeypatch):
-    out, stages, seen = tmp_path / "bundle", [], {}
+    out, stages, contents = tmp_path / "bundle", [], {}
     write_manifest = manifest.write_manifest
 
     def watch(stage: str, what: str, done: int, total: int) -> None:
@@ -135,14 +135,15 @@ def test_the_manifest_comes_last_and_the_bundle_appears_at_once(toy_small: Path,
         assert not (work / manifest.MANIFEST).exists()
 
     def look_and_write(work: Path, manifest: manifest.Manifest) -> None:
-        seen.update({name: (work / name).read_bytes() for name in os.listdir(work) if name != "journal.json"})
+        names = set(os.listdir(work)) - {"journal.json", "lock"}
+        contents.update({name: (work / name).read_bytes() for name in names})
         write_manifest(work, manifest)
 
     monkeypatch.setattr("quantize.build.write_manifest", look_and_write)
     built(toy_small, out, progress=RecordedProgress(watch))
     assert stages == ["language Q4_K_M", "mmproj", "vision", "validate", "hash source"]
     assert os.listdir(tmp_path) == ["bundle"] and set(os.listdir(out)) == FILES
-    assert seen == {name: (out / name).read_bytes() for name in FILES - {manifest.MANIFEST}}
+    assert contents == {name: (out / name).read_bytes() for name in FILES - {manifest.MANIFEST}}
 
 
 @pytest.mark.parametrize(
@@ -270,7 +271,7 @@ def test_an_interrupted_build_is_continued(
     with pytest.raises(KeyboardInterrupt):
         built(toy_small, tmp_path / "out", progress=first)
     assert not (tmp_path / "out").exists()
-    assert {path.name for path in (tmp_path / ".out.part").iterdir()} == left | {"journal.json"}
+    assert {path.name for path in (tmp_path / ".out.part").iterdir()} == left | {"journal.json", "lock"}
     assert quantize.build_folder.resumable_bytes(tmp_path / "out") > 1000
     second = Stopped()
     built(toy_small, tmp_path / "out", progress=second)
@@ -285,6 +286,14 @@ def test_an_interrupted_build_is_continued(
     )
     for name in FILES:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("journal", [b"\xff", b'{"key": "\xff"}', b"[" * 200_000, b"{}"])
+def test_a_damaged_journal_is_as_none(tmp_path, journal):
+    (tmp_path / "journal.json").write_bytes(journal)
+    (tmp_path / "left.gguf").write_bytes(b"of an earlier run")
+    BuildFolder(tmp_path, "key")
+    assert os.listdir(tmp_path) == ["journal.json"]
 
 
 @pytest.mark.parametrize("how", ["recipe", "checkpoint", "journal", "cut"])
@@ -323,7 +332,7 @@ def test_a_failed_build_leaves_no_resumable_files(toy_small: Path, tmp_path: Pat
 def test_two_builds_of_one_target_exclude_each_other(toy_small: Path, tmp_path: Path):
     (tmp_path / ".full.part").mkdir()
     (tmp_path / ".full.part" / manifest.LANGUAGE).write_bytes(b"half")
-    lock = os.open(tmp_path / ".full.part", os.O_RDONLY)  # as another edge-quantize holds it
+    lock = os.open(tmp_path / ".full.part" / "lock", os.O_RDWR | os.O_CREAT)  # as another edge-quantize holds it
     fcntl.flock(lock, fcntl.LOCK_EX)
     with pytest.raises(BuildError, match="full: another edge-quantize is writing it"):
         converted(toy_small, tmp_path / "full", "bf16")

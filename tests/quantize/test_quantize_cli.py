@@ -18,7 +18,7 @@ from edge_agent.bundle.manifest import LANGUAGE, MANIFEST, MMPROJ, VISION
 from edge_agent.bundle.verify import verify_bundle
 from edge_agent.errors import UserError
 from tests.harness import ROOT
-from tests.harness.quantize_cli import PROGRESS, UP, refused, rewrite, said
+from tests.harness.quantize_cli import PROGRESS, UP, refused, rewrite, stderr_lines
 
 # -- arguments and places ---------------------------------------------------------------------------------------------
 
@@ -140,7 +140,7 @@ def test_a_limit_on_file_size_is_one_line_and_no_file(toy_small: Path, edge_quan
         "convert", toy_small, tmp_path / "out", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     )
     assert not any(tmp_path.iterdir())
-    refused((result.returncode, result.stdout, said(result.stderr, tmp_path)), ("~/out", "File too large"))
+    refused((result.returncode, result.stdout, stderr_lines(result.stderr, tmp_path)), ("~/out", "File too large"))
 
 
 # -- stopped ----------------------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def stop_at(stage: str, how: int, folder: Path, out: Path) -> subprocess.Popen:
         if line.startswith(stage):
             process.send_signal(how)
             break
-    process.said = process.stderr.read().splitlines()
+    process.stderr_lines = process.stderr.read().splitlines()
     process.stderr.close()
     process.wait(timeout=60)
     return process
@@ -178,12 +178,12 @@ def test_an_interrupted_build_leaves_nothing_or_resumable_files(
     assert process.returncode == 130
     left = [path.name for path in tmp_path.iterdir()]
     goes_on = "the same command continues from here"
-    assert left == ([".out.part"] if goes_on in process.said[-1] else []), process.said
-    assert goes_on in process.said[-1] or stage == "language"  # before the first file is whole
-    assert process.said[-1] in (
+    assert left == ([".out.part"] if goes_on in process.stderr_lines[-1] else []), process.stderr_lines
+    assert goes_on in process.stderr_lines[-1] or stage == "language"  # before the first file is whole
+    assert process.stderr_lines[-1] in (
         f"edge-quantize: interrupted; {goes_on}", "edge-quantize: interrupted; nothing was left behind"
     )  # fmt: skip
-    assert not any("Traceback" in line for line in process.said)
+    assert not any("Traceback" in line for line in process.stderr_lines)
     again = edge_quantize("build", toy_bf16, tmp_path / "out", "--recipe", "IQ4_XS")
     assert again.returncode == 0
     assert ("continuing: an earlier run left language.gguf" in again.stderr) == bool(left)
@@ -193,7 +193,7 @@ def test_an_interrupted_build_leaves_nothing_or_resumable_files(
 def test_sighup_ends_a_build_like_an_interrupt(toy_bf16: Path, tmp_path: Path):
     """SSH that goes away sends SIGHUP, which by itself would end the process on the spot."""
     process = stop_at("language", signal.SIGHUP, toy_bf16, tmp_path / "out")
-    assert process.returncode == 130 and "interrupted" in process.said[-1]
+    assert process.returncode == 130 and "interrupted" in process.stderr_lines[-1]
     assert not (tmp_path / "out").exists()
 
 
@@ -252,7 +252,7 @@ def test_a_killed_build_leaves_only_hidden_files_and_the_next_one_works(toy_bf16
 
 
 @pytest.mark.parametrize(("source", "dtype"), [("toy_bf16", "BF16"), ("toy_fp8", "FP8")])
-def test_inspect_says_what_a_checkpoint_is(edge_quantize, build, request, source: str, dtype: str):
+def test_inspect_describes_a_checkpoint(edge_quantize, build, request, source: str, dtype: str):
     folder = request.getfixturevalue(source)
     result = edge_quantize("inspect", folder, "--json")
     assert (result.returncode, result.stderr, result.stdout.count("\n")) == (0, "", 1)
@@ -313,7 +313,7 @@ def test_two_builds_are_the_same_to_the_byte_and_the_manifest_comes_out(
     assert all(PROGRESS.fullmatch(line) for line in result.stderr.splitlines())
 
 
-def test_build_and_convert_say_what_they_made(run, toy_small: Path, tmp_path: Path):
+def test_build_and_convert_print_their_results(run, toy_small: Path, tmp_path: Path):
     status, out, errors = run("convert", toy_small, tmp_path / "full")
     assert (status, errors) == (0, [])
     assert re.fullmatch(rf"{tmp_path}/full: ministral3 \d+\.\dM at bf16\n", out)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.harness import toy, toy_tokenizer
+from tests.harness import native_files, toy, toy_tokenizer
 from tests.harness.quantize_cli import UP, configure, refused, remove, rewrite
 
 
@@ -34,6 +34,28 @@ def overwrite(name: str, data: bytes | Callable[[bytes], bytes]) -> Callable[[Pa
         path.write_bytes(data(path.read_bytes()) if callable(data) else data)
 
     return apply
+
+
+def one_folder_down(folder: Path) -> None:
+    shutil.copytree(folder, folder.with_name("copy"))
+    [path.unlink() for path in folder.iterdir()]
+    folder.with_name("copy").rename(folder / "Ministral-3-3B")
+
+
+def as_in_a_cache(folder: Path) -> None:
+    one_folder_down(folder)
+    (folder / "snapshots").mkdir()
+    (folder / "Ministral-3-3B").rename(folder / "snapshots" / "0123abcd")
+
+
+def dangling(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("../../blobs/0123")
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4967215360\n"
+GGUF = native_files.file([native_files.ARCHITECTURE, native_files.number(b"general.file_type", 15)],
+                         [native_files.tensor()])  # fmt: skip
 
 
 def together(*changes: Callable[[Path], Any]) -> Callable[[Path], None]:
@@ -93,7 +115,36 @@ TEXT, ROPE = ("text_config",), ("text_config", "rope_parameters")
 
 # what is done to a toy -> words of the one line that must come out
 BF16: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
-    "nothing in the folder": (lambda f: [path.unlink() for path in f.iterdir()], ("no config.json", "safetensors")),
+    "nothing in the folder": (lambda f: [path.unlink() for path in f.iterdir()], ("an empty folder", "safetensors")),
+    "a folder of other things": (remove("config.json"), ("no config.json or params.json: not a checkpoint",)),
+    "one folder too high": (one_folder_down, ("the folder above: give Ministral-3-3B/ (a checkpoint)",)),
+    "two folders too high": (as_in_a_cache, ("the folder above: give snapshots/0123abcd/ (a checkpoint)",)),
+    "a download that is not complete": (dangling, ("model.safetensors: a link to a file that is missing", "repeat it")),
+    "weights in a git-lfs pointer": (overwrite("model.safetensors", LFS), ("model.safetensors: a git-lfs", "lfs pull")),
+    "tokenizer in a git-lfs pointer": (overwrite("tekken.json", LFS), ("tekken.json: a git-lfs pointer", "lfs pull")),
+    "configuration in a git-lfs pointer": (overwrite("config.json", LFS), ("config.json: a git-lfs pointer",)),
+    "weights in a web page": (overwrite("model.safetensors", b" <!DOCTYPE html><p>Sign in"), ("a web page and not",)),
+    "weights in a pickle": (
+        together(remove("model.safetensors"), overwrite("pytorch_model.bin", b"PK\3\4 archive/data.pkl")),
+        ("model.safetensors: missing", "pytorch_model.bin is a PyTorch pickle", "save the model as safetensors"),
+    ),
+    "quantised by MLX": (configure(quantization={"bits": 4}), ("quantization: quantised already, by MLX",)),
+    "quantised by GPTQ": (
+        together(configure(quantization_config={"quant_method": "gptq"}), overwrite("model.safetensors", b"x" * 99)),
+        ("quantization_config: expected quant_method 'fp8'", "'gptq'", "quantised already; start from the BF16"),
+    ),
+    "a GGUF file beside nothing": (
+        together(lambda f: [path.unlink() for path in f.iterdir()], overwrite("model-Q4_K_M.gguf", GGUF)),
+        ("model-Q4_K_M.gguf in it is a GGUF file (llama, Q4_K_M)", "from the 16-bit checkpoint"),
+    ),
+    "a bundle": (
+        together(lambda f: [path.unlink() for path in f.iterdir()], overwrite("bundle.json", b"{}")),
+        ("a bundle; give it to edge-agent, and a checkpoint to edge-quantize",),
+    ),
+    "an adapter": (
+        together(lambda f: [path.unlink() for path in f.iterdir()], overwrite("adapter_config.json", b"{}")),
+        ("a LoRA adapter; give it to edge-quantize lora, or with --merge",),
+    ),
     "no weights": (remove("model.safetensors"), ("model.safetensors", "missing", "download")),
     "consolidated, without its weights": (
         together(remove("config.json"), overwrite("params.json", b"{}")),
@@ -123,7 +174,10 @@ BF16: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "width true": (configure(*TEXT, hidden_size=True), ("hidden_size: expected int", "found True")),
     "no layers": (configure(*TEXT, num_hidden_layers=0), ("num_hidden_layers: expected a number above 0", "found 0")),
     "no rotary table": (configure(*TEXT, rope_parameters=None), ("rope_parameters", "missing", "YaRN")),
-    "rotary not YaRN": (configure(*ROPE, rope_type="linear"), ("rope_type: expected 'yarn'", "found 'linear'")),
+    "rotary not YaRN": (
+        configure(*ROPE, rope_type="linear", type="linear"),
+        ("rope_type: expected 'yarn'", "found 'linear'"),
+    ),
     "rotary theta gone": (configure(*ROPE, rope_theta=None), ("rope_theta: missing", "expected float")),
     "rotary theta zero": (configure(*ROPE, rope_theta=0), ("rope_theta: expected a number above 0", "found 0")),
     "epsilon not a number": (configure(*TEXT, rms_norm_eps=float("nan")), ("rms_norm_eps: expected", "found nan")),
@@ -133,6 +187,24 @@ BF16: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
         configure(*ROPE, llama_4_scaling_beta=0.2),
         ("llama_4_scaling_beta: expected 0.1", "found 0.2"),
     ),
+    "two kinds of rotary values": (configure(*ROPE, type="linear"), ("type: expected 'yarn' as rope_type", "'linear'")),
+    "two rotary tables": (
+        configure(*TEXT, rope_scaling={"rope_type": "yarn", "factor": 8.0}),
+        ("factor: rope_parameters says 16.0, an older key 8.0", "remove the wrong one"),
+    ),
+    "two thetas": (configure(*TEXT, rope_theta=1e4), ("rope_theta: rope_parameters says 1000000.0", "10000.0")),
+    "rotary table a word": (configure(*TEXT, rope_scaling="yarn"), ("rope_scaling: expected a table", "'yarn'")),
+    "attention rescaled": (configure(*ROPE, attention_factor=1.2), ("rope_parameters: attention_factor: unknown",)),
+    "half of each head turned": (configure(*ROPE, partial_rotary_factor=0.5), ("partial_rotary_factor: unknown",)),
+    "biases": (configure(*TEXT, attention_bias=True), ("text_config: attention_bias: unknown, and set to 'True'",)),
+    "experts": (configure(*TEXT, num_local_experts=8), ("text_config: num_local_experts: unknown",)),
+    "an unknown key outside": (configure(vision_dropout="x"), ("config.json: vision_dropout: unknown",)),
+    "an unknown key of the vision encoder": (configure("vision_config", use_2d=True), ("vision_config: use_2d",)),
+    "a vision encoder with YaRN": (
+        configure("vision_config", "rope_parameters", rope_type="yarn"),
+        ("vision_config.rope_parameters.rope_type: expected 'default'", "'yarn'"),
+    ),
+    "local attention": (configure(*TEXT, layer_types=["full_attention", "sliding_attention"]), ("layer_types",)),
     "another YaRN context": (
         configure(*ROPE, original_max_position_embeddings=8192),
         ("original_max_position_embeddings: 8192 x factor 16 make 131072", "the context is 262144"),
@@ -152,7 +224,7 @@ BF16: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "data cut": (overwrite("model.safetensors", lambda raw: raw[:-1000]), ("model.safetensors: expected", "found")),
     "data too long": (overwrite("model.safetensors", lambda raw: raw + b"x"), ("model.safetensors: expected", "found")),
     "header cut": (overwrite("model.safetensors", lambda raw: raw[:1000]), ("model.safetensors", "header", "1000")),
-    "no bytes": (overwrite("model.safetensors", b""), ("model.safetensors", "not a safetensors file", "0 bytes")),
+    "no bytes": (overwrite("model.safetensors", b""), ("model.safetensors: an empty file", "again")),
     "garbage": (overwrite("model.safetensors", np.random.default_rng(0).bytes(5000)), ("model.safetensors", "not a")),
     "header garbage": (
         overwrite("model.safetensors", lambda raw: raw[:8] + b"\xfe" * 200 + raw[208:]),

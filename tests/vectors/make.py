@@ -67,6 +67,8 @@ STATUS = Status(
     mem_available_mib=None,
     temperature_c=61.5,
     adapter="night",
+    wall_clock_ns=1_795_000_000_000_000_000,
+    boot_id="0b1d6c1e-9a55-4c83-a1c6-9f1c5f3a2d11",
 )
 TEXT = TextMessage(**HEADER, seq=3, lane="answer", frame_id=4711, text="ein Würfel ", request="9f3a61c2d07be845")
 VECTORS: dict[str, bytes] = {
@@ -90,7 +92,9 @@ VECTORS: dict[str, bytes] = {
     "text": pack("text", TEXT),
     "text_final": pack("text", msgspec.structs.replace(TEXT, seq=4, text="", final=True, stop_reason="length")),
     "status": pack("status", STATUS),
-    "request_ask": encode(Request(v=1, id="9f3a61c2d07be845", op="ask", text="What is ahead?")),
+    "request_ask": encode(
+        Request(v=1, id="9f3a61c2d07be845", op="ask", text="What is ahead?", expires_ns=BEYOND_FLOAT64)
+    ),
     "request_vehicle_state": encode(
         Request(
             v=1,

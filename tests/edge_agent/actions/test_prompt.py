@@ -48,7 +48,7 @@ def test_the_schema():
                 "type": "object",
                 "properties": {
                     "action": {"const": "drive"},
-                    "v": {"type": "number", "minimum": -1.0, "maximum": 2.5, "multipleOf": 0.5},
+                    "v": {"enum": [-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5]},
                     "gear": {"type": "integer", "minimum": 1, "maximum": 3, "multipleOf": 1},
                     "horn": {"enum": ["on", "off"]},
                 },

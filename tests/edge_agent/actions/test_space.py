@@ -159,8 +159,13 @@ def test_a_mistake_in_the_space_is_named(tmp_path, path, value, line):
         ("v.max", math.inf, ": min, max and step must be finite; found min -1, max inf, step 0.5"),
         ("v.step", math.inf, ": min, max and step must be finite"),
         ("v.step", 0, ".step: expected `float` > 0.0, found 0"),
-        ("v.step", 0.07, ".step: must be a decimal fraction such as 0.01 or 0.25; found 0.07"),  # 0.07 * 100 is 7.0…1
-        ("v.step", 1 / 3, ".step: must be a decimal fraction such as 0.01 or 0.25; found 0.333333"),
+        ("v.step", 1 / 3, ".step: must be a decimal fraction such as 0.01 or 0.25, with at most 6 digits behind"),
+        ("v.step", 1e-7, ".step: must be a decimal fraction such as 0.01"),
+        ("v.step", 0.1 + 0.2, ".step: must be a decimal fraction such as 0.01"),
+        ("v.step", 0.00053, ".step: 6603 values from min to max; expected at most 5000; found min -1, max 2.5, step"),
+        ("v.max", 2.0**63, ": min and max must be within 1e+09; found min -1, max 9.22337e+18"),
+        ("v.min", -(2**63), ": min and max must be within 1e+09"),
+        ("v.max", 1.7e308, ": min and max must be within 1e+09"),
         ("v.step", 3.6, ": min must be below max, and step at most max - min; found min -1, max 2.5, step 3.6"),
         ("v.min", 2.5, ": min must be below max"),
         ("v.min", 3, ": min must be below max"),
@@ -181,6 +186,23 @@ def test_a_mistake_in_the_space_is_named(tmp_path, path, value, line):
 def test_a_mistake_in_a_field_is_named(tmp_path, field, value, line):
     where = f"actions.drive.fields.{field.partition('.')[0]}"
     assert error_of(tmp_path, changed(f"actions.drive.fields.{field}", value)).startswith(where + line)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "step"),
+    [
+        (-2.1, 2.1, 0.07),
+        (-2.1, 2.1, 0.035),
+        (-1, 1, 0.53),
+        (0.1, 0.4, 0.3),  # in binary, 0.4 - 0.1 is above 0.3
+        (0.9, 1.2, 0.3),  # and 1.2 - 0.9 is below it
+        (-1e9, 1e9, 0.1),
+        (0, 1, 1e-6),
+    ],
+)
+def test_a_step_is_judged_as_the_decimal_fraction_that_was_written(tmp_path, low, high, step):
+    space = changed("actions.drive.fields.gear", {"min": low, "max": high, "step": step})
+    assert load_action_space(write_yaml(tmp_path, space)).actions["drive"].fields["gear"].step == step
 
 
 @pytest.mark.parametrize(("q01", "q99"), [(1.0, 1.0), (2.0, 1.0), (0.0, math.inf), (math.nan, 1.0)])

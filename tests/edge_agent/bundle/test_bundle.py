@@ -22,6 +22,8 @@ from edge_agent.bundle.manifest import (
     MAX_MANIFEST_BYTES,
     MMPROJ,
     REPORT,
+    SPECIAL_TOKENS,
+    THINK_TOKENS,
     VISION,
     read_manifest,
     write_manifest,
@@ -29,11 +31,12 @@ from edge_agent.bundle.manifest import (
 from edge_agent.bundle.verify import verify_bundle
 from edge_agent.errors import BundleError
 from tests.harness import ROOT
-from tests.harness.native_files import CLIP, GOOD
+from tests.harness.native_files import CLIP_FILE, HIDDEN, LANGUAGE_FILE, TABLE_BYTES, TOKENS
 from tests.harness.native_files import model as onnx_model
 
 NAMES = (LANGUAGE, VISION, MMPROJ, REPORT)
-CONTENT = dict(zip(NAMES, (GOOD, onnx_model().SerializeToString(), CLIP, b"content " * 50), strict=True))
+ENCODER = onnx_model(sides=(1, 3, "height", "width")).SerializeToString()
+CONTENT = dict(zip(NAMES, (LANGUAGE_FILE, ENCODER, CLIP_FILE, b"content " * 50), strict=True))
 
 
 def sha256(data: bytes) -> str:
@@ -50,14 +53,18 @@ def manifest_fields() -> dict:
             "family": "ministral3",
             "size": "3B",
             "variant": "instruct",
-            "parameters": 3_430_000_000,
-            "layers": 26,
-            "hidden": 3072,
-            "vocab": 131072,
-            "context": 262144,
-            "kv_bytes_per_token": 106_496,
-            "special": {"bos": 1, "eos": 2},
-            "embedding": {"offset": 4096, "ggml_type": "Q6_K", "row_bytes": 2520},
+            "parameters": 5000,
+            "layers": 3,
+            "hidden": HIDDEN,
+            "vocab": len(TOKENS),
+            "context": 4096,
+            "kv_bytes_per_token": 2 * 2 * 3 * 2 * 16,
+            "special": {name: TOKENS.index(text) for name, text in (SPECIAL_TOKENS | THINK_TOKENS).items()},
+            "embedding": {
+                "offset": len(LANGUAGE_FILE) - TABLE_BYTES,
+                "ggml_type": "F32",
+                "row_bytes": 4 * HIDDEN,
+            },
         },
         "vision": {
             "patch": 14,
@@ -68,7 +75,7 @@ def manifest_fields() -> dict:
             "fixed": None,
         },
         "recipe": "Q4_K_M",
-        "bytes_by_type": {"Q4_K": 1000},
+        "bytes_by_type": {"F32": TABLE_BYTES},
         "source_dtype": "BF16",
         "source_sha256": {"model.safetensors": "0" * 64},
         "licence": "apache-2.0",
@@ -369,7 +376,7 @@ def test_a_missing_manifest_or_folder_is_an_error_with_advice(folder, tmp_path):
     (folder / MANIFEST).unlink()
     assert "edge-quantize build" in refused(folder)
     assert "no such folder" in refused(tmp_path / "nowhere")
-    assert "no such folder" in refused(folder / LANGUAGE)
+    assert "a GGUF file (llama); edge-quantize builds from the 16-bit checkpoint" in refused(folder / LANGUAGE)
 
 
 # -- native parsers ---------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from onnx import TensorProto, helper, numpy_helper
 
-from edge_agent.bundle.file_check import BLOCKS, OPS, UnsafeFileError, check_gguf, check_onnx
+from edge_agent.bundle.file_check import BLOCKS, OPS, TensorHeader, UnsafeFileError, check_gguf, check_onnx
 from edge_agent.bundle.files import hash_file
 from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, VISION, read_manifest, write_manifest
 from edge_agent.bundle.verify import verify_bundle
@@ -38,8 +38,9 @@ def test_the_files_of_a_bundle_pass(kind: str, convert, toy_bf16: Path, toy_bund
 def test_every_type_has_the_size_of_the_gguf_package():
     from quantize.measure import bit_allocation
 
-    for kind, size in BLOCKS.items():
-        assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)] == size
+    for kind, (name, *size) in BLOCKS.items():
+        assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]] == tuple(size)
+        assert gguf.GGMLQuantizationType[name].value == kind
     assert {kind.value for kind in bit_allocation.CANDIDATES} < set(BLOCKS)
 
 
@@ -109,14 +110,20 @@ def test_strings_and_unsigned_integers_are_returned_and_other_values_skipped(tmp
         "uint64": (10, struct.pack("<Q", 2**40), 2**40),
         "float32": (6, struct.pack("<f", 1.5), None),
         "bool": (7, b"\1", None),
-        "strings": (9, string_array, None),
-        "floats": (9, struct.pack("<IQ", 6, 3) + bytes(12), None),
+        "strings": (9, string_array, ["a", "bc"]),
+        "floats": (9, struct.pack("<IQ3f", 6, 3, 0.5, 1, 2), [0.5, 1.0, 2.0]),
+        "many floats": (9, struct.pack("<IQ", 6, 17) + bytes(68), None),
+        "many strings": (9, struct.pack("<IQ", 8, 1025) + 1025 * string(b"a"), 1024 * ["a"]),
+        "integers": (9, struct.pack("<IQ", 4, 3) + bytes(12), None),
     }
     keys = [key(name.encode(), value_type, raw) for name, (value_type, raw, _) in values.items()]
     path.write_bytes(file([ARCHITECTURE, *keys], [tensor(shape=(32, 2)), tensor(b"q", (64,), kind=8, offset=256)]))
-    found, shapes = check_gguf(path, ARCHITECTURES)
+    found, tensors = check_gguf(path, ARCHITECTURES)
     assert found == {"general.architecture": "llama"} | {name: value for name, (_, _, value) in values.items()}
-    assert shapes == {"a.weight": [32, 2], "q": [64]}
+    start = path.stat().st_size - 4096
+    assert tensors == {
+        "a.weight": TensorHeader([32, 2], "F32", start, 256), "q": TensorHeader([64], "Q8_0", start + 256, 68)
+    }  # fmt: skip
 
 
 def outcomes(check: Callable[[Path], object], path: Path, changed: SearchStrategy[bytes]) -> set[str]:

@@ -1,4 +1,4 @@
-"""The memory plan: what is added up, and what is given up in which order."""
+"""The memory plan: the parts that are added up, and the order in which options are reduced."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from edge_agent.bundle.memory_plan import NotEnoughMemoryError, adapters_mib, ne
 from edge_agent.config import AdvancedConfig, CameraConfig, Config, LanguageConfig, VisionConfig
 from edge_agent.ipc.events import StartupFailed, decode_model_event
 from edge_agent.model.__main__ import main
-from edge_agent.wire.codec import encode
+from tests.harness.rig import model_start
 
 CONFIG = Config(bundle="b", camera=CameraConfig(source="none"))
 
@@ -39,6 +39,17 @@ def test_a_text_only_model_needs_no_memory_for_a_vision_encoder(toy):
     assert needed_mib(CONFIG, manifest)["vision encoder"] == 0.0
 
 
+@pytest.mark.parametrize(
+    ("source", "max_megapixels", "n_frames"),
+    [("/dev/video0", 0.9216, 4), ("clip.mp4", 33.1776, 4), ("gst:x", 2, 4), ("zmq:ipc:///x", 33.1776, 6)],
+)
+def test_frames_of_the_largest_size_are_in_the_plan(toy, source, max_megapixels, n_frames):
+    """The slot never gives its memory back, so the largest frame that is allowed counts."""
+    camera = CameraConfig(source=source, max_megapixels=max_megapixels)
+    parts = needed_mib(msgspec.structs.replace(CONFIG, camera=camera), shape_3b(toy))
+    assert parts["frames"] == pytest.approx(n_frames * 3 * max_megapixels * 1e6 / 2**20)
+
+
 def test_the_parts_are_those_of_arithmetic(toy):
     parts = needed_mib(CONFIG, shape_3b(toy), adapters_mib=12.0)
     assert parts["language model"] == pytest.approx(2047, abs=1)
@@ -53,6 +64,7 @@ def test_the_parts_are_those_of_arithmetic(toy):
     float32 = (3_849_090_048 - language) * 4 / 2**20
     assert parts["vision encoder"] == pytest.approx(float32 + 839e6 / 2**20 + 16 * 1024**2 * 4 / 2**20, abs=1)
     assert parts["adapters"] == 12.0
+    assert parts["frames"] == pytest.approx(4 * 3 * 13e6 / 2**20)
     mtmd = msgspec.structs.replace(CONFIG, vision=VisionConfig(backend="mtmd"))
     assert needed_mib(mtmd, shape_3b(toy))["vision encoder"] == pytest.approx(849e6 / 2**20 + 64, abs=1)
     # In float32 there is nothing to convert: the file is what is kept. Of int8 a quarter is kept beside.
@@ -64,11 +76,11 @@ def test_the_parts_are_those_of_arithmetic(toy):
 def test_a_configuration_that_fits_is_not_changed(toy):
     for free_mib in (None, 64_000.0):
         planned = plan_memory(CONFIG, shape_3b(toy), free_mib)
-        assert planned.config == CONFIG and planned.given_up == {}
+        assert planned.config == CONFIG and planned.reductions == {}
 
 
 def test_options_are_reduced_in_order_and_no_more_than_needed(toy):
-    manifest, seen = shape_3b(toy), []
+    manifest, distinct = shape_3b(toy), []  # the different reductions, in the order in which memory gets less
     config = msgspec.structs.replace(CONFIG, advanced=AdvancedConfig(mmap=True))
     full_mib = plan_memory(config, manifest, None).mib
     for free_mib in range(round(full_mib) + 100, 500, -10):
@@ -78,14 +90,14 @@ def test_options_are_reduced_in_order_and_no_more_than_needed(toy):
             assert f"{free_mib} MiB free" in str(error) and "language model 2047" in str(error)
             break
         assert planned.mib <= free_mib
-        if planned.given_up not in seen:
-            seen.append(planned.given_up)
+        if planned.reductions not in distinct:
+            distinct.append(planned.reductions)
     order = ["advanced.mmap", "advanced.kv_cache_type", "vision.backend", "vision.max_image_tokens", "language.context"]
-    names = [list(given_up) for given_up in seen]
-    assert {len(some) for some in names} == set(range(6)), "each is a step of its own"
-    assert all(some == order[: len(some)] for some in names) and names == sorted(names, key=len)
-    assert seen[-1] == dict(zip(order, (False, "q8_0", "mtmd", 64, 640), strict=True))
-    assert seen[4]["vision.max_image_tokens"] == 192
+    keys = [list(reductions) for reductions in distinct]
+    assert {len(reduced) for reduced in keys} == set(range(6)), "each option is a step of its own"
+    assert all(reduced == order[: len(reduced)] for reduced in keys) and keys == sorted(keys, key=len)
+    assert distinct[-1] == dict(zip(order, (False, "q8_0", "mtmd", 64, 640), strict=True))
+    assert distinct[4]["vision.max_image_tokens"] == 192
 
 
 def test_a_cache_in_8_bit_is_not_offered_where_flash_attention_is_forbidden(toy):
@@ -93,7 +105,7 @@ def test_a_cache_in_8_bit_is_not_offered_where_flash_attention_is_forbidden(toy)
     with pytest.raises(NotEnoughMemoryError):
         plan_memory(config, shape_3b(toy), 500.0)
     planned = plan_memory(config, shape_3b(toy), plan_memory(config, shape_3b(toy), None).mib - 50)
-    assert planned.given_up == {"vision.backend": "mtmd"}
+    assert planned.reductions == {"vision.backend": "mtmd"}
 
 
 @pytest.mark.parametrize(
@@ -102,9 +114,9 @@ def test_a_cache_in_8_bit_is_not_offered_where_flash_attention_is_forbidden(toy)
 def test_a_cache_in_8_bit_is_not_offered_where_reproducible_answers_are_requested(toy, changes):
     """Without a request, answers are reproducible on a CPU as long as the memory allows it."""
     free_mib = plan_memory(CONFIG, shape_3b(toy), None).mib - 50
-    assert plan_memory(CONFIG, shape_3b(toy), free_mib).given_up == {"advanced.kv_cache_type": "q8_0"}
+    assert plan_memory(CONFIG, shape_3b(toy), free_mib).reductions == {"advanced.kv_cache_type": "q8_0"}
     config = msgspec.structs.replace(CONFIG, **changes)
-    assert plan_memory(config, shape_3b(toy), free_mib).given_up == {"vision.backend": "mtmd"}
+    assert plan_memory(config, shape_3b(toy), free_mib).reductions == {"vision.backend": "mtmd"}
 
 
 def test_the_small_profile_needs_what_is_left_after_the_first_reductions(toy):
@@ -127,18 +139,18 @@ def test_adapters_are_added_to_the_sum(tmp_path):
 
 
 def test_too_little_memory_is_not_an_error_of_the_configuration(toy_bundle, monkeypatch):
-    """Or systemd would never try again, when something else was only slow to leave."""
+    """After an error of the configuration systemd never starts the daemon again. Another program may free memory."""
     config = msgspec.structs.replace(CONFIG, bundle=str(toy_bundle))
-    said: list = []
+    events: list = []
 
     class Events:
         def send(self, payload: bytes) -> None:
-            said.append(decode_model_event(payload))
+            events.append(decode_model_event(payload))
 
     monkeypatch.setattr(
-        "edge_agent.model.__main__.attach_to_supervisor", lambda: (None, Events(), encode(config), False)
+        "edge_agent.model.__main__.attach_to_supervisor", lambda: (None, Events(), model_start(config), False)
     )
     monkeypatch.setattr("edge_agent.board.health.mem_available_mib", lambda: 100.0)
     assert main() == 1
-    assert isinstance(said[-1], StartupFailed) and not said[-1].configured
-    assert "100 MiB free" in said[-1].reason
+    assert isinstance(events[-1], StartupFailed) and not events[-1].configured
+    assert "100 MiB free" in events[-1].reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -33,6 +34,7 @@ from tests.harness.camera import (
     number_of,
     wait_until,
 )
+from tests.harness.pictures import counting_mkv
 
 # -- which source a string means --------------------------------------------------------------------------------------
 
@@ -72,7 +74,7 @@ def folder_of(path: Path, **files: bytes) -> Path:
         (lambda tmp: tmp / "nowhere.mp4", "absent", "nowhere.mp4: no such file or folder"),
         (lambda tmp: corrupt_video(tmp / "broken.mp4"), "unreadable", "broken.mp4: contains no frame"),
         (lambda tmp: folder_of(tmp / "empty"), "absent", "empty: no image in this folder"),
-        (lambda tmp: folder_of(tmp / "bad", a=b"\xff\xd8\xff bad"), "unreadable", "can read none of its 1 images"),
+        (lambda tmp: folder_of(tmp / "bad", a=b"\xff\xd8\xff bad"), "unreadable", "none of its 1 images can be used"),
         (lambda tmp: "rtsp://10.0.0.1/stream", "absent", "rtsp://10.0.0.1/stream: expected"),
         (lambda tmp: "zmq:tcp://*:5555", "unreadable", "zmq:tcp://*:5555: expected zmq:ipc:///absolute/path"),
         (lambda tmp: "gst:videotestsrc", "unreadable", "camera.width and camera.height"),
@@ -267,3 +269,74 @@ def test_the_probe_as_a_command(tmp_path):
     assert (found.returncode, found.stdout) == (0, b"160x120 at 30 fps\n")
     absent = run_probe(tmp_path / "none.mp4")
     assert absent.returncode == 1 and absent.stderr.startswith(b"absent: ") and absent.stderr.count(b"\n") == 1
+
+
+def device_of(images: list[int], capture_clock: str = "arrival"):
+    """A device that gives an image of each grey level, one every 20 ms, then the last one again and again."""
+
+    def device(config, slot, clock):
+        for grey in itertools.chain(images, itertools.repeat(images[-1])):
+            clock.advance(0.02)
+            image = slot.write(8, 8)
+            image[:] = grey
+            yield CapturedFrame(image, clock.now_ns(), capture_clock, 30.0, remark="a remark")
+
+    return device
+
+
+@pytest.mark.parametrize(
+    ("images", "config", "capture_clock", "looked_s"),
+    [
+        ([1, 2], {}, "arrival", 0.04),
+        ([1] * 20 + [2], {}, "arrival", 0.42),
+        ([1], {"identical_frames_s": 0}, "arrival", 5.0),
+        ([1], {}, "driver", 5.0),
+        ([1], {"identical_frames_s": 60}, "arrival", 5.0),
+    ],
+    ids=["moving", "still at first", "allowed for ever", "proven by stamps", "allowed for a minute"],
+)
+def test_the_probe_looks_until_an_image_differs(clock, monkeypatch, images, config, capture_clock, looked_s):
+    monkeypatch.setitem(SOURCES, "v4l2", device_of(images, capture_clock))
+    start_ns = clock.time_ns
+    assert probe(CameraConfig(source="0", **config), clock=clock) == "8x8 at 30 fps (a remark)"
+    assert (clock.time_ns - start_ns) / 1e9 == pytest.approx(looked_s, abs=0.05)
+
+
+def test_the_probe_finds_a_device_that_shows_the_same_image(clock, monkeypatch):
+    """The fault that the daemon would have after a second, with the key that allows a still picture."""
+    monkeypatch.setitem(SOURCES, "v4l2", device_of([1]))
+    with pytest.raises(SourceError, match=r"frozen: the same 8x8 image .* camera\.identical_frames_s") as caught:
+        probe(CameraConfig(source="0"), clock=clock)
+    assert caught.value.reason == "frozen"
+
+
+def test_the_probe_says_the_true_rate_of_a_recording(clock, tmp_path):
+    path = counting_mkv(tmp_path / "v.mkv", [100 * k for k in range(10)], header_fps=1000)
+    assert probe(CameraConfig(source=str(path)), clock=clock) == "64x48 at 10 fps"
+
+
+# -- what goes to the supervisor --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "detail", ["x" * 10**6, "\udcfc.jpg", "\ud800", "ü" * 10**6], ids=["long", "Latin-1", "lone", "wide"]
+)
+@pytest.mark.parametrize("is_end", [False, True])
+def test_any_detail_of_a_fault_fits_into_an_event(slot, clock, monkeypatch, detail, is_end):
+    def device(config, slot, clock):
+        error = SourceError("unreadable", detail, retryable=False)
+        if is_end:
+            raise error
+        yield CameraFault(error.reason, error.detail)
+
+    monkeypatch.setitem(SOURCES, "v4l2", device)
+    events = []
+    run(CameraConfig(source="0"), slot, lambda event: events.append(encode(event)), clock)
+    assert decode_camera_event(events[0]).reason == "unreadable" and len(events[0]) < 10_000
+
+
+@pytest.mark.parametrize("source", ["a\0b.mp4", "/dev/video\0", "zmq:ipc:///a\0b"])
+def test_a_source_with_a_zero_character_is_a_permanent_error(slot, clock, source):
+    events = []
+    assert run(CameraConfig(source=source), slot, events.append, clock) == os.EX_CONFIG
+    assert "zero character" in events[0].detail

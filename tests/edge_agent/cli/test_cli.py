@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -15,6 +16,8 @@ import pytest
 
 from edge_agent.cli import main
 from edge_agent.cli.commands import COMMANDS
+from edge_agent.cli.daemon import read_config
+from edge_agent.errors import ConfigError
 from tests.harness import ROOT, rig, toy
 
 
@@ -158,6 +161,16 @@ def test_check_names_the_camera_that_failed(toy_bundle, source):
     failed = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
     assert len(failed) == 1 and "camera.source" in failed[0]
     assert source.removeprefix("gst:videotestsrc") in failed[0]
+
+
+@pytest.mark.parametrize("name", [b"Fl\xfcge", b"\xff.mp4", b"gst:\xe4"])
+@pytest.mark.parametrize("flag", ["bundle", "camera"])
+def test_a_name_that_is_not_utf_8_is_refused_in_one_line(name, flag):
+    """As argparse gets it. It would go to the child processes as UTF-8."""
+    names = {"bundle": "b", "camera": "c"} | {flag: os.fsdecode(name)}
+    with pytest.raises(ConfigError, match=rf"--{flag}: .*a name that is not UTF-8") as caught:
+        read_config(argparse.Namespace(config=None, **names))
+    assert str(caught.value).encode()
 
 
 def test_check_continues_after_a_fault(tmp_path, pictures):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_agent.client import ChunkPlayer, ChunkStep
+from edge_agent.client import ChunkPlayer, ChunkStep, Client
+from edge_agent.suspend import SuspendDetector
 from edge_agent.wire.messages import Action
 from tests.harness.clock import FakeClock
 from tests.harness.fake_daemon import make_action, make_refusal
@@ -32,8 +35,14 @@ def clock() -> FakeClock:
 
 
 @pytest.fixture
-def player(clock: FakeClock) -> ChunkPlayer:
-    return ChunkPlayer(clock)
+def client(tmp_path: Path, clock: FakeClock) -> Iterator[Client]:
+    with Client(str(tmp_path), clock) as client:
+        yield client
+
+
+@pytest.fixture
+def player(client: Client, clock: FakeClock) -> ChunkPlayer:
+    return ChunkPlayer(client, clock)
 
 
 def speeds(player: ChunkPlayer, clock: FakeClock, times_ms: list[int]) -> list[float | None]:
@@ -58,7 +67,7 @@ def test_every_step_comes_at_its_time_and_the_last_stays_until_the_expiry(player
     assert speeds(player, clock, times_ms) == [0, 0, 1, 1, 2, 3, 3, 3, 3, None, None, None]
 
 
-def test_a_step_says_which_one_it_is(player, clock):
+def test_a_step_has_its_index(player, clock):
     player.take(chunk_of())
     clock.advance(0.25)
     assert player.step() == ChunkStep(2, "move", {"forward_m_s": 2.0})
@@ -117,13 +126,26 @@ def test_an_action_of_another_clock_is_not_played(player, clock):
     valid_ms=st.integers(0, 2000),
     times_ms=st.lists(st.integers(-100, 3000)),
 )
-def test_no_step_is_played_outside_its_time(n_steps, step_ms, valid_ms, times_ms):
+def test_no_step_is_played_outside_its_time(tmp_path_factory, n_steps, step_ms, valid_ms, times_ms):
     clock = FakeClock(START_NS)
-    player = ChunkPlayer(clock)
-    player.take(chunk_of(n_steps, step_ms, valid_ms))
-    for time_ms in times_ms:
-        clock.now_ns = START_NS + time_ms * MS
-        step = player.step()
-        if step is not None:
-            assert -5 <= time_ms < valid_ms <= 1000
-            assert step.step_index * step_ms <= max(0, time_ms)
+    with Client(str(tmp_path_factory.getbasetemp()), clock) as client:
+        player = ChunkPlayer(client, clock)
+        player.take(chunk_of(n_steps, step_ms, valid_ms))
+        for time_ms in times_ms:
+            clock.now_ns = START_NS + time_ms * MS
+            step = player.step()
+            if step is not None:
+                assert -5 <= time_ms < valid_ms <= 1000
+                assert step.step_index * step_ms <= max(0, time_ms)
+
+
+def test_a_suspend_ends_the_action(tmp_path, clock):
+    boottime = FakeClock(START_NS)
+    with Client(str(tmp_path), clock, SuspendDetector(clock, boottime)) as client:
+        player = ChunkPlayer(client, clock)
+        player.take(chunk_of())
+        clock.advance(0.001)
+        boottime.advance(5.001)
+        assert player.step() is None
+        boottime.advance(-5.0)
+        assert player.step() is None

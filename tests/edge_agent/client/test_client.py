@@ -1,54 +1,21 @@
-"""The client over real sockets: each valid action at most once, and the answer to each request. Its clock is a fake."""
+"""What the client reads from the streams, over real sockets: each valid action at most once. Its clock is a fake."""
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
-import msgspec
 import pytest
-import zmq
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from edge_agent.client import client as client_module
-from edge_agent.client.client import Client, RequestRefused, is_valid
-from edge_agent.wire.codec import encode
-from edge_agent.wire.control import Request
+from edge_agent.client.client import Client, is_valid
+from edge_agent.time_units import NS_PER_MS as MS
+from edge_agent.time_units import NS_PER_S as S
 from edge_agent.wire.messages import Action, Header, Refusal
 from edge_agent.wire.streams import STREAMS
 from tests.harness.clock import FakeClock
-from tests.harness.fake_daemon import HANG_S, FakeDaemon, make_action, make_refusal, make_reply, make_text
-
-MS = 1_000_000
-S = 1000 * MS
-
-
-@pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
-
-
-@pytest.fixture
-def daemon(tmp_path: Path) -> Iterator[FakeDaemon]:
-    with FakeDaemon(tmp_path) as opened:
-        yield opened
-
-
-@pytest.fixture
-def client(tmp_path: Path, clock: FakeClock) -> Iterator[Client]:
-    with Client(str(tmp_path), clock) as connected:
-        yield connected
-
-
-@pytest.fixture
-def joined(daemon: FakeDaemon, client: Client) -> Client:
-    """The client, subscribed to actions."""
-    client.next_answer(0.0)
-    daemon.wait_for_subscriber("actions")
-    return client
+from tests.harness.fake_daemon import HANG_S, FakeDaemon, make_action, make_refusal, make_text
 
 
 def arrive(client: Client, stream: str = "actions") -> None:
@@ -66,25 +33,25 @@ def exchange(daemon: FakeDaemon, client: Client, message: Header) -> Action | Re
 # -- actions ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_valid_action_is_returned_as_it_was_published(daemon, joined, clock):
+def test_a_valid_action_is_returned_as_it_was_published(daemon, subscribed, clock):
     sent = make_action(1, now_ns=clock.now_ns)
-    assert exchange(daemon, joined, sent) == sent
-    assert (joined.expired, joined.missed) == (0, 0)
+    assert exchange(daemon, subscribed, sent) == sent
+    assert (subscribed.expired, subscribed.missed) == (0, 0)
 
 
-def test_next_answer_returns_a_refusal_and_actions_skips_it(daemon, joined, clock):
+def test_next_answer_returns_a_refusal_and_actions_skips_it(daemon, subscribed, clock):
     sent = make_refusal(1)
-    assert exchange(daemon, joined, sent) == sent
+    assert exchange(daemon, subscribed, sent) == sent
     daemon.publish("actions", make_refusal(2))
-    arrive(joined)
+    arrive(subscribed)
 
     def publish_after_the_refusal(_clock: FakeClock) -> None:
-        if joined._newest == (1, 2):
+        if subscribed._newest == (1, 2):
             daemon.publish("actions", make_action(3, now_ns=clock.now_ns))
 
     clock.on_read = publish_after_the_refusal
-    assert next(joined.actions()).seq == 3
-    assert joined.expired == joined.missed == 0
+    assert next(subscribed.actions()).seq == 3
+    assert subscribed.expired == subscribed.missed == 0
 
 
 @pytest.mark.parametrize(
@@ -135,7 +102,7 @@ def test_no_stamps_make_an_expired_or_future_action_valid(published, captured, u
     assert is_valid(action, NOW_NS) == valid
 
 
-def test_over_the_wire_only_valid_actions_are_returned(daemon, joined, clock):
+def test_over_the_wire_only_valid_actions_are_returned(daemon, subscribed, clock):
     clock.now_ns, seq = NOW_NS, 0
 
     @settings(deadline=None, max_examples=200, suppress_health_check=list(HealthCheck))
@@ -145,83 +112,83 @@ def test_over_the_wire_only_valid_actions_are_returned(daemon, joined, clock):
     def check(published: int, captured: int, until: int) -> None:
         nonlocal seq
         seq += 1
-        expired = joined.expired
+        expired = subscribed.expired
         sent, valid = action_at(published, captured, until, seq)
-        assert exchange(daemon, joined, sent) == (sent if valid else None)
-        assert joined.expired == expired + (not valid)
+        assert exchange(daemon, subscribed, sent) == (sent if valid else None)
+        assert subscribed.expired == expired + (not valid)
 
     check()
 
 
-def test_an_action_expires_while_it_waits_to_be_read(daemon, joined, clock):
+def test_an_action_expires_while_it_waits_to_be_read(daemon, subscribed, clock):
     daemon.publish("actions", make_action(1, now_ns=clock.now_ns, valid_ms=100))
-    arrive(joined)
+    arrive(subscribed)
     clock.advance(0.15)
-    assert joined.next_answer(0.0) is None
-    assert joined.expired == 1
+    assert subscribed.next_answer(0.0) is None
+    assert subscribed.expired == 1
     sent = make_action(2, now_ns=clock.now_ns, valid_ms=100)
-    assert exchange(daemon, joined, sent) == sent
+    assert exchange(daemon, subscribed, sent) == sent
 
 
-def test_nothing_is_returned_twice_or_after_a_newer_message(daemon, joined, clock):
+def test_nothing_is_returned_twice_or_after_a_newer_message(daemon, subscribed, clock):
     sent = make_action(5, now_ns=clock.now_ns)
-    assert exchange(daemon, joined, sent) == sent
+    assert exchange(daemon, subscribed, sent) == sent
     older = [make_action(seq, now_ns=clock.now_ns) for seq in (5, 4, 0)]
     for again in (sent, *older, make_refusal(5), make_refusal(3)):
-        assert exchange(daemon, joined, again) is None
-    assert joined.missed == 0
+        assert exchange(daemon, subscribed, again) is None
+    assert subscribed.missed == 0
     sent = make_action(6, now_ns=clock.now_ns)
-    assert exchange(daemon, joined, sent) == sent
+    assert exchange(daemon, subscribed, sent) == sent
 
 
-def test_missed_messages_are_counted(daemon, joined, clock):
+def test_missed_messages_are_counted(daemon, subscribed, clock):
     for seq, missed in ((1, 0), (2, 0), (5, 2), (6, 2), (106, 101)):
-        assert exchange(daemon, joined, make_action(seq, now_ns=clock.now_ns)).seq == seq
-        assert joined.missed == missed
+        assert exchange(daemon, subscribed, make_action(seq, now_ns=clock.now_ns)).seq == seq
+        assert subscribed.missed == missed
 
 
-def test_a_slow_controller_gets_the_newest_and_counts_what_it_missed(daemon, joined, clock):
+def test_a_slow_controller_gets_the_newest_and_counts_what_it_missed(daemon, subscribed, clock):
     """When all of a burst has arrived, one read returns the last one. A busy machine may need several bursts."""
     until_s, last = time.monotonic() + HANG_S, 1
-    assert exchange(daemon, joined, make_action(last, now_ns=clock.now_ns)).seq == last
+    assert exchange(daemon, subscribed, make_action(last, now_ns=clock.now_ns)).seq == last
     while True:
-        first, last, missed = last + 1, last + 200, joined.missed
+        first, last, missed = last + 1, last + 200, subscribed.missed
         for seq in range(first, last + 1):
             daemon.publish("actions", make_action(seq, now_ns=clock.now_ns))
         time.sleep(0.05)
-        if joined.next_answer(0.0).seq == last and joined.missed == missed + 199:
+        if subscribed.next_answer(0.0).seq == last and subscribed.missed == missed + 199:
             break
         assert time.monotonic() < until_s, "never the newest"
-        while joined.next_answer(1.0).seq < last:
+        while subscribed.next_answer(1.0).seq < last:
             pass
 
 
-def test_after_a_restart_the_daemon_counts_from_the_beginning(daemon, joined, clock):
-    assert exchange(daemon, joined, make_action(900, now_ns=clock.now_ns)).seq == 900
-    assert exchange(daemon, joined, make_action(0, now_ns=clock.now_ns, session=77)).seq == 0
-    assert joined.missed == 0
-    assert exchange(daemon, joined, make_action(3, now_ns=clock.now_ns, session=77)).seq == 3
-    assert joined.missed == 2
+def test_after_a_restart_the_daemon_counts_from_the_beginning(daemon, subscribed, clock):
+    assert exchange(daemon, subscribed, make_action(900, now_ns=clock.now_ns)).seq == 900
+    assert exchange(daemon, subscribed, make_action(0, now_ns=clock.now_ns, session=77)).seq == 0
+    assert subscribed.missed == 0
+    assert exchange(daemon, subscribed, make_action(3, now_ns=clock.now_ns, session=77)).seq == 3
+    assert subscribed.missed == 2
 
 
-def test_silence_is_reported_again_and_again_and_ends(daemon, joined, clock):
-    actions = joined.actions(silence_s=0.05)
+def test_each_silence_is_reported_until_an_action_arrives(daemon, subscribed, clock):
+    actions = subscribed.actions(silence_s=0.05)
     assert [next(actions) for _ in range(3)] == [None, None, None]
     daemon.publish("actions", make_action(1, now_ns=clock.now_ns))
-    arrive(joined)
+    arrive(subscribed)
     assert next(actions).seq == 1
     assert next(actions) is None
 
 
-def test_while_actions_arrive_there_is_no_silence(daemon, joined, clock):
-    actions = joined.actions(silence_s=HANG_S)
+def test_while_actions_arrive_there_is_no_silence(daemon, subscribed, clock):
+    actions = subscribed.actions(silence_s=HANG_S)
     for seq in range(1, 8):
         daemon.publish("actions", make_action(seq, now_ns=clock.now_ns))
         assert next(actions).seq == seq
         clock.advance(0.9 * HANG_S)  # less than the silence since the last action, more than it since the first
 
 
-def test_silence_begins_at_the_last_action_and_not_at_the_last_message(daemon, joined, clock):
+def test_silence_begins_at_the_last_action_and_not_at_the_last_message(daemon, subscribed, clock):
     """Refusals and expired actions do not end a silence. A message arrives at every reading of the clock."""
     seq, start_ns = 0, clock.now_ns
 
@@ -233,13 +200,13 @@ def test_silence_begins_at_the_last_action_and_not_at_the_last_message(daemon, j
         daemon.publish("actions", make_refusal(seq) if seq % 2 else make_action(seq, now_ns=0))
 
     clock.on_read = publish_noise
-    assert next(joined.actions(silence_s=HANG_S)) is None
+    assert next(subscribed.actions(silence_s=HANG_S)) is None
     assert clock.now_ns >= start_ns + HANG_S * S and seq >= HANG_S
 
 
-def test_without_a_silence_the_iterators_wait_until_something_comes(daemon, joined, clock, monkeypatch):
+def test_without_a_silence_the_iterators_wait_until_something_comes(daemon, subscribed, clock, monkeypatch):
     monkeypatch.setattr(client_module, "POLL_S", 0.01)
-    joined.next_text(0.0)
+    subscribed.next_text(0.0)
     daemon.wait_for_subscriber("text")
     readings = 0
 
@@ -252,8 +219,8 @@ def test_without_a_silence_the_iterators_wait_until_something_comes(daemon, join
             daemon.publish("text", make_text(1, "A word."))
 
     clock.on_read = publish_later
-    assert next(joined.actions()).seq == 1
-    assert next(joined.text()).text == "A word."
+    assert next(subscribed.actions()).seq == 1
+    assert next(subscribed.text()).text == "A word."
     assert readings >= 50
 
 
@@ -262,21 +229,21 @@ def test_without_a_daemon_there_is_silence_and_no_error(client):
     assert next(client.actions(silence_s=0.1)) is None
 
 
-def test_a_wait_ends_at_its_deadline_although_old_messages_arrive(daemon, joined, clock):
+def test_a_wait_ends_at_its_deadline_although_old_messages_arrive(daemon, subscribed, clock):
     """The clock decides, not the time of one poll."""
-    assert exchange(daemon, joined, make_refusal(1)) is not None
+    assert exchange(daemon, subscribed, make_refusal(1)) is not None
 
     def repeat(_clock: FakeClock) -> None:
         clock.advance(1.0)
         daemon.publish("actions", make_refusal(1))
 
     clock.on_read, start_ns = repeat, clock.now_ns
-    assert joined.next_answer(HANG_S) is None
+    assert subscribed.next_answer(HANG_S) is None
     assert clock.now_ns >= start_ns + HANG_S * S
 
 
 @pytest.mark.parametrize("stream", ["actions", "text", "status"])
-def test_garbage_on_a_stream_is_skipped(daemon, client, clock, stream):
+def test_an_invalid_message_on_a_stream_is_skipped(daemon, client, clock, stream):
     topic = STREAMS[stream].topic
     read = {"actions": client.next_answer, "text": client.next_text, "status": client.status}[stream]
     assert read(0.0) is None
@@ -304,188 +271,14 @@ def test_text_arrives_complete_and_in_order(daemon, client):
     assert [next(stream).text for _ in range(300)] == [f"word {seq} " for seq in range(300)]
 
 
-# -- control ----------------------------------------------------------------------------------------------------------
-
-
-def test_every_operation_is_one_request(daemon, client):
-    with daemon.answering(lambda request: [make_reply(request, text="An answer.", frames=3)]) as requests:
-        client.instruct("Land.")
-        assert client.ask("What is it?") == "An answer."
-        client.adapter("night")
-        client.vehicle_state(altitude_m=3.5, self="a key")
-        client.pause()
-        client.resume()
-        assert client.stats() == {"text": "An answer.", "frames": 3}
-    assert [(request.v, request.op, request.text, request.values) for request in requests] == [
-        (1, "instruct", "Land.", {}),
-        (1, "ask", "What is it?", {}),
-        (1, "adapter", "night", {}),
-        (1, "vehicle_state", "", {"altitude_m": 3.5, "self": "a key"}),
-        (1, "pause", "", {}),
-        (1, "resume", "", {}),
-        (1, "stats", "", {}),
-    ]
-    ids = [request.id for request in requests]
-    assert len(set(ids)) == 7 and all(0 < len(request_id) <= 64 for request_id in ids)
-
-
-def test_a_refused_request_has_its_reason(daemon, client):
-    with (
-        daemon.answering(lambda request: [make_reply(request, error="the model is not ready")]),
-        pytest.raises(RequestRefused, match=r"^the model is not ready$"),
-    ):
-        client.instruct("Land.")
-
-
-def test_a_missing_reply_is_a_timeout_that_names_the_endpoint(daemon, client, tmp_path):
-    with daemon.answering(lambda request: []) as requests:
-        with pytest.raises(TimeoutError) as caught:
-            client.request("stats", "", 0.2)
-        while not requests:  # on a busy machine it may arrive later
-            time.sleep(0.01)
-    assert f"ipc://{tmp_path}/control" in str(caught.value) and "running?" in str(caught.value)
-
-
-def test_a_question_without_a_reply_is_a_timeout(daemon, client):
-    with daemon.answering(lambda request: []), pytest.raises(TimeoutError, match="no answer to ask in"):
-        list(client.ask_stream("What?", timeout_s=0.2))
-
-
-def test_without_a_daemon_a_request_is_a_timeout(client):
-    with pytest.raises(TimeoutError):
-        client.pause(timeout_s=0.1)
-    with pytest.raises(TimeoutError):
-        list(client.ask_stream("What?", timeout_s=0.1))
-
-
-def test_a_daemon_that_ends_before_the_request_is_sent_is_a_timeout(client):
-    class LostConnection:
-        def poll(self, timeout_ms, flags):
-            return flags
-
-        def send(self, payload, flags):
-            raise zmq.Again
-
-        def close(self):
-            pass
-
-    client._sockets["control"] = LostConnection()
-    with pytest.raises(TimeoutError, match="no answer to pause in"):
-        client.pause()
-
-
-def test_a_request_that_timed_out_is_not_carried_out_later(tmp_path, client):
-    """The daemon was not running. The caller knows that nothing happened, and nothing may happen minutes later."""
-    with pytest.raises(TimeoutError):
-        client.instruct("Take off.", timeout_s=0.2)
-    with FakeDaemon(tmp_path) as daemon, daemon.answering(lambda request: [make_reply(request)]) as requests:
-        client.pause(timeout_s=HANG_S)
-        client.resume(timeout_s=HANG_S)
-    assert [request.op for request in requests] == ["pause", "resume"]
-
-
-def test_a_late_reply_is_not_taken_for_the_reply_to_the_next_request(daemon, client):
-    first: list[Request] = []
-
-    def answer(request: Request) -> list[bytes]:
-        if not first:
-            first.append(request)
-            return []
-        return [make_reply(first[0], text="late"), make_reply(request, text="right")]
-
-    with daemon.answering(answer):
-        with pytest.raises(TimeoutError):
-            client.ask("First?", timeout_s=0.1)
-        assert client.ask("Second?", timeout_s=HANG_S) == "right"
-        assert "".join(client.ask_stream("Third?", timeout_s=HANG_S)) == "right"
-
-
-def test_a_reply_that_is_garbage_is_skipped(daemon, client):
-    garbage = [b"", b"garbage", b"\x81\xa2id\xa2\xff\xff", encode({"v": 1, "id": 3})]
-    with daemon.answering(lambda request: [*garbage, make_reply(request, n=1)]):
-        assert client.stats(timeout_s=HANG_S) == {"n": 1}
-
-
-def test_an_id_of_the_caller_is_sent_as_it_is(daemon, client):
-    with daemon.answering(lambda request: [make_reply(request)]) as requests:
-        for _ in range(2):
-            client.request("instruct", "Land.", HANG_S, request_id="mine")
-    assert [request.id for request in requests] == ["mine", "mine"]
-
-
-# -- answers in pieces ------------------------------------------------------------------------------------------------
-
-
-def ask_in_pieces(daemon: FakeDaemon, client: Client, published: list[str], whole: str) -> list[str]:
-    """Ask. The daemon publishes the pieces, and replies with the whole answer when the client has read all of them."""
-    all_read = threading.Event()
-
-    def answer(request: Request) -> list[bytes]:
-        daemon.wait_for_subscriber("text")
-        daemon.publish("text", make_text(0, "to another request", request="other"))
-        daemon.send("text", STREAMS["text"].topic + b"garbage")
-        for n, text in enumerate(published, 1):
-            daemon.publish("text", make_text(n, text, request=request.id, final=n == len(published)))
-        all_read.wait(HANG_S)
-        return [make_reply(request, text=whole)]
-
-    pieces = []
-    if not published:
-        all_read.set()
-    with daemon.answering(answer):
-        for piece in client.ask_stream("What?", timeout_s=HANG_S):
-            pieces.append(piece)
-            if len(pieces) == len(published):
-                all_read.set()
-    return pieces
-
-
-def test_the_pieces_together_are_the_answer(daemon, client):
-    pieces = ask_in_pieces(daemon, client, ["A red", " box", " on grass."], "A red box on grass.")
-    assert pieces == ["A red", " box", " on grass.", ""]
-
-
-def test_pieces_that_did_not_arrive_come_with_the_reply(daemon, client):
-    assert ask_in_pieces(daemon, client, ["A red"], "A red box.") == ["A red", " box."]
-
-
-def test_without_pieces_the_reply_is_the_answer(daemon, client):
-    assert "".join(ask_in_pieces(daemon, client, [], "A red box.")) == "A red box."
-
-
-def test_when_a_piece_was_lost_the_whole_answer_follows(daemon, client):
-    assert ask_in_pieces(daemon, client, ["A red", " grass."], "A red box on grass.")[-1] == "\nA red box on grass."
-
-
-def test_a_refused_question_is_refused_in_pieces_too(daemon, client):
-    with (
-        daemon.answering(lambda request: [make_reply(request, error="not ready")]),
-        pytest.raises(RequestRefused, match="not ready"),
-    ):
-        list(client.ask_stream("What?", timeout_s=HANG_S))
-
-
-# -- the end ----------------------------------------------------------------------------------------------------------
-
-
-def test_closing_again_does_nothing_and_a_request_that_waits_does_not_delay_it(daemon, tmp_path):
-    client = Client(str(tmp_path))
-    client.next_answer(0.01)
-    with pytest.raises(TimeoutError):
-        client.stats(0.05)
-    client.close()
-    client.close()
-    assert client._sockets == {}
-
-
 # -- messages without a pause -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("read", ["next_answer", "next_text"])
-def test_a_time_out_ends_although_other_messages_arrive_without_a_pause(daemon, joined, clock, read):
+def test_a_time_out_ends_although_other_messages_arrive_without_a_pause(daemon, subscribed, clock, read):
     """Expired actions on one stream, damaged messages on the other: at each reading of the clock another one."""
     start_ns, stream = clock.now_ns, {"next_answer": "actions", "next_text": "text"}[read]
-    getattr(joined, read)(0.0)
+    getattr(subscribed, read)(0.0)
     daemon.wait_for_subscriber(stream)
 
     def publish_noise(_clock: FakeClock) -> None:
@@ -498,33 +291,4 @@ def test_a_time_out_ends_although_other_messages_arrive_without_a_pause(daemon, 
         time.sleep(0.02)  # the message has arrived when poll() is called
 
     clock.on_read = publish_noise
-    assert getattr(joined, read)(5.0) is None
-
-
-def test_a_request_ends_although_replies_to_others_arrive_without_a_pause(daemon, joined, clock):
-    def other_replies(request: Request) -> list[bytes]:
-        return [make_reply(msgspec.structs.replace(request, id="another"))] * 50
-
-    start_ns = clock.now_ns
-    with daemon.answering(other_replies), pytest.raises(TimeoutError):
-        clock.on_read = lambda _clock: clock.advance(1.0)
-        joined.request("stats", "", 20.0)
-    assert clock.now_ns < start_ns + 60 * S
-
-
-def test_a_question_ends_although_text_of_others_arrives_without_a_pause(daemon, joined, clock):
-    joined.next_text(0.0)
-    daemon.wait_for_subscriber("text")
-    start_ns, seq = clock.now_ns, 0
-
-    def publish_text(_clock: FakeClock) -> None:
-        nonlocal seq
-        seq += 1
-        clock.advance(1.0)
-        assert clock.now_ns < start_ns + 200 * S, "the question never ends"
-        daemon.publish("text", make_text(seq, "x", request="another"))
-        time.sleep(0.02)
-
-    with daemon.answering(lambda request: []), pytest.raises(TimeoutError):
-        clock.on_read = publish_text
-        list(joined.ask_stream("What?", timeout_s=20.0))
+    assert getattr(subscribed, read)(5.0) is None

@@ -15,7 +15,7 @@ def test_a_good_period_starts_again_at_the_first_pause():
     backoff = Backoff(first_s=0.5, max_s=5.0, good_period_s=10.0)
     backoff.next_pause_s()
     for second in range(11):
-        backoff.delivered(second * NS_PER_S)
+        backoff.note_success(second * NS_PER_S)
     assert (backoff.failures, backoff.next_pause_s()) == (0, 0.5)
 
 
@@ -23,8 +23,8 @@ def test_a_good_result_now_and_then_does_not():
     backoff = Backoff(first_s=0.5, max_s=5.0, good_period_s=10.0)
     pauses_s = []
     for n in range(4):
-        backoff.delivered(n * 100 * NS_PER_S)
-        backoff.delivered(n * 100 * NS_PER_S + 9 * NS_PER_S)
+        backoff.note_success(n * 100 * NS_PER_S)
+        backoff.note_success(n * 100 * NS_PER_S + 9 * NS_PER_S)
         pauses_s.append(backoff.next_pause_s())
     assert pauses_s == [0.5, 1.0, 2.0, 4.0]
 

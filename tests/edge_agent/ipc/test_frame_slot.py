@@ -15,7 +15,13 @@ import numpy as np
 import pytest
 
 from edge_agent.ipc import frame_slot
-from edge_agent.ipc.frame_slot import MAX_IMAGE_BYTES, TOTAL_BYTES, Slot
+from edge_agent.ipc.frame_slot import (
+    MAX_IMAGE_BYTES,
+    MAX_SOURCE_IDENTITY_BYTES,
+    MAX_VEHICLE_STATE_BYTES,
+    TOTAL_BYTES,
+    Slot,
+)
 from edge_agent.wire.pushed_frame import pack_pushed_frame
 from tests.harness import ROOT
 
@@ -67,11 +73,11 @@ def test_the_view_is_the_shared_memory_and_not_a_copy(slot):
 
 def test_newest_wins_and_the_gap_in_seq_is_the_drops(slot):
     publish(slot, 1)
-    seen = slot.take_newest(0).seq
+    last_seq = slot.take_newest(0).seq
     for value in (2, 3, 4, 5):
         publish(slot, value)
-    frame = slot.take_newest(seen)
-    assert frame.frame_id == 5 and frame.seq - seen - 1 == 3
+    frame = slot.take_newest(last_seq)
+    assert frame.frame_id == 5 and frame.seq - last_seq - 1 == 3
 
 
 def test_a_frame_stays_intact_until_two_newer_ones_are_published(slot):
@@ -140,6 +146,20 @@ def test_the_newest_vehicle_state_is_read_and_the_frames_stay_intact(slot):
     assert slot.read_vehicle_state() == bytes([300 % 256]) * 300
 
 
+def test_the_identity_of_the_source_is_kept_beside_frames_and_vehicle_state(slot):
+    assert slot.read_source_identity() == b""
+    slot.write_vehicle_state(b"v" * MAX_VEHICLE_STATE_BYTES)
+    slot.write_vehicle_state(b"w" * MAX_VEHICLE_STATE_BYTES)
+    for record in (b"x" * MAX_SOURCE_IDENTITY_BYTES, b"camera", b""):
+        slot.write_source_identity(record)
+        slot.write(1, 1)[:] = 9
+        slot.publish(1, 1, "arrival")
+        assert slot.read_source_identity() == record
+    assert slot.read_vehicle_state() == b"w" * MAX_VEHICLE_STATE_BYTES and slot.peek(0).image.max() == 9
+    with pytest.raises(ValueError, match="source identity of 4097 bytes, the limit is 4096"):
+        slot.write_source_identity(bytes(4097))
+
+
 def test_the_largest_vehicle_state_that_control_accepts_fits():
     """64 keys and words of the greatest length, with their times."""
     longest = {f"{n:02}".ljust(32, "x"): ("w" * 32, 2**63 - 1) for n in range(64)}
@@ -175,7 +195,7 @@ def test_memory_is_used_only_where_it_was_touched(slot):
     assert os.fstat(slot.fd).st_blocks * 512 < 2 << 20 < TOTAL_BYTES
 
 
-def test_nobody_can_shrink_it_under_the_others(slot):
+def test_no_process_can_shrink_the_shared_memory(slot):
     with pytest.raises(PermissionError):
         os.ftruncate(slot.fd, 0)
 
@@ -190,7 +210,7 @@ def test_attach_refuses_memory_that_is_not_a_slot(slot):
     os.close(fd)
 
 
-def test_a_view_outlives_the_slot():
+def test_a_view_stays_valid_after_the_slot_is_closed():
     slot = Slot.create()
     publish(slot, 9)
     frame = slot.take_newest(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from decimal import Decimal
 
@@ -75,9 +74,9 @@ def test_every_answer_is_complete_inside_its_space_and_short(language, grammar, 
         tokens = answer(grammar, logits)
         text = b"".join(pieces[token] for token in tokens).decode()
         longest = max(longest, len(tokens))
-        asked = parse_answer(text, space)
-        assert isinstance(asked, CheckedAction) and not asked.clamped, (text, asked)
-        fields = space.actions[asked.type].fields
+        checked = parse_answer(text, space)
+        assert isinstance(checked, CheckedAction) and not checked.clamped, (text, checked)
+        fields = space.actions[checked.type].fields
         written = json.loads(text, parse_float=Decimal, parse_int=Decimal)
         assert list(written) == ["action", *fields]
         for key, field in fields.items():
@@ -133,15 +132,15 @@ def test_the_most_likely_allowed_token_is_selected(language, grammar, pieces):
         actions={"go": ActionType(fields={"to": ChoiceField(one_of=sorted(words))}), "hold": ActionType()},
     )
     grammar.compile(grammar_from_schema(json_schema(space)))
-    seen = set()
+    answers = set()
     for token, piece in enumerate(pieces):
         if piece.decode("ascii", "replace")[:1] not in set("abgh") or not piece.isalpha():
             continue
         logits = np.zeros(language.n_vocab, np.float32)
         logits[token] = 1
-        seen.add(b"".join(pieces[t] for t in answer(grammar, lambda logits=logits: logits)).decode())
-    assert seen <= {f'{{"action":"go","to":"{word}"}}' for word in words} | {'{"action":"hold"}'}
-    assert len(seen) >= 3
+        answers.add(b"".join(pieces[t] for t in answer(grammar, lambda logits=logits: logits)).decode())
+    assert answers <= {f'{{"action":"go","to":"{word}"}}' for word in words} | {'{"action":"hold"}'}
+    assert len(answers) >= 3
 
 
 def test_forced_tokens_need_no_logits(language, grammar, pieces):
@@ -245,15 +244,16 @@ def test_a_schema_without_a_grammar_is_refused_in_one_line(grammar):
             grammar.compile(schema)
 
 
-def stepping(tmp_path, step: float) -> ActionSpace:
+def stepping(tmp_path, step: float, limit: float = 9) -> ActionSpace:
     path = tmp_path / "space.yaml"
-    path.write_text(
-        f"name: s\nvalid_for_ms: 100\nactions: {{go: {{fields: {{v: {{min: -9, max: 9, step: {step}}}}}}}}}\n"
-    )
+    field = f"{{min: -{limit}, max: {limit}, step: {Decimal(repr(step)):f}}}"
+    path.write_text(f"name: s\nvalid_for_ms: 100\nactions: {{go: {{fields: {{v: {field}}}}}}}\n")
     return load_action_space(str(path))
 
 
-@pytest.mark.parametrize("step", [0.001, 0.01, 0.05, 0.1, 0.2, 0.25, 0.3, 0.5, 1, 3])
+@pytest.mark.parametrize(
+    "step", [0.001, 0.01, 0.05, 0.1, 0.2, 0.25, 0.3, 0.5, 1, 3, 0.07, 0.035, 0.53, 0.57, 1.06, 4.01]
+)
 def test_numbers_are_multiples_of_their_step(language, grammar, pieces, step, tmp_path):
     space = stepping(tmp_path, step)
     grammar.compile(grammar_from_schema(json_schema(space)))
@@ -264,11 +264,23 @@ def test_numbers_are_multiples_of_their_step(language, grammar, pieces, step, tm
 
 
 def test_every_step_that_an_action_space_accepts_has_a_grammar(grammar, tmp_path):
-    """llguidance calculates in floating point and refuses 0.07: such a space is refused when it is loaded."""
-    allowed = 0
-    for step in [n / 100 for n in range(1, 100)] + [n / 1000 for n in range(1, 100, 7)] + [1e-6, 7.5, 2]:
-        with contextlib.suppress(ConfigError):
-            space = stepping(tmp_path, step)
-            grammar.compile(grammar_from_schema(json_schema(space)))
-            allowed += 1
-    assert allowed > 90
+    steps = [n / 100 for n in range(1, 100)] + [7.5, 2] + [n / 1000 for n in range(1, 100, 7)]
+    for step in steps:
+        grammar.compile(grammar_from_schema(json_schema(stepping(tmp_path, step, limit=1 if step < 0.1 else 9))))
+    for limit, step in ((1e9, 0.1), (1e9, 1), (1, 1e-6), (1e9, 0.000001)):  # as large and as fine as is accepted
+        grammar.compile(grammar_from_schema(json_schema(stepping(tmp_path, step, limit=limit))))
+
+
+@pytest.mark.parametrize("limit", [2.1, 2.0, 1.25])
+@pytest.mark.parametrize("step", [0.07, 0.53, 0.25, 0.15, 0.01, 0.1, 0.5, 1])
+def test_the_grammar_accepts_exactly_the_multiples_in_the_range(grammar, tmp_path, step, limit):
+    grammar.compile(grammar_from_schema(json_schema(stepping(tmp_path, step, limit))))
+    accepted = set()
+    for n in range(-250, 251):  # every hundredth, with as few digits as it needs, or with both
+        for text in (f"{n / 100:g}", f"{n / 100:.1f}", f"{n / 100:.2f}"):
+            tokens = grammar.tokenizer.tokenize_str(f'{{"action":"go","v":{text}}}')
+            matcher = grammar._matcher.deep_copy()
+            if round(100 * float(text)) == n and matcher.try_consume_tokens(tokens) == len(tokens):
+                accepted |= {n} if matcher.is_accepting() else set()
+    last, whole = round(100 * limit), round(100 * step)
+    assert accepted == {n for n in range(-last, last + 1) if n % whole == 0}

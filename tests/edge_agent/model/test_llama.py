@@ -148,7 +148,7 @@ def test_a_text_about_a_frame_continues_while_later_frames_are_answered(language
     frames = [some_rows(N_FRAME, seed=n) for n in range(len(ANSWER) + 1)]
 
     language.logits_after_last(PREFIX, 0)
-    seen = [act_on(language, frames[0])]
+    logits_by_frame = [act_on(language, frames[0])]
     language.fork_sequence(STOP)
     spoken = [language.logits_after_last(QUESTION, STOP, TEXT_SEQ).copy()]
 
@@ -157,7 +157,7 @@ def test_a_text_about_a_frame_continues_while_later_frames_are_answered(language
             place = len(spoken) - 1
             spoken.append(language.logits_after_last([ANSWER[place]], STOP + len(QUESTION) + place, TEXT_SEQ).copy())
 
-    seen += [act_on(language, frame, speak) for frame in frames[1:]]
+    logits_by_frame += [act_on(language, frame, speak) for frame in frames[1:]]
     assert len(spoken) == len(ANSWER) + 1
 
     # The text, from an empty cache and alone.
@@ -173,9 +173,9 @@ def test_a_text_about_a_frame_continues_while_later_frames_are_answered(language
     # The actions, without a text beside them: not one bit differs.
     fresh.truncate(ACTION_SEQ, 0)
     fresh.logits_after_last(PREFIX, 0)
-    for frame, logits in zip(frames, seen, strict=True):
+    for frame, logits in zip(frames, logits_by_frame, strict=True):
         assert all((a == b).all() for a, b in zip(logits, act_on(fresh, frame), strict=True))
-    assert difference(seen[0][-1], seen[1][-1]) > 0.05  # the frames differ
+    assert difference(logits_by_frame[0][-1], logits_by_frame[1][-1]) > 0.05  # the frames differ
 
 
 def test_a_pinned_prefix_gives_the_logits_of_a_new_one(language, fresh):

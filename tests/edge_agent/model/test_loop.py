@@ -16,6 +16,7 @@ from edge_agent.bundle.manifest import read_manifest
 from edge_agent.config import AdvancedConfig, LanguageConfig
 from edge_agent.ipc.events import (
     AskQuestion,
+    CancelQuestion,
     Heartbeat,
     InstructionApplied,
     Proposal,
@@ -366,6 +367,30 @@ def test_between_two_frames_at_most_one_token_of_text_is_decoded(rig):
         assert rig.propose(frame_id).stop_reason == ""
         assert generation.n_tokens == n_tokens + 1
     assert {delta.frame_id for delta in rig.deltas_of("q")} == {1}
+
+
+def test_a_question_that_nobody_waits_for_ends_and_the_next_one_begins(rig):
+    rig.propose(1)
+    for request in ("first", "second", "third"):
+        rig.send(AskQuestion(request, "What do you see?"))
+    rig.step(2)
+    assert rig.model.engine.text.request == "first"
+    for request in ("first", "second", "never asked"):
+        rig.send(CancelQuestion(request))
+    rig.step()
+    ends = {
+        delta.request: delta.stop_reason
+        for delta in rig.events
+        if isinstance(delta, TextDelta) and delta.final and delta.request
+    }
+    assert ends == {"first": "cancelled"}
+    assert rig.model.engine.text.request == "third"
+
+
+def test_a_cancelled_question_does_not_end_the_answer_to_a_frame(rig):
+    rig.send(CancelQuestion("q"))
+    assert not rig.channel.has_urgent()
+    assert rig.propose(1).stop_reason == ""
 
 
 def test_a_description_is_written_once_per_frame_and_gives_way_to_a_question(make):

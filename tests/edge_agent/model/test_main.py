@@ -9,8 +9,7 @@ from edge_agent.config import TaskConfig
 from edge_agent.errors import ConfigError, UserError
 from edge_agent.ipc.events import StartupFailed, decode_model_event
 from edge_agent.model import __main__ as entry
-from edge_agent.wire.codec import encode
-from tests.harness.rig import config_of
+from tests.harness.rig import config_of, model_start
 
 
 class Events:
@@ -27,7 +26,7 @@ class Events:
 def events(monkeypatch, toy_bundle):
     """What main() sends when it is started on the toy bundle."""
     events, config = Events(), config_of(toy_bundle)
-    monkeypatch.setattr(entry, "attach_to_supervisor", lambda: (None, events, encode(config), False))
+    monkeypatch.setattr(entry, "attach_to_supervisor", lambda: (None, events, model_start(config), False))
     return events
 
 
@@ -35,11 +34,11 @@ def fail_with(monkeypatch, error: Exception) -> None:
     def load(*_arguments: object, **_keywords: object) -> None:
         raise error
 
-    monkeypatch.setattr(entry, "load_action_space", load)
+    monkeypatch.setattr(entry, "decode_action_space", load)
 
 
 @pytest.mark.parametrize("error", [ValueError("array is too big"), TypeError("no"), RuntimeError("native")])
-def test_an_error_that_nobody_foresaw_keeps_its_traceback(monkeypatch, events, error):
+def test_an_unexpected_error_keeps_its_traceback(monkeypatch, events, error):
     """A defect in one line says nothing: numpy's ValueError was once taken for an error of the user's."""
     fail_with(monkeypatch, error)
     with pytest.raises(type(error), match=str(error)):
@@ -64,7 +63,7 @@ def test_an_action_space_without_a_grammar_is_an_error_of_the_configuration(monk
         Events(),
         msgspec.structs.replace(config_of(toy_bundle), task=TaskConfig(action_space=str(space), deadline_ms=1000)),
     )
-    monkeypatch.setattr(entry, "attach_to_supervisor", lambda: (None, events, encode(config), False))
+    monkeypatch.setattr(entry, "attach_to_supervisor", lambda: (None, events, model_start(config), False))
     assert entry.main() == 1
     assert isinstance(events.sent[-1], StartupFailed) and events.sent[-1].configured
     assert events.sent[-1].reason.startswith("cannot compile a grammar for this action space: ")

@@ -28,7 +28,7 @@ from edge_agent.ipc.frame_slot import Slot
 from edge_agent.ipc.worker import Worker
 from edge_agent.wire.codec import encode
 from tests.harness import ROOT, toy
-from tests.harness.rig import TASK, alive, config_of
+from tests.harness.rig import TASK, alive, config_of, model_start
 
 HANG_S = 120.0  # bounds a hang; nothing is measured
 
@@ -38,7 +38,7 @@ class ProcessRig:
 
     def __init__(self, folder: Path, **changes: object) -> None:
         self.slot = Slot.create()
-        self.worker = Worker("edge_agent.model", self.slot, encode(config_of(folder, **changes)))
+        self.worker = Worker("edge_agent.model", self.slot, model_start(config_of(folder, **changes)))
         self.events: list = []
         self._n_taken = 0
 
@@ -89,6 +89,9 @@ def test_it_reports_loading_then_ready_and_answers_after_an_instruction(start, o
     process = start(advanced=AdvancedConfig(overlap=overlap))
     ready = process.wait(ModelReady)
     stages = [event.what for event in process.events if isinstance(event, Heartbeat)]
+    verified = [stage.split()[1] for stage in stages if stage.startswith("verify ")]
+    assert verified == ["language.gguf", "vision.onnx"]
+    stages = [stage for stage in stages if not stage.startswith("verify ")]
     assert stages[0].startswith("weights") and stages[-3:] == ["grammar", "vision", "warm-up"]
     assert ready.vision == "onnxruntime CPUExecutionProvider" and ready.load_s > 0 and ready.warmup_ms > 0
     process.publish(1)
@@ -144,7 +147,7 @@ def test_it_dies_with_its_parent(toy_bundle, when):
         stdout=subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     ) as process:
-        process.stdin.write(encode(config_of(toy_bundle)))
+        process.stdin.write(model_start(config_of(toy_bundle)))
         process.stdin.close()
         pid = int(process.stdout.readline())
         assert Path(f"/proc/{pid}/cmdline").read_bytes().count(b"edge_agent.model")

@@ -241,7 +241,8 @@ def test_break_rows_are_finite_whatever_was_in_memory_before(mtmd, break_row):
 def test_every_frame_gives_the_rows_of_its_grid(opened, language, break_row, backend, max_tokens, size):
     preprocessor = Preprocessor(opened.manifest.vision, max_tokens)
     options = EncoderOptions(backend=backend, threads=1, tensorrt=False, gpu=False)
-    encoder = open_encoder(opened, options, preprocessor, language.model, break_row)
+    file = opened.path(MMPROJ if backend == "mtmd" else VISION)
+    encoder = open_encoder(file, options, preprocessor, language.model, break_row)
     try:
         rows = encoder.encode(preprocessor.image(noise(*size)))
         assert rows.shape == (n_embedding_rows(*image_grid(*size, max_tokens, opened.manifest.vision)), 256)
@@ -320,14 +321,14 @@ def test_tensorrt_is_refused_where_it_is_missing_and_tried_first_where_it_is_not
     with pytest.raises(VisionError, match=r"vision\.tensorrt: onnxruntime here has only .*CPU"):
         OnnxEncoder(path, Preprocessor(FACTS, 64), 1, tensorrt=True)
     monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path))
-    seen, real = [], onnxruntime.InferenceSession
+    passed, real = [], onnxruntime.InferenceSession
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [TENSORRT, "CPUExecutionProvider"])
     monkeypatch.setattr(
         onnxruntime, "InferenceSession",
-        lambda path, options, providers: seen.append(providers) or real(path, options, providers=providers[1:]),
+        lambda path, options, providers: passed.append(providers) or real(path, options, providers=providers[1:]),
     )  # fmt: skip
     encoder = OnnxEncoder(path, Preprocessor(FACTS, 64), 1, tensorrt=True)
     assert encoder.provider == "onnxruntime CPUExecutionProvider", "the provider that runs, not the requested one"
-    (name, options), cpu = seen[0]
+    (name, options), cpu = passed[0]
     assert (name, cpu) == (TENSORRT, "CPUExecutionProvider")
     assert options["trt_engine_cache_path"] == str(tmp_path / "tensorrt") and (tmp_path / "tensorrt").is_dir()

@@ -71,7 +71,7 @@ def test_an_event_out_of_bounds_costs_the_model_process_and_not_the_daemon(runni
 def test_a_process_that_the_system_cannot_start_is_tried_again(running):
     running.make_ready()
     launch, running.supervisor.model._launch = running.supervisor.model._launch, no_memory
-    running.lose_model()
+    running.end_model_process()
     running.turn(60.0)
     assert running.state == ("fault", "model: cannot be started: Cannot allocate memory")
     running.supervisor.model._launch = launch
@@ -83,7 +83,7 @@ def no_memory() -> None:
     raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
 
-def test_what_a_process_sent_before_its_end_is_its_reason(running):
+def test_the_fault_that_a_process_sent_before_its_end_is_the_reason(running):
     """The process reports its fault and ends between two steps of a turn."""
 
     running.make_ready()

@@ -29,7 +29,7 @@ def turn_with_model(running: InProcess, seconds: float) -> None:
     """Time passes, and the model process keeps working."""
     step_s = seconds / 20
     for _ in range(20):
-        running.supervisor.model.heard()
+        running.supervisor.model.note_progress()
         running.turn(step_s)
 
 
@@ -44,7 +44,7 @@ def test_a_source_that_can_never_work_ends_the_start_with_78(running):
     assert caught.value.status == os.EX_CONFIG
 
 
-def test_a_camera_that_does_not_come_ends_the_start_with_69(running):
+def test_a_camera_that_does_not_appear_ends_the_start_with_69(running):
     """systemd starts the daemon again: a camera that is plugged in later is found."""
     for _ in range(15):
         running.camera.emit(ABSENT)
@@ -152,7 +152,7 @@ def test_after_a_good_period_the_pause_is_short_again(running):
         running.open_camera()
 
 
-def test_garbage_costs_the_camera_process(running):
+def test_an_invalid_event_costs_the_camera_process(running):
     running.make_ready()
     sender = running.camera
     running.camera.emit(b"\xc1 not msgpack")

@@ -6,7 +6,7 @@ import pytest
 
 from edge_agent.actions.envelope import CheckedAction, Rejection
 from edge_agent.actions.space import load_action_space
-from edge_agent.supervisor.gate import Gate, Instruction, Orders
+from edge_agent.supervisor.gate import ControlState, Gate, Instruction
 from edge_agent.time_units import NS_PER_MS
 from tests.harness.in_process import proposal_of
 
@@ -20,10 +20,10 @@ def gate() -> Gate:
 
 def check(gate: Gate, *, age_ms: float = 100.0, paused: bool = False, ready: bool = True, **changes):
     """The decision about a proposal of instruction 4 whose frame is age_ms old."""
-    orders = Orders(Instruction(4, "Hold.", ""), paused)
+    control_state = ControlState(Instruction(4, "Hold.", ""), paused)
     captured_ns = 10_000 * NS_PER_MS
     proposal = proposal_of(**({"t_capture_ns": captured_ns, "instruction_id": 4} | changes))
-    return gate.check(proposal, orders, model_is_ready=ready, now_ns=captured_ns + round(age_ms * NS_PER_MS))
+    return gate.check(proposal, control_state, model_is_ready=ready, now_ns=captured_ns + round(age_ms * NS_PER_MS))
 
 
 def test_an_answer_inside_the_envelope_is_an_action(gate):
@@ -68,7 +68,7 @@ def test_the_limits_of_the_age_are_still_valid(gate, age_ms):
     assert isinstance(check(gate, age_ms=age_ms), CheckedAction)
 
 
-def test_the_detail_says_what_was_found(gate):
+def test_the_detail_of_a_rejection(gate):
     assert check(gate, age_ms=2300).detail == "2300 ms old, deadline_ms is 2000"
     assert check(gate, age_ms=-12.34).detail == "the frame is stamped 12.3 ms in the future"
     assert check(gate, stop_reason="length", text="x" * 300).detail == f"after {'x' * 200!r}"
@@ -77,3 +77,13 @@ def test_the_detail_says_what_was_found(gate):
 def test_pause_is_checked_before_everything_else(gate):
     """A controller that has paused gets one reason, whatever else is wrong with the frame."""
     assert check(gate, paused=True, ready=False, age_ms=-5, stop_reason="late").reason == "paused"
+
+
+@pytest.mark.parametrize(("captured_ns", "is_refused"), [(0, True), (999, True), (1000, False), (2000, False)])
+def test_a_frame_from_before_a_suspend_is_late_however_young_it_looks(gate, captured_ns, is_refused):
+    proposal = proposal_of(t_capture_ns=captured_ns, instruction_id=4)
+    control_state = ControlState(Instruction(4, "", ""))
+    result = gate.check(proposal, control_state, model_is_ready=True, now_ns=3000, resumed_ns=1000)
+    assert isinstance(result, Rejection) == is_refused
+    if is_refused:
+        assert result == Rejection("late", "the machine was suspended since the frame was captured")

@@ -31,7 +31,7 @@ def managed(clock):
 
 
 def test_before_its_start_there_is_no_process(managed):
-    assert managed.readiness is Readiness.LOST and managed.is_gone
+    assert managed.readiness is Readiness.RESTARTING and managed.is_gone
     assert managed.reason.text == "model: starting"
     assert managed.receive() == [] and not managed.send(b"") and managed.exit_reason() is None
     status = managed.status()
@@ -52,13 +52,13 @@ def test_resident_memory_is_of_the_process(managed):
     assert managed.status().rss_mib > 1
 
 
-def test_a_lost_process_is_killed_counted_and_started_again_after_the_pause(managed, clock):
+def test_a_fault_kills_the_process_and_the_next_one_starts_after_the_pause(managed, clock):
     managed.start()
     first = managed.worker
     managed.mark_ready()
     assert managed.reason is None
-    managed.lose(FAILED)
-    assert first.killed and managed.readiness is Readiness.LOST and managed.reason is FAILED
+    managed.restart_after_fault(FAILED)
+    assert first.killed and managed.readiness is Readiness.RESTARTING and managed.reason is FAILED
     assert managed.faults == {"model: ended with status 3": 1}
     clock.advance(0.19)
     managed.start_if_due()
@@ -71,7 +71,7 @@ def test_a_lost_process_is_killed_counted_and_started_again_after_the_pause(mana
     assert managed.reason is FAILED, "the reason stays until the new process is ready"
 
 
-def test_a_reason_that_was_counted_before_is_not_counted_again(managed):
+def test_restart_later_counts_no_fault(managed):
     managed.start()
     managed.restart_later(FAILED)
     assert managed.faults == {} and managed.failures_before_ready == 1
@@ -88,33 +88,33 @@ def test_an_ended_worker_is_not_started_again(managed, clock):
 def test_failures_before_ready_end_with_the_first_ready(managed):
     for expected in (1, 2, 3):
         managed.start()
-        managed.lose(FAILED)
+        managed.restart_after_fault(FAILED)
         assert managed.failures_before_ready == expected
     managed.start()
     managed.mark_ready()
     assert managed.failures_before_ready == 0
 
 
-def test_silence_is_counted_from_the_last_sign_of_progress(managed, clock):
-    assert not managed.is_silent_for(0.0)
+def test_the_time_without_progress_begins_at_the_last_sign_of_progress(managed, clock):
+    assert not managed.has_no_progress_for(0.0)
     managed.start()
     clock.advance(5.0)
-    assert managed.is_silent_for(4.9) and not managed.is_silent_for(5.0)
-    managed.heard()
-    assert not managed.is_silent_for(4.9)
+    assert managed.has_no_progress_for(4.9) and not managed.has_no_progress_for(5.0)
+    managed.note_progress()
+    assert not managed.has_no_progress_for(4.9)
 
 
 def test_a_process_that_does_not_die_stays_on_the_list_until_it_is_gone(managed, clock, capfd):
     managed.start()
     stuck = managed.worker
     stuck.in_kernel = True
-    managed.lose(FAILED)
+    managed.restart_after_fault(FAILED)
     assert not managed.is_gone
-    assert managed.explained().text == (
+    assert managed.full_reason().text == (
         f"model: ended with status 3: the old process {stuck.pid} is still in the kernel"
     )
     managed.reason = Reason("model", ReasonKind.STALLED, "stalled", "no progress in 10 s")
-    assert managed.explained().text == (
+    assert managed.full_reason().text == (
         f"model: stalled: no progress in 10 s; the old process {stuck.pid} is still in the kernel"
     )
     for _ in range(3):
@@ -123,10 +123,10 @@ def test_a_process_that_does_not_die_stays_on_the_list_until_it_is_gone(managed,
     assert capfd.readouterr().err.count("is still in the kernel") == 1
     stuck.exit_status = -9
     managed.reap()
-    assert managed.is_gone and managed.explained() is managed.reason
+    assert managed.is_gone and managed.full_reason() is managed.reason
 
 
-def test_how_a_process_ended_is_told_by_its_status(managed):
+def test_the_exit_reason_is_made_from_the_exit_status(managed):
     managed.start()
     assert managed.exit_reason() is None
     managed.worker.exit_status = -signal.SIGSEGV
@@ -160,7 +160,7 @@ def test_a_line_of_long_ago_and_of_another_process_is_no_reason(managed, clock):
     managed.worker.exit_status = 1
     assert managed.exit_reason().detail == ""
     managed.worker.stderr = b"last words"
-    managed.lose(managed.exit_reason())
+    managed.restart_after_fault(managed.exit_reason())
     managed.start()
     managed.worker.exit_status = 2
     assert managed.exit_reason().text == "model: ended with status 2"
@@ -192,7 +192,7 @@ def test_a_line_without_an_end_is_not_collected(managed, capfd):
     assert capfd.readouterr().err.splitlines() == ["model: " + "x" * 500, "model: the next"]
 
 
-def test_a_reason_has_a_key_that_stays_and_a_text_that_tells_all():
+def test_the_key_of_a_reason_omits_the_detail_and_its_text_has_it():
     reason = Reason("camera", ReasonKind.NO_FRAME, "no frame", "for 4 s")
     assert (reason.key, reason.text) == ("camera: no frame", "camera: no frame: for 4 s")
     assert Reason("", ReasonKind.PAUSED, "by control").text == "by control"
@@ -225,24 +225,24 @@ def test_a_silent_model_is_stalled(model, clock):
     assert model.timeout_reason().kind is ReasonKind.STALLED
 
 
-def test_a_model_that_refuses_is_tried_again_after_a_while(model, clock):
+def test_a_model_that_refuses_the_instruction_is_restarted_after_30_s(model, clock):
     model.mark_refused("too long")
     assert model.readiness is Readiness.REFUSED and model.is_loaded and model.failures_before_ready == 0
     for _ in range(30):
         clock.advance(1.0)
-        model.heard()
+        model.note_progress()
         assert model.timeout_reason() is None
     clock.advance(0.1)
     assert model.timeout_reason() is model.reason and model.reason.kind is ReasonKind.REFUSED
 
 
-def test_after_six_failures_before_ready_it_is_hopeless(model, clock):
+def test_six_failures_before_ready_end_the_daemon(model, clock):
     for _ in range(5):
-        model.lose(FAILED)
-        model.give_up_if_hopeless()
+        model.restart_after_fault(FAILED)
+        model.shut_down_after_failures()
         clock.advance(6.0)
         model.start_if_due()
-    model.lose(FAILED)
+    model.restart_after_fault(FAILED)
     with pytest.raises(Shutdown, match="model: ended with status 3; 6 model processes in a row") as caught:
-        model.give_up_if_hopeless()
+        model.shut_down_after_failures()
     assert caught.value.status == 1

@@ -38,15 +38,16 @@ def running() -> Iterator[InProcess]:
 
 def go_on(running: InProcess) -> None:
     """Turns with everything in them: a status, a lost process, its successor, a request, a second of time."""
-    running.publisher.request("stats")
+    for op in ("stats", "pause", "resume"):
+        running.publisher.request(op)
     for _ in range(3):
         running.turn(0.3)
-    running.lose_model()
+    running.end_model_process()
     running.camera.exit_status = 1
     for _ in range(8):
         running.turn(1.0)
     assert running.publisher.stream("status")[-1].state == "fault"
-    assert running.publisher.replies[-1].ok
+    assert [reply.ok for reply in running.publisher.replies] == [True] * 3
 
 
 def failing(number: int) -> Callable[..., None]:
@@ -91,7 +92,7 @@ def test_processes_that_cannot_be_started_are_tried_again(running, number):
     start_worker = running.supervisor.model._launch
     for worker in (running.supervisor.model, running.supervisor.camera):
         worker._launch = failing(number)
-    running.lose_model()
+    running.end_model_process()
     running.turn(6.0)
     assert running.state == ("fault", f"model: cannot be started: {os.strerror(number)}")
     running.supervisor.model._launch = start_worker
@@ -127,7 +128,7 @@ def test_without_any_descriptor_the_daemon_goes_on_and_recovers(running, tmp_pat
                     taken.enter_context(contextlib.closing(os.fdopen(os.dup(0), closefd=True)))
             peer.connect(str(tmp_path / "run" / "control"))
             peer.sendall(GREETING + ready(b"DEALER"))
-            running.lose_model()
+            running.end_model_process()
             for _ in range(4):
                 running.turn(2.0)
             assert running.state == ("fault", "model: cannot be started: Too many open files")

@@ -22,6 +22,7 @@ from edge_agent.ipc.events import (
     TextDelta,
     TraceSpan,
 )
+from edge_agent.supervisor.model_worker import MAX_FAILURES_BEFORE_READY
 from edge_agent.supervisor.process import MAX_PIECE_CHARS, Supervisor
 from edge_agent.supervisor.shutdown import Shutdown
 from edge_agent.wire.messages import Action, Refusal, StageTimes
@@ -114,11 +115,11 @@ def test_a_chunk_goes_out_whole(tmp_path):
 
 def test_every_event_of_the_model_process_counts_as_progress(running):
     running.make_ready()
-    before = running.counters.inference_count
+    before = running.counters.model_events
     span = TraceSpan(name="encode", thread="vision", start_ns=1, stop_ns=2)
     running.model.emit(Heartbeat("idle"), LogLine("a line"), span)
     running.turn()
-    assert running.counters.inference_count == before + 3
+    assert running.counters.model_events == before + 3
 
 
 # -- the start --------------------------------------------------------------------------------------------------------
@@ -137,7 +138,7 @@ def test_ready_is_sent_once_when_camera_and_model_work(notified, monkeypatch):
     assert notified.count("READY=1") == 1
 
 
-def test_a_model_that_cannot_load_ends_the_start_with_a_status_that_says_whose_fault_it_is(running):
+def test_a_model_that_cannot_load_ends_the_start_and_the_status_depends_on_the_cause(running):
     for configured, status in ((True, os.EX_CONFIG), (False, 1)):
         with InProcess() as starting:
             starting.model.emit(StartupFailed(reason="language.context: too small", configured=configured))
@@ -177,6 +178,31 @@ def test_the_model_process_gets_the_instruction_the_adapter_and_the_trace_flag(t
         assert [(c.text, c.adapter) for c in commands] == [("Hold position.", "night")]
         assert (running.model.module, running.model.flags) == ("edge_agent.model", ())
         assert running.camera.module == "edge_agent.camera"
+
+
+def test_files_that_change_in_flight_never_end_the_daemon(running):
+    """A new start of the daemon would find the changed bundle and end with 78: no agent for the rest of the flight."""
+    running.make_ready()
+    running.end_model_process()
+    for _ in range(3 * MAX_FAILURES_BEFORE_READY):
+        running.turn(6.0)
+        running.push_frame()
+        running.model.emit(StartupFailed(reason="vision.onnx: sha256: expected a, found b", configured=True))
+        running.turn()
+        state, reason = running.state
+        assert state == "fault" and "model: cannot start: vision.onnx: sha256" in reason
+    running.turn(6.0)
+    running.push_frame()
+    running.load_model()  # the right files are back
+    running.answer()
+    assert running.state == ("running", "")
+
+
+def test_files_that_change_before_ready_are_a_fault_of_the_configuration(running):
+    running.model.emit(StartupFailed(reason="vision.onnx: sha256", configured=True))
+    with pytest.raises(Shutdown) as ended:
+        running.turn()
+    assert ended.value.status == os.EX_CONFIG
 
 
 # -- the instruction in force is refused after READY -------------------------------------------------------------------
@@ -288,7 +314,7 @@ def pauses_s(running: InProcess, n: int, good_s: float = 0.0) -> list[float]:
     """The pauses before the restarts of a model that gets ready, answers a frame after good_s, and dies."""
     pauses = []
     for _ in range(n):
-        running.lose_model()
+        running.end_model_process()
         lost_ns = running.clock()
         while running.model is None:
             running.turn(0.05)
@@ -320,11 +346,11 @@ def test_a_model_that_never_gets_ready_again_ends_the_daemon_with_1(running):
     for _ in range(5):
         running.restart_model()
     with pytest.raises(Shutdown, match=r"SIGABRT; 6 model processes in a row did not get ready") as caught:
-        running.lose_model()
+        running.end_model_process()
     assert caught.value.status == 1
 
 
-def test_stage_times_that_are_not_finite_are_garbage(running):
+def test_an_event_with_stage_times_that_are_not_finite_is_invalid(running):
     running.make_ready()
     running.answer(stages_ms=StageTimes(queue=float("nan"), encode=0, prefill=0, decode=0, check=0))
     assert "a stage time is not finite" in running.state[1] and running.counters.actions == 1
@@ -340,7 +366,7 @@ def test_the_largest_piece_of_text_can_be_published(running):
 def test_nothing_is_published_while_there_is_no_model(running):
     running.make_ready()
     n_answers = len(running.publisher.stream("actions"))
-    running.lose_model()
+    running.end_model_process()
     for _ in range(20):
         running.push_frame()
         running.turn(0.005)
@@ -369,7 +395,7 @@ def test_a_model_that_loads_too_long_is_stalled(running):
     assert loading.killed and running.state == ("stalled", "model: stalled: no progress in 120 s")
 
 
-def test_a_model_that_takes_no_commands_when_it_is_loaded_is_lost(running):
+def test_a_loaded_model_that_takes_no_commands_is_restarted(running):
     running.make_ready()
     running.restart_model()
     running.model.takes_messages = False
@@ -384,11 +410,9 @@ def test_a_socket_that_is_closed_is_not_polled_any_more(running):
     def polled() -> set[int]:
         return set(running.supervisor._waiting_for()[0]) - set(running.publisher.filenos())
 
-    both = {running.model.socket.fileno(), running.camera.socket.fileno()}
-    assert polled() == both
+    assert polled() == {running.model.socket.fileno(), running.camera.socket.fileno()}
     running.model.hung_up = True
-    assert polled() == {running.camera.socket.fileno()}
-    assert running.supervisor._waiting_for()[1] < 50
+    assert polled() == {running.camera.socket.fileno()} and running.supervisor._waiting_for()[1] < 50
     running.restart_model()
     assert polled() == {running.model.socket.fileno(), running.camera.socket.fileno()}
 
@@ -413,7 +437,7 @@ def test_the_watchdog_waits_longer_while_a_model_loads(notified):
     config = fake_config(watchdog=WatchdogConfig(model_load_s=90.0))
     with InProcess(config) as running:
         running.make_ready()
-        running.lose_model()
+        running.end_model_process()
         intervals = [line for line in notified if line.startswith("WATCHDOG_USEC")]
         assert intervals == ["WATCHDOG_USEC=15000000", "WATCHDOG_USEC=95000000"]  # 10 s and 90 s, with the margin
 
@@ -463,21 +487,7 @@ def test_a_shutdown_is_the_reason_of_the_last_status(running, notified, signal_h
     assert "edge-agent: bundle: damaged" in capfd.readouterr().err
 
 
-def test_a_lost_endpoint_ends_the_daemon_with_1_and_is_the_reason(running, notified, signal_handlers, monkeypatch):
-    """A daemon that cannot be told to stop may not go on; systemd starts it again."""
-    running.make_ready()
-    monkeypatch.setattr(running.supervisor, "start", lambda: None)
-    monkeypatch.setattr(running.supervisor, "close", lambda: None)
-    running.publisher.lost = "runtime_dir: /run/edge-agent/control: cannot be bound: found a file"
-    n_actions = len(running.publisher.stream("actions"))
-    assert running.supervisor.run() == 1
-    monkeypatch.undo()
-    last = running.publisher.stream("status")[-1]
-    assert (last.state, last.reason) == ("stopping", running.publisher.lost)
-    assert len(running.publisher.stream("actions")) == n_actions
-
-
-def test_a_shutdown_answers_what_waits(running, notified, signal_handlers, monkeypatch):
+def test_a_shutdown_refuses_the_requests_that_wait(running, notified, signal_handlers, monkeypatch):
     running.make_ready()
     running.publisher.request("ask", "what?", "q")
     running.turn()

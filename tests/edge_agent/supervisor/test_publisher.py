@@ -14,7 +14,7 @@ import msgspec
 import pytest
 import zmq
 
-from edge_agent.supervisor.publisher import EndpointError, Publisher
+from edge_agent.supervisor.publisher import EndpointError, Publisher, Sender
 from edge_agent.wire.messages import TextMessage
 from edge_agent.wire.streams import STREAMS, unpack
 from tests.harness import ROOT
@@ -40,7 +40,7 @@ def connect(folder):
     with zmq.Context() as context:
         sockets = []
 
-        def connect(stream: str, kind: int, **options: int) -> zmq.Socket:
+        def connect(stream: str, kind: int, **options: int | bytes) -> zmq.Socket:
             connected = context.socket(kind)
             sockets.append(connected)
             for name, value in ({"LINGER": 0, "RCVTIMEO": 30_000, "SNDTIMEO": 30_000} | options).items():
@@ -261,7 +261,7 @@ def test_a_message_that_may_not_leave_is_not_counted(publisher):
     assert publisher.next_seq("text") == 0
 
 
-def test_a_stalled_subscriber_sees_what_it_lost_and_the_others_lose_nothing_new(publisher, connect):
+def test_a_stalled_subscriber_loses_messages_and_another_one_gets_the_newest(publisher, connect):
     """How long publishing takes meanwhile: tests/promises/test_latency.py."""
     n = 20_000
     stalled, healthy = connect("text", zmq.SUB, RCVHWM=100), connect("text", zmq.SUB, CONFLATE=1)
@@ -375,7 +375,7 @@ def test_odd_multipart_requests_are_only_odd_requests(publisher, connect):
     for parts in ([b""], [b"", b""], [b"a", b"b", b"c"], [b"\xff" * 1000] * 4, [b"", b"payload"]):
         dealer.send_multipart(parts)
         ((sender, payload),) = requests(publisher, 1)
-        assert payload == parts[-1] and sender[1:] == parts[:-1]
+        assert payload == parts[-1] and list(sender.routing[1:]) == parts[:-1]
         publisher.reply(sender, b"ok")
         assert dealer.recv_multipart() == [*parts[:-1], b"ok"]
 
@@ -394,12 +394,33 @@ def test_a_request_over_64_kib_is_dropped_and_the_others_are_not(publisher, conn
     assert [payload for _, payload in requests(publisher, 1)] == [b"small"]
 
 
+def test_a_sender_is_connected_until_its_connection_ends(publisher, connect):
+    dealer = connect("control", zmq.DEALER)
+    dealer.send(b"hello")
+    ((sender, _),) = requests(publisher, 1)
+    assert publisher.is_connected(sender) and publisher.is_connected(Sender(sender.routing, None))
+    dealer.close()
+    while publisher.is_connected(sender):
+        publisher.serve()
+
+
+def test_the_newest_connection_with_a_routing_id_takes_over(publisher, connect):
+    """The old process of a controller hangs, and still holds its connection."""
+    for n in range(3):
+        dealer = connect("control", zmq.DEALER, ROUTING_ID=b"controller")
+        dealer.send(str(n).encode())
+        ((sender, payload),) = requests(publisher, 1)
+        assert (sender.routing, payload) == ((b"controller",), str(n).encode())
+        publisher.reply(sender, b"ok")
+        assert dealer.recv() == b"ok"
+
+
 def test_a_reply_to_a_sender_that_is_gone_is_dropped(publisher, connect):
     dealer, other = connect("control", zmq.DEALER), connect("control", zmq.DEALER)
     dealer.send(b"bye")
     ((sender, _),) = requests(publisher, 1)
     dealer.close()
-    for to in (sender, [b"nobody"], [b"\x00\x00\x00\x00\x00"]):
+    for to in (sender, Sender((b"nobody",)), Sender((b"\x00\x00\x00\x00\x00",))):
         publisher.reply(to, b"late")
     other.send(b"hello")
     ((sender, _),) = requests(publisher, 1)
@@ -419,7 +440,7 @@ def test_a_sender_that_reads_no_replies_costs_the_others_nothing(publisher, conn
     assert other.recv() == b"still here"
 
 
-def test_garbage_on_a_socket_is_ignored(publisher, folder, connect):
+def test_an_invalid_message_on_a_socket_is_ignored(publisher, folder, connect):
     """Bytes that are not ZMTP, half a greeting, and a peer that hangs."""
 
     hanging = []

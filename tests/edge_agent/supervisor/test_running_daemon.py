@@ -82,7 +82,7 @@ def test_an_answer_that_takes_longer_than_the_deadline_is_refused(toy_bundle, ru
 
 
 @pytest.mark.parametrize("how", ["abort", "segv", "exit", "garbage", "hang"])
-def test_a_lost_model_means_silence_a_reason_and_a_new_one(toy_bundle, runtime, how):
+def test_while_the_model_is_down_no_action_is_published_and_the_status_has_the_reason(toy_bundle, runtime, how):
     fake = {"after": 40, "then": how}
     with (
         rig.Pusher(f"ipc://{runtime}/frames") as pusher,
@@ -90,11 +90,11 @@ def test_a_lost_model_means_silence_a_reason_and_a_new_one(toy_bundle, runtime, 
         running.client() as client,
     ):
         answers = next_answers(client, 3)
-        lost = running.wait("fault", "stalled")
-        assert lost.state == ("stalled" if how == "hang" else "fault")
-        assert lost.reason.startswith("model: ") and sum(lost.faults.values()) >= 1
-        again = running.wait("running")
-        assert again.model_worker.restarts >= 1 and again.model_worker.pid != lost.model_worker.pid
+        failed = running.wait("fault", "stalled")
+        assert failed.state == ("stalled" if how == "hang" else "fault")
+        assert failed.reason.startswith("model: ") and sum(failed.faults.values()) >= 1
+        restarted = running.wait("running")
+        assert restarted.model_worker.restarts >= 1 and restarted.model_worker.pid != failed.model_worker.pid
         answers += next_answers(client, 3)
         assert rig.alive(running.process.pid)
     assert_never_twice(answers, pusher)

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from edge_agent.supervisor.publisher import EndpointError, Publisher
+from edge_agent.supervisor.shutdown import Shutdown
 from edge_agent.wire.streams import STREAMS
+from tests.harness.in_process import InProcess
 
 
 @pytest.fixture
@@ -96,3 +98,13 @@ def test_a_file_system_without_locks_is_named(folder, monkeypatch):
         EndpointError, match="cannot be locked: No locks available; use a folder of a local file system"
     ):
         Publisher(folder)
+
+
+def test_a_lost_endpoint_ends_the_daemon_with_1():
+    """A daemon that cannot be told to stop may not go on; systemd starts it again."""
+    with InProcess() as running:
+        running.make_ready()
+        running.publisher.lost = "runtime_dir: /run/edge-agent/control: cannot be bound: found a file"
+        with pytest.raises(Shutdown, match="found a file") as caught:
+            running.turn()
+    assert caught.value.status == 1

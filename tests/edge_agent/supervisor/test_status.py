@@ -18,7 +18,7 @@ def n_published(running: InProcess) -> int:
     return len(running.publisher.stream("status"))
 
 
-def test_the_start_says_what_it_waits_for():
+def test_the_reason_at_the_start_is_the_process_that_is_not_ready():
     with InProcess() as starting:
         assert starting.state == ("starting", "model: starting")
         starting.load_model()
@@ -31,7 +31,7 @@ def test_a_missing_model_is_reported_before_everything_else(running):
     running.publisher.request("pause")
     running.turn()
     assert running.state[0] == "paused"
-    running.lose_model()
+    running.end_model_process()
     assert running.state[0] == "fault"
 
 
@@ -40,7 +40,7 @@ def test_status_is_published_five_times_a_second(running):
     before = n_published(running)
     for _ in range(100):
         running.push_frame()
-        running.supervisor.model.heard()
+        running.supervisor.model.note_progress()
         running.turn(0.01)
     assert n_published(running) - before == 5
 
@@ -67,7 +67,7 @@ def test_a_change_is_one_line_in_the_log(running, capfd):
 
 def test_a_reason_whose_number_grows_is_not_a_change(running, capfd):
     for _ in range(8):
-        running.supervisor.model.heard()
+        running.supervisor.model.note_progress()
         running.turn(1.0)
     assert running.publisher.stream("status")[-1].reason == "camera: no frame: for 8 s"
     assert capfd.readouterr().err.count("state no-frames") == 1
@@ -137,7 +137,7 @@ def test_some_refusals_and_those_that_follow_from_a_request_are_no_reason(runnin
 
 def test_faults_of_both_workers_are_counted_by_their_reason(running):
     running.camera.exit_status = 3
-    running.lose_model()
+    running.end_model_process()
     running.turn(1.0)
     expected = {"camera: ended with status 3": 1, "model: killed by SIGABRT": 1}
     assert running.publisher.stream("status")[-1].faults == expected

@@ -131,7 +131,7 @@ def test_progress_that_came_too_soon_is_fed_later(manager, watchdog_of, clock):
 def test_the_watchdog_of_another_process_is_left_alone(manager, watchdog_of):
     watchdog = watchdog_of(1.0, pid=os.getppid())
     watchdog.feed(1)
-    watchdog.outlast(60)
+    watchdog.set_interval_above(60)
     assert received(manager) == [] and watchdog.interval_us == 0
 
 
@@ -143,14 +143,14 @@ def test_our_own_watchdog_is_fed(manager, watchdog_of):
 def test_without_a_watchdog_nothing_is_sent(manager, clock):
     watchdog = Watchdog(clock)
     watchdog.feed(1)
-    watchdog.outlast(60)
+    watchdog.set_interval_above(60)
     assert received(manager) == []
 
 
-def test_the_interval_outlasts_a_stall_and_is_never_shorter_than_the_unit_says(manager, watchdog_of):
+def test_the_interval_is_longer_than_a_stall_and_never_shorter_than_in_the_unit(manager, watchdog_of):
     watchdog = watchdog_of(15.0)
-    watchdog.outlast(120.0)
-    watchdog.outlast(2.0)
+    watchdog.set_interval_above(120.0)
+    watchdog.set_interval_above(2.0)
     assert received(manager) == ["WATCHDOG_USEC=125000000\nWATCHDOG=1", "WATCHDOG_USEC=15000000\nWATCHDOG=1"]
 
 

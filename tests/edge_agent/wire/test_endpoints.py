@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
+import pytest
+
 from edge_agent.wire import endpoints
-from edge_agent.wire.endpoints import endpoint, runtime_dir
+from edge_agent.wire.endpoints import endpoint, runtime_dir, why_unreachable
 
 
 def test_the_folder_is_the_configured_one_then_that_of_systemd_then_that_of_the_user(monkeypatch, tmp_path):
@@ -27,3 +30,77 @@ def test_the_folder_is_the_configured_one_then_that_of_systemd_then_that_of_the_
 
 def test_an_endpoint_is_a_socket_in_the_folder():
     assert endpoint(Path("/run/one"), "actions") == "ipc:///run/one/actions"
+
+
+# -- not there, not allowed, not the daemon ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unit_folder(monkeypatch, tmp_path):
+    """There is no unit, and the user's own folder is tmp_path/run/edge-agent-UID."""
+    monkeypatch.delenv("RUNTIME_DIRECTORY", raising=False)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
+    monkeypatch.setattr(endpoints, "UNIT_FOLDER", tmp_path / "unit")
+    return tmp_path / "unit"
+
+
+def without_permission(monkeypatch, path: Path) -> None:
+    """As for a user who is not root: root may open everything."""
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda asked, mode: Path(asked) != path and may(asked, mode))
+
+
+def test_a_folder_that_is_not_there_yet_is_no_fault(unit_folder):
+    assert why_unreachable(runtime_dir(), "control") == ""
+    assert why_unreachable(Path("/nowhere/at/all"), "control") == ""
+
+
+def test_an_own_folder_with_or_without_a_socket_can_be_used(tmp_path):
+    assert why_unreachable(tmp_path, "control") == ""
+    (tmp_path / "control").touch()
+    assert why_unreachable(tmp_path, "control") == ""
+
+
+def test_the_folder_of_the_unit_is_named_where_its_daemon_may_not_be_asked(monkeypatch, unit_folder):
+    """Not "is edge-agent running?": it is."""
+    unit_folder.mkdir()
+    without_permission(monkeypatch, unit_folder)
+    assert runtime_dir() != unit_folder
+    line = why_unreachable(runtime_dir(), "control")
+    assert line.startswith(f"{unit_folder}: permission denied; join the group")
+    runtime_dir().mkdir(parents=True)  # a daemon of this user's own
+    assert why_unreachable(runtime_dir(), "control") == ""
+
+
+@pytest.mark.parametrize("closed", ["", "control"])
+def test_a_closed_folder_or_socket_is_permission_denied(monkeypatch, tmp_path, closed):
+    (tmp_path / "control").touch()
+    without_permission(monkeypatch, tmp_path / closed)
+    assert "permission denied" in why_unreachable(tmp_path, "control")
+
+
+def test_a_folder_below_a_file_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    assert "Not a directory" in why_unreachable(tmp_path / "file" / "run", "control")
+
+
+def test_a_folder_that_everybody_may_write_to_is_not_trusted(tmp_path):
+    tmp_path.chmod(0o777)
+    assert "anybody can pose as the daemon" in why_unreachable(tmp_path, "control")
+    tmp_path.chmod(stat.S_ISVTX | 0o777)
+    assert "anybody can pose as the daemon" in why_unreachable(tmp_path, "control")
+
+
+def test_a_folder_of_another_user_in_place_of_the_own_one_is_not_trusted(monkeypatch, unit_folder):
+    """/tmp/edge-agent-UID can be made by anybody. A folder that was named is the caller's decision."""
+    runtime_dir().mkdir(parents=True)
+    os.chown(runtime_dir(), 64002, -1)
+    monkeypatch.setattr(os, "getuid", lambda: 64001)
+    own = runtime_dir()
+    own.mkdir(parents=True)
+    os.chown(own, 64002, -1)
+    assert "expected a folder of uid 64001, found one of uid 64002" in why_unreachable(own, "control")
+    os.chown(own, 64001, -1)
+    assert why_unreachable(own, "control") == ""
+    os.chown(own, 0, -1)
+    assert why_unreachable(own, "control") == ""

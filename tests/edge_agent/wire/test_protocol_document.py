@@ -65,7 +65,7 @@ TYPES: list[tuple[Any, str]] = [
     (dict[str, int], "map of int"),
     (dict[str, float], "map of float"),
     (dict[str, messages.ActionValue], "map of float or str"),
-    (dict[str, control.StateValue], "map of bool, int, float or str"),
+    (dict[str, control.StateValue | None], "map of bool, int, float, str or null"),
     (list[dict[str, messages.ActionValue]], "list of map of float or str"),
 ]
 UNITS = {"_ns": "ns", "_ms": "ms", "_s": "s", "_mib": "MiB", "_c": "°C"}
@@ -173,11 +173,11 @@ def test_the_table_of_endpoints_is_that_of_the_streams():
 
 
 def test_the_operations_are_those_of_the_supervisor():
-    for name, text, _, _, comes, again in SECTIONS["Operations"]:
+    for name, text, _, _, comes, late in SECTIONS["Operations"]:
         rule = OPERATIONS[name.strip("`")]
         assert (f"1 to {MAX_TEXT_CHARS} characters" in text) == rule.needs_text
         assert comes.startswith("when " if rule.answered_later else "at once")
-        assert again == ("carried out again" if rule.idempotent else "the same reply")
+        assert late == ("carried out" if rule.never_expires else "refused")
     limited = ", ".join(f"`{name}`" for name, rule in OPERATIONS.items() if rule.answered_later)
     limited = " and ".join(limited.rsplit(", ", 1))
     assert f"At most {MAX_PENDING_REQUESTS} requests {limited} can be in progress" in TEXT
@@ -189,10 +189,9 @@ def test_the_limits_are_those_of_the_code():
         f"| {PROTOCOL_VERSION} |",
         f"| 1 to {MAX_VALID_FOR_MS} |",
         "number within ±10⁹",
-        f"`id` | str | – | yes | 1 to {control_of_supervisor.MAX_ID_CHARS} characters",
+        f"`id` | str | – | yes | 1 to {control.MAX_ID_CHARS} characters",
         f"at most {control_of_supervisor.MAX_ANSWER_CHARS:_} characters".replace("_", " "),
         f"one line of at most {control_of_supervisor.MAX_ERROR_CHARS} characters",
-        f"the last {control_of_supervisor.MAX_REMEMBERED_REPLIES} replies",
         f"an error after {control_of_supervisor.ASK_TIMEOUT_S:g} s",
         f"for people; at most {MAX_DETAIL_CHARS} characters",
         f"is not `running`; at most {MAX_REASON_CHARS} characters",

@@ -9,7 +9,7 @@ import pytest
 
 from edge_agent.wire import control, messages
 from edge_agent.wire.codec import encode
-from edge_agent.wire.control import decode_reply, decode_request
+from edge_agent.wire.control import decode_reply, read_request
 from edge_agent.wire.pushed_frame import TOPIC, PushedFrame, decode_pushed_frame, pack_pushed_frame
 from edge_agent.wire.streams import STREAMS, pack, unpack
 from tests.harness import ROOT
@@ -27,7 +27,7 @@ def read(name: str) -> tuple[msgspec.Struct, bytes, dict]:
     assert payload.startswith(topic)
     if topic in STREAM_OF_TOPIC:
         return unpack(STREAM_OF_TOPIC[topic], payload), payload, text
-    decode = decode_pushed_frame if topic == TOPIC else decode_request if "op" in text["message"] else decode_reply
+    decode = decode_pushed_frame if topic == TOPIC else read_request if "op" in text["message"] else decode_reply
     return decode(payload[len(topic) :]), payload, text
 
 

@@ -111,7 +111,7 @@ def test_a_video_gives_frames_evenly(tmp_path: Path):
     for i in range(20):
         film.write(np.full((48, 64, 3), 12 * i, np.uint8))
     film.release()
-    shown = [float(image.mean()) for image in stills.read_stills(path, 5)]
+    shown = [float(image.mean()) for image in stills.Stills(path, 5)]
     assert len(shown) == 5 and np.allclose(np.diff(shown), 48, atol=6)
 
 
@@ -285,8 +285,8 @@ def test_important_columns_have_smaller_errors(toy_bf16: Path, convert, tmp_path
 
 def test_the_command_writes_what_collect_gives(run, toy_bf16: Path, text: Path, tmp_path: Path, collected):
     out = tmp_path / "toy.gguf"
-    status, said, _ = run("imatrix", toy_bf16, out, "--calibration", text, "--chunks", 2)
-    assert status == 0 and "toy.gguf: 15 weights, 2 chunks" in said
+    status, stdout, _ = run("imatrix", toy_bf16, out, "--calibration", text, "--chunks", 2)
+    assert status == 0 and "toy.gguf: 15 weights, 2 chunks" in stdout
     assert out.read_bytes() == collected[1].read_bytes()
 
 
@@ -301,8 +301,8 @@ REFUSED = {
     "no text": (["--calibration", "~/none.txt"], ("none.txt: not readable",)),
     "too little text": (["--calibration", "~/short.txt"], ("short.txt", "tokens; expected 512 or more")),
     "no pictures": (["--frames", "~/empty"], ("empty: no image in this folder; expected .bmp",)),
-    "no folder": (["--frames", "~/none"], ("none: expected a folder of images or a video",)),
-    "not a picture": (["--frames", "~/broken"], ("a.png: not an image",)),
+    "no folder": (["--frames", "~/none"], ("none: no such file or folder; expected a folder of images or a video",)),
+    "not a picture": (["--frames", "~/broken"], ("none of its 1 images", "a.png: not a JPEG, PNG, WebP or BMP")),
     "no instructions": (["--instructions", "~/blank.txt"], ("blank.txt: no instructions",)),
 }
 

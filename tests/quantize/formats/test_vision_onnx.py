@@ -145,7 +145,7 @@ def test_initializers_are_the_bytes_of_the_checkpoint(source: str, convert: Call
         assert (tuple(found[name].dims), found[name].raw_data) == (shape, raw), name
 
 
-def test_the_file_says_what_a_row_is(toy_bf16: Path, convert: Callable[..., Path]):
+def test_the_file_has_the_description_of_a_row(toy_bf16: Path, convert: Callable[..., Path]):
     model = onnx.load(convert(toy_bf16) / VISION)
     assert {entry.key: entry.value for entry in model.metadata_props} == {"patch": "14", "merge": "2"}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import msgspec
@@ -148,12 +149,12 @@ def test_measurements_are_kept_and_used_again(pad: Fixture):
     known["kl"].popitem()
     known["errors"].popitem()
     pad.sensitivity.write_text(json.dumps(known))
-    asked = []
+    measured_types = []
     real = bit_allocation.SensitivityProbe.kl
 
     class Counted(bit_allocation.SensitivityProbe):
         def kl(self, types):
-            asked.append(types)
+            measured_types.append(types)
             return real(self, types)
 
     original, bit_allocation.SensitivityProbe = bit_allocation.SensitivityProbe, Counted
@@ -161,8 +162,23 @@ def test_measurements_are_kept_and_used_again(pad: Fixture):
         again = pad.allocate(pad.q4_bytes)
     finally:
         bit_allocation.SensitivityProbe = original
-    assert len(asked) == 3  # one group, the plan, the standard recipe
+    assert len(measured_types) == 3  # one group, the plan, the standard recipe
     assert again.types == pad.allocation.types
+
+
+@pytest.mark.parametrize("damaged", [b"\xff", b'{"key": "\xff"}', b"[" * 200_000, b"{}"])
+def test_a_damaged_file_of_measurements_is_as_none(toy_bf16: Path, tmp_path: Path, monkeypatch, damaged: bytes):
+    class Measured(Exception):
+        """Stops the work at the first measurement."""
+
+    def first(*_arguments):
+        raise Measured
+
+    (tmp_path / "sensitivity").write_bytes(damaged)
+    monkeypatch.setattr(bit_allocation, "quantisation_errors", first)
+    probe = SimpleNamespace(checkpoint=read_checkpoint(toy_bf16), imatrix=Imatrix())
+    with pytest.raises(Measured):
+        bit_allocation.measure_sensitivity(probe, tmp_path / "sensitivity", "key", SILENT)
 
 
 @pytest.mark.parametrize("change", ["text", "chunks", "imatrix"])
@@ -234,7 +250,7 @@ def test_on_hulls_the_choice_is_optimal(tmp_path: Path):
         assert loss <= 1.02 * min(other for bytes_, other in everything if bytes_ <= size)
 
 
-def test_a_budget_below_the_floor_says_the_floor(pad: Fixture, run, tmp_path: Path):
+def test_the_error_for_a_too_small_budget_names_the_minimum(pad: Fixture, run, tmp_path: Path):
     result = run("build", PAD, tmp_path / "out", "--imatrix", pad.imatrix_path, "--budget", "1MB",
                  "--sensitivity", pad.sensitivity, "--chunks", 1)  # fmt: skip
     refused(result, ("--budget: 1.000 MB is below the floor of 1.", "every matrix at Q2_K"))
@@ -244,11 +260,13 @@ def test_a_budget_below_the_floor_says_the_floor(pad: Fixture, run, tmp_path: Pa
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-def test_a_fitted_bundle_says_what_was_chosen_and_why(pad: Fixture, run, tmp_path: Path, tokenizer_reads: list[str]):
+def test_a_fitted_bundle_records_the_chosen_types_and_the_reasons(
+    pad: Fixture, run, tmp_path: Path, tokenizer_reads: list[str]
+):
     out = tmp_path / "out"
-    status, said, _ = run("build", PAD, out, "--imatrix", pad.imatrix_path, "--budget", "2.4MB",
+    status, stdout, _ = run("build", PAD, out, "--imatrix", pad.imatrix_path, "--budget", "2.4MB",
                           "--sensitivity", pad.sensitivity, "--chunks", 1)  # fmt: skip
-    assert status == 0 and "blk.4.ffn_down.weight" in said and "mean KL divergence" in said
+    assert status == 0 and "blk.4.ffn_down.weight" in stdout and "mean KL divergence" in stdout
     assert tokenizer_reads == ["tekken.json"]  # for the conversion, the measurement and the bundle
     manifest = verify_bundle(out).manifest
     assert manifest.recipe.startswith("fit 2.") and sum(manifest.bytes_by_type.values()) <= 2.4e6

@@ -42,7 +42,7 @@ def found(full: Path, toy_bundle: Path, toy_bf16: Path, pictures: Path) -> list[
     return evaluate([full, toy_bundle], toy_bf16, material, SILENT)
 
 
-def test_the_reference_loses_nothing(found: list[Evaluation]):
+def test_the_reference_has_no_divergence_from_itself(found: list[Evaluation]):
     one = found[0]
     assert one.recipe == "BF16" and abs(one.text.kl_mean) < 1e-5 and one.text.same_top == 1.0
     assert one.actions.same_action == 1.0 and one.actions.fields_within == 1.0
@@ -50,7 +50,9 @@ def test_the_reference_loses_nothing(found: list[Evaluation]):
     assert {tensor.error for tensor in one.tensors} == {0.0}
 
 
-def test_a_4_bit_bundle_is_measured_as_it_is(found: list[Evaluation], full: Path, toy_bundle: Path, tmp_path: Path):
+def test_the_figures_of_a_4_bit_bundle_equal_a_direct_measurement(
+    found: list[Evaluation], full: Path, toy_bundle: Path, tmp_path: Path
+):
     one = found[1]
     assert one.recipe == "Q4_K_M" and one.language_bytes == (toy_bundle / LANGUAGE).stat().st_size
     llm, bos = opened(full)
@@ -74,7 +76,7 @@ def rows(*scales: float) -> np.ndarray:
 
 
 def test_agreement_is_counted_by_hand():
-    seen = [
+    decisions = [
         FrameResult(EvaluatedAnswer("move", {"forward_m_s": 1.0, "right_m_s": 0.5}), rows(1, 1)),
         FrameResult(EvaluatedAnswer("move", {"forward_m_s": 0.2, "right_m_s": 0.0}), rows(1, 1)),
         FrameResult(EvaluatedAnswer("land", {}), rows(1, 1)),
@@ -86,7 +88,7 @@ def test_agreement_is_counted_by_hand():
         FrameResult(EvaluatedAnswer("hold", {}), rows(1, 1)),
         FrameResult(EvaluatedAnswer("", {}), rows(1, 1)),
     ]
-    one = agree(seen, other, CalibrationData(instructions=("a", "b")))
+    one = agree(decisions, other, CalibrationData(instructions=("a", "b")))
     assert (one.n, one.same_action) == (4, 0.75)
     assert one.fields_within == 0.75  # 0.05 and 0 and 0 are within, 0.3 is not
     assert one.mean_difference == pytest.approx({"forward_m_s": 0.175, "right_m_s": 0.0})
@@ -136,9 +138,9 @@ class Checked(html.parser.HTMLParser):
 
 
 def test_the_page_is_self_contained_and_escapes_its_input(found: list[Evaluation], pictures: Path):
-    from edge_agent.tools.stills import read_stills
+    from edge_agent.tools.stills import Stills
 
-    frames = list(read_stills(pictures, 64))
+    frames = dict(enumerate(Stills(pictures, 64)))
     evil = "<script>alert('x')</script>\"&"
     worst = [msgspec.structs.replace(frame, instruction=evil) for frame in found[1].actions.worst]
     one = msgspec.structs.replace(found[1], recipe=evil, actions=msgspec.structs.replace(found[1].actions, worst=worst))
@@ -155,13 +157,13 @@ def test_the_page_is_self_contained_and_escapes_its_input(found: list[Evaluation
 
 
 def test_the_command(run, toy_bundle: Path, toy_bf16: Path, full: Path, pictures: Path, tmp_path: Path):
-    status, said, _ = run("evaluate", toy_bundle, "--reference", full, "--chunks", 1, "--frames", pictures,
+    status, stdout, _ = run("evaluate", toy_bundle, "--reference", full, "--chunks", 1, "--frames", pictures,
                           "--html", tmp_path / "page.html")  # fmt: skip
-    assert status == 0 and "KL divergence   mean" in said and "same action" in said
+    assert status == 0 and "KL divergence   mean" in stdout and "same action" in stdout
     assert (tmp_path / "page.html").stat().st_size > 10_000
-    status, said, _ = run("evaluate", toy_bundle, "--reference", toy_bf16, "--chunks", 1, "--json")
-    (one,) = json.loads(said)
-    assert status == 0 and one["text"]["kl_mean"] > 0 and one["actions"] is None
+    status, stdout, _ = run("evaluate", toy_bundle, "--reference", toy_bf16, "--chunks", 1, "--json")
+    (evaluation,) = json.loads(stdout)
+    assert status == 0 and evaluation["text"]["kl_mean"] > 0 and evaluation["actions"] is None
     refused(run("evaluate", tmp_path, "--reference", full), ("bundle.json: missing",))
     refused(run("evaluate", toy_bundle, "--reference", toy_bundle), ("recipe: expected BF16",))
 

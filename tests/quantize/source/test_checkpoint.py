@@ -121,10 +121,10 @@ def test_a_folder_of_links_as_in_a_download_cache(toy_bf16: Path, tmp_path: Path
 def test_whether_embeddings_are_tied(tmp_path: Path, outer, inner, has_head: bool, tied: bool):
     folder = toy.write_checkpoint(tmp_path, tied=not has_head, vocab=2048, layers=1, vision_layers=1)
     config = json.loads((folder / "config.json").read_text())
-    for table, said in ((config, outer), (config["text_config"], inner)):
+    for table, stored_value in ((config, outer), (config["text_config"], inner)):
         del table["tie_word_embeddings"]
-        if said is not None:
-            table["tie_word_embeddings"] = said
+        if stored_value is not None:
+            table["tie_word_embeddings"] = stored_value
     (folder / "config.json").write_text(json.dumps(config))
     found = checkpoint.read_checkpoint(folder)
     assert found.text.tied == tied

@@ -155,8 +155,9 @@ def say(llm: LlamaContext, tokens: list[int]) -> np.ndarray:
 
 def test_the_file_is_what_llama_cpp_expects(plain, switchable: Path):
     file = gguf.GGUFReader(switchable)
-    said = {key: field.contents() for key, field in file.fields.items()}
-    assert (said["general.type"], said["adapter.type"], said["adapter.lora.alpha"]) == ("adapter", "lora", 8.0)
+    metadata = {key: field.contents() for key, field in file.fields.items()}
+    assert (metadata["general.type"], metadata["adapter.type"]) == ("adapter", "lora")
+    assert metadata["adapter.lora.alpha"] == 8.0
     tensors = {tensor.name: tensor.data for tensor in file.tensors}
     assert len(tensors) == 2 * len(plain[1]) and all(matrix.dtype == np.float32 for matrix in tensors.values())
     for module, (a, b) in plain[1].items():
@@ -198,7 +199,7 @@ UP = TEXT.format(n=1) + "mlp.up_proj"
     ("arguments", "words"),
     [
         ({"peft_type": "LOHA"}, r"adapter_config\.json: peft_type: expected 'LORA', found 'LOHA'"),
-        ({"use_dora": True}, "use_dora: expected False, found True"),
+        ({"use_dora": True}, "use_dora: expected it not to be set, found 'True'"),
         ({"bias": "all"}, "bias: expected 'none', found 'all'"),
         ({"r": 8}, r"expected rank 8 by .*adapter_config\.json, found lora_A \(4, 256\) and lora_B \(512, 4\)"),
         ({"r": 0}, "r: expected a number above 0, found 0"),
@@ -221,9 +222,57 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path, toy_bf16: Path, 
         read_adapter(tmp_path / "adapter", read_checkpoint(toy_bf16))
 
 
+@pytest.mark.parametrize(
+    "init", ["pissa", "PiSSA", "pissa_niter_16", "olora", "OLoRA", "corda", "loftq", "lora_ga", "newer", 1, ["pissa"]]
+)
+def test_an_adapter_whose_training_changed_the_base_is_refused(tmp_path: Path, toy_bf16: Path, init: object):
+    toy.write_adapter(tmp_path, {UP: (FFN, HIDDEN)}, init_lora_weights=init)
+    with pytest.raises(CheckpointError, match=r"init_lora_weights: expected true, .*path_initial_model_for_weight"):
+        read_adapter(tmp_path, read_checkpoint(toy_bf16))
+
+
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "Gaussian", "orthogonal", "eva", "EVA", "true"])
+def test_an_adapter_whose_training_kept_the_base_is_taken(tmp_path: Path, toy_bf16: Path, init: object):
+    unset = {"use_dora": False, "layer_replication": None, "loftq_config": {}, "target_parameters": [], "future": ""}
+    toy.write_adapter(tmp_path, {UP: (FFN, HIDDEN)}, init_lora_weights=init, eva_config={"rho": 2}, **unset)
+    assert len(read_adapter(tmp_path, read_checkpoint(toy_bf16)).deltas) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("use_dora", True),
+        ("lora_bias", True),
+        ("fan_in_fan_out", True),
+        ("alora_invocation_tokens", [1]),
+        ("layer_replication", [[0, 2]]),
+        ("use_qalora", True),
+        ("modules_to_save", ["lm_head"]),
+        ("trainable_token_indices", [7]),
+        ("target_parameters", ["experts"]),
+        ("loftq_config", {"loftq_bits": 4}),
+        ("corda_config", {"a": 1}),
+        ("arrow_config", {"a": 1}),
+        ("ensure_weight_tying", True),
+        ("a_key_of_next_year", 3),
+    ],
+)
+def test_a_key_that_is_not_known_and_set_is_named(tmp_path: Path, toy_bf16: Path, key: str, value: object):
+    toy.write_adapter(tmp_path, {UP: (FFN, HIDDEN)}, **{key: value})
+    with pytest.raises(CheckpointError, match=rf"adapter_config\.json: {key}: expected it not to be set, found "):
+        read_adapter(tmp_path, read_checkpoint(toy_bf16))
+
+
+@pytest.mark.parametrize(("key", "value"), [("bias", "all"), ("use_rslora", "false"), ("use_rslora", 1)])
+def test_a_value_that_is_not_known_is_named(tmp_path: Path, toy_bf16: Path, key: str, value: object):
+    toy.write_adapter(tmp_path, {UP: (FFN, HIDDEN)}, **{key: value})
+    with pytest.raises(CheckpointError, match=rf"adapter_config\.json: {key}: expected "):
+        read_adapter(tmp_path, read_checkpoint(toy_bf16))
+
+
 def test_what_is_not_an_adapter_is_refused(tmp_path: Path, toy_bf16: Path):
     found = read_checkpoint(toy_bf16)
-    with pytest.raises(CheckpointError, match=r"no adapter_config\.json: not an adapter"):
+    with pytest.raises(CheckpointError, match=r"a checkpoint; make a bundle .*expected the folder that PEFT saved"):
         read_adapter(toy_bf16, found)
     toy.write_adapter(tmp_path, {UP: (FFN, HIDDEN)})
     weights = tmp_path / "adapter_model.safetensors"

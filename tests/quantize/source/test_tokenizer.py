@@ -13,6 +13,7 @@ from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 from edge_agent.bundle.manifest import LANGUAGE, EmbeddingInfo
 from edge_agent.model.llama import LlamaContext, LlamaOptions
+from quantize.source.hf_config import CheckpointError
 from quantize.source.tokenizer import read_tokenizer
 from tests.harness import toy, toy_tokenizer
 from tests.harness.case import Case
@@ -97,7 +98,7 @@ def test_only_the_end_of_sequence_ends_an_answer(full: LlamaContext):
 
 
 @pytest.mark.parametrize("vocab", [1256, 4096])
-def test_both_tokenizer_files_say_the_same(tmp_path: Path, vocab: int):
+def test_both_tokenizer_files_give_the_same_tokenizer(tmp_path: Path, vocab: int):
     toy_tokenizer.write_tekken(tmp_path, vocab)
     by_tekken = read_tokenizer(tmp_path, vocab)
     (tmp_path / "tekken.json").unlink()
@@ -124,6 +125,99 @@ def test_a_vocabulary_without_reasoning_has_no_think_tokens(tmp_path: Path):
             added |= {"content": f"<SPECIAL_{added['id']}>", "special": True}
     path.write_text(json.dumps(table))
     assert read_tokenizer(tmp_path, 1256).special.keys() == IDS.keys() - {"think", "think_end"}
+
+
+# -- older and doubled files -------------------------------------------------------------------------------------------
+
+
+def edit(path: Path, change: Callable[[dict], object]) -> None:
+    table = json.loads(path.read_text())
+    change(table)
+    path.write_text(json.dumps(table))
+
+
+def older(version: str) -> Callable[[dict], None]:
+    """tekken.json as it was before it listed its special tokens."""
+
+    def change(table: dict) -> None:
+        del table["special_tokens"]
+        table["config"]["version"] = version
+
+    return change
+
+
+@pytest.mark.parametrize("version", ["v1", "v3", "v7"])
+def test_names_that_an_older_file_does_not_list_are_those_of_mistral_common(tmp_path: Path, version: str):
+    toy_tokenizer.write_tekken(tmp_path, 2048)
+    edit(tmp_path / "tekken.json", older(version))
+    found, theirs = read_tokenizer(tmp_path, 2048), Tekkenizer.from_file(tmp_path / "tekken.json")
+    assert found.tokens[:1000] == [theirs.id_to_piece(i) for i in range(1000)]
+    assert found.special == {name: i for name, i in IDS.items() if not name.startswith("think")}
+
+
+@pytest.mark.parametrize("version", ["v11", "v13", "x"])
+def test_a_newer_file_without_names_is_refused_and_the_other_file_taken(tmp_path: Path, version: str):
+    toy_tokenizer.write_tekken(tmp_path, 2048)
+    edit(tmp_path / "tekken.json", older(version))
+    with pytest.raises(CheckpointError, match=r"tekken\.json: (no special token|damaged: ValueError version)"):
+        read_tokenizer(tmp_path, 2048)
+    toy_tokenizer.write_tokenizer(tmp_path, 2048)
+    found = read_tokenizer(tmp_path, 2048)
+    assert found.file.name == "tokenizer.json" and found.beside.startswith("not used: ") and "tekken" in found.beside
+
+
+def added_in_training(table: dict) -> None:
+    """Five tokens in place of the last words, as in fine-tuning; tekken.json stays that of the release."""
+    words = {token: i for token, i in table["model"]["vocab"].items() if i < 2043}
+    table["model"] |= {"vocab": words, "merges": [p for p in table["model"]["merges"] if "".join(p) in words]}
+    like = table["added_tokens"][0]
+    table["added_tokens"] += [like | {"id": 2043 + n, "content": f"<wp{n}>"} for n in range(5)]
+
+
+def another_word(table: dict) -> None:
+    words = table["model"]["vocab"]
+    word = next(token for token, i in words.items() if i == 1500)
+    words["another"] = words.pop(word)
+
+
+def swapped_special(table: dict) -> None:
+    for added in table["added_tokens"]:
+        added["content"] = {"[IMG]": "[IMG_END]", "[IMG_END]": "[IMG]"}.get(added["content"], added["content"])
+    words = table["model"]["vocab"]
+    words["[IMG]"], words["[IMG_END]"] = words["[IMG_END]"], words["[IMG]"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (added_in_training, r"token 2043: tekken\.json has '.*', tokenizer\.json has '<wp0>'; remove the file that"),
+        (another_word, r"token 1500: tekken\.json has '.*', tokenizer\.json has 'another'"),
+        (swapped_special, r"token 10: tekken\.json has '\[IMG\]', tokenizer\.json has '\[IMG_END\]'"),
+    ],
+)
+def test_two_tokenizers_that_differ_are_refused_with_the_first_difference(tmp_path: Path, change, words: str):
+    toy_tokenizer.write_tekken(tmp_path, 2048)
+    toy_tokenizer.write_tokenizer(tmp_path, 2048)
+    assert read_tokenizer(tmp_path, 2048).beside == "tokenizer.json has the same tokens"
+    edit(tmp_path / "tokenizer.json", change)
+    with pytest.raises(CheckpointError, match=words):
+        read_tokenizer(tmp_path, 2048)
+    (tmp_path / "tekken.json").unlink()
+    assert read_tokenizer(tmp_path, 2048).file.name == "tokenizer.json"
+
+
+def test_two_tokenizers_of_which_one_has_another_size(tmp_path: Path):
+    toy_tokenizer.write_tekken(tmp_path, 2048)
+    toy_tokenizer.write_tokenizer(tmp_path, 2100)
+    found = read_tokenizer(tmp_path, 2048)
+    assert found.file.name == "tekken.json" and "2100 tokens, but the embedding has 2048 rows" in found.beside
+
+
+def test_names_of_special_tokens_that_nothing_uses_may_differ(tmp_path: Path):
+    toy_tokenizer.write_tekken(tmp_path, 2048)
+    toy_tokenizer.write_tokenizer(tmp_path, 2048)
+    edit(tmp_path / "tekken.json", lambda table: table["special_tokens"][900].update(token_str="<SPECIAL_X>"))
+    assert read_tokenizer(tmp_path, 2048).beside == "tokenizer.json has the same tokens"
 
 
 def test_merges_spelled_in_one_string_are_read_too(tmp_path: Path):

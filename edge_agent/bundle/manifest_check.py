@@ -1,0 +1,109 @@
+"""The manifest against the headers of the files that it describes: every fact that stands in both must be the same.
+
+The runtime computes with the manifest's numbers. A wrong number in a manifest without a signature would end the model
+process with a traceback, or give it other rows than those of the model.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from edge_agent.bundle.file_check import GgufHeader
+from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, SPECIAL_TOKENS, THINK_TOKENS, VISION, Manifest, VisionInfo
+
+EMBEDDING = "token_embd.weight"
+MAX_MEAN, MIN_STD, MAX_STD = 100.0, 1e-3, 100.0  # of pixels, in units of the full range
+KV_VALUE_BYTES = 2
+
+
+class Fact(NamedTuple):
+    """A value of the manifest, and what it must be."""
+
+    key: str
+    found: object
+    file: str
+    expected: object
+
+
+def wrong_fact(manifest: Manifest, language: GgufHeader, mmproj: GgufHeader, vision_input: list[int]) -> str:
+    """The first value of the manifest that the files contradict, as "key: expected ..., found ..."; "": none.
+
+    vision_input: the input shape of vision.onnx, (1, 3, height, width); 0 is a side that can vary.
+    """
+    facts = [*_language_facts(manifest, language), *_special_facts(manifest, language)]
+    if manifest.vision is not None:
+        if wrong := _wrong_pixels(manifest.vision):
+            return wrong
+        facts += [*_vision_facts(manifest.vision, manifest.model.hidden, mmproj, vision_input)]
+    for fact in facts:
+        if fact.found != fact.expected:
+            return f"{fact.key}: expected {fact.expected!r} by {fact.file}, found {fact.found!r}"
+    n_elements = sum(tensor.n_elements for tensor in language.tensors.values())
+    if manifest.model.parameters < n_elements:
+        return f"model.parameters: expected {n_elements} or more by {LANGUAGE}, found {manifest.model.parameters}"
+    return ""
+
+
+def _language_facts(manifest: Manifest, header: GgufHeader) -> Iterator[Fact]:
+    model, embedding, values = manifest.model, manifest.model.embedding, header.values
+    prefix = values["general.architecture"]
+    table = header.tensors.get(EMBEDDING)
+    if table is None or len(table.shape) != 2:
+        yield Fact("model.embedding", "an embedding table", LANGUAGE, f"no matrix {EMBEDDING}")
+        return
+    yield Fact("model.layers", model.layers, LANGUAGE, values.get(f"{prefix}.block_count"))
+    yield Fact("model.hidden", model.hidden, LANGUAGE, table.shape[0])
+    yield Fact("model.vocab", model.vocab, LANGUAGE, table.shape[1])
+    yield Fact("model.context", model.context, LANGUAGE, values.get(f"{prefix}.context_length"))
+    yield Fact("model.embedding.offset", embedding.offset, LANGUAGE, table.offset)
+    yield Fact("model.embedding.ggml_type", embedding.ggml_type, LANGUAGE, table.type_name)
+    yield Fact("model.embedding.row_bytes", embedding.row_bytes, LANGUAGE, table.n_bytes // table.shape[1])
+    sizes = [values.get(f"{prefix}.attention.{key}") for key in ("head_count_kv", "key_length")]
+    per_layer = math.prod(size if isinstance(size, int) else 0 for size in sizes)
+    n_bytes = 2 * KV_VALUE_BYTES * model.layers * per_layer  # keys and values
+    yield Fact("model.kv_bytes_per_token", model.kv_bytes_per_token, LANGUAGE, n_bytes)
+    by_type: Counter[str] = Counter()
+    for tensor in header.tensors.values():
+        by_type[tensor.type_name] += tensor.n_bytes
+    yield Fact("bytes_by_type", manifest.bytes_by_type, LANGUAGE, dict(by_type))
+
+
+def _special_facts(manifest: Manifest, header: GgufHeader) -> Iterator[Fact]:
+    """The name of a token with a higher number than those that the header check keeps is not compared."""
+    kept = header.values.get("tokenizer.ggml.tokens")
+    names = dict(enumerate(kept)) if isinstance(kept, list) else {}
+    special = manifest.model.special
+    needed = SPECIAL_TOKENS | (THINK_TOKENS if special.keys() & THINK_TOKENS.keys() else {})
+    for name, text in needed.items():
+        token = special.get(name, manifest.model.vocab)
+        found = names.get(token, text) if token < manifest.model.vocab else f"no token {special.get(name)}"
+        yield Fact(f"model.special.{name}", found, LANGUAGE, text)
+
+
+def _vision_facts(vision: VisionInfo, hidden: int, mmproj: GgufHeader, vision_input: list[int]) -> Iterator[Fact]:
+    values = mmproj.values
+    yield Fact("vision.patch", vision.patch, MMPROJ, values.get("clip.vision.patch_size"))
+    yield Fact("vision.merge", vision.merge, MMPROJ, values.get("clip.vision.spatial_merge_size"))
+    yield Fact("vision.image_size", vision.image_size, MMPROJ, values.get("clip.vision.image_size"))
+    yield Fact("model.hidden", hidden, MMPROJ, values.get("clip.vision.projection_dim"))
+    yield Fact("vision.mean", _float32(vision.mean), MMPROJ, values.get("clip.vision.image_mean"))
+    yield Fact("vision.std", _float32(vision.std), MMPROJ, values.get("clip.vision.image_std"))
+    sides = [1, 3, *(vision.fixed or (0, 0))]
+    yield Fact("vision.fixed", sides, VISION, vision_input)
+
+
+def _wrong_pixels(vision: VisionInfo) -> str:
+    if not all(math.isfinite(mean) and abs(mean) <= MAX_MEAN for mean in vision.mean):
+        return f"vision.mean: expected numbers of at most {MAX_MEAN:g}, found {vision.mean}"
+    if not all(MIN_STD <= std <= MAX_STD for std in vision.std):
+        return f"vision.std: expected numbers from {MIN_STD:g} to {MAX_STD:g}, found {vision.std}"
+    return ""
+
+
+def _float32(numbers: tuple[float, ...]) -> list[float]:
+    """As a GGUF file stores them."""
+    return list(struct.unpack(f"<{len(numbers)}f", struct.pack(f"<{len(numbers)}f", *numbers)))
