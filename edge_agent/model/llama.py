@@ -22,21 +22,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-import gguf
 import llama_cpp
 import llama_cpp.llama_cpp as ll
 import msgspec
 import numpy as np
 
 from edge_agent.bundle.files import file_stamp
+from edge_agent.bundle.gguf_package import gguf
 from edge_agent.bundle.manifest import EmbeddingInfo
 from edge_agent.errors import ConfigError, UserError
 from edge_agent.model.frame_buffer import FrameBuffer
-
-# ggml's threads wait for each other with libgomp, which by default keeps a core busy for milliseconds after the last
-# thread is done. On a small board that is the core which should publish the answer. Inside a graph no thread waits so
-# long.
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 LLAMA_CPP_PYTHON = "0.3.36"
 ACTION_SEQ, TEXT_SEQ = 0, 1  # sequences of the cache

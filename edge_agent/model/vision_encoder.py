@@ -44,7 +44,7 @@ class OnnxEncoder:
     def __init__(self, path: Path, preprocessor: Preprocessor, threads: int, tensorrt: bool = False) -> None:
         """threads: 0 for one per core. tensorrt: try TensorRT's provider first. Raises VisionError when it is not
         installed, or when the file cannot be loaded."""
-        import onnxruntime  # 20 MB that mtmd does not need
+        from edge_agent.model.onnx_runtime import onnxruntime  # 20 MB that mtmd does not need
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))

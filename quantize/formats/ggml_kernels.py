@@ -14,12 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import gguf
 import llama_cpp
 import msgspec
 import numpy as np
-from gguf import GGMLQuantizationType as Type
 
+from edge_agent.bundle.gguf_package import GGMLQuantizationType as Type
+from edge_agent.bundle.gguf_package import gguf
 from edge_agent.errors import UserError
 
 _base = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so"))

@@ -6,13 +6,13 @@ import math
 import tracemalloc
 
 import numpy as np
-import onnxruntime
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, VISION, VisionInfo, read_manifest
 from edge_agent.model.llama import LlamaContext, LlamaOptions
+from edge_agent.model.onnx_runtime import onnxruntime
 from edge_agent.model.preprocess import MIN_TOKENS, Preprocessor, image_grid, n_embedding_rows
 from edge_agent.model.token_budget import TokenBudget
 from edge_agent.model.vision_encoder import (
