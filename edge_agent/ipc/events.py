@@ -104,6 +104,7 @@ class TextDelta(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag
     request: str = ""  # of AskQuestion, if the text answers a question
     final: bool = False  # the last piece of this text
     stop_reason: TextStopReason = ""
+    error: str = ""  # in the final piece: why the question was refused; nothing was decoded
 
 
 class TraceSpan(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="span"):

@@ -102,6 +102,21 @@ def uses_gpu(gpu_layers: int) -> bool:
     return bool(ll.llama_supports_gpu_offload()) and gpu_layers != 0
 
 
+def cells_of(context: int) -> int:
+    """Cells of one sequence, for a configured context of this many tokens."""
+    return -(-context // KV_CELL_ALIGNMENT) * KV_CELL_ALIGNMENT
+
+
+def usable_context(context: int, alignment: int) -> int:
+    """Tokens of a configured context that a prompt can use. alignment: batches are padded to it, in cells too."""
+    return min(context, cells_of(context) - alignment + 1)
+
+
+def context_for(n_tokens: int, alignment: int) -> int:
+    """The smallest context to configure in which n_tokens can be used."""
+    return n_tokens if usable_context(n_tokens, alignment) >= n_tokens else cells_of(n_tokens) + 1
+
+
 class LlamaError(UserError):
     """llama.cpp refused; the process cannot continue. One line."""
 
@@ -149,9 +164,10 @@ class LlamaContext:
             self.on_gpu = uses_gpu(options.gpu_layers)
             self._alignment = ROW_ALIGNMENT if options.reproducible and not self.on_gpu else 1
             self.can_batch_text = self._alignment == 1  # one row of TEXT_SEQ in a batch of ACTION_SEQ: shared cells
+            self.configured_context = options.context
             # llama.cpp would round a context up by itself, and use less of it for each sequence.
-            n_cells = -(-options.context // KV_CELL_ALIGNMENT) * KV_CELL_ALIGNMENT  # of one sequence
-            self.n_ctx = min(options.context, n_cells - self._alignment + 1)  # padding needs cells too
+            n_cells = cells_of(options.context)
+            self.n_ctx = usable_context(options.context, self._alignment)
             self.context = _make_context(self.model, path, options, n_cells, unified=self.can_batch_text)
         except BaseException:
             self.close()
@@ -180,6 +196,10 @@ class LlamaContext:
         pointers = (ll.llama_adapter_lora_p_ctypes * 1)(*active)
         if ll.llama_set_adapters_lora(self.context, pointers, len(active), (ctypes.c_float * 1)(1.0)):
             raise LlamaError(f"llama.cpp refuses the adapter {name!r}")
+
+    def context_for(self, n_tokens: int) -> int:
+        """The smallest `language.context` in which n_tokens fit."""
+        return context_for(n_tokens, self._alignment)
 
     # -- text ---------------------------------------------------------------------------------------------------------
 
