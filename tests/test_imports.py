@@ -60,6 +60,7 @@ ORDER: dict[str, list[str]] = {
         "gguf_package", "files", "file_check", "recognise", "signing", "manifest", "manifest_check", "verify",
         "verified_files", "lora_check", "model_start", "memory_plan",
     ],
+    "board": ["control_groups", "health", "power"],
     "ipc": ["backoff", "frame_slot", "events", "worker"],
     "camera": [
         "__init__", "clock", "source", "picture", "recording", "v4l2", "gstreamer", "files", "pushed", "process",
@@ -91,7 +92,7 @@ TOOLCHAIN_ORDER: dict[str, list[str]] = {
     "measure": ["perplexity", "collect_imatrix", "bit_allocation", "evaluate", "html_report"],
     "cli": ["interrupt", "progress_display", "printed", "commands", "parser", "entry", "__init__", "__main__"],
 }
-TOOLCHAIN_MAY = {"errors", "config", "bundle", "actions", "model", "tools", "wire", "strict_yaml"}
+TOOLCHAIN_MAY = {"board", "errors", "config", "bundle", "actions", "model", "tools", "wire", "strict_yaml"}
 
 NETWORK_MODULES = {"urllib", "urllib3", "requests", "http", "ftplib", "httpx", "aiohttp", "xmlrpc", "socketserver"}
 NETWORK_MODULES |= {"smtplib", "telnetlib"}

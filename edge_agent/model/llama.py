@@ -27,6 +27,7 @@ import llama_cpp.llama_cpp as ll
 import msgspec
 import numpy as np
 
+from edge_agent.board.control_groups import available_cores
 from edge_agent.bundle.files import file_stamp
 from edge_agent.bundle.gguf_package import gguf
 from edge_agent.bundle.manifest import EmbeddingInfo
@@ -125,7 +126,7 @@ class LlamaOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How to load and run a model. Every value is decided here; edge_agent/profile.py decides for a configuration."""
 
     context: int  # tokens of each sequence
-    threads: int = 0  # 0: one per core that this process may use
+    threads: int = 0  # 0: available_cores()
     gpu_layers: int = -1  # -1: all that fit
     adapters: dict[str, str] = {}  # name -> path of a GGUF adapter
     repack: bool = True
@@ -446,7 +447,7 @@ def _make_context(model: int, path: Path, options: LlamaOptions, n_cells: int, *
     params.n_ubatch = min(ROWS_PER_STEP, options.context)
     params.n_seq_max = 2
     params.kv_unified = unified
-    params.n_threads = params.n_threads_batch = options.threads or len(os.sched_getaffinity(0))
+    params.n_threads = params.n_threads_batch = options.threads or available_cores()
     params.no_perf = True
     params.type_k = params.type_v = KV_CACHE_TYPES[options.kv_cache_type]
     params.flash_attn_type = FLASH_ATTENTION[options.flash_attention]
