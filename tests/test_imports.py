@@ -67,9 +67,9 @@ ORDER: dict[str, list[str]] = {
         "__main__",
     ],
     "model": [
-        "__init__", "onnx_runtime", "preprocess", "token_budget", "vision_encoder", "frame_buffer", "llama",
-        "constrained", "events", "prompt", "text_lane", "action_lane", "engine", "image_encoder", "frame_encoder",
-        "load", "supervisor_channel", "loop", "__main__",
+        "__init__", "onnx_runtime", "preprocess", "token_budget", "vision_encoder", "fallbacks", "frame_buffer",
+        "llama", "constrained", "events", "prompt", "text_lane", "action_lane", "engine", "image_encoder",
+        "frame_encoder", "load", "supervisor_channel", "loop", "__main__",
     ],
     "supervisor": [
         "shutdown", "log", "pause_file", "systemd", "trace", "publisher", "managed_worker", "camera_worker",

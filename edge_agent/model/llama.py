@@ -32,6 +32,7 @@ from edge_agent.bundle.files import file_stamp
 from edge_agent.bundle.gguf_package import gguf
 from edge_agent.bundle.manifest import EmbeddingInfo
 from edge_agent.errors import ConfigError, UserError
+from edge_agent.model.fallbacks import language_facts
 from edge_agent.model.frame_buffer import FrameBuffer
 
 LLAMA_CPP_PYTHON = "0.3.36"
@@ -155,7 +156,9 @@ class LlamaContext:
         self.context = self.model = 0  # llama.cpp's handles; 0: none
         self._table = _EmbeddingTable(path, embedding)
         try:
-            self.model = _load_model(path, options, progress)
+            self.model, log = _load_model(path, options, progress)
+            info = ll.llama_print_system_info().decode("utf-8", "replace")
+            self.facts = language_facts(log, info, is_gpu_build=_is_gpu_build())
             # Before the context, which reserves its graph for adapters. They are freed with the model.
             self._adapters = {name: _load_adapter(self.model, name, file) for name, file in options.adapters.items()}
             self.vocab = ll.llama_model_get_vocab(self.model)
@@ -407,8 +410,14 @@ class _EmbeddingTable:
         self._descriptor = -1
 
 
-def _load_model(path: Path, options: LlamaOptions, progress: Callable[[float], None]) -> int:
-    """llama.cpp's handle of the model."""
+def _is_gpu_build() -> bool:
+    """Whether llama.cpp can use a GPU, or could if it found one: then it has a library for CUDA."""
+    folder = Path(llama_cpp.__file__).parent / "lib"
+    return bool(ll.llama_supports_gpu_offload()) or any(folder.glob("libggml-cuda*"))
+
+
+def _load_model(path: Path, options: LlamaOptions, progress: Callable[[float], None]) -> tuple[int, list[str]]:
+    """(llama.cpp's handle of the model, what llama.cpp logged)."""
 
     @ll.llama_progress_callback
     def on_progress(part: float, _user: object) -> bool:
@@ -426,7 +435,7 @@ def _load_model(path: Path, options: LlamaOptions, progress: Callable[[float], N
     log_to(None)
     if not model:
         raise LlamaError(f"{path}: llama.cpp cannot load it: {_first_error(lines)}")
-    return model
+    return model, lines
 
 
 def _load_adapter(model: int, name: str, path: str) -> int:

@@ -22,7 +22,7 @@ from edge_agent.errors import UserError
 from edge_agent.model.preprocess import Preprocessor, n_embedding_rows
 
 TENSORRT = "TensorrtExecutionProvider"
-# Best first. onnxruntime falls back to the CPU silently when a provider cannot start: `provider` names what runs.
+# Best first. onnxruntime falls back to the CPU silently when a provider cannot start: `runs` differs from `asked` then.
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 
 
@@ -69,7 +69,9 @@ class OnnxEncoder:
         self._preprocessor = preprocessor
         self._binding = self._session.io_binding()
         self.n_embd: int = self._session.get_outputs()[0].shape[1]
-        self.provider = f"onnxruntime {self._session.get_providers()[0]}"
+        self.asked = TENSORRT if tensorrt else providers[0]  # the best execution provider; `runs`: the one in use
+        self.runs = self._session.get_providers()[0]
+        self.provider = f"onnxruntime {self.runs}"
 
     def encode(self, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """image: (H, W, 3) uint8 RGB on the grid -> (n_rows, n_embd) float32: `out`, which has this shape, or new."""
@@ -109,6 +111,7 @@ class MtmdEncoder:
         float32, the [IMG_BREAK] embedding. unit: side of an image token, pixels. threads: 0 for available_cores().
         Raises VisionError."""
         self._break_row, self._unit = break_row, unit
+        self.asked = self.runs = ""  # execution providers are onnxruntime's
         params = mtmd.mtmd_context_params_default()
         params.use_gpu = gpu
         params.n_threads = threads or available_cores()

@@ -175,3 +175,4 @@ class Status(Header, frozen=True, kw_only=True, tag_field="kind", tag="status"):
     # For recorders, which want a date: nothing may be decided by these two.
     wall_clock_ns: int = 0  # CLOCK_REALTIME at t_pub_ns, ns since 1970; wrong where nothing has set the clock
     boot_id: str = ""  # of the kernel; stamps of two boots cannot be compared
+    language_backend: str = ""  # for example "llama.cpp CPU"; "" until the model is ready

@@ -329,6 +329,7 @@ def test_tensorrt_is_refused_where_it_is_missing_and_tried_first_where_it_is_not
     )  # fmt: skip
     encoder = OnnxEncoder(path, Preprocessor(FACTS, 64), 1, tensorrt=True)
     assert encoder.provider == "onnxruntime CPUExecutionProvider", "the provider that runs, not the requested one"
+    assert (encoder.asked, encoder.runs) == (TENSORRT, "CPUExecutionProvider")
     (name, options), cpu = passed[0]
     assert (name, cpu) == (TENSORRT, "CPUExecutionProvider")
     assert options["trt_engine_cache_path"] == str(tmp_path / "tensorrt") and (tmp_path / "tensorrt").is_dir()
