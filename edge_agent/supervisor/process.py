@@ -322,15 +322,16 @@ class Supervisor:
         self.counters.count_action(now_ns)
 
     def _on_model_ready(self, event: ModelReady) -> None:
-        vision, first_ms = event.vision, event.warmup_ms
-        log_line(f"model ready in {event.load_s:.1f} s, first frame {first_ms:.0f} ms, vision by {vision}")
+        first_ms, by = event.warmup_ms, f"language by {event.language}, vision by {event.vision}"
+        log_line(f"model ready in {event.load_s:.1f} s, first frame {first_ms:.0f} ms, {by}")
         deadline_ms = self.config.task.deadline_ms
         if first_ms > deadline_ms:
             log_line(
                 f"the first frame took longer than task.deadline_ms {deadline_ms}: answers will be late; "
                 "lower vision.max_image_tokens, or raise task.deadline_ms"
             )
-        self.model.vision_backend, self.model.warmup_s = vision, first_ms / 1000
+        self.model.vision_backend, self.model.language_backend = event.vision, event.language
+        self.model.warmup_s = first_ms / 1000
         self.model.memory_reduced = event.memory_reduced
         if not self.control.send_control_state():
             self._restart_model(Reason("model", ReasonKind.FAILED, "takes no commands"))
@@ -380,7 +381,8 @@ def _event_fault(event: ModelEvent, latest_seq: int) -> str:
         return "" if integers_fit and is_known else f"frame {event.frame_seq}, the newest is {latest_seq}"
     if isinstance(event, ModelReady):
         finite = math.isfinite(event.load_s) and math.isfinite(event.warmup_ms)
-        return "" if finite and len(event.vision) <= MAX_NAME_CHARS else "a duration or a name out of bounds"
+        fits = max(len(event.vision), len(event.language)) <= MAX_NAME_CHARS
+        return "" if finite and fits else "a duration or a name out of bounds"
     if isinstance(event, TextDelta):
         fits = len(event.text) <= MAX_PIECE_CHARS and abs(event.frame_id) < 2**63
         return "" if fits else f"a piece of text of {len(event.text)} characters"

@@ -146,6 +146,7 @@ class StatusReporter:
             last_frame_age_ms=_age_ms(self.camera.slot.newest_capture_ns(), now_ns),
             last_action_age_ms=_age_ms(self.counters.last_action_ns, now_ns),
             vision_backend=self.model.vision_backend,
+            language_backend=self.model.language_backend,
             mem_available_mib=health.mem_available_mib(),
             temperature_c=health.temperature_c(),
             **self.counts(),

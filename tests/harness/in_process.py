@@ -256,7 +256,7 @@ class InProcess:
 
     def load_model(self, error: str = "") -> None:
         """The model process reports that it is loaded, and answers the instruction that it then gets."""
-        self.model.emit(ModelReady(vision="fake", load_s=0.0, warmup_ms=0.0))
+        self.model.emit(ModelReady(vision="fake", load_s=0.0, warmup_ms=0.0, language="fake too"))
         self.turn()
         if self.model is not None:
             self.apply_instruction(error)

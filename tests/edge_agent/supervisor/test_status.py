@@ -82,7 +82,8 @@ def test_status_has_the_counters_and_the_ages(running):
     assert (status.frames, status.frames_dropped, status.actions) == (4, 2, 1)
     assert (status.refusals, status.faults) == ({"invalid": 1}, {})
     assert (status.last_frame_age_ms, status.last_action_age_ms) == (500.0, 500.0)
-    assert (status.instruction, status.adapter, status.vision_backend) == ("Hold position.", "", "fake")
+    assert (status.instruction, status.adapter) == ("Hold position.", "")
+    assert (status.vision_backend, status.language_backend) == ("fake", "fake too")
     assert status.camera_worker.alive and status.model_worker.pid == running.model.pid
     assert status.mem_available_mib is None or status.mem_available_mib > 0
 
