@@ -75,7 +75,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml Makefile
 	   version=$$($(RUN)/python -c 'from importlib.metadata import version; print(version("opencv-python"))'); \
 	   $(RUN)/python -m pip uninstall -q -y opencv-python && \
 	   $(RUN)/python -m pip install -q --progress-bar off "opencv-python-headless==$$version"; }
-	@$(RUN)/python -c 'import cv2, onnxruntime, llama_cpp'
+	@$(RUN)/python -c 'import cv2, llama_cpp, edge_agent.model.onnx_runtime'
 	@touch $@
 
 clean:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ import pytest
 from tests.harness import toy
 from tests.harness.case import Case
 
+socket.has_ipv6 = False  # else urllib3, which mistral_common imports, makes an internet socket to see whether it can
 TESTS = Path(__file__).resolve().parent
 # Hypothesis measures the time of an example and of the generation of data. A busy machine must not fail a test.
 hypothesis.settings.register_profile(

@@ -24,19 +24,19 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "config": ({"errors", "strict_yaml"}, {"msgspec"}),
     "profile": ({"config"}, {"msgspec"}),
     "wire": (set(), {"msgspec"}),
+    "zmtp": (set(), set()),
     "client": ({"suspend", "time_units", "wire"}, {"msgspec", "zmq"}),
     "board": (set(), set()),
     "actions": ({"errors", "strict_yaml", "time_units", "wire"}, {"msgspec"}),
     "bundle": ({"errors", "config", "profile"}, {"msgspec", "gguf", "cryptography"}),
     "ipc": ({"time_units", "wire"}, {"msgspec", "numpy"}),
-    "camera": ({"ipc", "config", "errors", "time_units", "wire"}, {"cv2", "msgspec", "numpy", "simplejpeg", "zmq"}),
+    "camera": ({"ipc", "config", "errors", "time_units", "wire", "zmtp"}, {"cv2", "msgspec", "numpy", "simplejpeg"}),
     "model": (
         {"ipc", "config", "errors", "actions", "bundle", "board", "wire", "profile", "time_units"},
         {"cv2", "gguf", "llama_cpp", "llguidance", "msgspec", "numpy", "onnxruntime"},
     ),
     "supervisor": (
-        {"ipc", "config", "errors", "actions", "bundle", "board", "suspend", "time_units", "wire"},
-        {"msgspec", "zmq"},
+        {"ipc", "config", "errors", "actions", "bundle", "board", "suspend", "time_units", "wire", "zmtp"}, {"msgspec"}
     ),
     "apps": ({"client", "time_units", "wire"}, {"msgspec", "rich"}),
     "tools": (
@@ -54,30 +54,34 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
 # Room -> its files; each imports only files before it. Files not named here stand beside each other and import none.
 ORDER: dict[str, list[str]] = {
     "wire": ["codec", "messages", "control", "streams", "endpoints", "pushed_frame"],
+    "zmtp": ["frames", "listener", "endpoint"],
     "client": ["client", "chunk_player", "pusher", "__init__"],
     "actions": ["decimals", "space", "prompt", "grammar", "action_tokens", "vehicle_state", "envelope"],
     "bundle": [
-        "files", "file_check", "recognise", "signing", "manifest", "manifest_check", "verify", "verified_files",
-        "lora_check", "model_start", "memory_plan",
+        "gguf_package", "files", "file_check", "recognise", "signing", "manifest", "manifest_check", "verify",
+        "verified_files", "lora_check", "model_start", "memory_plan",
     ],
+    "board": ["control_groups", "health", "power"],
     "ipc": ["backoff", "frame_slot", "events", "worker"],
     "camera": [
         "__init__", "clock", "source", "picture", "recording", "v4l2", "gstreamer", "files", "pushed", "process",
         "__main__",
     ],
     "model": [
-        "preprocess", "token_budget", "vision_encoder", "frame_buffer", "llama", "constrained", "events", "prompt",
-        "text_lane", "action_lane", "engine", "image_encoder", "frame_encoder", "load", "supervisor_channel", "loop",
-        "__main__",
+        "__init__", "onnx_runtime", "preprocess", "token_budget", "vision_encoder", "fallbacks", "frame_buffer",
+        "llama", "constrained", "events", "prompt", "text_lane", "action_lane", "engine", "image_encoder",
+        "frame_encoder", "load", "supervisor_channel", "loop", "__main__",
     ],
     "supervisor": [
-        "shutdown", "log", "pause_file", "systemd", "trace", "publisher", "managed_worker", "camera_worker",
-        "model_worker", "gate", "status", "control", "verification", "process",
+        "shutdown", "log", "child_log", "pause_file", "systemd", "trace", "publisher", "managed_worker",
+        "camera_worker", "model_worker", "gate", "status", "control", "verification", "process",
     ],
     "apps": ["wire_log", "screen", "terminal"],
     "tools": ["stills", "bench"],
     "cli": ["commands", "bundles", "control", "daemon", "main"],
 }  # fmt: skip
+# Packages that do harm when they are imported as they are -> the only file that imports them. Its docstring says why.
+SOLE_IMPORTERS = {"gguf": "edge_agent/bundle/gguf_package.py", "onnxruntime": "edge_agent/model/onnx_runtime.py"}
 # The same for the toolchain, whose order is the order of a build.
 TOOLCHAIN = [
     "progress", "build_folder", "source", "formats", "standard_recipes", "validate", "build", "boards", "measure",
@@ -89,7 +93,7 @@ TOOLCHAIN_ORDER: dict[str, list[str]] = {
     "measure": ["perplexity", "collect_imatrix", "bit_allocation", "evaluate", "html_report"],
     "cli": ["interrupt", "progress_display", "printed", "commands", "parser", "entry", "__init__", "__main__"],
 }
-TOOLCHAIN_MAY = {"errors", "config", "bundle", "actions", "model", "tools", "wire", "strict_yaml"}
+TOOLCHAIN_MAY = {"board", "errors", "config", "bundle", "actions", "model", "tools", "wire", "strict_yaml"}
 
 NETWORK_MODULES = {"urllib", "urllib3", "requests", "http", "ftplib", "httpx", "aiohttp", "xmlrpc", "socketserver"}
 NETWORK_MODULES |= {"smtplib", "telnetlib"}
@@ -253,6 +257,7 @@ def test_every_way_to_import_is_found(source, expected):
         ("supervisor.process", {"llama_cpp", "onnxruntime", "cv2", "llguidance", "onnx"}),
         ("cli.main", {"llama_cpp", "onnxruntime", "cv2", "llguidance", "gguf", "onnx", "numpy"}),
         ("camera.process", {"llama_cpp", "onnxruntime", "llguidance", "gguf"}),
+        ("model.load", {"mistral_common", "requests", "urllib3", "http.client", "huggingface_hub", "onnxruntime"}),
     ],
 )
 def test_what_a_process_really_loads(module, absent):
@@ -260,6 +265,21 @@ def test_what_a_process_really_loads(module, absent):
     code = f"import sys, edge_agent.{module}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not absent & set(done.stdout.split())
+
+
+@pytest.mark.parametrize("package", SOLE_IMPORTERS)
+def test_every_program_gets_the_package_from_the_one_file_that_makes_it_harmless(package):
+    folders = ["edge_agent", "quantize", "benchmarks", "examples", "models", "docs"]
+    if package == "onnxruntime":  # the tests import mistral_common anyway
+        folders.append("tests")
+    importers = {
+        path.relative_to(ROOT).as_posix()
+        for folder in folders
+        for path in sources(folder)
+        if package in {name.split(".")[0] for name in imported(parsed(path))}
+    }
+    assert importers == {SOLE_IMPORTERS[package]}
+    assert f"import {package}" not in (ROOT / "Makefile").read_text()
 
 
 def test_a_controller_loads_only_msgspec_and_pyzmq():

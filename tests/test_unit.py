@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import yaml
 
 from edge_agent.config import Config, WatchdogConfig, load_config
 from edge_agent.strict_yaml import convert
+from edge_agent.supervisor.process import DESCRIPTORS
 from edge_agent.supervisor.systemd import MARGIN_S
 from tests.harness import ROOT
 
@@ -45,9 +47,56 @@ def test_exposure(unit):
     assert exposure <= 1.0
 
 
+# The second half of /proc/devices never counts: block devices have names of their own.
+BLOCK = "\nBlock devices:\n  7 loop\n  8 sd\n259 blkext\n"
+ALWAYS = "Character devices:\n  1 mem\n  4 tty\n 10 misc\n 13 input\n 29 fb\n 81 video4linux\n 89 i2c\n153 spi\n"
+OTHERS = "180 usb\n188 ttyUSB\n226 drm\n239 hidraw\n250 watchdog\n251 rtc\n254 gpiochip\n"
+# Character devices that CUDA opens, by system, as the drivers name them in /proc/devices.
+GPU_DEVICES = {
+    "Orin, JetPack 5": ("nvhost", "nvhost-gpu", "nvhost-as-gpu", "nvhost-ctrl-gpu", "17000000.ga10b", "nvgpu"),
+    "Orin, JetPack 6": ("nvhost-ctrl", "host1x-fence", "17000000.gpu"),
+    "Thor, JetPack 7": ("nvhost-ctrl", "host1x-fence", "nvidia", "nvidiactl", "nvidia-uvm", "nvidia-caps"),
+    "Xavier, JetPack 5": ("nvhost", "17000000.gv11b"),
+    "TX2, JetPack 4": ("nvhost", "17000000.gp10b"),
+    "driver 470": ("nvidia-frontend", "nvidia-uvm", "nvidia-caps", "nvidia-nvswitch"),
+    "driver 535": ("nvidia-frontend", "nvidia-uvm", "nvidia-caps"),
+    "driver 550": ("nvidia", "nvidiactl", "nvidia-uvm", "nvidia-caps", "nvidia-caps-imex-channels"),
+}
+
+
+def allowed_devices(proc_devices: str) -> set[str]:
+    """Names of the character devices that the unit allows, by systemd's rule: a name or a pattern of fnmatch."""
+    unit = (SYSTEMD / "edge-agent.service").read_text()
+    patterns = re.findall(r"^DeviceAllow=char-(\S+) rw$", unit, re.MULTILINE)
+    names = re.findall(r"^ *[0-9]+ (\S+)$", proc_devices.partition("\nBlock devices:")[0], re.MULTILINE)
+    return {name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
+
+
+@pytest.mark.parametrize("system", GPU_DEVICES)
+def test_the_gpu_and_the_cameras_are_allowed_and_nothing_else(system):
+    gpu = GPU_DEVICES[system]
+    table = ALWAYS + OTHERS + "".join(f"{500 + n} {name}\n" for n, name in enumerate(gpu)) + BLOCK
+    assert allowed_devices(table) == {"video4linux", "drm", *gpu}
+
+
+def test_a_device_that_shares_its_number_with_others_is_allowed_by_path():
+    """systemd knows no patterns in paths: a path with one would allow nothing, without a word."""
+    unit = (SYSTEMD / "edge-agent.service").read_text()
+    paths = re.findall(r"^DeviceAllow=(/\S+) rw$", unit, re.MULTILINE)
+    assert paths == ["/dev/nvmap"] and "DeviceAllow=char-misc" not in unit
+    assert unit.count("\nDeviceAllow=") == unit.count("\nDeviceAllow=char-") + len(paths)
+
+
 def test_contract_with_the_supervisor():
     text = (SYSTEMD / "edge-agent.service").read_text()
-    for line in ("Type=notify", "WatchdogSec=15", "RestartPreventExitStatus=78", "KillMode=mixed", "TimeoutStopSec=5"):
+    for line in (
+        "Type=notify",
+        "WatchdogSec=15",
+        "RestartPreventExitStatus=78",
+        "KillMode=mixed",
+        "TimeoutStopSec=5",
+        f"LimitNOFILE={DESCRIPTORS}",
+    ):
         assert f"\n{line}\n" in text
 
 

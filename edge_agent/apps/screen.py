@@ -82,5 +82,6 @@ def _status_rows(status: Status | None) -> list[tuple[str, Text]]:
     return [
         ("state", Text(printable(f"{status.state}  {status.reason}"))),
         ("vision", Text(printable(status.vision_backend))),
+        ("language", Text(printable(status.language_backend))),
         ("model", Text(f"{memory}, restarts {model.restarts}")),
     ]

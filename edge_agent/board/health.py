@@ -4,27 +4,31 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from edge_agent.board.control_groups import Read, memory_left_mib, read_text
+
 MAX_PLAUSIBLE_MILLI_C = 150_000  # no working silicon is hotter
 
 
-def mem_available_mib(text: str | None = None) -> float | None:
-    """MiB that new programs can use, from /proc/meminfo, or from `text` in that format."""
-    return _mib("MemAvailable:", _read("/proc/meminfo") if text is None else text)
+def mem_available_mib(read: Read = read_text) -> float | None:
+    """MiB that this process can still use: what /proc/meminfo says, or the limits of its control groups if those leave
+    less."""
+    known = (_mib("MemAvailable:", read("/proc/meminfo")), memory_left_mib(read))
+    return min((mib for mib in known if mib is not None), default=None)
 
 
 def rss_mib(pid: int, text: str | None = None) -> float | None:
     """Resident memory of a process in MiB, from /proc/PID/status, or from `text` in that format."""
-    return _mib("VmRSS:", _read(f"/proc/{pid}/status") if text is None else text)
+    return _mib("VmRSS:", read_text(f"/proc/{pid}/status") if text is None else text)
 
 
 def peak_rss_mib(pid: int, text: str | None = None) -> float | None:
     """The highest resident memory of a process in MiB, from /proc/PID/status. exec() resets it."""
-    return _mib("VmHWM:", _read(f"/proc/{pid}/status") if text is None else text)
+    return _mib("VmHWM:", read_text(f"/proc/{pid}/status") if text is None else text)
 
 
 def boot_id(text: str | None = None) -> str:
     """The kernel's random name of this boot, from /proc/sys/kernel/random/boot_id; "" if it is unknown."""
-    return (_read("/proc/sys/kernel/random/boot_id") if text is None else text).strip()[:64]
+    return (read_text("/proc/sys/kernel/random/boot_id") if text is None else text).strip()[:64]
 
 
 def _mib(name: str, text: str) -> float | None:
@@ -42,8 +46,12 @@ def temperature_c(zones: Path = Path("/sys/class/thermal")) -> float | None:
     Implausible readings do not count: a sensor that is switched off returns -256 °C or 0 °C.
     """
     temperatures_c = []
-    for zone in zones.glob("thermal_zone*/temp"):
-        text = _read(str(zone)).strip()
+    try:
+        found = list(zones.glob("thermal_zone*/temp"))
+    except OSError:  # no descriptors
+        return None
+    for zone in found:
+        text = read_text(str(zone)).strip()
         if _is_count(text) and 0 < int(text) < MAX_PLAUSIBLE_MILLI_C:
             temperatures_c.append(int(text) / 1000)
     return max(temperatures_c, default=None)
@@ -51,11 +59,3 @@ def temperature_c(zones: Path = Path("/sys/class/thermal")) -> float | None:
 
 def _is_count(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) < 20
-
-
-def _read(path: str) -> str:
-    """The text of a file; empty if it cannot be read."""
-    try:
-        return Path(path).read_text()
-    except (OSError, UnicodeDecodeError):
-        return ""

@@ -19,9 +19,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import gguf
 import msgspec
 
+from edge_agent.bundle.gguf_package import gguf
 from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, VISION, Manifest
 from edge_agent.config import CameraConfig, Config
 from edge_agent.errors import UserError

@@ -61,7 +61,7 @@ def _describe_file(path: Path) -> str:
 
 def _gguf_facts(path: Path) -> str:
     """Architecture and type, as far as the header tells them."""
-    import gguf  # not needed where nothing is wrong
+    from edge_agent.bundle.gguf_package import gguf  # not needed where nothing is wrong
 
     try:
         keys = read_gguf_keys(path)

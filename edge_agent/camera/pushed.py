@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import select
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import cv2
 import msgspec
 import numpy as np
-import zmq
 
 from edge_agent.camera.clock import Clock
 from edge_agent.camera.picture import decode_jpeg
@@ -25,13 +26,18 @@ from edge_agent.camera.source import (
     into_slot,
 )
 from edge_agent.config import CameraConfig
-from edge_agent.ipc.events import CameraFault
+from edge_agent.ipc.events import CameraFault, CameraFaultReason
 from edge_agent.ipc.frame_slot import Slot
 from edge_agent.time_units import NS_PER_MS, NS_PER_S
 from edge_agent.wire.pushed_frame import PushedFrame, decode_pushed_frame
+from edge_agent.zmtp.endpoint import PULL, Endpoint, Limits
+from edge_agent.zmtp.frames import Message
+from edge_agent.zmtp.listener import PathError
 
 MAX_AHEAD_NS, MAX_AGE_NS = 5 * NS_PER_MS, NS_PER_S  # how far a frame's stamp may lie in the future and in the past
-MAX_QUEUED_FRAMES = 2  # frames that wait in the socket
+MAX_QUEUED_FRAMES = 2  # behind the first one that has arrived
+MAX_PUSHERS = 4
+CHECK_INTERVAL_NS = NS_PER_S  # how often the path of the socket is checked
 MAX_HEADER_BYTES = 4096  # of a message, beside its pixels
 
 # format -> bytes per pixel (None: compressed), and OpenCV's conversion to RGB (None: it is RGB)
@@ -48,19 +54,25 @@ def read_pushed_frames(config: CameraConfig, slot: Slot, clock: Clock) -> Source
     if not endpoint.startswith("ipc:///"):
         detail = f"zmq:{endpoint}: expected zmq:ipc:///absolute/path; frames cannot come over a network"
         raise SourceError("unreadable", detail, retryable=False)
-    with bind_receiver(endpoint, config.max_pixels) as receiver, watch_disconnections(receiver) as monitor:
+    with bind_receiver(endpoint, config.max_pixels) as receiver:
         newest = slot.peek(0)  # a frame that was published before a restart is not a new frame
         last_captured_ns = newest.t_capture_ns if newest else 0
         refusals = FaultReport(endpoint)
-        last_data_ns = clock.now_ns()
+        last_data_ns = checked_ns = clock.now_ns()
+        n_refused_before = 0
         while True:
             message = receive_newest(receiver)
             now_ns = clock.now_ns()
+            if now_ns - checked_ns >= CHECK_INTERVAL_NS:
+                checked_ns = now_ns
+                if lost := receiver.check():
+                    raise SourceError("absent", lost)
             if message is None:
                 if now_ns - last_data_ns >= STALL_NS:
                     last_data_ns = now_ns
                     detail = f"{endpoint}: no frame was pushed for {STALL_S:g} s"
-                    if n := count_messages(monitor):
+                    n, n_refused_before = receiver.n_refused - n_refused_before, receiver.n_refused
+                    if n:
                         detail += (
                             f"; {n} times a pusher's connection ended: a message of more than "
                             f"{max_message_bytes(config.max_pixels)} bytes (from camera.max_megapixels) ends it"
@@ -69,7 +81,7 @@ def read_pushed_frames(config: CameraConfig, slot: Slot, clock: Clock) -> Source
                 continue
             last_data_ns = now_ns
             try:
-                frame = check_pushed_frame(message.buffer, last_captured_ns, now_ns, config.max_pixels)
+                frame = check_pushed_frame(message, last_captured_ns, now_ns, config.max_pixels)
                 image = into_slot(pushed_pixels(frame), slot, config, PUSHED_FORMATS[frame.format][1])
             except SourceError as error:
                 if fault := refusals.add(error, now_ns):
@@ -84,72 +96,49 @@ def max_message_bytes(max_pixels: int) -> int:
 
 
 @contextlib.contextmanager
-def bind_receiver(endpoint: str, max_pixels: int) -> Iterator[zmq.Socket[bytes]]:
+def bind_receiver(endpoint: str, max_pixels: int) -> Iterator[Endpoint]:
     """The PULL socket at `ipc:///absolute/path`. Raises SourceError, "busy" if another process receives there.
 
-    A message that is longer than the largest frame is not received: ZeroMQ closes the connection that it comes from.
+    A message that is longer than the largest frame is not received: the connection that it comes from ends.
     """
-    with contextlib.ExitStack() as stack:
-        try:
-            # ZeroMQ lets a second process bind the same path and silently take the frames, so a lock file guards it.
-            lock = stack.enter_context(open(endpoint.removeprefix("ipc://") + ".lock", "a"))
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            receiver = stack.enter_context(stack.enter_context(zmq.Context()).socket(zmq.PULL))
-            receiver.setsockopt(zmq.LINGER, 0)
-            receiver.setsockopt(zmq.RCVHWM, MAX_QUEUED_FRAMES)
-            receiver.setsockopt(zmq.MAXMSGSIZE, max_message_bytes(max_pixels))
-            receiver.bind(endpoint)
-        except BlockingIOError:
-            raise SourceError("busy", f"{endpoint}: another process receives there") from None
-        except (OSError, zmq.ZMQError) as error:
-            raise SourceError("absent", f"{endpoint}: {error.strerror}") from None
+    limits = Limits(max_message_bytes(max_pixels), read_bytes=64 * 1024, max_connections=MAX_PUSHERS)
+    try:
+        receiver = Endpoint(Path(endpoint.removeprefix("ipc://")), PULL, limits)
+    except PathError as error:
+        reason: CameraFaultReason = "busy" if error.is_busy else "absent"
+        raise SourceError(reason, str(error), retryable=not error.is_taken) from None
+    with contextlib.closing(receiver):
         yield receiver
 
 
-@contextlib.contextmanager
-def watch_disconnections(receiver: zmq.Socket[bytes]) -> Iterator[zmq.Socket[bytes]]:
-    """A socket with a message for each connection that ended."""
-    monitor = receiver.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-    try:
-        yield monitor
-    finally:
-        receiver.disable_monitor()
-        monitor.close(linger=0)
+def receive_newest(receiver: Endpoint) -> Message | None:
+    """The newest message that has arrived, or None if none is complete within FRAME_POLL_MS."""
+    poll = select.poll()
+    poll.register(receiver, select.POLLIN)
+    end_s = time.monotonic() + FRAME_POLL_MS / 1000
+    newest: Message | None = None
+    n_messages = 0
+    while n_messages <= MAX_QUEUED_FRAMES:  # not for ever: a fast pusher may never leave the socket empty
+        wait_ms = 0 if newest is not None else max(0.0, 1000 * (end_s - time.monotonic()))
+        if not poll.poll(wait_ms) and (newest is not None or wait_ms == 0):
+            break
+        for _, message in receiver.serve():
+            newest, n_messages = message, n_messages + 1
+    return newest
 
 
-def count_messages(monitor: zmq.Socket[bytes]) -> int:
-    """Messages that have arrived; it takes them."""
-    n = 0
-    with contextlib.suppress(zmq.Again):
-        while True:
-            monitor.recv_multipart(zmq.NOBLOCK)
-            n += 1
-    return n
-
-
-def receive_newest(receiver: zmq.Socket[bytes]) -> zmq.Frame | None:
-    """The newest message in the socket, or None if none comes within FRAME_POLL_MS.
-
-    Reads until the socket is empty: the socket option CONFLATE can hold a message back.
-    """
-    if not receiver.poll(FRAME_POLL_MS):
-        return None
-    message = receiver.recv(copy=False)
-    with contextlib.suppress(zmq.Again):
-        for _ in range(MAX_QUEUED_FRAMES):  # not for ever: a fast pusher may never leave the socket empty
-            message = receiver.recv(zmq.NOBLOCK, copy=False)
-    return message
-
-
-def check_pushed_frame(message: memoryview, last_captured_ns: int, now_ns: int, max_pixels: int) -> PushedFrame:
+def check_pushed_frame(message: Message, last_captured_ns: int, now_ns: int, max_pixels: int) -> PushedFrame:
     """One message, checked except for its pixels. Raises SourceError.
 
     last_captured_ns: the stamp of the previous frame.
     """
-    if message[:1] != b"F":
-        raise SourceError("unreadable", f"expected topic b'F', found {bytes(message[:1])!r}")
+    if len(message) > 1:
+        raise SourceError("unreadable", f"expected one ZeroMQ frame, found {len(message)}")
+    payload = memoryview(message[0])
+    if payload[:1] != b"F":
+        raise SourceError("unreadable", f"expected topic b'F', found {bytes(payload[:1])!r}")
     try:
-        frame = decode_pushed_frame(message[1:])
+        frame = decode_pushed_frame(payload[1:])
     except msgspec.DecodeError as error:
         raise SourceError("unreadable", str(error)) from None
     check_size(frame.height, frame.width, max_pixels)

@@ -33,7 +33,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     config = read_config(arguments)
     _require_onnxruntime(config)
-    return process.run(config, trace_path=arguments.trace or "")
+    try:
+        return process.run(config, trace_path=arguments.trace or "")
+    except BrokenPipeError as error:  # of a command that prints, this means: nobody reads the rest. Not of a daemon
+        raise RuntimeError("the supervisor wrote to a socket that is closed") from error
 
 
 def read_config(arguments: argparse.Namespace) -> Config:
@@ -91,6 +94,7 @@ def check(arguments: argparse.Namespace) -> int:
         _print_ok("camera", line)
     else:
         status = _print_fault("camera", f"camera.source: {line}")
+    _print_ok("cpu", _describe_threads(config))
     if manifest is not None:
         status = _check_memory(config, manifest) or status
     return status
@@ -119,9 +123,20 @@ def _check_bundle(config: Config, space: bytes) -> tuple[Manifest, str]:
     )
 
 
+def _describe_threads(config: Config) -> str:
+    """How many threads the model process uses, and why."""
+    from edge_agent.board.control_groups import allowed_cores, available_cores, cpu_quota
+
+    quota = cpu_quota()
+    limit = "no quota of processor time" if quota is None else f"a quota of {quota:g} processors"
+    source = "cpu_threads" if config.cpu_threads else f"{allowed_cores()} cores allowed, {limit}"
+    return f"{config.cpu_threads or available_cores()} threads ({source})"
+
+
 def _check_memory(config: Config, manifest: Manifest) -> int:
     """Returns the exit status of check."""
     from edge_agent.board import health
+    from edge_agent.board.control_groups import memory_left_mib
     from edge_agent.bundle.memory_plan import NotEnoughMemoryError, adapters_mib, plan_memory
 
     free_mib = health.mem_available_mib()
@@ -131,7 +146,8 @@ def _check_memory(config: Config, manifest: Manifest) -> int:
         return _print_fault("memory", str(error).removeprefix("memory: "))
     parts = ", ".join(f"{name} {mib:.0f}" for name, mib in plan.parts_mib.items() if mib >= 1)
     free = "unknown" if free_mib is None else f"{free_mib:.0f}"
-    _print_ok("memory", f"about {plan.mib:.0f} MiB needed ({parts}), {free} MiB available")
+    limit = ", the limit of a control group" if free_mib is not None and free_mib == memory_left_mib() else ""
+    _print_ok("memory", f"about {plan.mib:.0f} MiB needed ({parts}), {free} MiB available{limit}")
     for key, value in plan.reductions.items():
         print(f"      memory   low memory: {key} is reduced to {value}")
     return 0

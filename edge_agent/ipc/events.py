@@ -48,6 +48,7 @@ class ModelReady(msgspec.Struct, frozen=True, tag_field="kind", tag="ready"):
     load_s: float
     warmup_ms: float  # duration of the warm-up frame
     memory_reduced: bool = False  # the memory plan reduced the configuration, for example the context
+    language: str = ""  # where the language model really runs, for example "llama.cpp CPU"
 
 
 class StartupFailed(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="cannot-start"):
@@ -104,6 +105,7 @@ class TextDelta(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag
     request: str = ""  # of AskQuestion, if the text answers a question
     final: bool = False  # the last piece of this text
     stop_reason: TextStopReason = ""
+    error: str = ""  # in the final piece: why the question was refused; nothing was decoded
 
 
 class TraceSpan(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="span"):

@@ -233,6 +233,15 @@ class Slot:
                 return Frame(seq, frame_id, t_capture_ns, CLOCKS[clock], image)
         return None
 
+    def newest_capture_ns(self) -> int:
+        """When the newest frame was captured; 0: there is none."""
+        while seq := self._header[_LATEST]:
+            _fence()
+            t_capture_ns: int = self._header[_RECORDS + seq % N_BUFFERS * _RECORD_WORDS + 1]
+            if self._is_intact(seq):
+                return t_capture_ns
+        return 0
+
     def was_not_overwritten(self, frame: Frame) -> bool:
         """Whether everything that was read from frame.image until now belonged to this frame."""
         return self._is_intact(frame.seq)

@@ -17,12 +17,15 @@ import socket
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import NamedTuple
 
 from edge_agent.ipc.frame_slot import Slot
 
 MAX_EVENT_BYTES = 128 * 1024
 MAX_EVENTS_AT_ONCE = 256
+MAX_STDERR_BYTES = 64 * 1024
+CHILD_OOM_SCORE = 500  # without memory the kernel kills a child, never the supervisor, whose score is 0
 PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
@@ -35,25 +38,30 @@ class Worker:
 
         The calling thread must live as long as the child: the kernel kills the child when that thread ends.
         """
-        self.socket, child_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.socket.setblocking(False)
         self.hung_up = False  # the child's end of the socket is closed: no message comes any more
-        fds = (slot.fd, slot.wake_fd, child_end.fileno())
-        options = ("--slot", str(fds[0]), "--wake", str(fds[1]), "--events", str(fds[2]))
-        try:
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+            self.socket, child_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            ours.callback(self.socket.close)
+            theirs.callback(child_end.close)
+            self.socket.setblocking(False)
+            # Neither end waits: a child whose stderr nobody reads loses lines.
+            stderr_fd, child_stderr_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            self._stderr = os.fdopen(stderr_fd, "rb", buffering=0)
+            ours.callback(self._stderr.close)
+            theirs.callback(os.close, child_stderr_fd)
+            fds = (slot.fd, slot.wake_fd, child_end.fileno())
+            options = ("--slot", str(fds[0]), "--wake", str(fds[1]), "--events", str(fds[2]))
             self.process = subprocess.Popen(
                 [sys.executable, "-m", module, *options, *extra_arguments],
                 stdin=subprocess.DEVNULL,
+                stderr=child_stderr_fd,
                 pass_fds=fds,
                 env=os.environ | {"PYTHONSAFEPATH": "1"},  # never import a module from the current folder
             )
-        except OSError:
-            self.socket.close()
-            raise
-        finally:
-            child_end.close()
-        with contextlib.suppress(ConnectionError):  # the child has ended already; its exit status will be read
-            self.socket.send(first_message)
+            ours.callback(self.process.kill)
+            with contextlib.suppress(ConnectionError):  # the child has ended already; its exit status will be read
+                self.socket.send(first_message)
+            ours.pop_all()  # nothing failed
 
     @property
     def pid(self) -> int:
@@ -65,10 +73,10 @@ class Worker:
         return self.process.poll()
 
     def send(self, message: bytes) -> bool:
-        """Whether the child's socket took the message. False: the socket is full, or the child is gone."""
+        """Whether the child's socket took the message. False: the socket is full, the child is gone, or no memory."""
         try:
             self.socket.send(message)
-        except (BlockingIOError, ConnectionError):
+        except OSError:
             return False
         return True
 
@@ -82,20 +90,28 @@ class Worker:
                     self.hung_up = True
                     break
                 messages.append(message)
-        except BlockingIOError:
-            pass
         except ConnectionError:
             self.hung_up = True
+        except OSError:  # nothing has arrived, or no memory for it now
+            pass
         return messages
 
+    def read_stderr(self) -> bytes:
+        """What the child has written on stderr, at most 64 KiB."""
+        try:
+            return self._stderr.read(MAX_STDERR_BYTES) or b""
+        except OSError:
+            return b""
+
     def kill(self) -> None:
-        """Send SIGKILL and close the socket.
+        """Send SIGKILL, and close the socket and stderr.
 
         A child inside a driver call can stay in the kernel for ever. Read `exit_status` until it is not None: only then
         the process is gone, and has released its memory and its devices.
         """
         self.process.kill()
         self.socket.close()
+        self._stderr.close()
 
 
 class Attached(NamedTuple):
@@ -115,6 +131,8 @@ def attach_to_supervisor() -> Attached:
     parser.add_argument("--trace", action="store_true", help="emit what was done when")
     arguments = parser.parse_args()
     die_with_parent(os.getppid())
+    with contextlib.suppress(OSError):  # /proc may be hidden
+        Path("/proc/self/oom_score_adj").write_text(str(CHILD_OOM_SCORE))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the supervisor, which ends its children
     events = socket.socket(fileno=arguments.events)
     first = events.recv(MAX_EVENT_BYTES)

@@ -16,12 +16,12 @@ from edge_agent.board import health
 from edge_agent.bundle.memory_plan import adapters_mib, plan_memory
 from edge_agent.bundle.model_start import decode_model_start
 from edge_agent.bundle.verified_files import VerifiedFiles
-from edge_agent.config import Config
 from edge_agent.errors import BundleError, ConfigError, UserError
 from edge_agent.ipc.events import Heartbeat, LogLine, ModelReady, StartupFailed
 from edge_agent.ipc.worker import attach_to_supervisor
+from edge_agent.model.fallbacks import find_fallbacks
 from edge_agent.model.frame_encoder import FrameEncoder
-from edge_agent.model.load import LoadedModel, load_model, warm_up
+from edge_agent.model.load import load_model, warm_up
 from edge_agent.model.loop import ModelLoop
 from edge_agent.model.prompt import InstructionRefused
 from edge_agent.model.supervisor_channel import SupervisorChannel
@@ -52,7 +52,10 @@ def main() -> int:
             is_permanent |= isinstance(error, InstructionRefused) and not is_reduced
             supervisor.send(StartupFailed(reason=files.with_names(str(error)), configured=is_permanent))
             return 1
-    _warn_about_profile(config, model, supervisor)
+    encoder = model.images.encoder
+    facts = model.engine.llama.facts
+    for line in find_fallbacks(config, model.switches, facts, encoder.asked, encoder.runs):
+        supervisor.send(LogLine(line))
     gc.collect()
     _libc.malloc_trim(0)  # memory that loading no longer needs, 10 MB with a full vocabulary
     supervisor.send(
@@ -61,18 +64,13 @@ def main() -> int:
             load_s=time.monotonic() - start_s,
             warmup_ms=warmup_ms,
             memory_reduced=is_reduced,
+            language=facts.backend,
         )
     )
     frames = FrameEncoder(slot, model.images, config.task.deadline_ms, overlap=model.switches.overlap)
     loop = ModelLoop(model.engine, frames, slot, supervisor, config.language.describe_prompt)
     while True:
         loop.step()
-
-
-def _warn_about_profile(config: Config, model: LoadedModel, supervisor: SupervisorChannel) -> None:
-    if config.profile == "reproducible" and not model.switches.reproducible:
-        where = "on a GPU" if model.engine.llama.on_gpu else "with flash attention"
-        supervisor.send(LogLine(f"profile: reproducible is not possible {where}; answers may depend on the draft"))
 
 
 if __name__ == "__main__":

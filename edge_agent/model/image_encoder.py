@@ -18,14 +18,14 @@ class ImageEncoder:
 
     def __init__(self, preprocessor: Preprocessor, encoder: OnnxEncoder | MtmdEncoder, buffer_rows: int) -> None:
         """buffer_rows: rows of a frame's batch with its text, see Prompt.buffer_rows."""
-        self._preprocessor, self._encoder = preprocessor, encoder
+        self._preprocessor, self.encoder = preprocessor, encoder
         self._buffers = [FrameBuffer(buffer_rows, encoder.n_embd) for _ in range(2)]
         self._next = 0
 
     @property
     def backend(self) -> str:
         """Which library and which device encode, for the status."""
-        return self._encoder.provider
+        return self.encoder.provider
 
     @property
     def max_tokens(self) -> int:
@@ -50,7 +50,7 @@ class ImageEncoder:
         buffer, self._next = self._buffers[self._next], 1 - self._next
         unit = self._preprocessor.unit
         rows = buffer.embeddings(n_embedding_rows(image.shape[0] // unit, image.shape[1] // unit))
-        self._encoder.encode(image, rows)
+        self.encoder.encode(image, rows)
         if not np.isfinite(rows.sum()):  # one element that is not finite makes the sum so: one pass checks all
             raise NonFiniteError("the vision encoder gave NaN or infinity")
         return buffer
@@ -60,4 +60,4 @@ class ImageEncoder:
         return self.encode(self.resize(frame, max_tokens))
 
     def close(self) -> None:
-        self._encoder.close()
+        self.encoder.close()

@@ -15,6 +15,7 @@ version. Only this file and vision_encoder.py use them.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -22,21 +23,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-import gguf
 import llama_cpp
 import llama_cpp.llama_cpp as ll
 import msgspec
 import numpy as np
 
+from edge_agent.board.control_groups import available_cores
 from edge_agent.bundle.files import file_stamp
+from edge_agent.bundle.gguf_package import gguf
 from edge_agent.bundle.manifest import EmbeddingInfo
 from edge_agent.errors import ConfigError, UserError
+from edge_agent.model.fallbacks import language_facts
 from edge_agent.model.frame_buffer import FrameBuffer
-
-# ggml's threads wait for each other with libgomp, which by default keeps a core busy for milliseconds after the last
-# thread is done. On a small board that is the core which should publish the answer. Inside a graph no thread waits so
-# long.
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 LLAMA_CPP_PYTHON = "0.3.36"
 ACTION_SEQ, TEXT_SEQ = 0, 1  # sequences of the cache
@@ -71,7 +69,8 @@ def _on_log(level: int, text: bytes, _user: object) -> None:
     if _log is not None:
         _log(text.decode("utf-8", "replace"))
     elif level == 4:  # GGML_LOG_LEVEL_ERROR
-        os.write(2, text)
+        with contextlib.suppress(OSError):  # nobody reads it
+            os.write(2, text)
 
 
 # The callbacks must outlive every native thread: module level, never freed.
@@ -107,6 +106,21 @@ def uses_gpu(gpu_layers: int) -> bool:
     return bool(ll.llama_supports_gpu_offload()) and gpu_layers != 0
 
 
+def cells_of(context: int) -> int:
+    """Cells of one sequence, for a configured context of this many tokens."""
+    return -(-context // KV_CELL_ALIGNMENT) * KV_CELL_ALIGNMENT
+
+
+def usable_context(context: int, alignment: int) -> int:
+    """Tokens of a configured context that a prompt can use. alignment: batches are padded to it, in cells too."""
+    return min(context, cells_of(context) - alignment + 1)
+
+
+def context_for(n_tokens: int, alignment: int) -> int:
+    """The smallest context to configure in which n_tokens can be used."""
+    return n_tokens if usable_context(n_tokens, alignment) >= n_tokens else cells_of(n_tokens) + 1
+
+
 class LlamaError(UserError):
     """llama.cpp refused; the process cannot continue. One line."""
 
@@ -115,7 +129,7 @@ class LlamaOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How to load and run a model. Every value is decided here; edge_agent/profile.py decides for a configuration."""
 
     context: int  # tokens of each sequence
-    threads: int = 0  # 0: one per core that this process may use
+    threads: int = 0  # 0: available_cores()
     gpu_layers: int = -1  # -1: all that fit
     adapters: dict[str, str] = {}  # name -> path of a GGUF adapter
     repack: bool = True
@@ -144,7 +158,9 @@ class LlamaContext:
         self.context = self.model = 0  # llama.cpp's handles; 0: none
         self._table = _EmbeddingTable(path, embedding)
         try:
-            self.model = _load_model(path, options, progress)
+            self.model, log = _load_model(path, options, progress)
+            info = ll.llama_print_system_info().decode("utf-8", "replace")
+            self.facts = language_facts(log, info, is_gpu_build=_is_gpu_build())
             # Before the context, which reserves its graph for adapters. They are freed with the model.
             self._adapters = {name: _load_adapter(self.model, name, file) for name, file in options.adapters.items()}
             self.vocab = ll.llama_model_get_vocab(self.model)
@@ -154,9 +170,10 @@ class LlamaContext:
             self.on_gpu = uses_gpu(options.gpu_layers)
             self._alignment = ROW_ALIGNMENT if options.reproducible and not self.on_gpu else 1
             self.can_batch_text = self._alignment == 1  # one row of TEXT_SEQ in a batch of ACTION_SEQ: shared cells
+            self.configured_context = options.context
             # llama.cpp would round a context up by itself, and use less of it for each sequence.
-            n_cells = -(-options.context // KV_CELL_ALIGNMENT) * KV_CELL_ALIGNMENT  # of one sequence
-            self.n_ctx = min(options.context, n_cells - self._alignment + 1)  # padding needs cells too
+            n_cells = cells_of(options.context)
+            self.n_ctx = usable_context(options.context, self._alignment)
             self.context = _make_context(self.model, path, options, n_cells, unified=self.can_batch_text)
         except BaseException:
             self.close()
@@ -185,6 +202,10 @@ class LlamaContext:
         pointers = (ll.llama_adapter_lora_p_ctypes * 1)(*active)
         if ll.llama_set_adapters_lora(self.context, pointers, len(active), (ctypes.c_float * 1)(1.0)):
             raise LlamaError(f"llama.cpp refuses the adapter {name!r}")
+
+    def context_for(self, n_tokens: int) -> int:
+        """The smallest `language.context` in which n_tokens fit."""
+        return context_for(n_tokens, self._alignment)
 
     # -- text ---------------------------------------------------------------------------------------------------------
 
@@ -391,8 +412,14 @@ class _EmbeddingTable:
         self._descriptor = -1
 
 
-def _load_model(path: Path, options: LlamaOptions, progress: Callable[[float], None]) -> int:
-    """llama.cpp's handle of the model."""
+def _is_gpu_build() -> bool:
+    """Whether llama.cpp can use a GPU, or could if it found one: then it has a library for CUDA."""
+    folder = Path(llama_cpp.__file__).parent / "lib"
+    return bool(ll.llama_supports_gpu_offload()) or any(folder.glob("libggml-cuda*"))
+
+
+def _load_model(path: Path, options: LlamaOptions, progress: Callable[[float], None]) -> tuple[int, list[str]]:
+    """(llama.cpp's handle of the model, what llama.cpp logged)."""
 
     @ll.llama_progress_callback
     def on_progress(part: float, _user: object) -> bool:
@@ -410,7 +437,7 @@ def _load_model(path: Path, options: LlamaOptions, progress: Callable[[float], N
     log_to(None)
     if not model:
         raise LlamaError(f"{path}: llama.cpp cannot load it: {_first_error(lines)}")
-    return model
+    return model, lines
 
 
 def _load_adapter(model: int, name: str, path: str) -> int:
@@ -431,7 +458,7 @@ def _make_context(model: int, path: Path, options: LlamaOptions, n_cells: int, *
     params.n_ubatch = min(ROWS_PER_STEP, options.context)
     params.n_seq_max = 2
     params.kv_unified = unified
-    params.n_threads = params.n_threads_batch = options.threads or len(os.sched_getaffinity(0))
+    params.n_threads = params.n_threads_batch = options.threads or available_cores()
     params.no_perf = True
     params.type_k = params.type_v = KV_CACHE_TYPES[options.kv_cache_type]
     params.flash_attn_type = FLASH_ATTENTION[options.flash_attention]

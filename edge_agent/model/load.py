@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 
 from edge_agent.actions import action_tokens
 from edge_agent.actions.grammar import json_schema
 from edge_agent.actions.space import ActionSpace
+from edge_agent.board.control_groups import available_cores
 from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, VISION, Bundle, Manifest
 from edge_agent.config import CameraConfig, Config
 from edge_agent.errors import BundleError, ConfigError
@@ -71,6 +73,7 @@ def load_model(
 
     open_file: called with each file before it is loaded; returns the path to load it from (VerifiedFiles.open).
     """
+    cv2.setNumThreads(config.cpu_threads or available_cores())  # OpenCV takes every core of the machine otherwise
     gpu = uses_gpu(config.language.gpu_layers)
     switches, model = resolve(config, gpu), bundle.manifest.model
     if config.language.max_reasoning_tokens and "think" not in model.special:

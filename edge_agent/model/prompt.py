@@ -71,6 +71,8 @@ class Prompt:
             config.vision.max_image_tokens + max_lines + len(self._closing_embeddings) + max_state_tokens
         )
         self._max_text_tokens = config.language.max_text_tokens + config.language.max_reasoning_tokens
+        # Every instruction leaves room for this many. A description that did not fit would be empty, frame after frame.
+        self._min_question_tokens = max(MIN_QUESTION_TOKENS, len(self.question_tokens(config.language.describe_prompt)))
 
     @property
     def buffer_rows(self) -> int:
@@ -78,7 +80,8 @@ class Prompt:
         return self.max_frame_rows + self.max_answer_tokens + ROW_ALIGNMENT
 
     def prefix_tokens(self, instruction: str) -> list[int]:
-        """The pinned beginning. Raises InstructionRefused when it leaves no room for a frame, an answer and a text."""
+        """The pinned beginning. Raises InstructionRefused when it leaves no room for a frame, an answer, a question and
+        its text, or language.describe_prompt and its text."""
         text = SYSTEM_PROMPTS[self.action_space.codec].format(
             space=describe_action_space(self.action_space), instruction=instruction
         )
@@ -90,18 +93,28 @@ class Prompt:
             special["system_end"],
             special["inst"],
         ]
-        longest_reply = max(self.max_answer_tokens, self._max_text_tokens + MIN_QUESTION_TOKENS)
+        longest_reply = max(self.max_answer_tokens, self._max_text_tokens + self._min_question_tokens)
         needed = len(prefix) + self.max_frame_rows + longest_reply
         if needed > self._llama.n_ctx:
+            described = " or language.describe_prompt" if self._min_question_tokens > MIN_QUESTION_TOKENS else ""
             raise InstructionRefused(
-                f"language.context: {len(prefix)} tokens of prompt, a frame and an answer make {needed}, found "
-                f"{self._llama.n_ctx}; raise it, lower vision.max_image_tokens, or shorten the instruction"
+                f"language.context: {len(prefix)} tokens of prompt, {self.max_frame_rows} of a frame and "
+                f"{longest_reply} of the longest text make {needed}, found {self._llama.n_ctx}; raise it from "
+                f"{self._llama.configured_context} to {self._llama.context_for(needed)}, lower "
+                f"vision.max_image_tokens, or shorten the instruction{described}"
             )
         return prefix
 
-    def max_question_tokens(self, prefix_tokens: list[int]) -> int:
-        """Tokens of a question that leave room for the longest text behind it."""
-        return self._llama.n_ctx - len(prefix_tokens) - self.max_frame_rows - self._max_text_tokens
+    def check_question(self, tokens: list[int], prefix_tokens: list[int]) -> str:
+        """Why a question leaves no room for the longest text behind it; "": it fits. tokens: of question_tokens."""
+        before = len(prefix_tokens) + self.max_frame_rows + self._max_text_tokens
+        room = self._llama.n_ctx - before
+        if len(tokens) <= room:
+            return ""
+        return (
+            f"the question has {len(tokens)} tokens, {room} fit: raise language.context from "
+            f"{self._llama.configured_context} to {self._llama.context_for(before + len(tokens))}, or shorten it"
+        )
 
     def closing_embeddings(self, vehicle_state: str = "") -> np.ndarray:
         """The rows behind the image embeddings: (n, n_embd) float32. vehicle_state: of render_vehicle_state."""

@@ -67,8 +67,8 @@ class TextLane:
         return self.generation.request if self.generation is not None else None
 
     def start(self, lane: Lane, request: str, question: str, events: Events) -> None:
-        """Start a text about the frame in the cache; its deltas go to `events`. It may end at once: a question that is
-        too long ends with the stop reason `length`."""
+        """Start a text about the frame in the cache; its deltas go to `events`. A question that is too long is refused
+        at once: the only delta has an error, and nothing is decoded."""
         reasoning = self._limits.max_reasoning_tokens > 0
         generation = self.generation = TextGeneration(
             lane=lane,
@@ -80,11 +80,13 @@ class TextLane:
             reasoning=reasoning,
         )
         tokens = self._prompt.question_tokens(question)
-        if len(tokens) > self._prompt.max_question_tokens(self._cache.prefix_tokens):
-            self.stop("length")
-            return
         if reasoning:
             tokens.append(self._prompt.special["think"])
+        if error := self._prompt.check_question(tokens, self._cache.prefix_tokens):
+            generation.reasoning = False
+            self._emit(generation, "", final=True, stop_reason="length", error=error)
+            self.generation = None
+            return
         self._llama.fork_sequence(generation.position)
         logits = self._llama.logits_after_last(tokens, generation.position, TEXT_SEQ)
         generation.position += len(tokens)
@@ -150,7 +152,13 @@ class TextLane:
         generation.reasoning = False
 
     def _emit(
-        self, generation: TextGeneration, text: str, *, final: bool = False, stop_reason: TextStopReason = ""
+        self,
+        generation: TextGeneration,
+        text: str,
+        *,
+        final: bool = False,
+        stop_reason: TextStopReason = "",
+        error: str = "",
     ) -> None:
         generation.events.text(
             TextDelta(
@@ -160,5 +168,6 @@ class TextLane:
                 request=generation.request,
                 final=final,
                 stop_reason=stop_reason,
+                error=error,
             )
         )

@@ -7,6 +7,7 @@ the next.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from pathlib import Path
@@ -16,12 +17,13 @@ import llama_cpp.llama_cpp as ll
 import llama_cpp.mtmd_cpp as mtmd
 import numpy as np
 
+from edge_agent.board.control_groups import available_cores
 from edge_agent.config import state_dir
 from edge_agent.errors import UserError
 from edge_agent.model.preprocess import Preprocessor, n_embedding_rows
 
 TENSORRT = "TensorrtExecutionProvider"
-# Best first. onnxruntime falls back to the CPU silently when a provider cannot start: `provider` names what runs.
+# Best first. onnxruntime falls back to the CPU silently when a provider cannot start: `runs` differs from `asked` then.
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 
 
@@ -33,7 +35,7 @@ class EncoderOptions(NamedTuple):
     """Decided values; edge_agent/profile.py decides for a configuration."""
 
     backend: Literal["onnxruntime", "mtmd"]
-    threads: int  # 0: one per core
+    threads: int  # 0: available_cores()
     tensorrt: bool  # onnxruntime only
     gpu: bool  # mtmd only: use a GPU if llama.cpp can
 
@@ -42,12 +44,12 @@ class OnnxEncoder:
     """vision.onnx through onnxruntime."""
 
     def __init__(self, path: Path, preprocessor: Preprocessor, threads: int, tensorrt: bool = False) -> None:
-        """threads: 0 for one per core. tensorrt: try TensorRT's provider first. Raises VisionError when it is not
+        """threads: 0 for available_cores(). tensorrt: try TensorRT's provider first. Raises VisionError when it is not
         installed, or when the file cannot be loaded."""
-        import onnxruntime  # 20 MB that mtmd does not need
+        from edge_agent.model.onnx_runtime import onnxruntime  # 20 MB that mtmd does not need
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        options.intra_op_num_threads = threads or available_cores()
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         # Spinning threads would take the cores from the language model between two frames.
@@ -68,7 +70,9 @@ class OnnxEncoder:
         self._preprocessor = preprocessor
         self._binding = self._session.io_binding()
         self.n_embd: int = self._session.get_outputs()[0].shape[1]
-        self.provider = f"onnxruntime {self._session.get_providers()[0]}"
+        self.asked = TENSORRT if tensorrt else providers[0]  # the best execution provider; `runs`: the one in use
+        self.runs = self._session.get_providers()[0]
+        self.provider = f"onnxruntime {self.runs}"
 
     def encode(self, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """image: (H, W, 3) uint8 RGB on the grid -> (n_rows, n_embd) float32: `out`, which has this shape, or new."""
@@ -105,12 +109,13 @@ class MtmdEncoder:
 
     def __init__(self, path: Path, model: int, break_row: np.ndarray, unit: int, threads: int, gpu: bool) -> None:
         """model: llama.cpp's handle of the language model, whose width the projector must match. break_row: (n_embd,)
-        float32, the [IMG_BREAK] embedding. unit: side of an image token, pixels. threads: 0 for one per core. Raises
-        VisionError."""
+        float32, the [IMG_BREAK] embedding. unit: side of an image token, pixels. threads: 0 for available_cores().
+        Raises VisionError."""
         self._break_row, self._unit = break_row, unit
+        self.asked = self.runs = ""  # execution providers are onnxruntime's
         params = mtmd.mtmd_context_params_default()
         params.use_gpu = gpu
-        params.n_threads = threads or len(os.sched_getaffinity(0))
+        params.n_threads = threads or available_cores()
         params.print_timings = False
         params.warmup = False  # the process warms up with a frame of the camera's size
         self._context = mtmd.mtmd_init_from_file(os.fsencode(path), model, params)
@@ -163,7 +168,8 @@ def _output_rows(out: np.ndarray | None, n: int, n_embd: int) -> np.ndarray:
 @ll.llama_log_callback
 def _on_log(level: int, text: bytes, _user: object) -> None:
     if level == 4:  # GGML_LOG_LEVEL_ERROR
-        os.write(2, text)
+        with contextlib.suppress(OSError):  # nobody reads it
+            os.write(2, text)
 
 
 mtmd.mtmd_log_set(_on_log, ctypes.c_void_p(0))

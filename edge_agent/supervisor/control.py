@@ -267,6 +267,9 @@ class Control:
         if event.final:
             del self._questions[event.request]
             text = "".join(pending.parts)[:MAX_ANSWER_CHARS]
+            if error := event.error or _why_empty(text, event.stop_reason):
+                self._refuse(pending.sender, pending.request_id, error)
+                return
             self._reply(pending, {"text": text, "frame_id": event.frame_id, "stop_reason": event.stop_reason})
 
     def refuse_pending(self, reason: str) -> None:
@@ -318,6 +321,13 @@ class Control:
 
     def _send_reply(self, sender: Sender, reply: Reply) -> None:
         self.publisher.reply(sender, encode(reply))
+
+
+def _why_empty(answer: str, stop_reason: TextStopReason) -> str:
+    """Why an answer says nothing; "": it says something. An empty answer is not a success."""
+    if answer.strip():
+        return ""
+    return f"the answer is empty (stop_reason {stop_reason!r}); ask again, or in other words"
 
 
 class OperationRule(NamedTuple):

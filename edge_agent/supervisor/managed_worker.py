@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from edge_agent.board import health
 from edge_agent.ipc.backoff import Backoff
 from edge_agent.ipc.worker import Worker
+from edge_agent.supervisor.child_log import ChildLog
 from edge_agent.supervisor.log import log_line
 from edge_agent.time_units import NS_PER_S
 from edge_agent.wire.messages import WorkerStatus
@@ -48,6 +49,7 @@ class ReasonKind(enum.Enum):
     SOURCE = enum.auto()  # the camera process reports a fault of its source
     ENDED = enum.auto()  # the camera's source has ended
     NO_FRAME = enum.auto()  # the camera process is well, and delivers nothing
+    NO_ACTION = enum.auto()  # the model answers, and every answer is refused
     PAUSED = enum.auto()  # by control
 
 
@@ -98,12 +100,14 @@ class ManagedWorker:
         self._was_ready = False  # the current process
         self._backoff = Backoff(FIRST_PAUSE_S, MAX_PAUSE_S)
         self._dying: list[_Dying] = []
+        self._log = ChildLog(name, clock)
 
     # -- one process after the other ----------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start a process. If the system cannot (no memory, no process number), try again after a pause."""
+        """Start a process. If the system cannot (no memory, no descriptors), try again after a pause."""
         self._was_ready = False
+        self._log = ChildLog(self.name, self.clock)
         try:
             self.worker = self._launch()
         except OSError as error:
@@ -159,6 +163,7 @@ class ManagedWorker:
 
     def _kill(self) -> None:
         if self.worker is not None:
+            self.forward_stderr()
             self.worker.kill()
             self._dying.append(_Dying(self.worker, self.clock()))
             self.worker = None
@@ -177,7 +182,15 @@ class ManagedWorker:
     def exit_reason(self) -> Reason | None:
         """Why the process has ended; None: it runs, or there is none."""
         status = self.worker.exit_status if self.worker is not None else None
-        return None if status is None else Reason(self.name, ReasonKind.FAILED, describe_exit(status))
+        if status is None:
+            return None
+        self.forward_stderr()
+        return Reason(self.name, ReasonKind.FAILED, describe_exit(status), self._log.last_line())
+
+    def forward_stderr(self) -> None:
+        """Once per turn: what the process has written on stderr goes to the log."""
+        if self.worker is not None:
+            self._log.add(self.worker.read_stderr())
 
     # -- killed processes ---------------------------------------------------------------------------------------------
 

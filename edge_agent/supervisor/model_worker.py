@@ -24,7 +24,7 @@ class ModelWorker(ManagedWorker):
     def __init__(self, config: WatchdogConfig, launch: Callable[[], Worker], clock: Clock = time.monotonic_ns) -> None:
         super().__init__("model", launch, clock)
         self.config = config
-        self.vision_backend = ""  # backend and provider that really run
+        self.vision_backend = self.language_backend = ""  # what really runs
         self.warmup_s = 0.0  # duration of the warm-up frame
         self.memory_reduced = False  # the memory plan reduced the configuration at this start
         self._refused_ns = 0

@@ -17,13 +17,14 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import resource
+import select
 import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
-import zmq
 
 from edge_agent.actions.envelope import CheckedAction, Rejection
 from edge_agent.actions.space import ActionSpace, encode_action_space, load_action_space
@@ -49,7 +50,7 @@ from edge_agent.supervisor.camera_worker import CameraWorker
 from edge_agent.supervisor.control import MAX_TEXT_CHARS, Control, VehicleState
 from edge_agent.supervisor.gate import ControlState, Gate, Instruction
 from edge_agent.supervisor.log import log_line
-from edge_agent.supervisor.managed_worker import Clock, ManagedWorker, Readiness, Reason, ReasonKind
+from edge_agent.supervisor.managed_worker import Clock, Readiness, Reason, ReasonKind
 from edge_agent.supervisor.model_worker import ModelWorker
 from edge_agent.supervisor.pause_file import was_paused
 from edge_agent.supervisor.publisher import Publisher
@@ -69,6 +70,7 @@ POLL_MS = 50
 POLL_ENDING_MS = 5  # a child has closed its socket: its exit status follows within milliseconds
 EXIT_WAIT_S = 2.0  # at the end, for killed children; the unit's TimeoutStopSec is longer
 EXIT_POLL_S = 0.01
+DESCRIPTORS = 4096  # four endpoints with 128 connections each need an eighth
 MAX_DETAIL_CHARS = 500  # of a refusal
 MAX_NAME_CHARS = 200  # of a vision backend or an adapter
 MAX_PIECE_CHARS = 12_000  # of one piece of text; four bytes each must fit in a message
@@ -120,10 +122,7 @@ class Supervisor:
         vehicle_state = VehicleState(self.slot, space, clock)
         adapters = tuple(config.language.adapters)
         self.control = Control(adapters, self.model, self.status, publisher, vehicle_state, clock)
-        self._poller = zmq.Poller()
-        self._poller.register(publisher.control, zmq.POLLIN)
-        self._poller.register(publisher.status, zmq.POLLIN)
-        self._polled: dict[ManagedWorker, Worker] = {}  # the workers whose sockets are registered
+        self._signal_fds: list[int] = []
         self._handlers: dict[type, Callable[[Any], None]] = {
             Proposal: self._on_proposal,
             TextDelta: self.control.publish_text,
@@ -167,6 +166,7 @@ class Supervisor:
         self._handle_model_events()  # first: nothing may delay an answer
         self.camera.handle_events(was_ready=self.status.is_ready)
         self.camera.check_slot()
+        self.publisher.serve()
         for sender, payload in self.publisher.requests():
             self.control.handle(sender, payload)
         self.control.sync_model()
@@ -199,7 +199,7 @@ class Supervisor:
             self.status.is_stopping = True
 
         read_fd, write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._poller.register(read_fd, zmq.POLLIN)
+        self._signal_fds = [read_fd]
         signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, stop)
@@ -207,33 +207,39 @@ class Supervisor:
             yield
         finally:
             signal.set_wakeup_fd(-1)
-            self._poller.unregister(read_fd)
+            self._signal_fds = []
             os.close(read_fd)
             os.close(write_fd)
 
     def _wait(self) -> None:
         """Until something arrives, at most POLL_MS."""
-        timeout_ms = POLL_MS
-        for managed in (self.camera, self.model):
-            worker = managed.worker
-            if worker is not None and worker.hung_up:  # its socket would wake us for ever
-                worker, timeout_ms = None, POLL_ENDING_MS
-            polled = self._polled.get(managed)
-            if worker is not polled:
-                if polled is not None:
-                    self._poller.unregister(polled.socket)
-                    del self._polled[managed]
-                if worker is not None:
-                    self._poller.register(worker.socket, zmq.POLLIN)
-                    self._polled[managed] = worker
-        self._poller.poll(timeout_ms)
+        fds, timeout_ms = self._waiting_for()
+        poll = select.poll()
+        for fd in fds:
+            poll.register(fd, select.POLLIN)
+        try:
+            poll.poll(timeout_ms)
+        except OSError:  # no memory in the kernel
+            time.sleep(POLL_ENDING_MS / 1000)
+
+    def _waiting_for(self) -> tuple[list[int], int]:
+        """The descriptors that wake the loop, and the longest time to wait in milliseconds."""
+        workers = [managed.worker for managed in (self.camera, self.model) if managed.worker is not None]
+        fds = [worker.socket.fileno() for worker in workers if not worker.hung_up]  # else they would wake us for ever
+        timeout_ms = POLL_MS if len(fds) == len(workers) else POLL_ENDING_MS
+        if self.publisher.has_requests:
+            timeout_ms = 0
+        return [*self._signal_fds, *self.publisher.filenos(), *fds], timeout_ms
 
     def _check_timeouts(self) -> None:
+        if lost := self.publisher.lost_endpoint():  # a daemon that cannot be told to stop may not go on
+            raise Shutdown(EX_FAILED, lost)
         if reason := self.model.timeout_reason():
             self._restart_model(reason)
         self.camera.check_timeouts(was_ready=self.status.is_ready)
         self.control.check_timeouts()
         for worker in (self.camera, self.model):
+            worker.forward_stderr()
             worker.reap()
             worker.start_if_due()
 
@@ -309,7 +315,7 @@ class Supervisor:
             "dropped_frames": dropped,
         }
         if isinstance(result, Rejection):
-            self.counters.refusals[result.reason] += 1
+            self.counters.count_refusal(result.reason, now_ns)
             detail = result.detail[:MAX_DETAIL_CHARS]
             self.publisher.send("actions", Refusal, reason=result.reason, detail=detail, **frame)
             return
@@ -333,19 +339,19 @@ class Supervisor:
             chunk_step_ms=self.space.chunk_step_ms,
             **fields,
         )
-        self.counters.actions += 1
-        self.counters.last_action_ns = now_ns
+        self.counters.count_action(now_ns)
 
     def _on_model_ready(self, event: ModelReady) -> None:
-        vision, first_ms = event.vision, event.warmup_ms
-        log_line(f"model ready in {event.load_s:.1f} s, first frame {first_ms:.0f} ms, vision by {vision}")
+        first_ms, by = event.warmup_ms, f"language by {event.language}, vision by {event.vision}"
+        log_line(f"model ready in {event.load_s:.1f} s, first frame {first_ms:.0f} ms, {by}")
         deadline_ms = self.config.task.deadline_ms
         if first_ms > deadline_ms:
             log_line(
                 f"the first frame took longer than task.deadline_ms {deadline_ms}: answers will be late; "
                 "lower vision.max_image_tokens, or raise task.deadline_ms"
             )
-        self.model.vision_backend, self.model.warmup_s = vision, first_ms / 1000
+        self.model.vision_backend, self.model.language_backend = event.vision, event.language
+        self.model.warmup_s = first_ms / 1000
         self.model.memory_reduced = event.memory_reduced
         if not self.control.send_control_state():
             self._restart_model(Reason("model", ReasonKind.FAILED, "takes no commands"))
@@ -359,6 +365,7 @@ class Supervisor:
             raise Shutdown(EX_FAILED if self.model.memory_reduced else EX_CONFIG, event.error)
         elif not accepted:  # a later start can have less memory and a smaller context
             self.model.mark_refused(event.error)
+        self.counters.refused_since_ns = 0  # another instruction, or another process
         if self.model.is_loaded and not was_loaded:
             self.watchdog.set_interval_above(self.model.stall_s)
 
@@ -394,7 +401,8 @@ def _event_fault(event: ModelEvent, latest_seq: int) -> str:
         return "" if integers_fit and is_known else f"frame {event.frame_seq}, the newest is {latest_seq}"
     if isinstance(event, ModelReady):
         finite = math.isfinite(event.load_s) and math.isfinite(event.warmup_ms)
-        return "" if finite and len(event.vision) <= MAX_NAME_CHARS else "a duration or a name out of bounds"
+        fits = max(len(event.vision), len(event.language)) <= MAX_NAME_CHARS
+        return "" if finite and fits else "a duration or a name out of bounds"
     if isinstance(event, TextDelta):
         fits = len(event.text) <= MAX_PIECE_CHARS and abs(event.frame_id) < 2**63
         return "" if fits else f"a piece of text of {len(event.text)} characters"
@@ -404,6 +412,14 @@ def _event_fault(event: ModelEvent, latest_seq: int) -> str:
     return ""
 
 
+def raise_descriptor_limit() -> None:
+    """The soft limit is 1024 on most systems, although connections of controllers may need more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < DESCRIPTORS:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, DESCRIPTORS), hard))
+
+
 def run(
     config: Config, trace_path: str = "", *, camera_module: str = CAMERA_MODULE, model_module: str = MODEL_MODULE
 ) -> int:
@@ -411,6 +427,7 @@ def run(
 
     trace_path: write a timeline to this file. Raises ConfigError or EndpointError before anything starts.
     """
+    raise_descriptor_limit()
     space = load_action_space(config.task.action_space)
     trace = Trace(trace_path)
     publisher = Publisher(runtime_dir(config.runtime_dir))

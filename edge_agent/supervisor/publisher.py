@@ -1,36 +1,41 @@
-"""The sockets: one endpoint per stream in the runtime folder. Publishing never waits, and control is polled.
+"""The endpoints: one per stream in the runtime folder. Publishing never waits, and control is polled.
 
     publisher.send("text", TextMessage, lane="describe", frame_id=3, text="a disc")
 
 send() is the only place that writes the header of a message. Only ipc:// endpoints exist. Everybody who may open the
-folder may listen and command, so the folder has mode 0750 and the sockets 0660. A lock file keeps a second daemon from
-taking over the endpoints of the first.
+folder may listen and command, so the folder has mode 0750 and the sockets 0660. A lock on the folder itself keeps a
+second daemon from it: a file in the folder could be removed by a program that cleans up.
 """
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import random
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import zmq
-
 from edge_agent.errors import UserError
-from edge_agent.wire.endpoints import endpoint
 from edge_agent.wire.messages import MAX_MESSAGE_BYTES, PROTOCOL_VERSION, Header
 from edge_agent.wire.streams import STREAMS, pack
+from edge_agent.zmtp.endpoint import Connection, Endpoint, Limits
+from edge_agent.zmtp.frames import pack_message
+from edge_agent.zmtp.listener import MAX_PATH_BYTES, PathError
 
 MAX_REQUESTS_PER_TURN = 64
-MAX_SOCKET_PATH_BYTES = 107  # sun_path
+MAX_SUBSCRIPTION_BYTES = 256
 PUBLISH_HWM = {"actions": 8, "text": 1000, "status": 8}  # messages queued per subscriber; then messages are lost
 CONTROL_HWM = 256
-LAST_MESSAGE_LINGER_MS = 100  # the last status says why no more will come: give it time to leave
+SOCKET_MODE = 0o660
+LOCK_TRIES, LOCK_PAUSE_S = 20, 0.05  # a program that cleans up holds its lock for a moment
+CHECK_INTERVAL_NS = 1_000_000_000
 SESSION_BITS = 48
+
+LIMITS = {stream: Limits(MAX_SUBSCRIPTION_BYTES, 1024, queue_messages=hwm) for stream, hwm in PUBLISH_HWM.items()}
+LIMITS["control"] = Limits(MAX_MESSAGE_BYTES, 16 * 1024, queue_messages=CONTROL_HWM)
 
 Message = TypeVar("Message", bound=Header)
 
@@ -39,7 +44,7 @@ class Sender(NamedTuple):
     """Where the reply to a request goes."""
 
     routing: tuple[bytes, ...]  # the first is the routing id of the socket that sent the request
-    connection: tuple[int, int] | None = None  # descriptor and inode of the connection that it came on; None: unknown
+    connection: Connection | None = None  # that the request came on; None: unknown
 
 
 class EndpointError(UserError):
@@ -49,7 +54,7 @@ class EndpointError(UserError):
 
 
 class Publisher:
-    """Owns the lock file and the sockets, and writes the header of every published message.
+    """Owns the lock of the folder and the endpoints, and writes the header of every published message.
 
     bundle_id: set it when the bundle is verified; it is part of every header.
     """
@@ -60,50 +65,54 @@ class Publisher:
         self.bundle_id = ""
         self.session = random.SystemRandom().getrandbits(SESSION_BITS)
         self._clock = clock
-        self._lock_fd = _lock(folder)
-        self._context = zmq.Context()
-        self._sockets: dict[str, zmq.Socket[bytes]] = {}
+        self._checked_ns = clock()
+        self._folder_fd = _lock(folder)
+        self._endpoints: dict[str, Endpoint] = {}
         self._seq = dict.fromkeys(STREAMS, 0)
-        old_umask = os.umask(0o117)
-        stream = ""
+        self._requests: deque[tuple[Sender, bytes]] = deque()
+        self._n_subscribed = 0  # to status, when has_new_subscriber() was called
         try:
-            for stream, row in STREAMS.items():
-                self._bind(stream, getattr(zmq, row.socket))
-        except zmq.ZMQError as error:
+            for stream, limits in LIMITS.items():
+                socket_type = STREAMS[stream].socket.encode()
+                self._endpoints[stream] = Endpoint(folder / stream, socket_type, limits, SOCKET_MODE, clock)
+        except PathError as error:
             self.close()
-            raise EndpointError(f"runtime_dir: {endpoint(folder, stream)}: cannot be bound: {error.strerror}") from None
-        finally:
-            os.umask(old_umask)
-
-    def _bind(self, stream: str, socket_type: int) -> None:
-        socket = self._sockets[stream] = self._context.socket(socket_type)  # stored first: close() must find it
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-        if stream in PUBLISH_HWM:
-            socket.setsockopt(zmq.SNDHWM, PUBLISH_HWM[stream])
-        else:
-            socket.setsockopt(zmq.RCVHWM, CONTROL_HWM)
-            socket.setsockopt(zmq.SNDHWM, CONTROL_HWM)
-            socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a controller that reconnects takes its routing id with it
-        if stream == "status":
-            socket.setsockopt(zmq.XPUB_VERBOSE, 1)  # report every subscription, so that each gets the last value
-        socket.bind(endpoint(self.folder, stream))
+            raise EndpointError(f"runtime_dir: {error}") from None
 
     def close(self) -> None:
-        for stream, socket in self._sockets.items():
-            socket.close(linger=LAST_MESSAGE_LINGER_MS if stream in ("status", "control") else 0)
-            with contextlib.suppress(OSError):
-                (self.folder / stream).unlink()
-        self._context.term()
-        os.close(self._lock_fd)
+        for endpoint in self._endpoints.values():
+            endpoint.close()
+        os.close(self._folder_fd)
 
-    @property
-    def control(self) -> zmq.Socket[bytes]:
-        return self._sockets["control"]
+    def filenos(self) -> list[int]:
+        """For poll: one of them is readable when serve() has something to do."""
+        return [endpoint.fileno() for endpoint in self._endpoints.values()]
 
-    @property
-    def status(self) -> zmq.Socket[bytes]:
-        return self._sockets["status"]
+    def serve(self) -> None:
+        """Once per turn: connections, subscriptions, requests, and what waits to leave. The work is bounded."""
+        for stream, endpoint in self._endpoints.items():
+            if stream != "control":
+                endpoint.serve()
+            elif len(self._requests) < MAX_REQUESTS_PER_TURN:  # else they wait in the sockets of their senders
+                for connection, parts in endpoint.serve():
+                    *envelope, payload = map(bytes, parts)
+                    self._requests.append((Sender((connection.identity, *envelope), connection), payload))
+
+    def lost_endpoint(self) -> str:
+        """About once a second: whether the endpoints are still those that controllers find. One that was removed is
+        bound again. Why one is lost for good; "": none is."""
+        now_ns = self._clock()
+        if now_ns - self._checked_ns < CHECK_INTERVAL_NS:
+            return ""
+        self._checked_ns = now_ns
+        try:
+            is_ours = os.path.samestat(self.folder.stat(), os.fstat(self._folder_fd))
+        except OSError as error:
+            return f"runtime_dir: {self.folder}: {error.strerror}"
+        if not is_ours:
+            return f"runtime_dir: {self.folder}: another folder is in its place"
+        reasons = [endpoint.check() for endpoint in self._endpoints.values()]
+        return next((f"runtime_dir: {reason}" for reason in reasons if reason), "")
 
     # -- publishing ---------------------------------------------------------------------------------------------------
 
@@ -125,67 +134,56 @@ class Publisher:
         return message
 
     def publish(self, stream: str, message: Header) -> None:
-        """Publish a complete message. The socket drops it for a subscriber whose queue is full; nothing waits."""
+        """Publish a complete message. It is dropped for a subscriber whose queue is full; nothing waits."""
         payload = pack(stream, message)
         self._seq[stream] += 1
-        with contextlib.suppress(zmq.Again):
-            self._sockets[stream].send(payload, zmq.NOBLOCK)
+        self._endpoints[stream].publish(payload, pack_message(payload))
 
     def next_seq(self, stream: str) -> int:
         """The number of the next message of a stream."""
         return self._seq[stream]
 
     def has_new_subscriber(self) -> bool:
-        """Whether somebody subscribed to status since the last call. Reads a bounded number of subscriptions."""
-        subscribed = False
-        with contextlib.suppress(zmq.Again):
-            for _ in range(MAX_REQUESTS_PER_TURN):
-                subscribed |= self.status.recv(zmq.NOBLOCK)[:1] == b"\x01"
-        return subscribed
+        """Whether somebody subscribed to status since the last call."""
+        before, self._n_subscribed = self._n_subscribed, self._endpoints["status"].n_subscribed
+        return self._n_subscribed > before
 
     # -- control ------------------------------------------------------------------------------------------------------
 
+    @property
+    def has_requests(self) -> bool:
+        """Whether requests() returns something without serve()."""
+        return bool(self._requests)
+
     def requests(self) -> list[tuple[Sender, bytes]]:
-        """Requests that have arrived, as (sender, payload); at most 64, so that a flood does not delay a frame."""
-        requests: list[tuple[Sender, bytes]] = []
-        with contextlib.suppress(zmq.Again):
-            while len(requests) < MAX_REQUESTS_PER_TURN:
-                *routing, last = self.control.recv_multipart(zmq.NOBLOCK, copy=False)
-                sender = Sender(tuple(frame.bytes for frame in routing), _connection(last))
-                requests.append((sender, last.bytes))
-        return requests
+        """Requests that serve() has read, as (sender, payload); at most 64, so that a flood does not delay a frame."""
+        n = min(len(self._requests), MAX_REQUESTS_PER_TURN)
+        return [self._requests.popleft() for _ in range(n)]
 
     def reply(self, sender: Sender, payload: bytes) -> None:
         """Send a reply, or drop it when the sender is gone or reads nothing."""
-        with contextlib.suppress(zmq.ZMQError):
-            self.control.send_multipart([*sender.routing, payload], zmq.NOBLOCK)
+        control = self._endpoints["control"]
+        connection = control.find(sender.routing[0])
+        if connection is not None:
+            control.send(connection, pack_message(*sender.routing[1:], payload))
 
     @staticmethod
     def is_connected(sender: Sender) -> bool:
         """Whether the connection that a request came on is still open; True if that is unknown."""
-        return sender.connection is None or _inode(sender.connection[0]) == sender.connection[1]
-
-
-def _connection(frame: zmq.Frame) -> tuple[int, int] | None:
-    """libzmq closes the descriptor when the peer is gone; a later connection may get the number, but not the inode."""
-    fd = frame.get(zmq.SRCFD)
-    inode = _inode(fd) if isinstance(fd, int) else None
-    return (fd, inode) if inode is not None else None
-
-
-def _inode(fd: int) -> int | None:
-    try:
-        return os.fstat(fd).st_ino
-    except OSError:
-        return None
+        return sender.connection is None or sender.connection.is_open
 
 
 def _lock(folder: Path) -> int:
-    """Make the folder and take its lock file; the descriptor of that file. Raises EndpointError."""
-    longest = max(len(os.fsencode(folder / stream)) for stream in STREAMS)
-    if longest > MAX_SOCKET_PATH_BYTES:
+    """Make the folder and lock it; the descriptor of the folder. Raises EndpointError."""
+    try:
+        longest = max(len(os.fsencode(folder / stream)) for stream in STREAMS)
+    except UnicodeEncodeError:
+        longest = 0
+    if not longest or "\0" in str(folder):
+        raise EndpointError(f"runtime_dir: {str(folder)!a}: expected the path of a folder; found characters of no path")
+    if longest > MAX_PATH_BYTES:
         raise EndpointError(
-            f"runtime_dir: {folder}: socket paths may have {MAX_SOCKET_PATH_BYTES} bytes, found {longest}; use a "
+            f"runtime_dir: {folder}: socket paths may have {MAX_PATH_BYTES} bytes, found {longest}; use a "
             "shorter folder"
         )
     try:
@@ -196,16 +194,23 @@ def _lock(folder: Path) -> int:
                 f"runtime_dir: {folder}: expected a folder of uid {os.geteuid()}, found one of uid {owner}; choose "
                 "another folder"
             )
-        lock_fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
+        folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise EndpointError(
             f"runtime_dir: {folder}: {error.strerror}; set runtime_dir to a folder that you own"
         ) from None
-    try:
-        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock_fd)
-        raise EndpointError(
-            f"runtime_dir: {folder}: another edge-agent runs in this folder; stop it, or set another runtime_dir"
-        ) from None
-    return lock_fd
+    for _ in range(LOCK_TRIES):
+        try:
+            fcntl.flock(folder_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return folder_fd
+        except BlockingIOError:
+            time.sleep(LOCK_PAUSE_S)
+        except OSError as error:
+            os.close(folder_fd)
+            raise EndpointError(
+                f"runtime_dir: {folder}: cannot be locked: {error.strerror}; use a folder of a local file system"
+            ) from None
+    os.close(folder_fd)
+    raise EndpointError(
+        f"runtime_dir: {folder}: another edge-agent runs in this folder; stop it, or set another runtime_dir"
+    )

@@ -21,6 +21,10 @@ from edge_agent.wire.messages import DaemonState, Status
 STATUS_INTERVAL_NS = 200_000_000
 MAX_REASON_CHARS = 1000
 PAUSED = Reason("", ReasonKind.PAUSED, "by control; `edge-agent resume` ends it")
+NO_ACTION_NS = 2 * NS_PER_S  # refusals alone for this time are a reason, although the daemon is running
+
+
+ORDERED_REFUSALS = ("paused", "stale-instruction")  # they follow from a request
 
 
 @dataclass
@@ -33,6 +37,8 @@ class Counters:
     refusals: Counter[str] = field(default_factory=Counter)  # refusal reason -> count
     last_frame_seq: int = 0  # number in the slot of the frame that was answered last
     last_action_ns: int = 0  # when the last action was published; 0: none yet
+    refused_since_ns: int = 0  # the first of the refusals since the last action; 0: there is none
+    last_refusal: str = ""  # its reason
 
     def count_dropped(self, frame_seq: int) -> int:
         """Frames between the last answered frame and this one."""
@@ -40,6 +46,18 @@ class Counters:
         self.last_frame_seq = frame_seq
         self.dropped_frames += dropped
         return dropped
+
+    def count_action(self, now_ns: int) -> None:
+        self.actions += 1
+        self.last_action_ns, self.refused_since_ns = now_ns, 0
+
+    def count_refusal(self, reason: str, now_ns: int) -> None:
+        self.refusals[reason] += 1
+        self.last_refusal = reason
+        if reason in ORDERED_REFUSALS:
+            self.refused_since_ns = 0
+        elif not self.refused_since_ns:
+            self.refused_since_ns = now_ns
 
 
 class StatusReporter:
@@ -64,7 +82,7 @@ class StatusReporter:
         self._published_key: tuple[DaemonState, str] | None = None
 
     def state(self) -> tuple[DaemonState, Reason | None]:
-        """The daemon's state; the reason is None when it is running."""
+        """The daemon's state and its reason. A running daemon has a reason if it refuses every answer."""
         if self.is_stopping:
             return "stopping", None
         if not self.is_ready:
@@ -75,7 +93,16 @@ class StatusReporter:
         if self.control_state.paused:
             return "paused", PAUSED
         camera_reason = self.camera.missing_frames_reason()
-        return ("running", None) if camera_reason is None else ("no-frames", camera_reason)
+        return ("running", self._only_refusals()) if camera_reason is None else ("no-frames", camera_reason)
+
+    def _only_refusals(self) -> Reason | None:
+        """Why there is no action, although frames are answered; None: there are actions, or it is too early to say."""
+        since_ns = self.counters.refused_since_ns
+        duration_ns = self.clock() - since_ns
+        if not since_ns or duration_ns < NO_ACTION_NS:
+            return None
+        detail = f"for {duration_ns / NS_PER_S:.0f} s, the last one: {self.counters.last_refusal}"
+        return Reason("model", ReasonKind.NO_ACTION, "every answer is refused", detail)
 
     def counts(self) -> dict[str, Any]:
         """The fields that status and the reply to `stats` have in common."""
@@ -116,9 +143,10 @@ class StatusReporter:
             camera=self.config.name,
             camera_worker=self.camera.status(),
             model_worker=self.model.status(),
-            last_frame_age_ms=_age_ms(self.camera.last_frame_ns, now_ns),
+            last_frame_age_ms=_age_ms(self.camera.slot.newest_capture_ns(), now_ns),
             last_action_age_ms=_age_ms(self.counters.last_action_ns, now_ns),
             vision_backend=self.model.vision_backend,
+            language_backend=self.model.language_backend,
             mem_available_mib=health.mem_available_mib(),
             temperature_c=health.temperature_c(),
             **self.counts(),

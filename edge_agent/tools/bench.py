@@ -22,6 +22,7 @@ import numpy as np
 
 from edge_agent.actions.space import load_action_space
 from edge_agent.board import health
+from edge_agent.board.control_groups import available_cores
 from edge_agent.board.power import power_w
 from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, VISION, read_manifest
 from edge_agent.config import Config
@@ -251,7 +252,7 @@ def synthetic_frames(n: int) -> list[np.ndarray]:
 
 def measure_ceilings() -> Ceilings:
     """The best of a few runs each: a copy by all cores at once, and numpy's float32 matrix product."""
-    n_cores = len(os.sched_getaffinity(0))
+    n_cores = available_cores()
     source = np.ones(64 << 20, np.uint8)
     targets = [np.empty_like(source) for _ in range(n_cores)]
 

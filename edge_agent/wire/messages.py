@@ -154,7 +154,7 @@ class Status(Header, frozen=True, kw_only=True, tag_field="kind", tag="status"):
     """What the daemon does. Counters start at 0 with the session. None means unknown."""
 
     state: DaemonState
-    reason: str  # why the state is not "running"; "" otherwise
+    reason: str  # why the state is not "running", or why no actions come although it is; "" otherwise
     uptime_s: float
     camera: str
     camera_worker: WorkerStatus
@@ -164,14 +164,15 @@ class Status(Header, frozen=True, kw_only=True, tag_field="kind", tag="status"):
     actions: int  # actions published
     refusals: dict[str, int]  # refusal reason -> count
     faults: dict[str, int]  # "camera: REASON" or "model: REASON" -> count
-    last_frame_age_ms: float | None  # since the newest frame arrived; None: no frame yet
+    last_frame_age_ms: float | None  # since the newest frame was captured; None: no frame yet
     last_action_age_ms: float | None  # since the last action was published; None: no action yet
     inference_count: int  # grows while the model process works; the watchdog checks it
     instruction: str
     vision_backend: str  # for example "onnxruntime CPUExecutionProvider"; "" until the model is ready
-    mem_available_mib: float | None  # memory that the kernel can still give, of the whole machine
+    mem_available_mib: float | None  # memory that the daemon can still use, by the machine and by its control groups
     temperature_c: float | None  # the hottest thermal zone, degrees Celsius
     adapter: str = ""  # name of the active LoRA adapter; "" without one
     # For recorders, which want a date: nothing may be decided by these two.
     wall_clock_ns: int = 0  # CLOCK_REALTIME at t_pub_ns, ns since 1970; wrong where nothing has set the clock
     boot_id: str = ""  # of the kernel; stamps of two boots cannot be compared
+    language_backend: str = ""  # for example "llama.cpp CPU"; "" until the model is ready

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import gguf
 import llama_cpp
 import msgspec
 
 import edge_agent
+from edge_agent.bundle.gguf_package import gguf
 from quantize.formats.ggml_kernels import Type
 from quantize.formats.imatrix import Imatrix
 from quantize.source.checkpoint import Checkpoint, fingerprint

@@ -14,12 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import gguf
 import llama_cpp
 import msgspec
 import numpy as np
-from gguf import GGMLQuantizationType as Type
 
+from edge_agent.board.control_groups import available_cores
+from edge_agent.bundle.gguf_package import GGMLQuantizationType as Type
+from edge_agent.bundle.gguf_package import gguf
 from edge_agent.errors import UserError
 
 _base = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so"))
@@ -69,7 +70,7 @@ _quantize_chunk = _function(
     _index,  # elements of a row
     ctypes.c_void_p,  # float32 importance of each column, or null
 )
-N_THREADS = len(os.sched_getaffinity(0))
+N_THREADS = available_cores()
 _threads = ThreadPoolExecutor(N_THREADS)  # the kernels run without the interpreter's lock
 
 

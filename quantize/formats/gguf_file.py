@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-import gguf
 import numpy as np
 
+from edge_agent.bundle.gguf_package import gguf
 from quantize.formats.ggml_kernels import Type, tensor_bytes
 
 ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT

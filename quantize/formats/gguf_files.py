@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import gguf
 import numpy as np
 
+from edge_agent.bundle.gguf_package import gguf
 from quantize.build_folder import BuildFolder
 from quantize.formats import ggml_kernels
 from quantize.formats.build_plan import FLOAT_TYPES, BuildPlan, uniform_types

@@ -10,10 +10,10 @@ import hashlib
 import re
 from pathlib import Path
 
-import gguf
 import msgspec
 import numpy as np
 
+from edge_agent.bundle.gguf_package import gguf
 from edge_agent.errors import UserError
 from quantize.formats.gguf_file import WriterWithoutArchitecture
 from quantize.source.checkpoint import Checkpoint

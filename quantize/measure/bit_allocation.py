@@ -20,11 +20,11 @@ import math
 import re
 from pathlib import Path
 
-import gguf
 import msgspec
 import numpy as np
 
 from edge_agent.bundle.files import write_durably
+from edge_agent.bundle.gguf_package import gguf
 from edge_agent.bundle.manifest import LANGUAGE, Bundle
 from edge_agent.errors import UserError
 from edge_agent.model.llama import LLAMA_CPP_PYTHON, LlamaContext, LlamaOptions, observe_graph

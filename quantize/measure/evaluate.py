@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import gguf
 import msgspec
 import numpy as np
 
 from edge_agent.actions.envelope import Rejection, parse_answer
 from edge_agent.actions.space import load_action_space
+from edge_agent.bundle.gguf_package import gguf
 from edge_agent.bundle.manifest import LANGUAGE, MANIFEST, Bundle, read_manifest
 from edge_agent.config import CameraConfig, Config, LanguageConfig, TaskConfig, VisionConfig
 from edge_agent.errors import UserError

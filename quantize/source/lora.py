@@ -14,12 +14,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-import gguf
 import msgspec
 import numpy as np
 
 from edge_agent.bundle import signing
 from edge_agent.bundle.files import hash_file, sync_folder, write_durably
+from edge_agent.bundle.gguf_package import gguf
 from edge_agent.bundle.recognise import describe
 from quantize.progress import Progress
 from quantize.source.checkpoint import ADAPTER, Checkpoint, LoraDelta, interleave

@@ -101,6 +101,11 @@ class FakeWorker:
         self.killed = False
         self.commands: list[Any] = []
         self._events: list[bytes] = []
+        self.stderr = b""
+
+    def read_stderr(self) -> bytes:
+        written, self.stderr = self.stderr, b""
+        return written
 
     def emit(self, *events: object) -> None:
         self._events += [event if isinstance(event, bytes) else encode(event) for event in events]
@@ -129,8 +134,8 @@ class FakePublisher:
         self.folder = folder
         self.gone: set[bytes] = set()  # senders whose connection has ended
         self._pairs = socket.socketpair(), socket.socketpair()
-        (self.control, other_end), (self.status, _) = self._pairs
-        other_end.send(b"x")  # always readable: the loop never waits
+        self._pairs[0][1].send(b"x")  # always readable: the loop never waits
+        self.lost = ""  # why an endpoint is lost
         self.published: list[tuple[str, Header]] = []
         self.replies: list[Reply] = []
         self.reply_senders: list[bytes] = []
@@ -146,6 +151,19 @@ class FakePublisher:
 
     def request_bytes(self, payload: bytes, sender: bytes = b"controller") -> None:
         self._requests.append((Sender((sender,)), payload))
+
+    def filenos(self) -> list[int]:
+        return [pair[0].fileno() for pair in self._pairs]
+
+    def serve(self) -> None:
+        pass
+
+    def lost_endpoint(self) -> str:
+        return self.lost
+
+    @property
+    def has_requests(self) -> bool:
+        return bool(self._requests)
 
     def requests(self) -> list[tuple[Sender, bytes]]:
         requests, self._requests = self._requests, []
@@ -260,7 +278,7 @@ class InProcess:
 
     def load_model(self, error: str = "") -> None:
         """The model process reports that it is loaded, and answers the instruction that it then gets."""
-        self.model.emit(ModelReady(vision="fake", load_s=0.0, warmup_ms=0.0))
+        self.model.emit(ModelReady(vision="fake", load_s=0.0, warmup_ms=0.0, language="fake too"))
         self.turn()
         if self.model is not None:
             self.apply_instruction(error)

@@ -114,6 +114,7 @@ def test_publishing_to_a_stalled_subscriber_never_waits(tmp_path, report):
         stalled.setsockopt(zmq.SUBSCRIBE, b"")
         stalled.connect(endpoint(tmp_path, "text"))
         while not stalled.poll(20):
+            publisher.serve()
             publisher.send("text", TextMessage, lane="describe", frame_id=1, text="")
         for _ in range(TRIES):
             took_ms = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -19,6 +20,7 @@ from tests.harness import rig
 
 ROUNDS = 60
 FLIGHT_S = 180.0
+FREEZERS = Path("/sys/fs/cgroup/freezer")  # cgroup v1: a SIGKILL stays pending in a frozen process
 
 pytestmark = pytest.mark.soak
 
@@ -88,6 +90,43 @@ def test_faults(toy_bundle, runtime, capsys):
     with capsys.disabled():
         print("\n" + json.dumps(figures))
     assert figures["replays"] == 0 and figures["worst_ms_to_reason"] < 2500 and figures["worst_ms_to_silence"] < 1000
+
+
+@pytest.mark.skipif(not os.access(FREEZERS, os.W_OK), reason="needs root and a cgroup v1 freezer")
+@pytest.mark.parametrize("victim", ["camera_worker", "model_worker"])
+def test_a_worker_that_sigkill_does_not_end_costs_the_worker_alone(toy_bundle, runtime, victim):
+    """As a process in state D, inside a driver: the reason is published, control replies, SIGTERM ends the daemon."""
+    frozen = FREEZERS / f"edge-agent-test-{os.getpid()}"
+    frozen.mkdir()
+    config = {
+        "bundle": str(toy_bundle),
+        "camera": {"source": f"zmq:ipc://{runtime}/frames"},
+        "watchdog": {"model_stall_s": 0.5, "camera_stall_s": 0.5},
+    }
+    try:
+        with rig.Pusher(f"ipc://{runtime}/frames"), rig.daemon(runtime, config, fake={}) as running:
+            pid = getattr(running.wait("running"), victim).pid
+            (frozen / "cgroup.procs").write_text(str(pid))
+            (frozen / "freezer.state").write_text("FROZEN")
+            status = running.wait("fault", "stalled", "no-frames")
+            while "is still in the kernel" not in status.reason:
+                status = running.wait("fault", "stalled", "no-frames")
+            assert victim.split("_")[0] in status.reason and str(pid) in status.reason
+            with running.client() as client:
+                client.pause()
+                assert client.stats()["uptime_s"] > 0
+            assert rig.alive(pid)
+            assert running.stop() == 0
+            assert rig.alive(pid)
+            (frozen / "freezer.state").write_text("THAWED")
+            rig.wait_until_gone(pid)
+    finally:
+        (frozen / "freezer.state").write_text("THAWED")
+        for process_id in (frozen / "cgroup.procs").read_text().split():
+            rig.wait_until_gone(int(process_id))
+        while frozen.exists():  # the kernel needs a moment after the last process has gone
+            with contextlib.suppress(OSError):
+                frozen.rmdir()
 
 
 def test_memory_is_flat(toy_bundle, runtime, tmp_path_factory, capsys):

@@ -14,13 +14,13 @@ from pathlib import Path
 import gguf
 import msgspec
 import numpy as np
-import onnxruntime
 import pytest
 
 import quantize.build
 import quantize.build_folder
 from edge_agent.bundle import manifest, verify
 from edge_agent.model.llama import LlamaContext, LlamaOptions
+from edge_agent.model.onnx_runtime import onnxruntime
 from quantize.build_folder import BuildError, BuildFolder
 from quantize.formats import ggml_kernels
 from quantize.formats.build_plan import BuildPlan, plan_conversion

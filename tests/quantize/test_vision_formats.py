@@ -8,12 +8,12 @@ from pathlib import Path
 import gguf
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from onnx import numpy_helper
 
 from edge_agent.bundle.manifest import MMPROJ, REPORT, VISION
 from edge_agent.bundle.verify import verify_bundle
+from edge_agent.model.onnx_runtime import onnxruntime
 from edge_agent.model.preprocess import Preprocessor, image_grid
 from edge_agent.model.vision_encoder import OnnxEncoder
 from quantize.build import build

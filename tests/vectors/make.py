@@ -69,6 +69,7 @@ STATUS = Status(
     adapter="night",
     wall_clock_ns=1_795_000_000_000_000_000,
     boot_id="0b1d6c1e-9a55-4c83-a1c6-9f1c5f3a2d11",
+    language_backend="llama.cpp GPU, 33 of 33 layers",
 )
 TEXT = TextMessage(**HEADER, seq=3, lane="answer", frame_id=4711, text="ein Würfel ", request="9f3a61c2d07be845")
 VECTORS: dict[str, bytes] = {

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import msgspec
 import numpy as np
 import pytest
-import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,8 +34,11 @@ from edge_agent.config import CameraConfig
 from edge_agent.ipc.events import CameraFault
 from edge_agent.wire.codec import encode
 from edge_agent.wire.pushed_frame import PushedFrame, pack_pushed_frame
+from edge_agent.zmtp.endpoint import Endpoint
+from edge_agent.zmtp.frames import Message, pack_message
 from tests.harness.camera import HANG_S, FakeClock, Pusher, photograph
 from tests.harness.pictures import encoded, exif, scene, with_segment
+from tests.harness.zmtp_peer import RawPeer
 
 
 @pytest.fixture
@@ -107,18 +114,29 @@ def test_a_camera_process_publishes_pushed_frames(camera_process, tmp_path):
 # -- the newest frame -------------------------------------------------------------------------------------------------
 
 
-def test_the_newest_message_in_the_socket_is_taken():
-    """With inproc a sent message is in the receiver's queue when send() returns."""
-    with zmq.Context() as context, context.socket(zmq.PULL) as receiver, context.socket(zmq.PUSH) as sender:
-        receiver.bind("inproc://frames")
-        sender.connect("inproc://frames")
-        for word in (b"1", b"2", b"3"):
-            sender.send(word)
-        assert receive_newest(receiver).bytes == b"3"
+def test_the_newest_of_the_messages_that_have_arrived_is_taken(tmp_path):
+    with bind_receiver(f"ipc://{tmp_path}/frames", 10**6) as receiver, RawPeer(tmp_path / "frames", b"PUSH") as peer:
+        receiver.serve()
+        peer.send(*(pack_message(word) for word in (b"1", b"2", b"3")))
+        assert receive_newest(receiver) == [b"3"]
         assert receive_newest(receiver) is None
-        for word in (b"1", b"2", b"3", b"4"):  # never for ever: a fast pusher could keep the socket full
-            sender.send(word)
-        assert receive_newest(receiver).bytes == b"3"
+        large = b"4" * 1_000_000
+        sender = threading.Thread(target=peer.send, args=(pack_message(large),))
+        sender.start()  # more than the socket holds: it arrives in portions
+        newest = None
+        while newest is None:
+            newest = receive_newest(receiver)
+        sender.join()
+        assert newest == [large]
+
+
+def test_a_pusher_without_a_pause_does_not_keep_the_camera(tmp_path):
+    endless = itertools.count()
+    served = SimpleNamespace(fileno=lambda: readable.fileno(), serve=lambda: [(None, [b"%d" % next(endless)])])
+    readable, other_end = socket.socketpair()
+    with readable, other_end:
+        other_end.send(b"x")
+        assert receive_newest(served) == [b"2"]
 
 
 def test_after_a_pause_of_the_camera_the_last_pushed_frame_arrives(source, pusher, clock):
@@ -202,7 +220,7 @@ GOOD = pack_pushed_frame(1, 10**9, 2, 1, "rgb8", b"abcdef")
 def verdict(message: bytes, max_pixels: int = 10**6) -> str:
     """The reason of the refusal, or "" for a frame whose pixels are there. Anything else is a defect."""
     try:
-        frame = check_pushed_frame(memoryview(message), 0, 10**9 + 5, max_pixels)
+        frame = check_pushed_frame([message], 0, 10**9 + 5, max_pixels)
         pixels = pushed_pixels(frame)
     except SourceError as error:
         assert msgspec.msgpack.encode(error.detail)  # it can be sent to the supervisor
@@ -357,14 +375,15 @@ def test_a_pause_of_less_than_two_seconds_is_not_a_stall(config, slot, pusher, c
     """The socket is empty for 19 polls of 100 ms, then a frame comes."""
     polls = []
 
-    def receive(receiver: zmq.Socket) -> zmq.Frame | None:
+    def receive(receiver: Endpoint) -> Message | None:
         polls.append(clock.time_ns)
         clock.advance(0.1)
         if len(polls) < 20:
             return None
         pusher.send(1)
-        receiver.poll(HANG_S * 1000)
-        return receiver.recv(copy=False)
+        while (message := receive_newest(receiver)) is None:
+            pass
+        return message
 
     monkeypatch.setattr("edge_agent.camera.pushed.receive_newest", receive)
     with closing(read_pushed_frames(config, slot, clock)) as source:
@@ -403,8 +422,51 @@ def test_an_old_frame_is_not_new_again_after_a_restart(config, slot, clock, new_
 def test_an_endpoint_that_cannot_be_bound_is_refused(slot, clock, endpoint):
     with pytest.raises(SourceError) as caught:
         next(open_source(CameraConfig(source=f"zmq:{endpoint}"), slot, clock))
-    assert endpoint in caught.value.detail
+    assert endpoint.removeprefix("ipc://") in caught.value.detail
     assert caught.value.retryable == ("no/such" in endpoint)
+
+
+@pytest.mark.parametrize("kind", ["file", "fifo", "folder", "link"])
+def test_what_is_no_socket_is_never_replaced(slot, clock, tmp_path, kind):
+    """zmq:ipc:///…/precious.mp4 by mistake."""
+    path = tmp_path / "precious.mp4"
+    {
+        "file": lambda: path.write_text("an hour of flight"),
+        "fifo": lambda: os.mkfifo(path),
+        "folder": path.mkdir,
+        "link": lambda: path.symlink_to(tmp_path),
+    }[kind]()
+    before = os.lstat(path)
+    with pytest.raises(SourceError, match="expected a socket or nothing") as caught:
+        next(read_pushed_frames(CameraConfig(source=f"zmq:ipc://{path}"), slot, clock))
+    assert not caught.value.retryable and os.path.samestat(os.lstat(path), before)
+
+
+def test_a_path_that_was_removed_is_bound_again(config, slot, clock, tmp_path, source, pusher, new_pusher):
+    pusher.send(1)
+    assert next(source).frame_id == 1
+    (tmp_path / "frames").unlink()
+    clock.advance(1.1)
+    pusher.send(2)
+    assert next(source).frame_id == 2, "connections stay"
+    assert (tmp_path / "frames").is_socket()
+    clock.advance(0.02)
+    new_pusher().send(3)
+    assert next(source).frame_id == 3
+    source.close()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_path_that_is_lost_ends_the_source_which_is_opened_again(config, slot, clock, tmp_path, source, pusher):
+    pusher.send(1)
+    assert next(source).frame_id == 1
+    (tmp_path / "frames").unlink()
+    (tmp_path / "frames").write_text("precious")
+    clock.advance(1.1)
+    pusher.send(2)
+    with pytest.raises(SourceError, match=r"absent: .*frames: cannot be bound") as caught:
+        next(source)
+    assert caught.value.retryable and (tmp_path / "frames").read_text() == "precious"
 
 
 def test_a_path_that_is_too_long_for_a_socket_is_named(tmp_path):

@@ -57,6 +57,19 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
+def test_a_broken_pipe_of_the_daemon_is_no_success(monkeypatch, tmp_path):
+    """For a command that prints, it means that nobody reads the rest: `edge-agent listen | head`."""
+    from edge_agent.supervisor import process
+
+    def write_to_a_closed_socket(*_arguments: object, **_options: object) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(process, "run", write_to_a_closed_socket)
+    monkeypatch.setattr(sys, "argv", ["edge-agent", "run", "--bundle", str(tmp_path), "--camera", "0"])
+    with pytest.raises(RuntimeError, match="a socket that is closed"):
+        main.main()
+
+
 def test_help_teaches():
     done = run("--help")
     assert done.returncode == 0

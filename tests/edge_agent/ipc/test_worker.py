@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -186,6 +189,102 @@ def test_a_child_that_floods_is_read_in_parts(tmp_path, monkeypatch):
         worker.kill()
         worker.process.wait()
         slot.close()
+
+
+WRITER = """
+import os, sys
+from edge_agent.ipc import worker
+attached = worker.attach_to_supervisor()
+for _ in range(40_000):
+    try:
+        os.write(2, b"Corrupt JPEG data: 7 extraneous bytes\\n")  # as libjpeg does
+    except OSError:
+        pass
+attached.events.send(b"not held up")
+attached.events.recv(1)
+raise ImportError("libcudnn.so.9: cannot open shared object file")
+"""
+
+
+def test_a_child_whose_stderr_nobody_reads_is_not_held_up(tmp_path, monkeypatch):
+    with started("writing_worker", WRITER, tmp_path, monkeypatch) as worker:
+        assert wait_for(worker, 1) == [b"not held up"]
+        first = worker.read_stderr()
+        assert first.startswith(b"Corrupt JPEG data") and len(first) <= 64 * 1024
+        while worker.read_stderr():
+            pass
+        worker.send(b"x")
+        worker.process.wait(60)
+        assert worker.read_stderr().endswith(b"ImportError: libcudnn.so.9: cannot open shared object file\n")
+        assert worker.read_stderr() == b""
+
+
+def test_without_memory_the_kernel_takes_a_child_before_the_supervisor(echo):
+    wait_for(echo, 1)
+    ours, theirs = (int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in ("self", echo.pid))
+    assert theirs >= ours + 300
+
+
+@pytest.mark.parametrize("number", [errno.ENOBUFS, errno.ENOMEM, errno.EMSGSIZE, errno.EAGAIN, errno.EPIPE])
+def test_a_socket_without_resources_is_no_end_of_the_supervisor(echo, monkeypatch, number):
+    wait_for(echo, 1)
+
+    def fail(*_arguments: object) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(socket.socket, "send", fail)
+        patched.setattr(socket.socket, "recv", fail)
+        assert not echo.send(b"x") and echo.receive() == []
+        assert echo.hung_up == (number == errno.EPIPE)
+    assert echo.send(b"y") and wait_for(echo, 1) == [b"again y"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOBUFS, errno.EAGAIN, errno.EMSGSIZE])
+def test_a_child_that_cannot_get_its_configuration_is_ended(monkeypatch, number):
+    """A child killed at its birth is another matter: its socket is closed, and its exit status is read."""
+    killed = []
+
+    def fail(*_arguments: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(socket.socket, "send", fail)
+    monkeypatch.setattr(subprocess.Popen, "kill", lambda process: killed.append(process))
+    before = len(os.listdir("/proc/self/fd"))
+    with contextlib.closing(Slot.create()) as slot, pytest.raises(OSError, match=re.escape(os.strerror(number))):
+        Worker("no_such_module", slot, b"hello")
+    assert len(killed) == 1 and len(os.listdir("/proc/self/fd")) == before
+    killed[0].wait(60)
+
+
+def test_a_child_that_is_dead_at_its_birth_has_an_exit_status(monkeypatch):
+    """The first message meets a closed socket."""
+    send = socket.socket.send
+
+    def send_to_the_dead(sender: socket.socket, message: bytes) -> int:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(socket.socket, "send", send_to_the_dead)
+    with contextlib.closing(Slot.create()) as slot:
+        worker = Worker("no_such_module", slot, b"hello")
+    monkeypatch.setattr(socket.socket, "send", send)
+    worker.process.wait(60)
+    assert worker.exit_status == 1 and b"no_such_module" in worker.read_stderr()
+    worker.kill()
+
+
+@pytest.mark.parametrize("what", ["socketpair", "pipe", "process"])
+def test_a_child_that_cannot_be_started_leaves_nothing_open(monkeypatch, what):
+    def fail(*_arguments: object, **_options: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    names = {"socketpair": "socket.socketpair", "pipe": "os.pipe2", "process": "subprocess.Popen"}
+    with contextlib.closing(Slot.create()) as slot:
+        before = len(os.listdir("/proc/self/fd"))
+        monkeypatch.setattr(f"edge_agent.ipc.worker.{names[what]}", fail)
+        with pytest.raises(OSError, match="Too many open files"):
+            Worker("anything", slot, b"hello")
+        assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_program_that_cannot_be_started_leaves_no_socket(monkeypatch):

@@ -216,7 +216,7 @@ def test_embeddings_that_are_not_finite_never_become_an_action(rig, monkeypatch,
     """llama.cpp's 4-bit kernels on a CPU take NaN for zero: the logits look valid."""
     image = rig.image(1)
     before = rig.answer(image)
-    monkeypatch.setattr(rig.images, "_encoder", BrokenEncoder(rig.images._encoder, value, rows))
+    monkeypatch.setattr(rig.images, "encoder", BrokenEncoder(rig.images.encoder, value, rows))
     with pytest.raises(NonFiniteError, match="vision encoder"):
         rig.images.encode(image)
     monkeypatch.undo()

@@ -32,9 +32,36 @@ def test_an_instruction_that_does_not_fit_is_refused_and_the_previous_one_stays(
     with pytest.raises(InstructionRefused) as caught:
         rig.engine.instruct("Look at everything. " * 200)
     line = str(caught.value)
-    assert "language.context" in line and f"found {rig.llama.n_ctx}" in line and "\n" not in line
+    assert (
+        "language.context" in line and f"found {rig.llama.n_ctx}; raise it from 1024 to " in line and "\n" not in line
+    )
     assert rig.engine.cache.prefix_tokens == prefix and rig.engine.instruction == TASK
     assert rig.answer(image) == before
+
+
+def test_a_describe_prompt_that_does_not_fit_is_a_fault_of_the_configuration(toy_bundle):
+    """Or every frame would get an empty description."""
+    language = LanguageConfig(context=1024, gpu_layers=0, max_text_tokens=24, describe_prompt="Describe it. " * 300)
+    with (
+        pytest.raises(InstructionRefused, match=r"or language\.describe_prompt"),
+        engine_of(toy_bundle, "velocity_body", language=language),
+    ):
+        pass
+
+
+def test_a_describe_prompt_always_has_room(toy_bundle):
+    """Also behind the longest instruction that is accepted."""
+    language = LanguageConfig(context=1024, gpu_layers=0, max_text_tokens=24, describe_prompt="Describe it. " * 40)
+    with engine_of(toy_bundle, "velocity_body", language=language) as rig:
+        n_letters = 0
+        with contextlib.suppress(InstructionRefused):
+            while rig.engine.prompt.prefix_tokens("a" * (n_letters + 8)):
+                n_letters += 8
+        assert n_letters > 100
+        rig.engine.instruct("a" * n_letters)
+        rig.answer(rig.image(1))
+        rig.start_text(language.describe_prompt, lane="describe", request="")
+        assert not rig.engine.text.idle
 
 
 def test_the_longest_instruction_that_fits_leaves_room_for_everything(toy_bundle):
@@ -42,10 +69,10 @@ def test_the_longest_instruction_that_fits_leaves_room_for_everything(toy_bundle
     with engine_of(toy_bundle, "velocity_body") as rig:
         n_letters, text = 0, rig.engine.text
         with contextlib.suppress(InstructionRefused):
-            while True:
-                rig.engine.instruct("a" * (n_letters + 8))
+            while rig.engine.prompt.prefix_tokens("a" * (n_letters + 8)):
                 n_letters += 8
         assert 100 < n_letters < 1000
+        rig.engine.instruct("a" * n_letters)
         images = [
             np.array(rig.images.resize(np.zeros((*size, 3), np.uint8))) for size in ((1500, 10), (10, 1500), (900, 900))
         ]

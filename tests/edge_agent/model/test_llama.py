@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import gguf
+import llama_cpp.llama_cpp as ll
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -15,7 +16,16 @@ from hypothesis import strategies as st
 
 from edge_agent.bundle.manifest import LANGUAGE, EmbeddingInfo
 from edge_agent.model.frame_buffer import FrameBuffer
-from edge_agent.model.llama import ACTION_SEQ, TEXT_SEQ, LlamaContext, LlamaError, LlamaOptions
+from edge_agent.model.llama import (
+    ACTION_SEQ,
+    TEXT_SEQ,
+    LlamaContext,
+    LlamaError,
+    LlamaOptions,
+    cells_of,
+    context_for,
+    usable_context,
+)
 from tests.harness import ROOT, toy_layout, toy_numbers
 
 CONTEXT = 512
@@ -389,3 +399,16 @@ def test_another_release_of_llama_cpp_python_is_refused():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "expected 0.3.36, found 0.3.99" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("alignment", [1, 16])
+def test_the_context_to_configure_is_the_smallest_that_is_enough(alignment):
+    for n_tokens in range(1, 1600):
+        context = context_for(n_tokens, alignment)
+        assert usable_context(context, alignment) >= n_tokens
+        assert usable_context(context - 1, alignment) < n_tokens
+
+
+def test_the_usable_context_is_that_of_the_loaded_model(language):
+    assert language.n_ctx == usable_context(CONTEXT, 16) and language.context_for(CONTEXT) == CONTEXT + 1
+    assert ll.llama_n_ctx_seq(language.context) == cells_of(CONTEXT)

@@ -93,7 +93,8 @@ def test_it_reports_loading_then_ready_and_answers_after_an_instruction(start, o
     assert verified == ["language.gguf", "vision.onnx"]
     stages = [stage for stage in stages if not stage.startswith("verify ")]
     assert stages[0].startswith("weights") and stages[-3:] == ["grammar", "vision", "warm-up"]
-    assert ready.vision == "onnxruntime CPUExecutionProvider" and ready.load_s > 0 and ready.warmup_ms > 0
+    assert (ready.vision, ready.language) == ("onnxruntime CPUExecutionProvider", "llama.cpp CPU")
+    assert ready.load_s > 0 and ready.warmup_ms > 0
     process.publish(1)
     process.wait(Heartbeat)  # a turn without work: the frame was not answered
     assert not any(isinstance(event, Proposal) for event in process.events)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import msgspec
@@ -93,12 +94,24 @@ def test_a_text_can_be_stopped_with_a_reason(rig):
     assert rig.engine.text.idle
 
 
-def test_a_question_that_is_too_long_ends_at_once(rig):
-    rig.answer(rig.image(1))
-    rig.events.clear()
-    rig.start_text("What? " * 1000)
-    assert rig.engine.text.idle
-    assert [(delta.final, delta.stop_reason) for delta in rig.events] == [(True, "length")]
+@pytest.mark.parametrize("max_reasoning_tokens", [0, 5])
+def test_a_question_that_is_too_long_is_refused_with_numbers_that_help(toy_bundle, max_reasoning_tokens):
+    """Nothing is decoded. The line names the size of the question, its limit, and the context that is enough."""
+    with engine_of(toy_bundle, "velocity_body", **reasoning(max_reasoning_tokens)) as rig:
+        rig.answer(rig.image(1))
+        for question in ("What? " * 1000, "무엇이 보이나요? " * 100, "a\n" * 900, "\U0001f6f8" * 900):
+            rig.events.clear()
+            n_calls = rig.llama.n_calls
+            rig.start_text(question)
+            assert rig.engine.text.idle and rig.llama.n_calls == n_calls
+            (delta,) = rig.events
+            assert (delta.lane, delta.text, delta.final, delta.stop_reason) == ("answer", "", True, "length")
+            n, room, configured, enough = map(int, re.findall(r"[0-9]+", delta.error))
+            assert "language.context" in delta.error and configured == 1024 and n > room > 0
+            assert enough == rig.llama.context_for(rig.llama.n_ctx + n - room)
+        rig.events.clear()
+        rig.ask("What?" * (room // 4))
+        assert rig.text() and not any(delta.error for delta in rig.events)
 
 
 def test_a_frame_without_an_answer_can_be_asked_about(rig):

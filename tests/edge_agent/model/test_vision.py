@@ -6,13 +6,13 @@ import math
 import tracemalloc
 
 import numpy as np
-import onnxruntime
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, VISION, VisionInfo, read_manifest
 from edge_agent.model.llama import LlamaContext, LlamaOptions
+from edge_agent.model.onnx_runtime import onnxruntime
 from edge_agent.model.preprocess import MIN_TOKENS, Preprocessor, image_grid, n_embedding_rows
 from edge_agent.model.token_budget import TokenBudget
 from edge_agent.model.vision_encoder import (
@@ -329,6 +329,7 @@ def test_tensorrt_is_refused_where_it_is_missing_and_tried_first_where_it_is_not
     )  # fmt: skip
     encoder = OnnxEncoder(path, Preprocessor(FACTS, 64), 1, tensorrt=True)
     assert encoder.provider == "onnxruntime CPUExecutionProvider", "the provider that runs, not the requested one"
+    assert (encoder.asked, encoder.runs) == (TENSORRT, "CPUExecutionProvider")
     (name, options), cpu = passed[0]
     assert (name, cpu) == (TENSORRT, "CPUExecutionProvider")
     assert options["trt_engine_cache_path"] == str(tmp_path / "tensorrt") and (tmp_path / "tensorrt").is_dir()

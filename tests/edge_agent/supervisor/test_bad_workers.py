@@ -50,6 +50,7 @@ def test_an_invalid_event_costs_the_model_process_and_not_the_daemon(running, in
     "event",
     [
         ModelReady(vision="x" * 100_000, load_s=1.0, warmup_ms=1.0),
+        ModelReady(vision="", load_s=1.0, warmup_ms=1.0, language="x" * 100_000),
         InstructionApplied(instruction_id=0, text="Go.", adapter="x" * 100_000),
         proposal_of(frame_seq=2**63),
         proposal_of(frame_seq=-1),

@@ -168,6 +168,35 @@ def test_reasoning_is_published_with_the_question_and_not_part_of_the_answer(run
     assert running.publisher.replies[-1].result["text"] == "a pad"
 
 
+@pytest.mark.parametrize("text", ["", " \n"])
+@pytest.mark.parametrize("stop_reason", ["", "length", "not-finite", "new-instruction"])
+def test_an_empty_answer_is_not_a_success(running, text, stop_reason):
+    request_id = running.publisher.request("ask", "what?")
+    running.turn()
+    (question,) = commands(running, AskQuestion)
+    last = TextDelta(
+        lane="answer", frame_id=7, text=text, request=question.request, final=True, stop_reason=stop_reason
+    )
+    running.model.emit(last)
+    running.turn()
+    reply = running.publisher.replies[-1]
+    assert (reply.id, reply.ok) == (request_id, False)
+    assert reply.error == f"the answer is empty (stop_reason {stop_reason!r}); ask again, or in other words"
+    assert [piece.final for piece in running.publisher.stream("text")] == [True]
+
+
+def test_a_question_that_the_model_refuses_is_refused_with_its_reason(running):
+    request_id = running.publisher.request("ask", "what?")
+    running.turn()
+    (question,) = commands(running, AskQuestion)
+    error = "the question has 900 tokens, 300 fit: raise language.context from 1024 to 1700, or shorten it"
+    refused = TextDelta(lane="answer", frame_id=7, text="", request=question.request, final=True, error=error)
+    running.model.emit(refused)
+    running.turn()
+    reply = running.publisher.replies[-1]
+    assert (reply.id, reply.ok, reply.error, reply.result) == (request_id, False, error, {})
+
+
 def test_a_description_belongs_to_no_request(running):
     running.model.emit(TextDelta(lane="describe", frame_id=7, text="grass"))
     running.turn()

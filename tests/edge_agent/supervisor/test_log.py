@@ -22,7 +22,21 @@ def pipe(monkeypatch):
 def test_a_line_is_written_and_ended(pipe):
     log.log_line("state running")
     log.log_line("half a \ud800 pair")
-    assert os.read(pipe[0], 1000) == b"state running\nhalf a ? pair\n"
+    assert os.read(pipe[0], 1000) == b"state running\nhalf a \\ud800 pair\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [
+        ("two\nlines\r", b"two\\nlines\\r\n"),
+        ("\x1b[2J\x07\x00", b"\\x1b[2J\\x07\\x00\n"),
+        ("\u2028 \x85 \u202e", b"\\u2028 \\x85 \\u202e\n"),
+        ("Grüße 日本", "Grüße 日本\n".encode()),
+    ],
+)
+def test_what_could_start_a_line_or_control_a_terminal_is_escaped(pipe, text, written):
+    log.log_line(text)
+    assert os.read(pipe[0], 1000) == written
 
 
 def test_a_long_line_is_cut_below_the_size_that_a_pipe_takes_at_once(pipe):

@@ -136,6 +136,63 @@ def test_the_exit_reason_is_made_from_the_exit_status(managed):
     assert describe_exit(-1000) == "ended with status -1000"
 
 
+DYING_WORDS = {
+    b"Traceback ...\nImportError: libcudnn.so.9: no such file\n": "ImportError: libcudnn.so.9: no such file",
+    b"GGML_ASSERT(n > 0) failed": "GGML_ASSERT(n > 0) failed",
+    b"two \x1b[31mred\x1b[0m\r\n\n  \n": "two \\x1b[31mred\\x1b[0m",
+    b"x" * 5000 + b"\n": "x" * 500,
+    b"\xff\xfe": "\ufffd\ufffd",
+}
+
+
+@pytest.mark.parametrize(("written", "detail"), DYING_WORDS.items(), ids=range(len(DYING_WORDS)))
+def test_the_last_line_of_a_process_is_part_of_the_reason(managed, written, detail):
+    managed.start()
+    managed.worker.stderr, managed.worker.exit_status = written, 1
+    reason = managed.exit_reason()
+    assert (reason.key, reason.detail) == ("model: ended with status 1", detail)
+
+
+def test_a_line_of_long_ago_and_of_another_process_is_no_reason(managed, clock):
+    managed.start()
+    managed.worker.stderr = b"a warning\n"
+    managed.forward_stderr()
+    clock.advance(10.1)
+    managed.worker.exit_status = 1
+    assert managed.exit_reason().detail == ""
+    managed.worker.stderr = b"last words"
+    managed.restart_after_fault(managed.exit_reason())
+    managed.start()
+    managed.worker.exit_status = 2
+    assert managed.exit_reason().text == "model: ended with status 2"
+
+
+def test_lines_of_a_process_go_to_the_log_with_a_limit_and_a_count(managed, clock, capfd):
+    managed.start()
+    for _ in range(3):  # three seconds, each with several turns
+        for turn in range(4):
+            managed.worker.stderr = b"Corrupt JPEG data\n" * 100 + b"half a "
+            managed.forward_stderr()
+            managed.worker.stderr = b"line %d\n" % turn
+            managed.forward_stderr()
+        clock.advance(1.0)
+    managed.forward_stderr()
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 3 * (20 + 1)
+    assert lines[0] == "model: Corrupt JPEG data" and lines[20] == "model: 384 more lines are not shown"
+
+
+def test_a_line_without_an_end_is_not_collected(managed, capfd):
+    managed.start()
+    for _ in range(1000):
+        managed.worker.stderr = b"x" * 1000
+        managed.forward_stderr()
+    assert len(managed._log._rest) <= 501
+    managed.worker.stderr = b"\nthe next\n"
+    managed.forward_stderr()
+    assert capfd.readouterr().err.splitlines() == ["model: " + "x" * 500, "model: the next"]
+
+
 def test_the_key_of_a_reason_omits_the_detail_and_its_text_has_it():
     reason = Reason("camera", ReasonKind.NO_FRAME, "no frame", "for 4 s")
     assert (reason.key, reason.text) == ("camera: no frame", "camera: no frame: for 4 s")

@@ -82,7 +82,8 @@ def test_status_has_the_counters_and_the_ages(running):
     assert (status.frames, status.frames_dropped, status.actions) == (4, 2, 1)
     assert (status.refusals, status.faults) == ({"invalid": 1}, {})
     assert (status.last_frame_age_ms, status.last_action_age_ms) == (500.0, 500.0)
-    assert (status.instruction, status.adapter, status.vision_backend) == ("Hold position.", "", "fake")
+    assert (status.instruction, status.adapter) == ("Hold position.", "")
+    assert (status.vision_backend, status.language_backend) == ("fake", "fake too")
     assert status.camera_worker.alive and status.model_worker.pid == running.model.pid
     assert status.mem_available_mib is None or status.mem_available_mib > 0
 
@@ -92,6 +93,47 @@ def test_before_the_first_frame_the_ages_are_unknown():
         starting.turn()
         status = starting.publisher.stream("status")[-1]
     assert (status.last_frame_age_ms, status.last_action_age_ms) == (None, None)
+
+
+def test_the_age_of_a_frame_counts_from_its_capture(running):
+    slot = running.supervisor.slot
+    slot.write(4, 6)
+    slot.publish(9, running.clock() - 300_000_000, "driver")  # the driver needed 300 ms
+    running.turn(0.2)
+    assert running.publisher.stream("status")[-1].last_frame_age_ms == 500.0
+
+
+REFUSED = {
+    "late": {"t_capture_ns": 1},
+    "invalid": {"text": "not json"},
+    "truncated": {"stop_reason": "length"},
+    "not-finite": {"stop_reason": "not-finite"},
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_a_model_whose_every_answer_is_refused_has_a_reason(running, reason, capfd):
+    for _ in range(10):
+        running.answer(**REFUSED[reason])
+        running.turn(0.3)
+    expected = f"model: every answer is refused: for 3 s, the last one: {reason}"
+    assert running.state == ("running", expected)
+    assert running.publisher.stream("status")[-1].reason == expected
+    running.answer()
+    assert running.state == ("running", "")
+    assert capfd.readouterr().err.count("state running: model: every answer is refused") == 1
+
+
+def test_some_refusals_and_those_that_follow_from_a_request_are_no_reason(running):
+    for refused in [{"text": "not json"}] * 3 + [{"instruction_id": 99}] * 20 + [{}]:
+        running.answer(**refused)
+        running.turn(0.3)
+        assert running.state == ("running", "")
+    running.answer(text="not json")
+    running.restart_model()
+    running.load_model()
+    running.answer(text="not json")
+    assert running.state == ("running", "")
 
 
 def test_faults_of_both_workers_are_counted_by_their_reason(running):

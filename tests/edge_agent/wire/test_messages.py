@@ -247,7 +247,8 @@ def test_control_and_worker_messages_ignore_unknown_keys_too():
 
 @EACH
 def test_a_missing_key_is_an_error(stream, message):
-    optional = {"request", "final", "stop_reason", "adapter", "chunk", "chunk_step_ms", "wall_clock_ns", "boot_id"}
+    optional = {"request", "final", "stop_reason", "adapter", "chunk", "chunk_step_ms"}
+    optional |= {"wall_clock_ns", "boot_id", "language_backend"}
     for name in {"kind", *message.__struct_fields__} - optional:
         fields = msgspec.to_builtins(message)
         if name == "kind" and stream != "actions":
@@ -387,6 +388,7 @@ any_status = st.builds(
     vision_backend=text,
     mem_available_mib=st.none() | number,
     temperature_c=st.none() | number,
+    language_backend=text,
 )
 
 

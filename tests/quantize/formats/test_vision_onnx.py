@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 
 from edge_agent.bundle.manifest import MMPROJ, VISION, VisionInfo
+from edge_agent.model.onnx_runtime import onnxruntime
 from edge_agent.model.preprocess import Preprocessor
 from edge_agent.model.vision_encoder import MtmdEncoder, OnnxEncoder
 from tests.harness import toy, toy_layout
