@@ -31,7 +31,7 @@ def test_the_number_of_threads_and_its_reason(monkeypatch, cpu_threads, quota, e
     [
         (None, 900.0, "900 MiB available\n"),
         (2000.0, 900.0, "900 MiB available\n"),
-        (300.0, 300.0, "300 MiB available, the limit of a control group\n"),
+        (600.0, 600.0, "600 MiB available, the limit of a control group\n"),
     ],
 )
 def test_the_limit_of_a_control_group_is_named(toy_bundle, monkeypatch, capsys, left_mib, available_mib, words):
