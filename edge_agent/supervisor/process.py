@@ -138,7 +138,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Serve until stopped. The exit status."""
-        notify("STATUS=loading")
+        notify("STATUS=verifying the bundle")
         try:
             with self._wake_on_signals():
                 self.start()
@@ -256,6 +256,7 @@ class Supervisor:
         self.bundle, self.publisher.bundle_id = bundle, bundle.id
         model = bundle.manifest.model
         log_line(f"bundle {bundle.id}: {model.family} {model.size} {bundle.manifest.recipe}")
+        notify("STATUS=loading")
         self.model.reason = Reason("model", ReasonKind.STARTING, "starting")
         self.model.start()
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import os
 import random
+import stat
 import time
 from collections import deque
 from collections.abc import Callable
@@ -188,11 +189,16 @@ def _lock(folder: Path) -> int:
         )
     try:
         folder.mkdir(mode=0o750, parents=True, exist_ok=True)
-        owner = folder.stat().st_uid
-        if owner != os.geteuid():
+        found = folder.stat()
+        if found.st_uid != os.geteuid():
             raise EndpointError(
-                f"runtime_dir: {folder}: expected a folder of uid {os.geteuid()}, found one of uid {owner}; choose "
-                "another folder"
+                f"runtime_dir: {folder}: expected a folder of uid {os.geteuid()}, found one of uid {found.st_uid}; "
+                "choose another folder"
+            )
+        if found.st_mode & stat.S_IWOTH:
+            raise EndpointError(
+                f"runtime_dir: {folder}: everybody may write to it, so anybody could answer in place of this daemon; "
+                f"chmod o-w {folder}, or choose another folder"
             )
         folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:

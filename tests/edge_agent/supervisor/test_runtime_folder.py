@@ -37,6 +37,14 @@ def test_folder_and_sockets_are_for_owner_and_group_alone(folder, umask):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o702])
+def test_a_folder_that_everybody_may_write_to_is_refused(folder, mode):
+    folder.mkdir()
+    folder.chmod(mode)
+    with pytest.raises(EndpointError, match="everybody may write to it"):
+        Publisher(folder)
+
+
 def test_a_folder_of_another_user_is_refused(folder):
     folder.mkdir()
     os.chown(folder, 12345, 12345)
