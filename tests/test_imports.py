@@ -30,7 +30,10 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "actions": ({"errors", "strict_yaml", "time_units", "wire"}, {"msgspec"}),
     "bundle": ({"errors", "config", "profile"}, {"msgspec", "gguf", "cryptography"}),
     "ipc": ({"time_units", "wire"}, {"msgspec", "numpy"}),
-    "camera": ({"ipc", "config", "errors", "time_units", "wire", "zmtp"}, {"cv2", "msgspec", "numpy", "simplejpeg"}),
+    "camera": (
+        {"ipc", "config", "errors", "suspend", "time_units", "wire", "zmtp"},
+        {"cv2", "msgspec", "numpy", "simplejpeg"},
+    ),
     "model": (
         {"ipc", "config", "errors", "actions", "bundle", "board", "wire", "profile", "time_units"},
         {"cv2", "gguf", "llama_cpp", "llguidance", "msgspec", "numpy", "onnxruntime"},

@@ -38,6 +38,7 @@ from edge_agent.config import CameraConfig
 from edge_agent.ipc.backoff import Backoff
 from edge_agent.ipc.events import CameraEnded, CameraEvent, CameraFault, CameraOpened
 from edge_agent.ipc.frame_slot import Slot
+from edge_agent.suspend import SuspendDetector
 from edge_agent.time_units import NS_PER_S
 
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 5.0  # before a failed source is opened again
@@ -51,7 +52,9 @@ SOURCES: dict[str, Callable[[CameraConfig, Slot, Clock], SourceItems]] = {
     "video": read_video,
     "folder": read_folder,
 }
-CAN_FREEZE = {"v4l2", "gst"}  # a pushed frame has a stamp that shows a repetition; a file may repeat an image
+# Devices: they can freeze, and a frame can wait in the driver while the machine is suspended. A pushed frame has a
+# stamp that shows both; a file may repeat an image.
+LIVE_KINDS = {"v4l2", "gst"}
 PROBE_FREEZE_S = 5.0  # how long the probe looks at identical images at most
 
 
@@ -77,7 +80,7 @@ def open_source(
     kind = source_kind(config.source)
     height_width: tuple[int, int] | None = None
     items = SOURCES[kind](config, slot, clock)
-    with contextlib.closing(detect_frozen(items, slot, clock, config) if kind in CAN_FREEZE else items) as items:
+    with contextlib.closing(detect_frozen(items, slot, clock, config) if kind in LIVE_KINDS else items) as items:
         for item in items:
             if isinstance(item, CapturedFrame) and item.image.shape[:2] != height_width:
                 height, width = height_width = item.image.shape[:2]
@@ -105,7 +108,7 @@ def probe(config: CameraConfig, timeout_s: float = PROBE_TIMEOUT_S, clock: Clock
             elif isinstance(item, CameraFault):
                 if clock.now_ns() > end_ns:
                     raise SourceError(item.reason, item.detail)
-            elif source_kind(config.source) not in CAN_FREEZE or clock.now_ns() > end_ns:
+            elif source_kind(config.source) not in LIVE_KINDS or clock.now_ns() > end_ns:
                 return found
             else:
                 this = fingerprint(item.image)
@@ -115,15 +118,24 @@ def probe(config: CameraConfig, timeout_s: float = PROBE_TIMEOUT_S, clock: Clock
     raise SourceError("unreadable", f"{config.source}: no frame")
 
 
-def run(config: CameraConfig, slot: Slot, send: Callable[[CameraEvent], object], clock: Clock = MONOTONIC) -> int:
+def run(
+    config: CameraConfig,
+    slot: Slot,
+    send: Callable[[CameraEvent], object],
+    clock: Clock = MONOTONIC,
+    suspend: SuspendDetector | None = None,
+) -> int:
     """Publish the frames of the source. Returns 0 at the end of the source, or EX_CONFIG after a permanent error."""
-    backoff = Backoff(FIRST_PAUSE_S, MAX_PAUSE_S)
+    backoff, suspend = Backoff(FIRST_PAUSE_S, MAX_PAUSE_S), suspend or SuspendDetector()
     while True:
         try:
             newest = slot.peek(0)
-            frame_id = newest.frame_id if newest else 0
+            frame_id, resumed_ns = newest.frame_id if newest else 0, suspend.resumed_ns()
             for item in open_source(config, slot, clock):
                 if isinstance(item, CapturedFrame):
+                    if source_kind(config.source) in LIVE_KINDS and suspend.resumed_ns() != resumed_ns:
+                        # A frame that waited in the driver would be stamped now.
+                        raise SourceError("clock", "the machine was suspended; the source is opened again")
                     frame_id = frame_id + 1 if item.frame_id is None else item.frame_id
                     slot.publish(frame_id, item.t_capture_ns, item.capture_clock)
                     backoff.note_success(clock.now_ns())

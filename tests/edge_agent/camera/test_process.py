@@ -22,6 +22,7 @@ from edge_agent.camera.source import CapturedFrame, SourceError, check_size
 from edge_agent.config import CameraConfig
 from edge_agent.ipc.events import CameraFault, CameraOpened, decode_camera_event
 from edge_agent.ipc.frame_slot import Slot
+from edge_agent.suspend import SuspendDetector
 from edge_agent.wire.codec import encode
 from tests.harness.camera import (
     ENV,
@@ -137,6 +138,36 @@ def test_an_absent_device_is_tried_again_with_growing_pauses(slot):
     assert events == [CameraFault("absent", "/dev/video97: No such file or directory")] * 7
 
 
+@pytest.mark.parametrize(("kind", "is_live"), [("v4l2", True), ("gst", True), ("zmq", False), ("video", False)])
+def test_after_a_suspend_a_device_is_opened_again(slot, monkeypatch, kind, is_live):
+    """A frame that waited in the driver meanwhile would be stamped at its arrival, and look new."""
+    clock, boottime = FakeClock(), FakeClock()
+    n_opened = 0
+
+    def device(config, slot, clock):
+        nonlocal n_opened
+        n_opened += 1
+        for i in range(4):
+            if i == 2 and n_opened == 1:
+                boottime.advance(60.0)
+            slot.write(4, 4)[:] = i
+            yield CapturedFrame(slot.write(4, 4), clock.now_ns(), "arrival")
+        raise Enough
+
+    monkeypatch.setitem(SOURCES, kind, device)
+    monkeypatch.setattr("edge_agent.camera.process.source_kind", lambda source: kind)
+    monkeypatch.setattr("edge_agent.camera.process.detect_frozen", lambda items, *_: items)
+    events = []
+    with pytest.raises(Enough):
+        run(CameraConfig(source="0"), slot, events.append, clock, SuspendDetector(clock.now_ns, boottime.now_ns))
+    suspended = [event for event in events if isinstance(event, CameraFault)]
+    if is_live:
+        assert suspended == [CameraFault("clock", "the machine was suspended; the source is opened again")]
+        assert (n_opened, slot.latest_seq) == (2, 2 + 4)
+    else:
+        assert (suspended, n_opened, slot.latest_seq) == ([], 1, 4)
+
+
 @pytest.mark.parametrize(("seconds", "pauses_s"), [(0, [0.5, 1, 2, 4]), (11, [0.5, 1, 0.5, 1])])
 def test_only_a_good_period_makes_the_pauses_short_again(slot, monkeypatch, seconds, pauses_s):
     """A device that opens at the third attempt, gives frames for some seconds and fails again."""
@@ -157,7 +188,7 @@ def test_only_a_good_period_makes_the_pauses_short_again(slot, monkeypatch, seco
 
     clock = FakeClock(on_sleep=stop)
     monkeypatch.setitem(SOURCES, "v4l2", device)
-    monkeypatch.setattr("edge_agent.camera.process.CAN_FREEZE", set())
+    monkeypatch.setattr("edge_agent.camera.process.LIVE_KINDS", set())
     with pytest.raises(Enough):
         run(CameraConfig(source="0"), slot, lambda event: None, clock)
     assert clock.pauses_s == pytest.approx(pauses_s)
