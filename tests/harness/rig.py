@@ -26,6 +26,7 @@ from edge_agent.bundle.manifest import read_manifest
 from edge_agent.bundle.model_start import encode_model_start
 from edge_agent.client import Client, FramePusher
 from edge_agent.config import CameraConfig, Config, LanguageConfig, TaskConfig, VisionConfig, load_config
+from edge_agent.supervisor import managed_worker
 from edge_agent.supervisor.process import run
 from edge_agent.wire.messages import Status
 from tests.harness import ROOT
@@ -176,4 +177,5 @@ def wait_until_gone(*pids: int, timeout_s: float = 60.0) -> None:
 
 
 if __name__ == "__main__":
+    managed_worker.MAX_PAUSE_S = float(os.environ.get("MAX_PAUSE_S", managed_worker.MAX_PAUSE_S))
     sys.exit(run(load_config(sys.argv[1]), *sys.argv[2:], model_module="tests.harness.fake_model"))

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -19,6 +21,7 @@ import numpy as np
 import pytest
 import zmq
 
+from edge_agent.client import Client
 from edge_agent.supervisor.publisher import Publisher
 from edge_agent.wire.endpoints import endpoint
 from edge_agent.wire.messages import TextMessage
@@ -147,3 +150,44 @@ def test_the_watchdog_is_fed_in_time(toy_bundle, runtime, report):
                 if gap_ms < 1000 * WATCHDOG_INTERVAL_S:
                     return
     pytest.fail(f"the longest gap was {gap_ms} ms, the interval is {1000 * WATCHDOG_INTERVAL_S:g} ms")
+
+
+def test_pause_is_answered_in_a_tenth_of_a_second_in_every_state(toy_bundle, runtime, report):
+    """While the bundle is verified and the model loads, while frames are answered, and without model or camera."""
+    took_ms: dict[str, list[float]] = {}
+
+    def pause(client: Client, state: str, n: int) -> None:
+        for _ in range(n):
+            start_s = time.monotonic()
+            client.pause(timeout_s=30.0)
+            took_ms.setdefault(state, []).append((time.monotonic() - start_s) * 1000)
+
+    settings = config(toy_bundle, runtime) | {"watchdog": {"model_stall_s": 1.0, "camera_stall_s": 1.0}}
+    with (
+        rig.Pusher(f"ipc://{runtime}/frames", rate_hz=30.0),
+        rig.daemon(runtime, settings, wait=False) as running,
+        running.client() as client,
+    ):
+        while not (runtime / "control").exists():
+            time.sleep(0.01)
+        status = client.status(30.0)
+        while status is None or status.state == "starting":
+            pause(client, "starting", 5)
+            status = client.status(30.0)
+        client.resume()
+        status = running.wait("running")
+        pause(client, "running", 100)
+        pause(client, "paused", 100)
+        client.resume()
+        for name, worker, number in (
+            ("model killed", "model_worker", signal.SIGKILL),
+            ("model hangs", "model_worker", signal.SIGSTOP),
+            ("camera hangs", "camera_worker", signal.SIGSTOP),
+        ):
+            os.kill(getattr(running.wait("running"), worker).pid, number)
+            pause(client, name, 100)
+            client.resume()
+        figures = {state: percentiles_ms(values) for state, values in took_ms.items()}
+        every = percentiles_ms([value for values in took_ms.values() for value in values])
+    report({"promise": "pause to reply", "all": every} | figures)
+    assert every["p99_ms"] <= 100.0, every

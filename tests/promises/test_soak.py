@@ -19,6 +19,7 @@ from edge_agent.wire.messages import Action
 from tests.harness import rig
 
 ROUNDS = 60
+KILLS = 500
 FLIGHT_S = 180.0
 FREEZERS = Path("/sys/fs/cgroup/freezer")  # cgroup v1: a SIGKILL stays pending in a frozen process
 
@@ -90,6 +91,40 @@ def test_faults(toy_bundle, runtime, capsys):
     with capsys.disabled():
         print("\n" + json.dumps(figures))
     assert figures["replays"] == 0 and figures["worst_ms_to_reason"] < 2500 and figures["worst_ms_to_silence"] < 1000
+
+
+def test_no_frame_is_answered_twice_when_the_model_is_killed_and_the_camera_pauses(toy_bundle, runtime, capsys):
+    """The answered frame stays in the slot, and the next model process finds it there."""
+    config = {"bundle": str(toy_bundle), "camera": {"source": f"zmq:ipc://{runtime}/frames"}}
+    with (
+        rig.Pusher(f"ipc://{runtime}/frames", rate_hz=100.0) as pusher,
+        rig.daemon(runtime, config, fake={}, env={"MAX_PAUSE_S": "0.05"}) as running,
+        running.client() as listening,
+        running.client() as asking,
+    ):
+        recorder = ActionRecorder(listening)
+        recorder.start()
+        pid = running.wait("running").model_worker.pid
+        for _ in range(KILLS):
+            n_actions = len(recorder.actions)
+            pusher.running.set()
+            while len(recorder.actions) < n_actions + 2:
+                time.sleep(0.002)
+            pusher.running.clear()
+            time.sleep(0.03)  # the last frame is answered
+            os.kill(pid, signal.SIGKILL)
+            while (status := asking.status(30.0)).model_worker.pid in (None, pid) or status.state == "fault":
+                pass
+            pid = status.model_worker.pid
+            time.sleep(0.1)  # the new process looks into the slot
+        recorder.ended.set()
+        recorder.join()
+    frames = [frame_id for _, frame_id, _ in recorder.actions]
+    figures = {"promise": "answered once", "kills": KILLS, "actions": len(frames)}
+    figures["replays"] = len(frames) - len(set(frames))
+    with capsys.disabled():
+        print("\n" + json.dumps(figures))
+    assert figures["replays"] == 0
 
 
 @pytest.mark.skipif(not os.access(FREEZERS, os.W_OK), reason="needs root and a cgroup v1 freezer")
