@@ -95,6 +95,7 @@ def test_contract_with_the_supervisor():
         "RestartPreventExitStatus=78",
         "KillMode=mixed",
         "TimeoutStopSec=5",
+        "RuntimeDirectoryPreserve=restart",  # the file of a pause
         f"LimitNOFILE={DESCRIPTORS}",
     ):
         assert f"\n{line}\n" in text
