@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import zmq
 
-from edge_agent.client import Client, FramePusher
-from edge_agent.client.client import NotConnected, plain_value
+from edge_agent.client import Client, FramePusher, NotConnected
+from edge_agent.client.client import plain_value
 from edge_agent.suspend import MAX_GAIN_NS, SuspendDetector
 from edge_agent.wire.control import Request
 from tests.harness import ROOT
@@ -213,7 +213,7 @@ def test_a_daemon_that_is_gone_cannot_be_told(daemon, client, monkeypatch):
 
 FORK = """
 import os, sys
-from edge_agent.client import Client, FramePusher
+from edge_agent.client import Client, FramePusher, NotConnected
 client, pusher = Client(sys.argv[1]), FramePusher(f"ipc://{sys.argv[1]}/frames")
 client.next_answer(0.0)
 client.status(0.0)
