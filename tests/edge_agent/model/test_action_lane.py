@@ -25,6 +25,7 @@ from edge_agent.model.constrained import NonFiniteError
 from edge_agent.model.events import Events
 from edge_agent.model.llama import ACTION_SEQ, LlamaContext, LlamaOptions
 from edge_agent.model.prompt import SYSTEM_PROMPT
+from tests.harness import toy
 from tests.harness.engine import EngineRig, engine_of
 from tests.harness.rig import TASK, numbers_only
 
@@ -83,7 +84,7 @@ def plain_answer(llama: LlamaContext, rig: EngineRig, image: np.ndarray) -> tupl
 
 @pytest.mark.parametrize(
     ("name", "action_type", "n_images"),
-    [("velocity_body", "", 20), ("waypoint", "", 12), ("velocity_body", "move", 5), ("waypoint", "waypoint", 5)],
+    [("velocity_body", "", 8), ("waypoint", "", 8), ("velocity_body", "move", 3), ("waypoint", "waypoint", 3)],
 )
 def test_an_answer_is_that_of_a_plain_evaluation(exact_bundle, tmp_path, name, action_type, n_images):
     """Also with the one action type that has numbers, since the toy prefers to land.
@@ -249,7 +250,8 @@ def test_frames_of_any_size_in_any_order_are_answered(rig):
     sizes = [(1, 1), (4320, 7680), (1, 3000), (480, 640), (3000, 1), (27, 29), (480, 640)]
     answers = []
     for n, (height, width) in enumerate(sizes):
-        decision = rig.decide(rig.image(3, height, width), n)
+        image = np.resize(toy.toy_image(48, 64, seed=3), (height, width, 3))
+        decision = rig.decide(np.array(rig.images.resize(image)), n)
         assert decision.stop_reason == ""
         assert isinstance(parse_answer(decision.text, rig.engine.prompt.action_space), CheckedAction)
         answers.append(decision.text)
@@ -328,7 +330,7 @@ def test_after_another_action_type_the_last_answer_of_that_type_is_the_draft(toy
     ("name", "action_type"), [("velocity_body", "move"), ("waypoint", "waypoint"), ("velocity_body", "")]
 )
 def test_a_draft_changes_nothing_but_the_time(toy_bundle, tmp_path, name, action_type):
-    assert answer_under_drafts(toy_bundle, space_file(tmp_path, name, **only(name, action_type)), 40) == 360
+    assert answer_under_drafts(toy_bundle, space_file(tmp_path, name, **only(name, action_type)), 12) == 108
 
 
 @pytest.mark.soak

@@ -78,7 +78,7 @@ def test_the_longest_instruction_that_fits_leaves_room_for_everything(toy_bundle
         ]
         rig.answer(images[0])
         rig.start_text(lane="describe", request="")
-        for n in range(40):
+        for n in range(30):
             rig.answer(images[n % 3])
             if not text.idle:
                 text.step()
