@@ -35,6 +35,13 @@ hypothesis.settings.load_profile("busy machine")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread for llama.cpp, here and in every process that a test starts. The threads of a tiny model wait for each
+    other more than they compute; on a busy machine each wait may cost milliseconds. libgomp reads it while loaded."""
+    if config.option.markexpr != "promise":
+        os.environ.setdefault("OMP_THREAD_LIMIT", "1")
+
+
 @pytest.fixture(scope="session")
 def toy_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BF16 checkpoint folder: tied embeddings, tekken.json, one file of weights, 4096 tokens."""

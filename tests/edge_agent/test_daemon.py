@@ -28,6 +28,7 @@ from tests.harness import ROOT, rig, toy
 
 LANGUAGE = {"context": 1024, "max_text_tokens": 12}
 HANG_S = 120.0
+ALL_THREADS = {"OMP_THREAD_LIMIT": "1024"}  # in place of the one of tests/conftest.py
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ def test_from_checkpoint_to_controller(kind, toy_bf16, toy_fp8, runtime, tmp_pat
     space = load_action_space("velocity_body")
     with (
         rig.Pusher(f"ipc://{runtime}/frames", rate_hz=20) as pusher,
-        rig.daemon(runtime, config(tmp_path / "bundle", f"zmq:ipc://{runtime}/frames")) as running,
+        rig.daemon(runtime, config(tmp_path / "bundle", f"zmq:ipc://{runtime}/frames"), env=ALL_THREADS) as running,
         running.client() as client,
     ):
         actions = [next(client.actions()) for _ in range(10)]

@@ -82,8 +82,8 @@ def test_the_bundle_is_small(bundle: Path):
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "mtmd"])
 def test_it_answers_held_out_frames(bundle: Path, backend: str):
-    shown = benchmark.frames(80, benchmark.SEED + 1000, benchmark.held_out_photographs())
-    assert len(shown) == 80
+    shown = benchmark.frames(40, benchmark.SEED + 1000, benchmark.held_out_photographs())
+    assert len(shown) == 40
     with benchmark.pilot(bundle, backend) as link:
         questions = [f.exercise.exchanges[0].question if f.exercise.exchanges else "" for f in shown]
         answers = [
@@ -127,7 +127,7 @@ def test_it_lands_with_orders_in_other_words_and_languages(link: fly.DaemonLink,
 
 
 def test_it_does_not_land_without_the_right_pad(link: fly.DaemonLink):
-    counts = benchmark.bad_input(link, 6, benchmark.held_out_photographs())
+    counts = benchmark.bad_input(link, 4, benchmark.held_out_photographs())
     too_small = ("frame of 64x64", "frame of 300x96")  # the model card says so: sides below 112 pixels
     assert [name for name, row in counts.items() if row["wrong_land"] and name not in too_small] == []
     assert sum(counts[name]["wrong_land"] for name in too_small) <= 1  # over the right pad, but too early

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -181,10 +182,14 @@ def test_check_continues_after_a_fault(tmp_path, pictures):
 
 
 def test_without_a_daemon(runtime):
-    for command in (["listen"], ["status", "--json"]):
-        one_line(run(*command, "--runtime-dir", runtime), os.EX_TEMPFAIL, str(runtime), "no daemon answers")
-    for command in (["ask", "What?"], ["instruct", "Land."], ["pause"]):
-        one_line(run(*command, "--runtime-dir", runtime), os.EX_TEMPFAIL, str(runtime), "nobody answers there")
+    """Each command waits for seconds: all of them at once."""
+    commands = (["listen"], ["status", "--json"], ["ask", "What?"], ["instruct", "Land."], ["pause"])
+    with ThreadPoolExecutor(len(commands)) as pool:
+        done = list(pool.map(lambda command: run(*command, "--runtime-dir", runtime), commands))
+    for ended in done[:2]:
+        one_line(ended, os.EX_TEMPFAIL, str(runtime), "no daemon answers")
+    for ended in done[2:]:
+        one_line(ended, os.EX_TEMPFAIL, str(runtime), "nobody answers there")
 
 
 def wait_for_kinds(at: tuple[str, ...], expected: set[str]) -> None:
