@@ -30,7 +30,7 @@ check: venv
 COVERED := edge_agent/wire/*,edge_agent/client/*,edge_agent/actions/*,edge_agent/bundle/*,edge_agent/supervisor/gate.py
 
 test: check
-	$(RUN)/coverage run -m pytest
+	$(RUN)/python -m pytest -n 2 --cov --cov-report=
 	$(RUN)/coverage report
 	$(RUN)/coverage report --include="$(COVERED)" --fail-under=100
 

@@ -292,7 +292,7 @@ def test_an_interrupted_build_is_continued(
 def test_a_damaged_journal_is_as_none(tmp_path, journal):
     (tmp_path / "journal.json").write_bytes(journal)
     (tmp_path / "left.gguf").write_bytes(b"of an earlier run")
-    BuildFolder(tmp_path, "key")
+    BuildFolder(tmp_path, "key", [])
     assert os.listdir(tmp_path) == ["journal.json"]
 
 

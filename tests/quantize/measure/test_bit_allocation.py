@@ -267,7 +267,8 @@ def test_a_fitted_bundle_records_the_chosen_types_and_the_reasons(
     status, stdout, _ = run("build", PAD, out, "--imatrix", pad.imatrix_path, "--budget", "2.4MB",
                           "--sensitivity", pad.sensitivity, "--chunks", 1)  # fmt: skip
     assert status == 0 and "blk.4.ffn_down.weight" in stdout and "mean KL divergence" in stdout
-    assert tokenizer_reads == ["tekken.json"]  # for the conversion, the measurement and the bundle
+    # Each once: for the comparison of the two, the conversion, the measurement and the bundle.
+    assert tokenizer_reads == ["tekken.json", "tokenizer.json"]
     manifest = verify_bundle(out).manifest
     assert manifest.recipe.startswith("fit 2.") and sum(manifest.bytes_by_type.values()) <= 2.4e6
     report = json.loads((out / REPORT).read_text())["allocation"]
