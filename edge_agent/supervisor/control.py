@@ -35,8 +35,10 @@ from edge_agent.wire.messages import PROTOCOL_VERSION, TextMessage, TextStopReas
 MAX_TEXT_CHARS = 2000  # of an instruction or a question
 MAX_ANSWER_CHARS = 12_000  # of the whole answer in the reply; the pieces on the text stream are not cut
 MAX_ERROR_CHARS = 500
+MAX_REFUSED_VALUES, MAX_REFUSAL_CHARS = 64, 300  # of one vehicle_state: the reply must fit in a message
 MAX_PENDING_REQUESTS = 8  # questions and instructions that the model has not answered yet
 ASK_TIMEOUT_S = 60.0
+NOT_KEPT = "paused, but a restarted daemon would act: the pause cannot be written to the runtime folder; see the log"
 
 
 @dataclass
@@ -58,15 +60,18 @@ class VehicleState:
         self._values: dict[str, tuple[StateValue, int]] = {}  # key -> value, and when it came
 
     def update(self, values: dict[str, Any]) -> dict[str, str]:
-        """Take the values. Returns key -> why its value cannot be taken; the other values are taken.
+        """Take the values. Returns key -> why its value cannot be taken, of the first 64; the other values are taken.
 
         None means that the value is unknown from now on.
         """
-        now_ns, refused = self._clock(), {}
+        now_ns = self._clock()
+        refused: dict[str, str] = {}
         for key, value in values.items():
             checked, error = check_vehicle_state(key, value, self._space)
-            if error:
-                refused[key[:MAX_ID_CHARS]] = error
+            if error and len(refused) < MAX_REFUSED_VALUES:
+                refused[key[:MAX_ID_CHARS]] = error[:MAX_REFUSAL_CHARS]
+            elif error:
+                continue
             elif checked is None:
                 self._values.pop(key, None)
             else:
@@ -109,12 +114,12 @@ class Control:
             self._refuse(sender, bad.id, str(bad))
             return
         rule = OPERATIONS[request.op]
-        if unmet := self._precondition_error(rule, request):
+        if unmet := self._precondition_error(rule, request, sender):
             self._refuse(sender, request.id, unmet)
         else:
             rule.carry_out(self, Pending(sender, request.id, self.clock()), request)
 
-    def _precondition_error(self, rule: OperationRule, request: Request) -> str:
+    def _precondition_error(self, rule: OperationRule, request: Request, sender: Sender) -> str:
         """Why the operation cannot be carried out now; "": it can."""
         late_ns = self.clock() - request.expires_ns
         if request.expires_ns and late_ns > 0 and not rule.never_expires:
@@ -125,7 +130,9 @@ class Control:
         if rule.model_must_be and self.model.readiness not in rule.model_must_be:
             reason = self.model.full_reason()
             return f"the model is not ready ({reason.text if reason is not None else 'starting'}); try again"
-        if rule.answered_later and len(self._questions) + len(self._instructions) >= MAX_PENDING_REQUESTS:
+        has_place = request.op == "ask" and self._question_of(sender, request.id) is not None  # it is repeated
+        is_full = len(self._questions) + len(self._instructions) >= MAX_PENDING_REQUESTS
+        if rule.answered_later and is_full and not has_place:
             return f"{MAX_PENDING_REQUESTS} requests are waiting already; try again"
         return ""
 
@@ -164,7 +171,7 @@ class Control:
                 pending.question = question
                 self._questions[number] = pending
         elif self._questions[same_id].question == question:
-            self._questions[same_id].sender = pending.sender  # it asks again after a reconnection
+            self._questions[same_id].sender = pending.sender  # the envelope of a REQ may be another one
         else:
             error = f"id {request.id!r}: another question with this id is in progress; use a new id for each request"
             self._refuse(pending.sender, request.id, error)
@@ -176,9 +183,11 @@ class Control:
         self._reply(pending, {"cancelled": number is not None})
 
     def _question_of(self, sender: Sender, request_id: str) -> str | None:
-        """The number of a question in progress; None: the sender has none with this id."""
+        """The number of a question in progress; None: the sender has asked none with this id on this connection."""
         for number, pending in self._questions.items():
-            if (pending.sender.routing[0], pending.request_id) == (sender.routing[0], request_id):
+            asker = pending.sender
+            is_same = asker.routing[0] == sender.routing[0] and asker.connection is sender.connection
+            if is_same and pending.request_id == request_id:
                 return number
         return None
 
@@ -197,10 +206,13 @@ class Control:
 
     def _pause(self, pending: Pending, request: Request) -> None:
         paused = request.op == "pause"
-        keep_pause(self.publisher.folder, paused)
+        is_kept = keep_pause(self.publisher.folder, paused)
         self.control_state.paused = paused  # from this moment the gate lets no action through
         self.sync_model()
-        self._reply(pending, {"paused": self.control_state.paused})
+        if paused and not is_kept:
+            self._refuse(pending.sender, pending.request_id, NOT_KEPT)
+        else:
+            self._reply(pending, {"paused": paused})
 
     def _stats(self, pending: Pending, request: Request) -> None:
         self._reply(pending, self.status.counts() | {"state": self.status.state()[0]})

@@ -5,6 +5,9 @@ Without it, a daemon that dies and is started again by systemd would act althoug
 
 from __future__ import annotations
 
+import contextlib
+import os
+import stat
 from pathlib import Path
 
 from edge_agent.supervisor.log import log_line
@@ -24,10 +27,11 @@ def was_paused(folder: Path) -> bool:
 
 
 def keep_pause(folder: Path, paused: bool) -> bool:
-    """Make or remove the file. False: it could not be done; then a restart forgets the pause, or starts paused."""
+    """Make or remove the file. False: it could not be done. Then a restart forgets the pause, or the resume."""
     try:
         if paused:
-            (folder / NAME).touch(mode=0o640)
+            with contextlib.suppress(FileExistsError):
+                os.mknod(folder / NAME, stat.S_IFREG | 0o640)  # needs no descriptor: there may be none
         else:
             (folder / NAME).unlink(missing_ok=True)
     except OSError as error:

@@ -162,11 +162,13 @@ class Publisher:
         return [self._requests.popleft() for _ in range(n)]
 
     def reply(self, sender: Sender, payload: bytes) -> None:
-        """Send a reply, or drop it when the sender is gone or reads nothing."""
-        control = self._endpoints["control"]
-        connection = control.find(sender.routing[0])
-        if connection is not None:
-            control.send(connection, pack_message(*sender.routing[1:], payload))
+        """Send a reply, or drop it when the sender is gone or reads nothing.
+
+        It goes to the connection of the request only: a controller that was restarted under the same routing id would
+        take it for the reply to a request of its own.
+        """
+        if sender.connection is not None and sender.connection.is_open:
+            self._endpoints["control"].send(sender.connection, pack_message(*sender.routing[1:], payload))
 
     @staticmethod
     def is_connected(sender: Sender) -> bool:

@@ -149,10 +149,6 @@ class Endpoint:
             if any(topic.startswith(prefix) for prefix in connection.topics):
                 self.send(connection, data)
 
-    def find(self, identity: bytes) -> Connection | None:
-        """The connection with this routing id."""
-        return self._by_identity.get(identity)
-
     def send(self, connection: Connection, data: bytes) -> None:
         """Send bytes of pack_message(), or drop them when the queue of the connection is full."""
         n_sent = 0

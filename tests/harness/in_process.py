@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import signal
 import socket
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ class FakeWorker:
 class FakePublisher:
     """In place of supervisor.publisher.Publisher. Keeps what would have left, packed as it would be."""
 
-    def __init__(self, folder: Path = Path("/nowhere")) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.gone: set[bytes] = set()  # senders whose connection has ended
         self._pairs = socket.socketpair(), socket.socketpair()
@@ -144,13 +145,14 @@ class FakePublisher:
         self._request_numbers = itertools.count(1)
 
     def request(self, op: str, text: str = "", request_id: str = "", sender: bytes = b"controller", **more: Any) -> str:
-        """A controller sends a request. Its id."""
+        """A controller sends a request. Its id. connection: anything that stands for one; None: the same for all."""
         request_id = request_id or f"request-{next(self._request_numbers)}"
-        self.request_bytes(encode(Request(v=1, id=request_id, op=op, text=text, **more)), sender)
+        connection = more.pop("connection", None)
+        self.request_bytes(encode(Request(v=1, id=request_id, op=op, text=text, **more)), sender, connection)
         return request_id
 
-    def request_bytes(self, payload: bytes, sender: bytes = b"controller") -> None:
-        self._requests.append((Sender((sender,)), payload))
+    def request_bytes(self, payload: bytes, sender: bytes = b"controller", connection: Any = None) -> None:
+        self._requests.append((Sender((sender,), connection), payload))
 
     def filenos(self) -> list[int]:
         return [pair[0].fileno() for pair in self._pairs]
@@ -221,12 +223,13 @@ class InProcess:
     def __init__(
         self,
         config: Config | None = None,
-        folder: Path = Path("/nowhere"),
+        folder: Path | None = None,
         verification: FakeVerification | None = None,
     ) -> None:
-        """folder: of the sockets; what a daemon leaves for the next one is there."""
+        """folder: of the sockets; what a daemon leaves for the next one is there. None: one of its own."""
         self.config = config or fake_config()
-        self.clock, self.publisher = FakeClock(), FakePublisher(folder)
+        self._own_folder = tempfile.TemporaryDirectory()
+        self.clock, self.publisher = FakeClock(), FakePublisher(folder or Path(self._own_folder.name))
         self.frame_id, self.verification = 0, verification or FakeVerification()
         space = load_action_space(self.config.task.action_space)
         self.supervisor = Supervisor(
@@ -239,8 +242,12 @@ class InProcess:
         return self
 
     def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self.supervisor.close()
         self.publisher.close()
+        self._own_folder.cleanup()
 
     @property
     def model(self) -> FakeWorker:

@@ -149,7 +149,7 @@ def test_a_held_action_ends_with_the_reply_to_pause(daemon, client, clock):
 
 def test_a_request_says_when_nobody_waits_for_it_any_more(daemon, client, clock):
     with daemon.answering(lambda request: [make_reply(request)]) as requests:
-        client.pause(timeout_s=3.0)
+        client.stats(timeout_s=3.0)
         client.resume(timeout_s=4.0)
     assert [request.expires_ns - clock() for request in requests] == [3_000_000_000, 4_000_000_000]
 

@@ -7,8 +7,10 @@ import pytest
 
 from edge_agent.config import LanguageConfig, TaskConfig
 from edge_agent.ipc.events import AskQuestion, SetInstruction, SetPaused, TextDelta
-from edge_agent.supervisor.control import ASK_TIMEOUT_S, MAX_PENDING_REQUESTS, OPERATIONS
+from edge_agent.supervisor.control import ASK_TIMEOUT_S, MAX_PENDING_REQUESTS, MAX_REFUSED_VALUES, OPERATIONS
+from edge_agent.wire.codec import encode
 from edge_agent.wire.control import Operation, Reply
+from edge_agent.wire.messages import MAX_MESSAGE_BYTES
 from tests.harness.in_process import InProcess, fake_config
 
 CLIMB = """
@@ -353,6 +355,26 @@ def test_a_value_that_becomes_unknown_is_not_used_any_more(tmp_path, unknown):
         assert request(running, "vehicle_state", values={"altitude_m": unknown}).result == {"refused": {}}
         record = msgspec.msgpack.decode(running.supervisor.slot.read_vehicle_state())
         assert {key: value for key, (value, _) in record.items()} == {"mode": "auto.loiter"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("k{}", 1), ("{}" + "\U0001f681" * 60, 1), ("an_unknown_key_of_a_flight_program_{}", "\U0001f681" * 50)],
+)
+def test_the_refusals_of_many_values_fit_a_message_and_the_good_value_is_taken(tmp_path, key, value):
+    """A longer reply would end the connection of every client that keeps to the limit."""
+    names = ", ".join(f"k_{n}" for n in range(64))
+    text = "".join(f"{{k_{n}}}" for n in range(64))
+    (tmp_path / "many.yaml").write_text(
+        f"{{name: many, valid_for_ms: 500, actions: {{up: {{}}, down: {{}}}}, vehicle_state: {{text: '{text}', "
+        f"values: {{{names.replace(',', ': {},')}: {{}}}}}}}}"
+    )
+    with InProcess(fake_config(task=TaskConfig(action_space=str(tmp_path / "many.yaml")))) as running:
+        values = {key.format(n): value for n in range(6000 if len(key) == 3 else 200)}
+        reply = request(running, "vehicle_state", values=values | {"k_63": 3.5})
+        assert len(encode(reply)) <= MAX_MESSAGE_BYTES
+        assert reply.ok and len(reply.result["refused"]) == MAX_REFUSED_VALUES
+        assert list(msgspec.msgpack.decode(running.supervisor.slot.read_vehicle_state())) == ["k_63"]
 
 
 def test_an_action_space_without_vehicle_state_takes_none(running):

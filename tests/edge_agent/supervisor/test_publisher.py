@@ -415,6 +415,20 @@ def test_the_newest_connection_with_a_routing_id_takes_over(publisher, connect):
         assert dealer.recv() == b"ok"
 
 
+def test_a_reply_to_a_request_of_the_old_connection_does_not_go_to_the_new_one(publisher, connect):
+    """A controller that was restarted counts its ids from 1 again: it would take the reply for its own pause."""
+    dealer = connect("control", zmq.DEALER, ROUTING_ID=b"controller")
+    dealer.send(b"instruct")
+    ((old, _),) = requests(publisher, 1)
+    dealer = connect("control", zmq.DEALER, ROUTING_ID=b"controller")
+    dealer.send(b"pause")
+    ((new, _),) = requests(publisher, 1)
+    assert old.routing == new.routing
+    publisher.reply(old, b"instruct: ok")
+    publisher.reply(new, b"pause: ok")
+    assert dealer.recv() == b"pause: ok"
+
+
 def test_a_reply_to_a_sender_that_is_gone_is_dropped(publisher, connect):
     dealer, other = connect("control", zmq.DEALER), connect("control", zmq.DEALER)
     dealer.send(b"bye")

@@ -9,14 +9,13 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from edge_agent.ipc.events import AskQuestion, CancelQuestion, SetInstruction, TextDelta
-from edge_agent.supervisor.control import ASK_TIMEOUT_S, MAX_PENDING_REQUESTS
+from edge_agent.supervisor.control import ASK_TIMEOUT_S, MAX_PENDING_REQUESTS, NOT_KEPT
 from edge_agent.supervisor.pause_file import keep_pause, was_paused
 from edge_agent.supervisor.shutdown import Shutdown
 from edge_agent.wire.control import Operation, Reply
@@ -39,12 +38,6 @@ def request(running: InProcess, op: str, text: str = "", **more) -> Reply | None
     replies = running.publisher.replies[n_replies:]
     assert len(replies) <= 1
     return replies[0] if replies else None
-
-
-def raw_request(running: InProcess, fields: dict) -> Reply:
-    running.publisher.request_bytes(msgspec.msgpack.encode(fields))
-    running.turn()
-    return running.publisher.replies[-1]
 
 
 def commands(running: InProcess, command_type: type) -> list:
@@ -115,65 +108,30 @@ def test_a_question_that_is_repeated_while_it_waits_is_asked_once(running):
     assert len(commands(running, AskQuestion)) == 2
 
 
+def test_a_question_is_known_by_its_connection_too(running):
+    """A restarted controller with the same routing id asks its own first question."""
+    request(running, "ask", "what?", request_id="1", connection="old")
+    assert request(running, "ask", "who?", request_id="1", connection="new") is None
+    assert request(running, "cancel", "1", connection="another").result == {"cancelled": False}
+    assert [asked.question for asked in commands(running, AskQuestion)] == ["what?", "who?"]
+
+
+def test_a_repeated_question_needs_no_other_place(running):
+    """All places are taken, and the repeated question has one of them."""
+    for n in range(MAX_PENDING_REQUESTS):
+        request(running, "ask", "what?", request_id=str(n))
+    assert request(running, "ask", "what?", request_id="3") is None
+    question = commands(running, AskQuestion)[3]
+    answer(running, question, "a pad")
+    assert (running.publisher.replies[-1].id, running.publisher.replies[-1].ok) == ("3", True)
+
+
 def test_another_question_with_the_id_of_one_in_progress_is_refused_by_name(running):
     request(running, "ask", "what?", request_id="q")
     assert (
         "id 'q': another question with this id is in progress" in request(running, "ask", "who?", request_id="q").error
     )
     assert len(commands(running, AskQuestion)) == 1
-
-
-# -- as other languages write a request -------------------------------------------------------------------------------
-
-PAUSE = {"v": 1, "id": "a", "op": "pause"}
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        PAUSE | {"text": None, "values": None, "expires_ns": None},
-        PAUSE | {"v": 1.0},
-        PAUSE | {"id": b"a", "op": b"pause"},
-        {"op": "pause", "id": "a", "v": 1, "text": 7, "values": [1, 2], "more": {"a": [None]}},
-        PAUSE | {"values": {1: 2}},
-        PAUSE | {"expires_ns": 1},  # long ago: a late stop is on the safe side
-    ],
-)
-def test_a_pause_in_any_common_form_pauses(running, fields):
-    reply = raw_request(running, fields)
-    assert (reply.ok, reply.id, reply.result) == (True, "a", {"paused": True})
-
-
-def test_a_pause_with_bytes_that_are_not_utf_8_in_a_field_that_it_does_not_use_pauses(running):
-    payload = msgspec.msgpack.encode(PAUSE | {"text": "##"}).replace(b"##", b"\xff\xfe")
-    running.publisher.request_bytes(payload)
-    running.turn()
-    assert running.publisher.replies[-1].result == {"paused": True}
-
-
-@pytest.mark.parametrize(
-    ("fields", "request_id", "error"),
-    [
-        ({"v": 1, "id": "a", "op": "stop"}, "a", "op: expected one of instruct, adapter"),
-        ({"v": 1, "id": "a", "op": 3}, "a", "op: expected a str, found int"),
-        ({"v": 1, "id": "a"}, "a", "op"),
-        ({"v": 2, "id": "a", "op": "pause"}, "a", "expected v 1"),
-        ({"v": "1", "id": "a", "op": "pause"}, "a", "v"),
-        ({"v": 1, "id": 7, "op": "pause"}, "7", "id: expected a str, found int"),
-        ({"v": 1, "id": b"\xff", "op": "pause"}, "\ufffd", "utf-8"),
-        ({"v": 1, "id": "a", "op": "ask", "text": 7}, "a", "text: expected a str, found int"),
-        ({"v": 1, "id": "a", "op": "ask", "text": b"\xff"}, "a", "utf-8"),
-        ({"v": 1, "id": "a", "op": "vehicle_state", "values": [1]}, "a", "values"),
-        ({"v": 1, "id": "a", "op": "resume", "expires_ns": 1.5}, "a", "expires_ns: expected whole nanoseconds"),
-        ({"v": 1, "id": "a", "op": "resume", "expires_ns": -1}, "a", "expires_ns: expected whole nanoseconds"),
-        ({"v": 1, "id": "a", "op": "resume", "expires_ns": float("inf")}, "a", "not a request"),
-        ({"v": 1, "op": "pause"}, "", "id"),
-        ({"v": 1, "id": [1], "op": "pause"}, "", "id: expected a str, found list"),
-    ],
-)
-def test_what_cannot_be_read_is_refused_with_the_id_of_the_request(running, fields, request_id, error):
-    reply = raw_request(running, fields)
-    assert not reply.ok and reply.id == request_id and error in reply.error
 
 
 # -- requests that nobody waits for any more --------------------------------------------------------------------------
@@ -288,11 +246,22 @@ def test_a_pause_file_that_cannot_be_written_or_read_is_on_the_safe_side(tmp_pat
     assert not keep_pause(file, True) and not was_paused(tmp_path)
     assert "a restarted daemon will not know of this" in capfd.readouterr().err
     with InProcess(folder=file) as running:
-        request(running, "resume")
+        assert request(running, "resume").result == {"paused": False}, "a restart that is paused is on the safe side"
         running.make_ready()
-        assert request(running, "pause").result == {"paused": True}
+        refused = request(running, "pause")
+        assert (refused.ok, refused.error) == (False, NOT_KEPT)
         running.answer()
         assert running.publisher.stream("actions")[-1].reason == "paused"
+
+
+def test_a_pause_that_could_not_be_kept_is_kept_when_it_is_repeated(tmp_path):
+    """Its reply promises that the daemon stays paused over a restart: full disk, no folder, a folder made read-only."""
+    folder = tmp_path / "removed"
+    with InProcess(folder=folder) as running:
+        assert not request(running, "pause").ok
+        folder.mkdir()
+        assert request(running, "pause").result == {"paused": True}
+        assert was_paused(folder)
 
 
 # -- everything together ----------------------------------------------------------------------------------------------
@@ -323,8 +292,7 @@ class Stops(RuleBasedStateMachine):
             self.running.answer()
 
     def teardown(self) -> None:
-        self.running.supervisor.close()
-        self.running.publisher.close()
+        self.running.close()
         self.folder.cleanup()
 
     def do(self, step: Callable[[], None]) -> None:
@@ -413,8 +381,7 @@ class Stops(RuleBasedStateMachine):
     def daemon_ends(self, killed: bool, is_loaded: bool = True) -> None:
         if not killed:
             self.running.supervisor.control.refuse_pending("the daemon was stopped")
-        self.running.supervisor.close()
-        self.running.publisher.close()
+        self.running.close()
         self.start(is_loaded)
 
     @rule()
