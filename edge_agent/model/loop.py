@@ -22,6 +22,7 @@ from edge_agent.model.engine import Engine
 from edge_agent.model.frame_encoder import EncodedFrame, FrameEncoder
 from edge_agent.model.prompt import InstructionRefused
 from edge_agent.model.supervisor_channel import SupervisorChannel
+from edge_agent.suspend import SuspendDetector
 from edge_agent.time_units import NS_PER_MS, NS_PER_S
 from edge_agent.wire.codec import encode
 from edge_agent.wire.control import StateValue
@@ -48,6 +49,7 @@ class ModelLoop:
         question; empty: no descriptions. clock: CLOCK_MONOTONIC, nanoseconds."""
         self.engine, self.frames, self.slot, self.supervisor = engine, frames, slot, supervisor
         self._describe_prompt, self._clock = describe_prompt, clock
+        self.suspend = SuspendDetector(clock)
         self.instruction_id = -1  # below 0: no instruction yet
         self.paused = False
         self._last_described_frame = 0  # its id; a frame is described once
@@ -159,7 +161,9 @@ class ModelLoop:
         if space.vehicle_state is None:
             return ""
         values = _decode_vehicle_state(self.slot.read_vehicle_state() or encode({}))
-        return render_vehicle_state(space, values, now_ns)
+        resumed_ns = self.suspend.resumed_ns()  # CLOCK_MONOTONIC, by which their age is counted, stood still
+        known = {key: (value, arrival_ns) for key, (value, arrival_ns) in values.items() if arrival_ns >= resumed_ns}
+        return render_vehicle_state(space, known, now_ns)
 
     def _start_text(self) -> bool:
         """Start the next question or description, if the lane is free -> whether there is a text to continue."""

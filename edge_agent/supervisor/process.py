@@ -304,7 +304,7 @@ class Supervisor:
         )
         now_ns = self.clock()
         if not isinstance(result, Rejection):
-            result = self.gate.check_age(proposal, now_ns, resumed_ns) or result
+            result = self.gate.check_age(proposal, now_ns, self.suspend.resumed_ns()) or result
         frame: dict[str, Any] = {
             "t_pub_ns": now_ns,
             "camera": self.config.camera.name,

@@ -34,6 +34,7 @@ from edge_agent.model.loop import HEARTBEAT_NS, ModelLoop
 from edge_agent.model.supervisor_channel import SupervisorChannel
 from edge_agent.model.token_budget import TokenBudget
 from edge_agent.wire.codec import encode
+from edge_agent.suspend import SuspendDetector
 from tests.harness import toy
 from tests.harness.rig import TASK, config_of, numbers_only
 
@@ -322,6 +323,15 @@ def test_the_vehicle_state_is_read_when_the_frame_is_answered(make, tmp_path, mo
     rig.clock.pass_ms(201)
     rig.propose(3)
     assert states == ["At unknown. ", "At 3.2 m. ", "At unknown. "]
+    boottime = FakeClock()
+    rig.loop.suspend = SuspendDetector(rig.clock, boottime)
+    rig.slot.write_vehicle_state(encode({"altitude_m": (3.25, rig.clock.now_ns)}))
+    boottime.pass_ms(5_000)  # the machine sleeps
+    rig.clock.pass_ms(1)
+    rig.propose(4)
+    rig.slot.write_vehicle_state(encode({"altitude_m": (1.25, rig.clock.now_ns)}))
+    rig.propose(5)
+    assert states[3:] == ["At unknown. ", "At 1.2 m. "], "a value from before a suspend is not known any more"
 
 
 # -- texts ------------------------------------------------------------------------------------------------------------

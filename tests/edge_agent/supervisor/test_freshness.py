@@ -46,6 +46,25 @@ def test_the_age_is_asked_again_at_the_time_of_publication(running, monkeypatch)
     assert (last.reason, round(last.age_ms)) == ("late", 2500)
 
 
+def test_a_suspend_between_the_check_and_the_publication_is_noticed(running, monkeypatch):
+    gate, check = running.supervisor.gate, running.supervisor.gate.check
+    boottime = FakeClock()
+    boottime.now_ns = running.clock.now_ns
+    running.supervisor.suspend = SuspendDetector(running.clock, boottime)
+
+    def slept_after_the_check(*arguments, **keywords):
+        result = check(*arguments, **keywords)
+        boottime.advance(3600.0)
+        for clock in (running.clock, boottime):
+            clock.advance(0.001)
+        return result
+
+    monkeypatch.setattr(gate, "check", slept_after_the_check)
+    running.answer()
+    last = running.publisher.stream("actions")[-1]
+    assert (last.reason, last.detail) == ("late", "the machine was suspended since the frame was captured")
+
+
 def test_after_a_suspend_the_frames_from_before_are_refused(running):
     boottime = FakeClock()
     boottime.now_ns = running.clock.now_ns
