@@ -35,7 +35,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         {"cv2", "msgspec", "numpy", "simplejpeg"},
     ),
     "model": (
-        {"ipc", "config", "errors", "actions", "bundle", "board", "wire", "profile", "time_units"},
+        {"ipc", "config", "errors", "actions", "bundle", "board", "suspend", "wire", "profile", "time_units"},
         {"cv2", "gguf", "llama_cpp", "llguidance", "msgspec", "numpy", "onnxruntime"},
     ),
     "supervisor": (

@@ -39,6 +39,7 @@ from edge_agent.wire.messages import (
 )
 from edge_agent.wire.streams import STREAMS, unpack
 
+CONTROL = "control"
 MAX_AHEAD_NS = 5 * NS_PER_MS  # a later stamp is from another machine's clock, or from another boot
 MAX_VALID_NS = 1 * NS_PER_S  # no action may be valid for longer: autopilots time out after about a second
 MAX_SKIPPED_MESSAGES = 2000  # read at once to find the newest; more than a socket's queue holds
@@ -46,7 +47,7 @@ POLL_S = 1.0  # one wait of an iterator that has no time-out
 REPLY_S = 5.0  # time-out of requests that the daemon answers at once
 CONNECT_S = 2.0  # to connect to a socket of this machine takes no time: after this, nobody is there
 CANCEL_LINGER_MS = 100  # it is in the daemon's socket within a millisecond, if the daemon lives
-ROUTING_ID_BYTES = 8
+MAX_TIMEOUT_S = 2_000_000.0  # 23 days: what poll() can wait in milliseconds
 ENDS_OLDER_ACTIONS = ("pause", "instruct", "adapter")  # after the reply, no action published before it is returned
 
 
@@ -72,7 +73,7 @@ class Client:
         self.folder = runtime_dir(folder)
         self._pid = os.getpid()
         self._suspend = suspend or SuspendDetector(clock)
-        self._routing_id = b"\x01" + os.urandom(ROUTING_ID_BYTES)  # the same for every connection of this client
+        self._is_closed = False
         self._valid_from_ns = 0  # an action published before this is not returned
         self.expired = 0  # actions that arrived after their expiry, or with stamps of another clock; not returned
         # Gaps in seq on the actions stream: messages that were lost, and messages that were skipped because a newer one
@@ -84,6 +85,7 @@ class Client:
         self._newest: tuple[int, int] | None = None  # session and seq of the newest message of the actions stream
 
     def close(self) -> None:
+        self._is_closed = True
         if os.getpid() != self._pid:  # after fork(): the sockets belong to the other process
             self._sockets.clear()
             return
@@ -180,15 +182,17 @@ class Client:
         """
         deadline_ns = self._deadline_ns(timeout_s)
         text_socket, received = self._subscriber("text"), ""
-        control, request_id = self._send("ask", question, "", timeout_s)
+        request_id = os.urandom(8).hex()  # and a connection of its own: other requests may be made between two pieces
+        control = self._send(request_id, "ask", question, timeout_s, connection=request_id)
         poller = zmq.Poller()
         poller.register(text_socket, zmq.POLLIN)
         poller.register(control, zmq.POLLIN)
-        with self._waiting_for("ask", request_id):
+        with self._waiting_for("ask", request_id, request_id):
             while ready := dict(poller.poll(self._left_ms(deadline_ns))):
-                if control in ready and (reply := self._reply_to(request_id)) is not None:
+                if control in ready and (reply := self._reply_to(request_id, control)) is not None:
                     whole = str(reply["text"])  # with the pieces that are lost, or still in the socket
-                    yield whole.removeprefix(received) if whole.startswith(received) else f"\n{whole}"
+                    agree = whole.startswith(received) or received.startswith(whole)  # a reply is cut at its limit
+                    yield whole[len(received) :] if agree else f"\n{whole}"
                     return
                 piece = self.next_text(0.0) if text_socket in ready else None
                 if piece is not None and (piece.request, piece.lane) == (request_id, "answer"):
@@ -206,21 +210,27 @@ class Client:
 
         Returns key -> why its value was not taken; all other values were. Raises RequestRefused, TimeoutError.
         """
-        plain, refused = {}, {}
+        plain: dict[str, StateValue | None] = {}
+        refused: dict[str, str] = {}
         for key, value in values.items():
             try:
-                plain[key] = plain_value(value)
+                plain[key.encode().decode()] = plain_value(value)
             except ValueError as error:
                 refused[key] = str(error)
-        refused |= self.request("vehicle_state", "", REPLY_S, values=plain).get("refused", {})
+        if plain or not values:
+            refused |= self.request("vehicle_state", "", REPLY_S, values=plain).get("refused", {})
         return refused
 
     def pause(self, timeout_s: float = REPLY_S) -> None:
         """After it returns, no action is published, and none that was published before is returned.
 
-        The daemon stays paused until resume(), also if it is restarted. Raises RequestRefused, TimeoutError.
+        The daemon stays paused until resume(), also if it dies and is restarted. Raises TimeoutError; RequestRefused if
+        it is paused, but a restarted daemon would not be.
         """
-        self.request("pause", "", timeout_s)
+        try:
+            self.request("pause", "", timeout_s)
+        finally:
+            self._valid_from_ns = self._clock()
 
     def resume(self, timeout_s: float = REPLY_S) -> None:
         """Publish actions again. Raises RequestRefused, TimeoutError."""
@@ -244,10 +254,11 @@ class Client:
         request_id: empty: a random one.
         """
         deadline_ns = self._deadline_ns(timeout_s)
-        control, request_id = self._send(op, text, request_id, timeout_s, values)
+        request_id = request_id or os.urandom(8).hex()
+        control = self._send(request_id, op, text, timeout_s, values)
         with self._waiting_for(op, request_id):
             while control.poll(self._left_ms(deadline_ns)):
-                if (result := self._reply_to(request_id)) is not None:
+                if (result := self._reply_to(request_id, control)) is not None:
                     if op in ENDS_OLDER_ACTIONS:
                         self._valid_from_ns = self._clock()
                     return result
@@ -257,33 +268,40 @@ class Client:
 
     def _send(
         self,
+        request_id: str,
         op: Operation,
         text: str,
-        request_id: str,
         timeout_s: float,
         values: dict[str, StateValue | None] | None = None,
-    ) -> tuple[zmq.Socket[bytes], str]:
+        connection: str = CONTROL,
+    ) -> zmq.Socket[bytes]:
         """Send to a daemon that is connected: a request must not wait in a queue and be carried out later.
 
-        Returns the socket and the request's id. Raises TimeoutError.
+        Returns the socket. Raises RequestRefused, TimeoutError.
         """
-        request_id = request_id or os.urandom(8).hex()
         deadline_ns = self._deadline_ns(timeout_s)
         request = Request(
             v=PROTOCOL_VERSION, id=request_id, op=op, text=text, values=values or {}, expires_ns=deadline_ns
         )
-        control = self._control()
+        try:
+            payload = encode(request)
+        except UnicodeEncodeError as error:
+            raise RequestRefused(f"text: {error.reason}; expected Unicode") from None
+        if len(payload) > MAX_MESSAGE_BYTES:  # the daemon would end the connection without a reply
+            raise RequestRefused(f"{op}: expected a request of at most {MAX_MESSAGE_BYTES} bytes; found {len(payload)}")
+        control = self._control(connection)
         connect_ms = self._left_ms(min(deadline_ns, self._deadline_ns(CONNECT_S)))
         if not control.poll(connect_ms, zmq.POLLOUT):
-            raise self._not_connected(op)
+            raise self._not_connected(op, connection)
+        self._check_reachable(CONTROL)
         try:
-            control.send(encode(request), zmq.NOBLOCK)
+            control.send(payload, zmq.NOBLOCK)
         except zmq.Again:  # the daemon ended after the poll
-            raise self._not_connected(op) from None
-        return control, request_id
+            raise self._not_connected(op, connection) from None
+        return control
 
     @contextlib.contextmanager
-    def _waiting_for(self, op: str, request_id: str) -> Iterator[None]:
+    def _waiting_for(self, op: str, request_id: str, connection: str = CONTROL) -> Iterator[None]:
         """Close the connection when the reply is not waited for any longer: after a time-out, Ctrl-C, or the end of an
         iterator. The daemon is told that nobody needs the answer to a question, so that the next one need not wait."""
         try:
@@ -291,17 +309,25 @@ class Client:
         except RequestRefused:
             raise
         except BaseException:
-            control = self._sockets.pop("control")
-            if op == "ask":
+            if op == "ask" and connection in self._sockets and os.getpid() == self._pid:
                 cancel = Request(v=PROTOCOL_VERSION, id=os.urandom(8).hex(), op="cancel", text=request_id)
                 with contextlib.suppress(zmq.Again):
-                    control.send(encode(cancel), zmq.NOBLOCK)
-            control.close(linger=CANCEL_LINGER_MS if op == "ask" else 0)
+                    self._sockets[connection].send(encode(cancel), zmq.NOBLOCK)
+            self._disconnect(connection, CANCEL_LINGER_MS if op == "ask" else 0)
             raise
+        finally:
+            if connection != CONTROL:
+                self._disconnect(connection)
 
-    def _not_connected(self, op: str) -> NotConnected:
+    def _disconnect(self, connection: str, linger_ms: int = 0) -> None:
+        """Close a connection, if it is there and of this process."""
+        socket = self._sockets.pop(connection, None)
+        if socket is not None and os.getpid() == self._pid:
+            socket.close(linger=linger_ms)
+
+    def _not_connected(self, op: str, connection: str) -> NotConnected:
         """The error to raise. Closes the socket, and with it drops what has not been sent."""
-        self._sockets.pop("control").close()
+        self._disconnect(connection)
         return NotConnected(
             f"{self.folder / 'control'}: nobody answers there, {op} was not sent; is edge-agent running?"
         )
@@ -310,10 +336,10 @@ class Client:
         where = self.folder / "control"
         return TimeoutError(f"{where}: edge-agent did not reply to {op} in {timeout_s:g} s; its status says why")
 
-    def _reply_to(self, request_id: str) -> dict[str, Any] | None:
+    def _reply_to(self, request_id: str, control: zmq.Socket[bytes]) -> dict[str, Any] | None:
         """The result in the waiting reply; None: a reply to another request, which has timed out here."""
         try:
-            reply = decode_reply(self._control().recv())
+            reply = decode_reply(control.recv())
         except msgspec.DecodeError:
             return None
         if reply.id != request_id:
@@ -327,10 +353,14 @@ class Client:
 
     def _check_reachable(self, stream: str) -> None:
         """Raises NotConnected where this user may not connect, or another user could answer; RuntimeError after fork():
-        the threads of libzmq are not in this process, and nothing would ever arrive."""
+        the threads of libzmq are not in this process, and nothing would ever arrive.
+
+        Asked at each call: libzmq connects to whatever is at the path, also to what is made there later."""
         if os.getpid() != self._pid:
             raise RuntimeError(f"this Client was made in process {self._pid}; make one in process {os.getpid()}")
-        if stream not in self._sockets and (why := why_unreachable(self.folder, stream)):
+        if self._is_closed:
+            raise RuntimeError("this Client was closed; make another one")
+        if why := why_unreachable(self.folder, stream):
             raise NotConnected(why)
 
     def _subscriber(self, stream: str) -> zmq.Socket[bytes]:
@@ -344,17 +374,16 @@ class Client:
             self._sockets[stream] = socket
         return self._sockets[stream]
 
-    def _control(self) -> zmq.Socket[bytes]:
-        self._check_reachable("control")
-        if "control" not in self._sockets:
+    def _control(self, connection: str) -> zmq.Socket[bytes]:
+        self._check_reachable(CONTROL)
+        if connection not in self._sockets:
             socket = self._context.socket(zmq.DEALER)
-            socket.setsockopt(zmq.ROUTING_ID, self._routing_id)
             socket.setsockopt(zmq.LINGER, 0)
             socket.setsockopt(zmq.IMMEDIATE, 1)  # no queue without a connection
             socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-            socket.connect(endpoint(self.folder, "control"))
-            self._sockets["control"] = socket
-        return self._sockets["control"]
+            socket.connect(endpoint(self.folder, CONTROL))
+            self._sockets[connection] = socket
+        return self._sockets[connection]
 
     def _next(self, stream: str, timeout_s: float) -> Any:
         """The next valid message of a stream, or None."""
@@ -376,6 +405,9 @@ class Client:
         if not socket.poll(self._left_ms(deadline_ns)):
             return None
         payload = socket.recv()
+        self._check_reachable(stream)  # the folder may have been made since then, by anybody
+        if not self.folder.exists():
+            return None
         with contextlib.suppress(zmq.Again):
             for _ in range(MAX_SKIPPED_MESSAGES if STREAMS[stream].newest else 0):
                 payload = socket.recv(zmq.NOBLOCK)
@@ -394,7 +426,11 @@ class Client:
     # -- time ---------------------------------------------------------------------------------------------------------
 
     def _deadline_ns(self, timeout_s: float) -> int:
-        return self._clock() + round(timeout_s * NS_PER_S)
+        try:
+            seconds = float(min(max(timeout_s, 0), MAX_TIMEOUT_S))
+            return self._clock() + round(seconds * NS_PER_S)
+        except (TypeError, ValueError):
+            raise ValueError(f"timeout_s: expected seconds; found {timeout_s!r}") from None
 
     def _is_over(self, deadline_ns: int) -> bool:
         """Whether a deadline has passed. Other messages can arrive without a pause: then poll() alone never ends."""
@@ -417,14 +453,16 @@ def plain_value(value: object) -> StateValue | None:
     """A value as flight programs hold it -> a value of the wire. None: unknown. Raises ValueError."""
     if isinstance(value, Enum):
         value = value.value
-    if hasattr(value, "item"):  # a scalar of numpy
-        value = value.item()
-    if value is None or isinstance(value, bool | str):
-        return value
     try:
+        if hasattr(value, "item"):  # a scalar of numpy; a masked one is not known
+            value = None if getattr(value, "mask", False) else value.item()
+        if value is None or isinstance(value, bool):
+            return value
+        if isinstance(value, str):
+            return value.encode().decode()
         is_wire_integer = isinstance(value, int) and abs(value) < 2**63
-        return value if is_wire_integer else float(value)  # type: ignore[return-value, arg-type]  # Decimal, Fraction
-    except (TypeError, ValueError, OverflowError):
+        return int(value) if is_wire_integer else float(value)  # type: ignore[call-overload, arg-type]  # Decimal
+    except Exception:  # of any library
         raise ValueError(f"expected a number, a bool or a word; found {type(value).__name__}") from None
 
 

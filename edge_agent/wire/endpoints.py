@@ -30,23 +30,25 @@ def _own_folder() -> Path:
 
 def why_unreachable(folder: Path, stream: str) -> str:
     """Why a client must not or cannot use a socket, in one line; "": it can, or no daemon has made the folder yet."""
-    if folder == _own_folder() and not folder.exists() and UNIT_FOLDER.is_dir():
+    own = _own_folder()
+    if folder == own and not os.path.lexists(own) and UNIT_FOLDER.is_dir():
         folder = UNIT_FOLDER  # runtime_dir() has passed over it: this user may not read it
     try:
-        status = folder.stat()
-        socket = (folder / stream).stat() if os.access(folder, os.X_OK) else None
+        for found in (folder.lstat, folder.stat):  # who owns a link can lead it somewhere else at any moment
+            status = found()
+            if folder == own and status.st_uid not in (os.getuid(), 0):
+                found_uid = f"found one of uid {status.st_uid}"
+                return f"{folder}: expected a folder of uid {os.getuid()}, {found_uid}: not your daemon"
     except FileNotFoundError:
-        socket = None
-        if not folder.exists():
-            return ""
+        return ""
     except OSError as error:
         return f"{folder}: {error.strerror}"
     if status.st_mode & stat.S_IWOTH:
         return f"{folder}: everybody may write to it, so anybody can pose as the daemon; use a folder of its user alone"
-    if folder == _own_folder() and status.st_uid not in (os.getuid(), 0):
-        return f"{folder}: expected a folder of uid {os.getuid()}, found one of uid {status.st_uid}: not your daemon"
-    may_connect = os.access(folder, os.X_OK) and (socket is None or os.access(folder / stream, os.W_OK))
-    return "" if may_connect else f"{folder}: permission denied; join the group of this folder (gid {status.st_gid})"
+    is_open = os.access(folder, os.X_OK)
+    if is_open and (not (folder / stream).exists() or os.access(folder / stream, os.W_OK)):
+        return ""
+    return f"{folder}: permission denied; join the group of this folder (gid {status.st_gid})"
 
 
 def endpoint(folder: Path, stream: str) -> str:

@@ -29,6 +29,7 @@ class FakeDaemon:
         self._context = zmq.Context()
         self.sockets: dict[str, zmq.Socket[bytes]] = {}
         self._subscribed: set[str] = set()
+        self._senders: dict[str, bytes] = {}  # operation -> routing id of its newest sender
         for stream in STREAMS:
             socket = self._context.socket(zmq.ROUTER if stream == "control" else zmq.XPUB)
             socket.setsockopt(zmq.LINGER, 0)
@@ -57,6 +58,10 @@ class FakeDaemon:
     def send(self, stream: str, payload: bytes) -> None:
         self.sockets[stream].send(payload)
 
+    def reply_to(self, op: str, payload: bytes) -> None:
+        """Send a reply to the sender of the newest request of this operation. Only in `answer` of answering()."""
+        self.sockets["control"].send_multipart([self._senders[op], payload])
+
     @contextlib.contextmanager
     def answering(self, answer: Callable[[Request], list[bytes]]) -> Iterator[list[Request]]:
         """Answer requests in a thread: answer(request) -> the payloads to send back. Yields the requests so far."""
@@ -69,6 +74,7 @@ class FakeDaemon:
                 if control.poll(10):
                     sender, payload = control.recv_multipart()
                     requests.append(read_request(payload))
+                    self._senders[requests[-1].op] = sender
                     for reply in answer(requests[-1]):
                         control.send_multipart([sender, reply])
 

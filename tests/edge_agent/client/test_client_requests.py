@@ -79,7 +79,7 @@ def test_a_daemon_that_ends_before_the_request_is_sent_is_a_timeout(client):
         def send(self, payload, flags):
             raise zmq.Again
 
-        def close(self):
+        def close(self, linger):
             pass
 
     client._sockets["control"] = LostConnection()
@@ -164,6 +164,10 @@ def test_pieces_that_did_not_arrive_come_with_the_reply(daemon, client):
 
 def test_without_pieces_the_reply_is_the_answer(daemon, client):
     assert "".join(ask_in_pieces(daemon, client, [], "A red box.")) == "A red box."
+
+
+def test_pieces_beyond_the_limit_of_a_reply_are_not_given_twice(daemon, client):
+    assert ask_in_pieces(daemon, client, ["A red", " box."], "A red bo") == ["A red", " box.", ""]
 
 
 def test_when_a_piece_was_lost_the_whole_answer_follows(daemon, client):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import decimal
-import enum
-import fractions
 import math
 import os
 import subprocess
@@ -17,8 +14,7 @@ import numpy as np
 import pytest
 import zmq
 
-from edge_agent.client import Client, FramePusher, NotConnected
-from edge_agent.client.client import plain_value
+from edge_agent.client import Client, FramePusher, NotConnected, RequestRefused
 from edge_agent.suspend import MAX_GAIN_NS, SuspendDetector
 from edge_agent.wire.control import Request
 from tests.harness import ROOT
@@ -135,6 +131,20 @@ def test_an_action_from_before_the_reply_is_not_returned_after_it(daemon, client
     assert client.next_answer(0.0).seq == 1
 
 
+def test_a_refused_pause_ends_older_actions_too(daemon, client, clock):
+    """The daemon is paused, and cannot promise that it stays so."""
+    publish(daemon, client, 0, clock())
+    action = client.next_answer(0.0)
+    clock.advance(0.01)
+    with daemon.answering(lambda request: [make_reply(request, error="it cannot be kept")]):
+        with pytest.raises(RequestRefused):
+            client.instruct("Land.")
+        assert client.is_valid(action)
+        with pytest.raises(RequestRefused):
+            client.pause()
+    assert not client.is_valid(action)
+
+
 def test_a_held_action_ends_with_the_reply_to_pause(daemon, client, clock):
     publish(daemon, client, 0, clock())
     action = client.next_answer(0.0)
@@ -186,7 +196,7 @@ def test_an_iterator_that_is_closed_cancels_the_question(daemon, client):
 
 
 def test_ctrl_c_cancels_the_question(daemon, client, monkeypatch):
-    def interrupted(_request_id: str) -> None:
+    def interrupted(_request_id: str, _control: zmq.Socket) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(client, "_reply_to", interrupted)
@@ -207,6 +217,97 @@ def test_a_daemon_that_is_gone_cannot_be_told(daemon, client, monkeypatch):
     with pytest.raises(KeyboardInterrupt), client._waiting_for("ask", "id"):
         client._sockets["control"] = FullSocket()
         raise KeyboardInterrupt
+
+
+def test_other_requests_can_be_made_between_two_pieces_of_an_answer(daemon, client):
+    """The reply to the question comes while the reply to another request is waited for."""
+    question: list[Request] = []
+
+    def answer(request: Request) -> list[bytes]:
+        if request.op == "ask":
+            question.append(request)
+            daemon.wait_for_subscriber("text")
+            daemon.publish("text", make_text(0, "a ", request=request.id))
+            return []
+        daemon.reply_to("ask", make_reply(question[0], text="a pad"))
+        return [make_reply(request, refused={})]
+
+    with daemon.answering(answer):
+        pieces = client.ask_stream("What?", HANG_S)
+        assert next(pieces) == "a "
+        assert client.vehicle_state(altitude_m=3.5) == {}
+        assert "".join(pieces) == "pad"
+
+
+def test_an_answer_outlives_a_time_out_of_another_request(daemon, client):
+    question: list[Request] = []
+
+    def answer(request: Request) -> list[bytes]:
+        if request.op == "ask":
+            daemon.wait_for_subscriber("text")
+            daemon.publish("text", make_text(0, "a ", request=request.id))
+            question.append(request)
+        else:
+            daemon.reply_to("ask", make_reply(question[0], text="a pad"))
+        return []
+
+    with daemon.answering(answer):
+        pieces = client.ask_stream("What?", HANG_S)
+        assert next(pieces) == "a "
+        with pytest.raises(TimeoutError):
+            client.stats(timeout_s=0.1)
+        assert "".join(pieces) == "pad"
+
+
+def test_an_iterator_may_be_closed_after_its_client(daemon, client):
+    def publish_one_piece(request: Request) -> list[bytes]:
+        daemon.wait_for_subscriber("text")
+        daemon.publish("text", make_text(0, "a pad", request=request.id))
+        return []
+
+    with daemon.answering(publish_one_piece):
+        pieces = client.ask_stream("What?", HANG_S)
+        next(pieces)
+        client.close()
+        pieces.close()
+
+
+def test_an_iterator_that_ends_in_a_forked_process_leaves_the_question_alone(daemon, client, monkeypatch):
+    with daemon.answering(lambda request: [make_reply(request, text="a pad")]) as requests:
+        pieces = client.ask_stream("What?", HANG_S)
+        with monkeypatch.context() as forked, pytest.raises(KeyboardInterrupt), client._waiting_for("ask", "id", "id"):
+            client._sockets["id"] = client._subscriber("text")
+            forked.setattr(os, "getpid", lambda: 1)
+            raise KeyboardInterrupt
+        assert "".join(pieces) == "a pad"
+    assert [request.op for request in requests] == ["ask"] and not client._subscriber("text").closed
+
+
+# -- a client that is closed, and odd time-outs -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "call", [Client.pause, Client.stats, lambda client: client.next_answer(0.0), lambda client: client.ask("What?")]
+)
+def test_a_closed_client_says_so(client, call):
+    client.close()
+    client.close()
+    with pytest.raises(RuntimeError, match="this Client was closed; make another one"):
+        call(client)
+
+
+@pytest.mark.parametrize("timeout_s", [math.inf, 1e12, 10**400, np.float32(60)])
+def test_a_time_out_may_be_endless(daemon, client, timeout_s):
+    with daemon.answering(lambda request: [make_reply(request)]) as requests:
+        client.stats(timeout_s)
+    assert requests[0].expires_ns < 2**63
+
+
+@pytest.mark.parametrize("timeout_s", [math.nan, None, "3"])
+def test_what_is_no_time_out_is_refused(client, timeout_s):
+    for call in (client.next_answer, client.pause, client.next_text):
+        with pytest.raises(ValueError, match="timeout_s: expected seconds; found"):
+            call(timeout_s)
 
 
 # -- a fork -----------------------------------------------------------------------------------------------------------
@@ -275,55 +376,40 @@ def test_a_folder_that_cannot_be_trusted_is_an_error_at_once(client, tmp_path, c
         call(client)
 
 
+@pytest.mark.parametrize("stream", ["actions", "status"])
+def test_a_message_of_a_folder_that_is_made_later_is_not_trusted_unseen(daemon, client, tmp_path, clock, stream):
+    """The client started first. libzmq connects to whatever is at the path now."""
+    read = {"actions": client.next_answer, "status": client.status}[stream]
+    publish(daemon, client, 0, clock())
+    tmp_path.chmod(0o777)
+    with pytest.raises(NotConnected, match="anybody can pose as the daemon"):
+        read(0.0)
+
+
+@pytest.mark.parametrize("change", ["opened", "removed"])
+def test_what_arrives_while_the_folder_changes_is_dropped(daemon, client, tmp_path, clock, monkeypatch, change):
+    publish(daemon, client, 0, clock())
+    socket = client._subscriber("actions")
+    checks = iter(["", "everybody may write to it" if change == "opened" else ""])
+    monkeypatch.setattr("edge_agent.client.client.why_unreachable", lambda folder, stream: next(checks))
+    if change == "removed":
+        client.folder = tmp_path / "removed"
+        assert client._receive("actions", clock()) is None
+    else:
+        with pytest.raises(NotConnected):
+            client._receive("actions", clock())
+    assert not socket.poll(0)
+
+
+def test_a_request_is_not_sent_into_a_folder_that_changed_before_it_was_connected(daemon, client, monkeypatch):
+    checks = iter(["", "everybody may write to it"])
+    monkeypatch.setattr("edge_agent.client.client.why_unreachable", lambda folder, stream: next(checks))
+    with daemon.answering(lambda request: []) as requests, pytest.raises(NotConnected, match="everybody"):
+        client.pause()
+    assert requests == []
+
+
 def test_a_request_without_a_daemon_does_not_wait_for_the_whole_time_out(client, monkeypatch):
     monkeypatch.setattr("edge_agent.client.client.CONNECT_S", 0.01)
     with pytest.raises(NotConnected, match="nobody answers there, ask was not sent; is edge-agent running"):
         client.ask("What?", timeout_s=10 * HANG_S)
-
-
-# -- values of flight programs ----------------------------------------------------------------------------------------
-
-
-class Mode(enum.Enum):
-    GUIDED = "GUIDED"
-
-
-class Number(enum.IntEnum):
-    THREE = 3
-
-
-@pytest.mark.parametrize(
-    ("value", "sent"),
-    [
-        (None, None),
-        (True, True),
-        ("x", "x"),
-        (3, 3),
-        (2**70, float(2**70)),
-        (np.float32(0.5), 0.5),
-        (np.int16(-3), -3),
-        (np.bool_(True), True),
-        (np.array([[2.0]]), 2.0),
-        (decimal.Decimal("1.25"), 1.25),
-        (fractions.Fraction(1, 4), 0.25),
-        (Mode.GUIDED, "GUIDED"),
-        (Number.THREE, 3),
-    ],
-)
-def test_a_value_of_any_numeric_type_is_sent(value, sent):
-    plain = plain_value(value)
-    assert plain == sent and type(plain) is type(sent)
-
-
-@pytest.mark.parametrize("value", [[1], {"a": 1}, object(), b"x", 10**400, np.zeros(2), 1j])
-def test_what_is_no_value_is_named_and_the_others_are_sent(daemon, client, value):
-    with daemon.answering(lambda request: [make_reply(request, refused={"mode": "why"})]) as requests:
-        refused = client.vehicle_state(altitude_m=3.5, heading=value, mode="?")
-    assert set(refused) == {"heading", "mode"} and refused["mode"] == "why"
-    assert requests[0].values == {"altitude_m": 3.5, "mode": "?"}
-
-
-def test_not_a_number_is_sent_as_it_is_and_the_daemon_takes_it_for_unknown(daemon, client):
-    with daemon.answering(lambda request: [make_reply(request)]) as requests:
-        assert client.vehicle_state(battery_percent=float("nan"), altitude_m=np.float64("inf")) == {}
-    assert math.isnan(requests[0].values["battery_percent"]) and math.isinf(requests[0].values["altitude_m"])

@@ -33,8 +33,8 @@ from edge_agent.model.load import load_model
 from edge_agent.model.loop import HEARTBEAT_NS, ModelLoop
 from edge_agent.model.supervisor_channel import SupervisorChannel
 from edge_agent.model.token_budget import TokenBudget
-from edge_agent.wire.codec import encode
 from edge_agent.suspend import SuspendDetector
+from edge_agent.wire.codec import encode
 from tests.harness import toy
 from tests.harness.rig import TASK, config_of, numbers_only
 

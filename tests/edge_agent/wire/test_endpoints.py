@@ -104,3 +104,34 @@ def test_a_folder_of_another_user_in_place_of_the_own_one_is_not_trusted(monkeyp
     assert why_unreachable(own, "control") == ""
     os.chown(own, 0, -1)
     assert why_unreachable(own, "control") == ""
+
+
+def test_a_link_of_another_user_in_place_of_the_own_folder_is_not_trusted(monkeypatch, unit_folder, tmp_path):
+    """It can lead to a good folder now, and to another one when the client connects again."""
+    monkeypatch.setattr(os, "getuid", lambda: 64001)
+    good, own = tmp_path / "good", runtime_dir()
+    good.mkdir()
+    os.chown(good, 64001, -1)
+    own.parent.mkdir(parents=True)
+    own.symlink_to(good)
+    os.chown(own, 64002, -1, follow_symlinks=False)
+    assert "found one of uid 64002: not your daemon" in why_unreachable(own, "control")
+    os.chown(own, 64001, -1, follow_symlinks=False)
+    assert why_unreachable(own, "control") == ""
+
+
+def test_a_parent_that_may_not_be_searched_is_named(monkeypatch, unit_folder):
+    """XDG_RUNTIME_DIR of the user before su."""
+
+    def denied(path: Path, **_more: object) -> os.stat_result:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "lstat", denied)
+    for folder in (runtime_dir(), Path("/run/other")):
+        assert why_unreachable(folder, "control") == f"{folder}: Permission denied"
+
+
+def test_a_folder_that_is_made_meanwhile_is_no_fault(monkeypatch, tmp_path):
+    """A client and a daemon that start together."""
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    assert why_unreachable(tmp_path / "run", "control") == ""
