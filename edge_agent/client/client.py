@@ -28,7 +28,7 @@ from edge_agent.suspend import Clock, SuspendDetector
 from edge_agent.time_units import NS_PER_MS, NS_PER_S
 from edge_agent.wire.codec import encode
 from edge_agent.wire.control import Operation, Request, StateValue, decode_reply
-from edge_agent.wire.endpoints import endpoint, runtime_dir, why_unreachable
+from edge_agent.wire.endpoints import endpoint, is_listening, runtime_dir, why_unreachable
 from edge_agent.wire.messages import (
     MAX_MESSAGE_BYTES,
     PROTOCOL_VERSION,
@@ -328,9 +328,10 @@ class Client:
     def _not_connected(self, op: str, connection: str) -> NotConnected:
         """The error to raise. Closes the socket, and with it drops what has not been sent."""
         self._disconnect(connection)
-        return NotConnected(
-            f"{self.folder / 'control'}: nobody answers there, {op} was not sent; is edge-agent running?"
-        )
+        where = self.folder / CONTROL
+        if is_listening(where):
+            return NotConnected(f"{where}: edge-agent does not answer, {op} was not sent; it is stopped or hangs")
+        return NotConnected(f"{where}: nobody answers there, {op} was not sent; is edge-agent running?")
 
     def _no_reply(self, op: str, timeout_s: float) -> TimeoutError:
         where = self.folder / "control"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import stat
 from pathlib import Path
 
@@ -49,6 +50,19 @@ def why_unreachable(folder: Path, stream: str) -> str:
     if is_open and (not (folder / stream).exists() or os.access(folder / stream, os.W_OK)):
         return ""
     return f"{folder}: permission denied; join the group of this folder (gid {status.st_gid})"
+
+
+def is_listening(path: Path) -> bool:
+    """Whether a process has the socket open; False: none, and the file was left by one that has ended."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except BlockingIOError:  # its queue is full
+            return True
+        except OSError:
+            return False
+        return True
 
 
 def endpoint(folder: Path, stream: str) -> str:

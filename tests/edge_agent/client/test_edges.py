@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -413,3 +414,15 @@ def test_a_request_without_a_daemon_does_not_wait_for_the_whole_time_out(client,
     monkeypatch.setattr("edge_agent.client.client.CONNECT_S", 0.01)
     with pytest.raises(NotConnected, match="nobody answers there, ask was not sent; is edge-agent running"):
         client.ask("What?", timeout_s=10 * HANG_S)
+
+
+def test_a_daemon_that_is_stopped_is_named(tmp_path, client, monkeypatch):
+    """SIGSTOP, or a hang: it is there, and the stop was not sent."""
+    monkeypatch.setattr("edge_agent.client.client.CONNECT_S", 0.01)
+    with socket.socket(socket.AF_UNIX) as stopped:
+        stopped.bind(str(tmp_path / "control"))
+        stopped.listen(4)
+        with pytest.raises(
+            NotConnected, match="edge-agent does not answer, pause was not sent; it is stopped or hangs"
+        ):
+            client.pause()

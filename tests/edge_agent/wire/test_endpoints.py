@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import stat
 from pathlib import Path
 
 import pytest
 
 from edge_agent.wire import endpoints
-from edge_agent.wire.endpoints import endpoint, runtime_dir, why_unreachable
+from edge_agent.wire.endpoints import endpoint, is_listening, runtime_dir, why_unreachable
 
 
 def test_the_folder_is_the_configured_one_then_that_of_systemd_then_that_of_the_user(monkeypatch, tmp_path):
@@ -135,3 +136,16 @@ def test_a_folder_that_is_made_meanwhile_is_no_fault(monkeypatch, tmp_path):
     """A client and a daemon that start together."""
     monkeypatch.setattr(Path, "exists", lambda path: True)
     assert why_unreachable(tmp_path / "run", "control") == ""
+
+
+def test_a_daemon_that_does_not_answer_is_not_one_that_is_gone(tmp_path):
+    path = tmp_path / "control"
+    assert not is_listening(path)
+    with socket.socket(socket.AF_UNIX) as stopped:
+        stopped.bind(str(path))
+        assert not is_listening(path)
+        stopped.listen(0)
+        for _ in range(3):
+            assert is_listening(path), "also when its queue is full"
+    assert not is_listening(path)
+    assert not is_listening(tmp_path / ("x" * 200))
