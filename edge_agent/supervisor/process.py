@@ -253,6 +253,8 @@ class Supervisor:
             self._model_start = encode_model_start(self.config, bundle, encode_action_space(self.space))
         except UserError as error:
             raise Shutdown(error.exit_status, str(error)) from None
+        except OSError as error:  # a disk that fails, no descriptors: another start may succeed
+            raise Shutdown(EX_FAILED, f"{error.filename or self.config.bundle}: {error.strerror or error}") from None
         self.bundle, self.publisher.bundle_id = bundle, bundle.id
         model = bundle.manifest.model
         log_line(f"bundle {bundle.id}: {model.family} {model.size} {bundle.manifest.recipe}")

@@ -138,6 +138,7 @@ class StatusReporter:
             t_pub_ns=now_ns,
             wall_clock_ns=time.time_ns(),
             boot_id=self._boot_id,
+            paused=self.control_state.paused,
             state=state,
             reason=reason[:MAX_REASON_CHARS],
             camera=self.config.name,

@@ -172,6 +172,7 @@ class Status(Header, frozen=True, kw_only=True, tag_field="kind", tag="status"):
     mem_available_mib: float | None  # memory that the daemon can still use, by the machine and by its control groups
     temperature_c: float | None  # the hottest thermal zone, degrees Celsius
     adapter: str = ""  # name of the active LoRA adapter; "" without one
+    paused: bool = False  # by control, in whatever state; no action is published until resume
     # For recorders, which want a date: nothing may be decided by these two.
     wall_clock_ns: int = 0  # CLOCK_REALTIME at t_pub_ns, ns since 1970; wrong where nothing has set the clock
     boot_id: str = ""  # of the kernel; stamps of two boots cannot be compared

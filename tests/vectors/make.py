@@ -67,6 +67,7 @@ STATUS = Status(
     mem_available_mib=None,
     temperature_c=61.5,
     adapter="night",
+    paused=True,
     wall_clock_ns=1_795_000_000_000_000_000,
     boot_id="0b1d6c1e-9a55-4c83-a1c6-9f1c5f3a2d11",
     language_backend="llama.cpp GPU, 33 of 33 layers",

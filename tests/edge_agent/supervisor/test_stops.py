@@ -264,6 +264,17 @@ def test_a_pause_that_could_not_be_kept_is_kept_when_it_is_repeated(tmp_path):
         assert was_paused(folder)
 
 
+@pytest.mark.parametrize("end", [lambda running: running.end_model_process(), lambda running: None])
+def test_status_says_paused_in_whatever_state(running, end):
+    request(running, "pause")
+    end(running)
+    running.turn(seconds=1.0)
+    assert running.publisher.stream("status")[-1].paused
+    request(running, "resume")
+    running.turn(seconds=1.0)
+    assert not running.publisher.stream("status")[-1].paused
+
+
 # -- everything together ----------------------------------------------------------------------------------------------
 
 IDS = st.sampled_from(["1", "2", "3"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from edge_agent.config import CameraConfig, Config, LanguageConfig
-from edge_agent.errors import BundleError, ConfigError, UserError
+from edge_agent.errors import BundleError, ConfigError
 from edge_agent.supervisor.shutdown import Shutdown
 from edge_agent.supervisor.verification import Verification
 from tests.harness.in_process import FAKE_BUNDLE, FakeVerification, InProcess
@@ -47,14 +48,22 @@ def test_requests_are_answered_while_the_bundle_is_verified():
         assert running.publisher.stream("actions")[-1].reason == "paused"
 
 
-@pytest.mark.parametrize("error", [BundleError("vision.onnx: sha256"), ConfigError("language.adapters: x")])
-def test_what_cannot_be_verified_ends_the_daemon_with_78_and_its_line(error: UserError):
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (BundleError("vision.onnx: sha256"), os.EX_CONFIG, "vision.onnx: sha256"),
+        (ConfigError("language.adapters: x"), os.EX_CONFIG, "language.adapters: x"),
+        (OSError(errno.EIO, "Input/output error", "vision.onnx"), 1, "vision.onnx: Input/output error"),
+        (OSError(errno.EMFILE, "Too many open files"), 1, "none: Too many open files"),
+    ],
+)
+def test_what_cannot_be_verified_ends_the_daemon_with_its_line(error: Exception, status: int, line: str):
     verification = FakeVerification(bundle=None)
     with InProcess(verification=verification) as running:
         verification.error = error
         with pytest.raises(Shutdown) as caught:
             running.turn()
-        assert (caught.value.status, caught.value.line) == (os.EX_CONFIG, str(error))
+        assert (caught.value.status, caught.value.line) == (status, line)
 
 
 def test_the_verified_bundle_and_its_adapters_are_the_result(toy_bundle, switchable):
