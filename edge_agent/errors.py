@@ -31,7 +31,7 @@ class BundleError(UserError):
     exit_status = os.EX_CONFIG
 
 
-def printable(text: str) -> str:
+def encodable(text: str) -> str:
     """The text in characters that UTF-8 can hold. The name of a file in another encoding has others (PEP 383), which
     cannot be printed or sent."""
     return text.encode(errors="backslashreplace").decode()

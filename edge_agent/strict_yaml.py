@@ -21,7 +21,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_ori
 import msgspec
 import yaml
 
-from edge_agent.errors import ConfigError, printable
+from edge_agent.errors import ConfigError, encodable
 
 T = TypeVar("T")
 # "PROBLEM - at `$.PATH`", or "PROBLEM - at `key` in `$.PATH`" for a key of a mapping. "[...]" in a path is any value of
@@ -52,8 +52,8 @@ class _StrictLoader(yaml.SafeLoader):
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         text = node.value if isinstance(node.value, str) else ""
-        if text != printable(text):  # the escape \ud800, for example; it could not be sent or printed
-            problem = f"half a character: {printable(text)}; write the character itself"
+        if text != encodable(text):  # the escape \ud800, for example; it could not be sent or printed
+            problem = f"half a character: {encodable(text)}; write the character itself"
             raise yaml.constructor.ConstructorError(problem=problem, problem_mark=node.start_mark)
         return super().construct_scalar(node)
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from edge_agent.camera.clock import Clock
 from edge_agent.config import CameraConfig
-from edge_agent.errors import UserError, printable
+from edge_agent.errors import UserError, encodable
 from edge_agent.ipc.events import CameraFault, CameraFaultReason
 from edge_agent.ipc.frame_slot import MAX_IMAGE_BYTES, Slot
 from edge_agent.time_units import NS_PER_MS, NS_PER_S
@@ -52,7 +52,7 @@ class SourceError(UserError):
     """
 
     def __init__(self, reason: CameraFaultReason, detail: str, retryable: bool = True):
-        detail = printable(detail)
+        detail = encodable(detail)
         super().__init__(f"{reason}: {detail}")
         self.reason: CameraFaultReason = reason
         self.detail = detail

@@ -24,7 +24,7 @@ from edge_agent.camera.source import (
     into_slot,
 )
 from edge_agent.config import CameraConfig
-from edge_agent.errors import printable
+from edge_agent.errors import encodable
 from edge_agent.ipc.events import CameraFaultReason
 from edge_agent.ipc.frame_slot import Slot
 from edge_agent.time_units import NS_PER_MS, NS_PER_S
@@ -184,7 +184,7 @@ def stable_name(device: str) -> str:
         return ""
     links = sorted(LINKS.glob("by-id/*")) or sorted(LINKS.glob("by-path/*"))
     link = next((link for link in links if os.path.realpath(link) == os.path.realpath(device)), None)
-    return f"{device} may be another camera after a replug: use {printable(str(link))}" if link else ""
+    return f"{device} may be another camera after a replug: use {encodable(str(link))}" if link else ""
 
 
 def check_identity(device: str, identity: CameraIdentity, image: np.ndarray, slot: Slot) -> None:

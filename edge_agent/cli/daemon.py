@@ -20,7 +20,7 @@ from edge_agent.bundle.model_start import encode_model_start
 from edge_agent.bundle.verify import verify_bundle
 from edge_agent.cli.commands import EX_CONFIG, EX_USAGE, CommandFailed, add_arguments
 from edge_agent.config import CameraConfig, Config, check_texts, load_config
-from edge_agent.errors import BundleError, ConfigError, printable
+from edge_agent.errors import BundleError, ConfigError, encodable
 from edge_agent.profile import resolve
 from edge_agent.strict_yaml import convert
 
@@ -46,8 +46,8 @@ def read_config(arguments: argparse.Namespace) -> Config:
     """
     bundle, source = arguments.bundle, arguments.camera
     for flag, name in (("--bundle", bundle), ("--camera", source)):
-        if name and name != printable(name):  # it goes to the child processes as UTF-8
-            raise ConfigError(f"{flag}: {printable(name)}: a name that is not UTF-8; rename it, or give a link to it")
+        if name and name != encodable(name):  # it goes to the child processes as UTF-8
+            raise ConfigError(f"{flag}: {encodable(name)}: a name that is not UTF-8; rename it, or give a link to it")
     if arguments.config:
         config = load_config(arguments.config)
         camera = msgspec.structs.replace(config.camera, source=source or config.camera.source)

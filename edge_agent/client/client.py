@@ -48,7 +48,6 @@ REPLY_S = 5.0  # time-out of requests that the daemon answers at once
 CONNECT_S = 2.0  # to connect to a socket of this machine takes no time: after this, nobody is there
 CANCEL_LINGER_MS = 100  # it is in the daemon's socket within a millisecond, if the daemon lives
 MAX_TIMEOUT_S = 2_000_000.0  # 23 days: what poll() can wait in milliseconds
-ENDS_OLDER_ACTIONS = ("pause", "instruct", "adapter")  # after the reply, no action published before it is returned
 
 
 class RequestRefused(Exception):
@@ -227,10 +226,7 @@ class Client:
         The daemon stays paused until resume(), also if it dies and is restarted. Raises TimeoutError; RequestRefused if
         it is paused, but a restarted daemon would not be.
         """
-        try:
-            self.request("pause", "", timeout_s)
-        finally:
-            self._valid_from_ns = self._clock()
+        self.request("pause", "", timeout_s)
 
     def resume(self, timeout_s: float = REPLY_S) -> None:
         """Publish actions again. Raises RequestRefused, TimeoutError."""
@@ -253,18 +249,22 @@ class Client:
         After a TimeoutError the daemon does not carry out a request that it has not read yet, except pause and cancel.
         request_id: empty: a random one.
         """
-        deadline_ns = self._deadline_ns(timeout_s)
-        request_id = request_id or os.urandom(8).hex()
-        control = self._send(request_id, op, text, timeout_s, values)
-        with self._waiting_for(op, request_id):
-            while control.poll(self._left_ms(deadline_ns)):
-                if (result := self._reply_to(request_id, control)) is not None:
-                    if op in ENDS_OLDER_ACTIONS:
-                        self._valid_from_ns = self._clock()
-                    return result
-                if self._is_over(deadline_ns):
-                    break
-            raise self._no_reply(op, timeout_s)
+        ends_older_actions = op == "pause"  # whatever comes of it
+        try:
+            deadline_ns = self._deadline_ns(timeout_s)
+            request_id = request_id or os.urandom(8).hex()
+            control = self._send(request_id, op, text, timeout_s, values)
+            with self._waiting_for(op, request_id):
+                while control.poll(self._left_ms(deadline_ns)):
+                    if (result := self._reply_to(request_id, control)) is not None:
+                        ends_older_actions |= op in ("instruct", "adapter")
+                        return result
+                    if self._is_over(deadline_ns):
+                        break
+                raise self._no_reply(op, timeout_s)
+        finally:
+            if ends_older_actions:
+                self._valid_from_ns = self._clock()
 
     def _send(
         self,
@@ -334,7 +334,7 @@ class Client:
         return NotConnected(f"{where}: nobody answers there, {op} was not sent; is edge-agent running?")
 
     def _no_reply(self, op: str, timeout_s: float) -> TimeoutError:
-        where = self.folder / "control"
+        where = self.folder / CONTROL
         return TimeoutError(f"{where}: edge-agent did not reply to {op} in {timeout_s:g} s; its status says why")
 
     def _reply_to(self, request_id: str, control: zmq.Socket[bytes]) -> dict[str, Any] | None:

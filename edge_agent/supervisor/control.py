@@ -185,9 +185,7 @@ class Control:
     def _question_of(self, sender: Sender, request_id: str) -> str | None:
         """The number of a question in progress; None: the sender has asked none with this id on this connection."""
         for number, pending in self._questions.items():
-            asker = pending.sender
-            is_same = asker.routing[0] == sender.routing[0] and asker.connection is sender.connection
-            if is_same and pending.request_id == request_id:
+            if (pending.sender.connection, pending.request_id) == (sender.connection, request_id):
                 return number
         return None
 
@@ -206,8 +204,8 @@ class Control:
 
     def _pause(self, pending: Pending, request: Request) -> None:
         paused = request.op == "pause"
-        is_kept = keep_pause(self.publisher.folder, paused)
         self.control_state.paused = paused  # from this moment the gate lets no action through
+        is_kept = keep_pause(self.publisher.folder, paused)
         self.sync_model()
         if paused and not is_kept:
             self._refuse(pending.sender, pending.request_id, NOT_KEPT)

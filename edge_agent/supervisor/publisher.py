@@ -44,8 +44,8 @@ Message = TypeVar("Message", bound=Header)
 class Sender(NamedTuple):
     """Where the reply to a request goes."""
 
-    routing: tuple[bytes, ...]  # the first is the routing id of the socket that sent the request
-    connection: Connection | None = None  # that the request came on; None: unknown
+    connection: Connection  # that the request came on
+    envelope: tuple[bytes, ...] = ()  # the frames before the request, for example the empty one of a REQ
 
 
 class EndpointError(UserError):
@@ -97,7 +97,7 @@ class Publisher:
             elif len(self._requests) < MAX_REQUESTS_PER_TURN:  # else they wait in the sockets of their senders
                 for connection, parts in endpoint.serve():
                     *envelope, payload = map(bytes, parts)
-                    self._requests.append((Sender((connection.identity, *envelope), connection), payload))
+                    self._requests.append((Sender(connection, tuple(envelope)), payload))
 
     def lost_endpoint(self) -> str:
         """About once a second: whether the endpoints are still those that controllers find. One that was removed is
@@ -167,13 +167,13 @@ class Publisher:
         It goes to the connection of the request only: a controller that was restarted under the same routing id would
         take it for the reply to a request of its own.
         """
-        if sender.connection is not None and sender.connection.is_open:
-            self._endpoints["control"].send(sender.connection, pack_message(*sender.routing[1:], payload))
+        if self.is_connected(sender):
+            self._endpoints["control"].send(sender.connection, pack_message(*sender.envelope, payload))
 
     @staticmethod
     def is_connected(sender: Sender) -> bool:
-        """Whether the connection that a request came on is still open; True if that is unknown."""
-        return sender.connection is None or sender.connection.is_open
+        """Whether the connection that a request came on is still open."""
+        return sender.connection.is_open
 
 
 def _lock(folder: Path) -> int:

@@ -53,15 +53,16 @@ def why_unreachable(folder: Path, stream: str) -> str:
 
 
 def is_listening(path: Path) -> bool:
-    """Whether a process has the socket open; False: none, and the file was left by one that has ended."""
+    """Whether somebody listens at the socket; False: nobody, the file was left by a process that has ended. What cannot
+    be found out counts as yes."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:
             probe.connect(str(path))
-        except BlockingIOError:  # its queue is full
-            return True
-        except OSError:
+        except (ConnectionRefusedError, FileNotFoundError):
             return False
+        except OSError:  # EAGAIN: its queue is full; EACCES: it belongs to somebody else
+            return True
         return True
 
 

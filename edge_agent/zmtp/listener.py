@@ -16,6 +16,8 @@ import socket
 import stat
 from pathlib import Path
 
+from edge_agent.wire.endpoints import is_listening
+
 BACKLOG = 128  # connections that wait for accept()
 MAX_PATH_BYTES = 107  # sun_path
 
@@ -89,7 +91,7 @@ def _make_room(path: Path) -> None:
             raise PathError(
                 f"{path}: cannot be bound: expected a socket or nothing, found {kind}; remove it", is_taken=True
             )
-        if _has_listener(path):
+        if is_listening(path):
             raise PathError(f"{path}: cannot be bound: another process listens there; stop it", is_busy=True)
         path.unlink()
     except FileNotFoundError:
@@ -98,16 +100,3 @@ def _make_room(path: Path) -> None:
         raise PathError(f"{path}: cannot be bound: {error.strerror}") from None
     except ValueError as error:  # a NUL, or what is not text
         raise PathError(f"{str(path)!a}: cannot be bound: {error}", is_taken=True) from None
-
-
-def _has_listener(path: Path) -> bool:
-    """Whether somebody listens at the socket. What cannot be found out counts as yes."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(str(path))
-        except (ConnectionRefusedError, FileNotFoundError):
-            return False
-        except OSError:  # EAGAIN: its queue is full; EACCES: it belongs to somebody else
-            return True
-        return True

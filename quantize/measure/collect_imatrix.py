@@ -17,7 +17,7 @@ import numpy as np
 from edge_agent.actions.space import load_action_space
 from edge_agent.bundle.manifest import LANGUAGE, Bundle
 from edge_agent.config import AdvancedConfig, CameraConfig, Config, LanguageConfig, TaskConfig
-from edge_agent.errors import printable
+from edge_agent.errors import encodable
 from edge_agent.model.events import NULL_EVENTS
 from edge_agent.model.llama import ACTION_SEQ, LLAMA_CPP_PYTHON, LlamaContext, LlamaOptions, observe_graph
 from edge_agent.model.load import NO_DEADLINE_NS, load_model
@@ -110,7 +110,7 @@ def collect_imatrix(checkpoint: Checkpoint, out: Path, data: CalibrationData, pr
                 _answer_frames(bundle, frames, data, collector, progress)
         finally:
             observe_graph(None)
-    imatrix.datasets = [printable(path.name) for path in (data.text, data.frames) if path is not None]
+    imatrix.datasets = [encodable(path.name) for path in (data.text, data.frames) if path is not None]
     write_imatrix(imatrix, out)
     saved.path.unlink(missing_ok=True)
     return imatrix

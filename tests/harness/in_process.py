@@ -145,14 +145,13 @@ class FakePublisher:
         self._request_numbers = itertools.count(1)
 
     def request(self, op: str, text: str = "", request_id: str = "", sender: bytes = b"controller", **more: Any) -> str:
-        """A controller sends a request. Its id. connection: anything that stands for one; None: the same for all."""
+        """A controller sends a request. Its id. sender: stands for its connection."""
         request_id = request_id or f"request-{next(self._request_numbers)}"
-        connection = more.pop("connection", None)
-        self.request_bytes(encode(Request(v=1, id=request_id, op=op, text=text, **more)), sender, connection)
+        self.request_bytes(encode(Request(v=1, id=request_id, op=op, text=text, **more)), sender)
         return request_id
 
-    def request_bytes(self, payload: bytes, sender: bytes = b"controller", connection: Any = None) -> None:
-        self._requests.append((Sender((sender,), connection), payload))
+    def request_bytes(self, payload: bytes, sender: bytes = b"controller") -> None:
+        self._requests.append((Sender(sender), payload))
 
     def filenos(self) -> list[int]:
         return [pair[0].fileno() for pair in self._pairs]
@@ -172,10 +171,10 @@ class FakePublisher:
         return requests
 
     def is_connected(self, sender: Sender) -> bool:
-        return sender.routing[0] not in self.gone
+        return sender.connection not in self.gone
 
     def reply(self, sender: Sender, payload: bytes) -> None:
-        self.reply_senders.append(sender.routing[0])
+        self.reply_senders.append(sender.connection)
         self.replies.append(decode_reply(payload))
 
     def send(self, stream: str, message_type: type, *, t_pub_ns: int = 0, **fields: Any) -> Header:
@@ -329,6 +328,20 @@ class InProcess:
         self.turn(6.0)  # longer than the longest pause
         self.push_frame()
         assert self.model is not None
+
+
+def request(running: InProcess, op: str, text: str = "", **more) -> Reply | None:
+    """Send a request; its reply, if it came in the same turn."""
+    n_replies = len(running.publisher.replies)
+    running.publisher.request(op, text, **more)
+    running.turn()
+    replies = running.publisher.replies[n_replies:]
+    assert len(replies) <= 1
+    return replies[0] if replies else None
+
+
+def commands(running: InProcess, command_type: type) -> list:
+    return [command for command in running.model.commands if isinstance(command, command_type)]
 
 
 def proposal_of(**changes: Any) -> Proposal:

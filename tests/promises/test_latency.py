@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import signal
 import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -32,22 +29,6 @@ TRIES = 3
 WATCHDOG_INTERVAL_S = 0.4
 
 pytestmark = pytest.mark.promise
-
-
-@pytest.fixture
-def runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("r")
-
-
-@pytest.fixture
-def report(capsys) -> Callable[[dict[str, Any]], None]:
-    """report(figures): one JSON line on the terminal."""
-
-    def show(figures: dict[str, Any]) -> None:
-        with capsys.disabled():
-            print("\n" + json.dumps(figures))
-
-    return show
 
 
 def config(bundle: Path, runtime: Path) -> dict:

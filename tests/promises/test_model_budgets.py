@@ -5,10 +5,7 @@ Each test prints one JSON line with its figures, also when it passes.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,17 +19,6 @@ from tests.harness.engine import EngineRig, engine_of
 N_FRAMES = 15
 
 pytestmark = pytest.mark.promise
-
-
-@pytest.fixture
-def report(capsys) -> Callable[[dict[str, Any]], None]:
-    """report(figures): one JSON line on the terminal."""
-
-    def show(figures: dict[str, Any]) -> None:
-        with capsys.disabled():
-            print("\n" + json.dumps(figures))
-
-    return show
 
 
 @pytest.fixture

@@ -29,11 +29,6 @@ pytestmark = pytest.mark.promise
 
 
 @pytest.fixture
-def runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("r")
-
-
-@pytest.fixture
 def running(toy_bundle, runtime) -> Iterator[rig.Daemon]:
     config = {"bundle": str(toy_bundle), "camera": {"source": f"zmq:ipc://{runtime}/frames"}}
     with rig.Pusher(f"ipc://{runtime}/frames"), rig.daemon(runtime, config, fake={}) as daemon:

@@ -26,11 +26,6 @@ FREEZERS = Path("/sys/fs/cgroup/freezer")  # cgroup v1: a SIGKILL stays pending 
 pytestmark = pytest.mark.soak
 
 
-@pytest.fixture
-def runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("r")
-
-
 class ActionRecorder(threading.Thread):
     """Keeps of every action when it arrived, of which frame it is, and its age in milliseconds."""
 

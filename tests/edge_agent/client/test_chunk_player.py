@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,12 +30,6 @@ def chunk_of(
 @pytest.fixture
 def clock() -> FakeClock:
     return FakeClock(START_NS)
-
-
-@pytest.fixture
-def client(tmp_path: Path, clock: FakeClock) -> Iterator[Client]:
-    with Client(str(tmp_path), clock) as client:
-        yield client
 
 
 @pytest.fixture

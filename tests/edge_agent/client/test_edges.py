@@ -24,19 +24,8 @@ from tests.harness.fake_daemon import HANG_S, FakeDaemon, make_action, make_repl
 
 
 @pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
-
-
-@pytest.fixture
 def boottime(clock: FakeClock) -> FakeClock:
     return FakeClock(clock.now_ns + 7_000_000_000)  # the machine has slept for 7 s before
-
-
-@pytest.fixture
-def daemon(tmp_path: Path) -> Iterator[FakeDaemon]:
-    with FakeDaemon(tmp_path) as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from edge_agent.config import LanguageConfig, TaskConfig
 from edge_agent.ipc.events import AskQuestion, SetInstruction, SetPaused, TextDelta
 from edge_agent.supervisor.control import ASK_TIMEOUT_S, MAX_PENDING_REQUESTS, MAX_REFUSED_VALUES, OPERATIONS
 from edge_agent.wire.codec import encode
-from edge_agent.wire.control import Operation, Reply
+from edge_agent.wire.control import Operation
 from edge_agent.wire.messages import MAX_MESSAGE_BYTES
-from tests.harness.in_process import InProcess, fake_config
+from tests.harness.in_process import InProcess, commands, fake_config, request
 
 CLIMB = """
 name: climb
@@ -27,20 +27,6 @@ def running():
     with InProcess(config) as supervised:
         supervised.make_ready()
         yield supervised
-
-
-def request(running: InProcess, op: str, text: str = "", **more) -> Reply | None:
-    """Send a request; its reply, if it came in the same turn."""
-    n_replies = len(running.publisher.replies)
-    running.publisher.request(op, text, **more)
-    running.turn()
-    replies = running.publisher.replies[n_replies:]
-    assert len(replies) <= 1
-    return replies[0] if replies else None
-
-
-def commands(running: InProcess, command_type: type) -> list:
-    return [command for command in running.model.commands if isinstance(command, command_type)]
 
 
 def answer_question(running: InProcess, question: AskQuestion, *texts: str, stop_reason: str = "") -> None:

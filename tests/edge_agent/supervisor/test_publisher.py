@@ -14,7 +14,7 @@ import msgspec
 import pytest
 import zmq
 
-from edge_agent.supervisor.publisher import EndpointError, Publisher, Sender
+from edge_agent.supervisor.publisher import EndpointError, Publisher
 from edge_agent.wire.messages import TextMessage
 from edge_agent.wire.streams import STREAMS, unpack
 from tests.harness import ROOT
@@ -375,7 +375,7 @@ def test_odd_multipart_requests_are_only_odd_requests(publisher, connect):
     for parts in ([b""], [b"", b""], [b"a", b"b", b"c"], [b"\xff" * 1000] * 4, [b"", b"payload"]):
         dealer.send_multipart(parts)
         ((sender, payload),) = requests(publisher, 1)
-        assert payload == parts[-1] and list(sender.routing[1:]) == parts[:-1]
+        assert payload == parts[-1] and list(sender.envelope) == parts[:-1]
         publisher.reply(sender, b"ok")
         assert dealer.recv_multipart() == [*parts[:-1], b"ok"]
 
@@ -398,7 +398,7 @@ def test_a_sender_is_connected_until_its_connection_ends(publisher, connect):
     dealer = connect("control", zmq.DEALER)
     dealer.send(b"hello")
     ((sender, _),) = requests(publisher, 1)
-    assert publisher.is_connected(sender) and publisher.is_connected(Sender(sender.routing, None))
+    assert publisher.is_connected(sender)
     dealer.close()
     while publisher.is_connected(sender):
         publisher.serve()
@@ -410,7 +410,7 @@ def test_the_newest_connection_with_a_routing_id_takes_over(publisher, connect):
         dealer = connect("control", zmq.DEALER, ROUTING_ID=b"controller")
         dealer.send(str(n).encode())
         ((sender, payload),) = requests(publisher, 1)
-        assert (sender.routing, payload) == ((b"controller",), str(n).encode())
+        assert (sender.connection.identity, payload) == (b"controller", str(n).encode())
         publisher.reply(sender, b"ok")
         assert dealer.recv() == b"ok"
 
@@ -423,7 +423,7 @@ def test_a_reply_to_a_request_of_the_old_connection_does_not_go_to_the_new_one(p
     dealer = connect("control", zmq.DEALER, ROUTING_ID=b"controller")
     dealer.send(b"pause")
     ((new, _),) = requests(publisher, 1)
-    assert old.routing == new.routing
+    assert old.connection.identity == new.connection.identity and not publisher.is_connected(old)
     publisher.reply(old, b"instruct: ok")
     publisher.reply(new, b"pause: ok")
     assert dealer.recv() == b"pause: ok"
@@ -434,8 +434,7 @@ def test_a_reply_to_a_sender_that_is_gone_is_dropped(publisher, connect):
     dealer.send(b"bye")
     ((sender, _),) = requests(publisher, 1)
     dealer.close()
-    for to in (sender, Sender((b"nobody",)), Sender((b"\x00\x00\x00\x00\x00",))):
-        publisher.reply(to, b"late")
+    publisher.reply(sender, b"late")
     other.send(b"hello")
     ((sender, _),) = requests(publisher, 1)
     publisher.reply(sender, b"still here")

@@ -18,9 +18,9 @@ from edge_agent.ipc.events import AskQuestion, CancelQuestion, SetInstruction, T
 from edge_agent.supervisor.control import ASK_TIMEOUT_S, MAX_PENDING_REQUESTS, NOT_KEPT
 from edge_agent.supervisor.pause_file import keep_pause, was_paused
 from edge_agent.supervisor.shutdown import Shutdown
-from edge_agent.wire.control import Operation, Reply
+from edge_agent.wire.control import Operation
 from edge_agent.wire.messages import Action
-from tests.harness.in_process import InProcess
+from tests.harness.in_process import InProcess, commands, request
 
 
 @pytest.fixture
@@ -28,20 +28,6 @@ def running():
     with InProcess() as supervised:
         supervised.make_ready()
         yield supervised
-
-
-def request(running: InProcess, op: str, text: str = "", **more) -> Reply | None:
-    """Send a request; its reply, if it came in the same turn."""
-    n_replies = len(running.publisher.replies)
-    running.publisher.request(op, text, **more)
-    running.turn()
-    replies = running.publisher.replies[n_replies:]
-    assert len(replies) <= 1
-    return replies[0] if replies else None
-
-
-def commands(running: InProcess, command_type: type) -> list:
-    return [command for command in running.model.commands if isinstance(command, command_type)]
 
 
 def n_actions(running: InProcess) -> int:
@@ -110,9 +96,9 @@ def test_a_question_that_is_repeated_while_it_waits_is_asked_once(running):
 
 def test_a_question_is_known_by_its_connection_too(running):
     """A restarted controller with the same routing id asks its own first question."""
-    request(running, "ask", "what?", request_id="1", connection="old")
-    assert request(running, "ask", "who?", request_id="1", connection="new") is None
-    assert request(running, "cancel", "1", connection="another").result == {"cancelled": False}
+    request(running, "ask", "what?", request_id="1", sender=b"old")
+    assert request(running, "ask", "who?", request_id="1", sender=b"new") is None
+    assert request(running, "cancel", "1", sender=b"another").result == {"cancelled": False}
     assert [asked.question for asked in commands(running, AskQuestion)] == ["what?", "who?"]
 
 
