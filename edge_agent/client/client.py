@@ -353,20 +353,25 @@ class Client:
     # -- sockets ------------------------------------------------------------------------------------------------------
 
     def _check_reachable(self, stream: str) -> None:
-        """Raises NotConnected where this user may not connect, or another user could answer; RuntimeError after fork():
-        the threads of libzmq are not in this process, and nothing would ever arrive.
+        """Raises NotConnected where this user may not connect, or another user could answer.
 
-        Asked at each call: libzmq connects to whatever is at the path, also to what is made there later."""
+        Asked before a connection is made and whenever something was received: libzmq connects to whatever is at the
+        path, also to what is made there later."""
+        if why := why_unreachable(self.folder, stream):
+            raise NotConnected(why)
+
+    def _check_usable(self) -> None:
+        """Raises RuntimeError after close(), and after fork(): libzmq has no threads in this process, and nothing
+        would ever arrive."""
         if os.getpid() != self._pid:
             raise RuntimeError(f"this Client was made in process {self._pid}; make one in process {os.getpid()}")
         if self._is_closed:
             raise RuntimeError("this Client was closed; make another one")
-        if why := why_unreachable(self.folder, stream):
-            raise NotConnected(why)
 
     def _subscriber(self, stream: str) -> zmq.Socket[bytes]:
-        self._check_reachable(stream)
+        self._check_usable()
         if stream not in self._sockets:
+            self._check_reachable(stream)
             socket = self._context.socket(zmq.SUB)
             socket.setsockopt(zmq.LINGER, 0)
             socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
@@ -376,8 +381,9 @@ class Client:
         return self._sockets[stream]
 
     def _control(self, connection: str) -> zmq.Socket[bytes]:
-        self._check_reachable(CONTROL)
+        self._check_usable()
         if connection not in self._sockets:
+            self._check_reachable(CONTROL)
             socket = self._context.socket(zmq.DEALER)
             socket.setsockopt(zmq.LINGER, 0)
             socket.setsockopt(zmq.IMMEDIATE, 1)  # no queue without a connection

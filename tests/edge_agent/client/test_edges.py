@@ -380,7 +380,7 @@ def test_a_message_of_a_folder_that_is_made_later_is_not_trusted_unseen(daemon, 
 def test_what_arrives_while_the_folder_changes_is_dropped(daemon, client, tmp_path, clock, monkeypatch, change):
     publish(daemon, client, 0, clock())
     socket = client._subscriber("actions")
-    checks = iter(["", "everybody may write to it" if change == "opened" else ""])
+    checks = iter(["everybody may write to it" if change == "opened" else ""])
     monkeypatch.setattr("edge_agent.client.client.why_unreachable", lambda folder, stream: next(checks))
     if change == "removed":
         client.folder = tmp_path / "removed"
