@@ -104,6 +104,29 @@ class AdvancedConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
             )
 
 
+class TunedConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Written by `edge-agent tune --write`: what the values were measured on. It changes nothing; where the camera or
+    the bundle is another, the daemon and `edge-agent check` say so."""
+
+    date: str = ""  # "" everywhere: not tuned
+    board: str = ""
+    bundle: str = ""  # first 16 hex digits of the SHA-256 of bundle.json
+    frames: str = ""  # "1280x720"
+    deadline_ms: int = 0
+    mean_age_ms: float = 0.0
+
+    def difference(self, frames: str = "", bundle: str = "") -> str:
+        """What is another now, in one line; "" if nothing is, or nothing was tuned. "": not known now."""
+        now = {"frames": frames, "bundle": bundle}
+        differs = [
+            f"{key} of {then}, found {now[key]}"
+            for key, then in (("frames", self.frames), ("bundle", self.bundle))
+            if then and now[key] not in ("", then)
+        ]
+        what = " and ".join(differs)
+        return f"tuned on {self.date} for {what}: run `edge-agent tune` again" if differs else ""
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     bundle: str
     trusted_keys: tuple[str, ...] = ()  # paths of public keys (edge-agent keygen); with any, one must fit the bundle
@@ -115,6 +138,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     task: TaskConfig = TaskConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
     advanced: AdvancedConfig = AdvancedConfig()
+    tuned: TunedConfig = TunedConfig()
     runtime_dir: str = ""  # folder of the sockets; empty: $RUNTIME_DIRECTORY, else /run/edge-agent, else below /tmp
 
 

@@ -21,6 +21,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "time_units": (set(), set()),
     "suspend": ({"time_units"}, set()),
     "strict_yaml": ({"errors"}, {"msgspec", "yaml"}),
+    "yaml_edit": ({"errors", "strict_yaml"}, {"yaml"}),
     "config": ({"errors", "strict_yaml"}, {"msgspec"}),
     "profile": ({"config"}, {"msgspec"}),
     "wire": (set(), {"msgspec"}),
@@ -43,13 +44,16 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "apps": ({"client", "time_units", "wire"}, {"msgspec", "rich"}),
     "tools": (
-        {"model", "camera", "ipc", "bundle", "actions", "config", "client", "board", "errors", "time_units", "wire"},
+        {
+            "model", "camera", "ipc", "bundle", "actions", "config", "client", "board", "errors", "profile",
+            "strict_yaml", "time_units", "wire",
+        },
         {"cv2", "msgspec", "numpy"},
     ),
     "cli": (
         {
             "actions", "apps", "board", "bundle", "client", "config", "errors", "profile", "strict_yaml", "supervisor",
-            "tools", "wire",
+            "tools", "wire", "yaml_edit",
         },
         {"msgspec"},
     ),
@@ -80,8 +84,8 @@ ORDER: dict[str, list[str]] = {
         "camera_worker", "model_worker", "gate", "status", "control", "verification", "process",
     ],
     "apps": ["wire_log", "screen", "terminal"],
-    "tools": ["stills", "bench"],
-    "cli": ["commands", "bundles", "control", "daemon", "main"],
+    "tools": ["stills", "bench", "measure_daemon", "tune"],
+    "cli": ["commands", "bundles", "control", "daemon", "tune", "main"],
 }  # fmt: skip
 # Packages that do harm when they are imported as they are -> the only file that imports them. Its docstring says why.
 SOLE_IMPORTERS = {"gguf": "edge_agent/bundle/gguf_package.py", "onnxruntime": "edge_agent/model/onnx_runtime.py"}

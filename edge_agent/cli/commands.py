@@ -34,7 +34,7 @@ class Argument(NamedTuple):
 
 
 class Command(NamedTuple):
-    file: Literal["daemon", "control", "bundles"]  # the file of this room that runs the command
+    file: Literal["daemon", "control", "bundles", "tune"]  # the file of this room that runs the command
     summary: str  # one line, in edge-agent --help
     details: str  # the following lines, in edge-agent COMMAND --help
     arguments: tuple[Argument, ...]
@@ -82,6 +82,22 @@ COMMANDS: dict[str, Command] = {
             _argument("--backend", choices=("onnxruntime", "mtmd"), help="replaces vision.backend"),
             _argument("--action-space", metavar="SPACE", help="replaces task.action_space"),
             _argument("--instruction", metavar="TEXT", help="replaces task.instruction"),
+        ),
+    ),
+    "tune": Command(
+        "tune",
+        "find the fastest configuration of this board by measurement",
+        "Runs the daemon for some seconds with each of about ten configurations: vision backend, threads, overlap, "
+        "draft, KV cache. Chooses by the mean age of information, and lowers image tokens only where the deadline is "
+        "missed otherwise. Stop the daemon and other work first. No controller hears these runs. Prints a table on "
+        "stderr and one line of JSON on stdout; the file is changed only with --write.",
+        (
+            _CONFIG, _BUNDLE, _CAMERA,
+            _argument("--deadline-ms", type=int, metavar="N", help="replaces task.deadline_ms for the measurement"),
+            _argument("--seconds", type=float, default=4.0, metavar="S", help="measure each configuration for S "
+                      "seconds (default: 4)"),
+            _argument("--write", action="store_true", help="set the chosen keys in the configuration file; everything "
+                      "else in it stays as it is"),
         ),
     ),
     "keygen": Command(

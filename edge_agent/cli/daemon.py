@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     from edge_agent.supervisor import process
 
     config = read_config(arguments)
-    _require_onnxruntime(config)
+    require_onnxruntime(config)
     try:
         return process.run(config, trace_path=arguments.trace or "")
     except BrokenPipeError as error:  # of a command that prints, this means: nobody reads the rest. Not of a daemon
@@ -60,7 +60,7 @@ def read_config(arguments: argparse.Namespace) -> Config:
     return config
 
 
-def _require_onnxruntime(config: Config) -> None:
+def require_onnxruntime(config: Config) -> None:
     backend = resolve(config, gpu=False).vision_backend  # a GPU does not change the backend
     if backend == "onnxruntime" and importlib.util.find_spec("onnxruntime") is None:
         raise CommandFailed(
@@ -76,7 +76,7 @@ def _require_onnxruntime(config: Config) -> None:
 def check(arguments: argparse.Namespace) -> int:
     """Print one line per part. Goes on after a fault, so that one run shows every fault."""
     config = read_config(arguments)
-    _require_onnxruntime(config)
+    require_onnxruntime(config)
     status, manifest, raw_space = 0, None, b""
     try:
         space = load_action_space(config.task.action_space)
@@ -89,7 +89,7 @@ def check(arguments: argparse.Namespace) -> int:
         _print_ok("bundle", line)
     except (BundleError, ConfigError) as error:
         status = _print_fault("bundle", str(error))
-    opened, line = _probe_camera(config.camera)
+    opened, line = probe_camera(config.camera)
     if opened:
         _print_ok("camera", line)
     else:
@@ -153,7 +153,7 @@ def _check_memory(config: Config, manifest: Manifest) -> int:
     return 0
 
 
-def _probe_camera(config: CameraConfig) -> tuple[bool, str]:
+def probe_camera(config: CameraConfig) -> tuple[bool, str]:
     """Read one frame. Returns whether it arrived, and one line.
 
     In a child process: a driver can block a read for ever, and a child can be killed.
@@ -203,7 +203,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
     if arguments.n < 1:
         raise CommandFailed(f"-n: expected 1 or more, found {arguments.n}", EX_USAGE)
     config = bench_config(arguments)
-    _require_onnxruntime(config)
+    require_onnxruntime(config)
     verify_bundle(config.bundle, config.trusted_keys)
     from edge_agent.tools import bench
 

@@ -21,6 +21,7 @@ EPILOG = """examples:
   edge-agent ask "What is in front of us?"
   edge-agent instruct "Land on the blue square."
   edge-agent bench --bundle bundles/3b --frames clip.mp4
+  edge-agent tune --config /etc/edge-agent.yaml --write
 
 exit status:
   0   success
@@ -79,6 +80,10 @@ def run_command(arguments: argparse.Namespace) -> int:
         from edge_agent.cli import daemon
 
         handlers = daemon.HANDLERS
+    elif file == "tune":
+        from edge_agent.cli import tune
+
+        handlers = tune.HANDLERS
     else:
         from edge_agent.cli import bundles
 

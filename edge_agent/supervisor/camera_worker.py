@@ -43,6 +43,7 @@ class CameraWorker(ManagedWorker):
         self.config, self.slot = config, slot
         periods_s = SLOW_CAMERA_PERIODS / config.fps if config.fps else 0.0
         self.no_frame_s = max(stall_s, periods_s)
+        self.frame_size = ""  # "640x480", of the source as it was opened last
         self.last_frame_ns = 0  # when the supervisor saw the newest frame in the slot; 0: no frame yet
         self._latest_seq = 0
         self._created_ns = clock()
@@ -73,7 +74,8 @@ class CameraWorker(ManagedWorker):
         if isinstance(event, CameraOpened):
             self.mark_ready()
             rate = f" at {event.fps:g} fps" if event.fps else ""
-            log_line(f"camera {self.config.name}: {event.description}, {event.width}x{event.height}{rate}")
+            self.frame_size = f"{event.width}x{event.height}"
+            log_line(f"camera {self.config.name}: {event.description}, {self.frame_size}{rate}")
         elif isinstance(event, CameraEnded):
             self.readiness = Readiness.ENDED
             self.reason = Reason("camera", ReasonKind.ENDED, "the source has ended")

@@ -268,6 +268,8 @@ class Supervisor:
         has_camera = self.camera.readiness in (Readiness.READY, Readiness.ENDED)
         if has_camera and self.model.readiness is Readiness.READY and not self.status.is_ready and self.bundle:
             self.status.is_ready = True
+            if line := self.config.tuned.difference(self.camera.frame_size, self.bundle.id):
+                log_line(line)
             model = self.bundle.manifest.model
             notify("READY=1", f"STATUS={model.family} {model.size}")
             log_line(f"ready: {self.publisher.folder}")

@@ -13,6 +13,14 @@ from edge_agent.errors import ConfigError
 from edge_agent.wire.endpoints import endpoint, runtime_dir
 from tests.harness import ROOT
 
+TUNED = {
+    "date": "2026-11-27",
+    "board": "Orin",
+    "bundle": "0123456789abcdef",
+    "frames": "640x480",
+    "deadline_ms": 700,
+    "mean_age_ms": 41.5,
+}
 GOOD = "bundle: /b\ncamera: {source: clip.mp4}\n"
 SECTIONS = ("camera", "vision", "language", "task", "watchdog", "advanced")
 
@@ -27,20 +35,19 @@ def error_of(text: str) -> str:
 
 def test_what_is_written_is_what_is_loaded():
     loaded = load_config_text(
-        "bundle: /bundles/3b\n"
-        "trusted_keys: [/etc/ours.pub, theirs.pub]\n"
+        "bundle: /bundles/3b\ntrusted_keys: [/etc/ours.pub, theirs.pub]\n"
         "camera: {source: /dev/video2, name: nose, width: 1280, height: 720, fps: 29.97, realtime: false, loop: no,\n"
         "         fourcc: MJPG, max_megapixels: 1, identical_frames_s: 0}\n"
         "profile: small\ncpu_threads: 3\n"
         "vision: {backend: mtmd, max_image_tokens: 64, tensorrt: true}\n"
         "language: {context: 4096, gpu_layers: 0, describe_prompt: 'What?', max_text_tokens: 5,\n"
-        "           stream_action_text: false, max_reasoning_tokens: 99,\n"
-        "           adapters: {night: /n.gguf, rain-2: r.gguf}, adapter: night}\n"
+        "           stream_action_text: false, max_reasoning_tokens: 99, adapter: night,\n"
+        "           adapters: {night: /n.gguf, rain-2: r.gguf}}\n"
         "task: {action_space: waypoint, instruction: 'Land.', deadline_ms: 700}\n"
         "watchdog: {model_stall_s: 1, model_load_s: 2.5, camera_stall_s: 0.5}\n"
         "advanced: {repack: false, flash_attention: true, reproducible: false, speculative: false, overlap: true,\n"
         "           mmap: true, mlock: true, kv_cache_type: q8_0}\n"
-        "runtime_dir: /run/x\n",
+        f"tuned: {TUNED}\nruntime_dir: /run/x\n",
         "agent.yaml",
     )
     assert msgspec.to_builtins(loaded) == {
@@ -83,6 +90,7 @@ def test_what_is_written_is_what_is_loaded():
             "kv_cache_type": "q8_0",
             "flash_attention": True,
         },
+        "tuned": TUNED,
         "runtime_dir": "/run/x",
     }
 
@@ -121,6 +129,7 @@ def test_defaults():
         "advanced": dict.fromkeys(
             ("reproducible", "speculative", "overlap", "repack", "mmap", "mlock", "kv_cache_type", "flash_attention")
         ),
+        "tuned": {"date": "", "board": "", "bundle": "", "frames": "", "deadline_ms": 0, "mean_age_ms": 0.0},
         "runtime_dir": "",
     }
 

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from edge_agent.cli.commands import CommandFailed
-from edge_agent.cli.daemon import _require_onnxruntime
+from edge_agent.cli.daemon import require_onnxruntime
 from edge_agent.config import CameraConfig, Config, VisionConfig
 
 CONFIG = Config(bundle="b", camera=CameraConfig(source="none"))
@@ -28,7 +28,7 @@ def test_onnxruntime_is_required_where_the_profile_or_the_backend_needs_it(monke
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     config = msgspec.structs.replace(CONFIG, **changes)
     if not needed:
-        _require_onnxruntime(config)
+        require_onnxruntime(config)
         return
     with pytest.raises(CommandFailed, match="onnxruntime is not installed"):
-        _require_onnxruntime(config)
+        require_onnxruntime(config)

@@ -1,0 +1,269 @@
+"""Finds the fastest configuration of this board by measurement: `edge-agent tune`.
+
+Each candidate runs in the real daemon for a few seconds. The measure is the mean age of information: how old the
+picture behind the newest action is, on average over time. A higher rate alone is not better: with overlap, actions are
+published more often, and each is older.
+
+Image tokens are quality and not only time, so they are lowered only where the deadline is missed otherwise, and no
+further than needed. Everything else gives the same answers: the vision backend, threads, overlap, the draft, the type
+of the KV cache.
+
+The search goes along one axis after the other from the configuration as it is, and keeps what is better. At the end,
+the start and the best are measured again in turn; the best must be better there too.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import msgspec
+
+from edge_agent.board.control_groups import available_cores
+from edge_agent.board.health import mem_available_mib
+from edge_agent.bundle.manifest import MMPROJ, VISION, Manifest
+from edge_agent.bundle.memory_plan import NotEnoughMemoryError, adapters_mib, plan_memory
+from edge_agent.config import Config
+from edge_agent.errors import ConfigError
+from edge_agent.profile import profile_in_force, resolve
+from edge_agent.strict_yaml import convert
+from edge_agent.tools.measure_daemon import Measured, interrupts_at_safe_points, measure
+
+Values = dict[str, Any]  # "key" or "section.key" of the configuration -> value
+Measure = Callable[[Values], Measured]
+Report = Callable[
+    [str, Measured | None, int, int], None
+]  # candidate, its result (None: begins), number, about how many
+
+MEASURE_S = 4.0
+CONFIRM_TIMES = 2
+MIN_GAIN = 0.02  # of the mean age; less is noise of this measurement
+TOKEN_STEPS = (0.75, 0.5, 0.375, 0.25)  # of the configured image tokens
+MIN_IMAGE_TOKENS = 64
+
+
+class Tried(NamedTuple):
+    name: str
+    values: Values
+    result: Measured
+
+
+class Tuned(NamedTuple):
+    """start: the configuration as it is. best: what to set; {} if it is right as it is. start_ms, best_ms: mean age of
+    information of both, medians of all their measurements; None: no valid actions."""
+
+    tried: list[Tried]
+    start: Values
+    best: Values
+    start_ms: float | None
+    best_ms: float | None
+
+
+class Board(NamedTuple):
+    """What there is to choose from."""
+
+    backends: tuple[str, ...]
+    threads: tuple[int, ...]
+    kv_cache_types: tuple[str, ...]
+    overlap: bool  # whether to try with overlap
+
+
+def tune(config: Config, manifest: Manifest, report: Report, measure_s: float = MEASURE_S) -> Tuned:
+    """Measure on this machine. Nothing is written. Raises ConfigError if no candidate gives valid actions."""
+    with tempfile.TemporaryDirectory(prefix="edge-tune-") as scratch, interrupts_at_safe_points():
+        n_runs = 0
+
+        def run(values: Values) -> Measured:
+            nonlocal n_runs
+            n_runs += 1
+            candidate = with_values(config, values)
+            if problem := _memory_problem(candidate, manifest):
+                return Measured(problem=problem)
+            folder = Path(scratch, str(n_runs))
+            folder.mkdir()
+            return measure(candidate, folder, measure_s)
+
+        return search(config, lambda gpu: find_choices(config, manifest, gpu), run, report)
+
+
+def _memory_problem(config: Config, manifest: Manifest) -> str:
+    """Why the daemon would not run this configuration as it is; "" if it would."""
+    try:
+        plan = plan_memory(config, manifest, mem_available_mib(), adapters_mib(config))
+    except NotEnoughMemoryError as error:
+        return str(error)
+    return f"not enough memory: the daemon would reduce {', '.join(plan.reductions)}" if plan.reductions else ""
+
+
+def find_choices(config: Config, manifest: Manifest, gpu: bool) -> Board:
+    """gpu: whether layers of the language model run on a GPU."""
+    has_onnxruntime = importlib.util.find_spec("onnxruntime") is not None
+    backends = [
+        name
+        for name, file, usable in (("onnxruntime", VISION, has_onnxruntime), ("mtmd", MMPROJ, True))
+        if usable and file in manifest.files
+    ]
+    n_cores = available_cores()
+    threads = {n_cores, max(1, n_cores - 1), max(1, n_cores // 2), 1 if n_cores <= 4 else n_cores // 4}
+    is_exact = profile_in_force(config, gpu) == "reproducible" or bool(config.advanced.reproducible)
+    return Board(
+        backends=tuple(backends),
+        threads=tuple(sorted(threads, reverse=True)),
+        kv_cache_types=("f16",) if is_exact else ("f16", "q8_0"),
+        overlap=gpu or n_cores > 1,
+    )
+
+
+def with_values(config: Config, values: Values) -> Config:
+    """Raises ConfigError."""
+    plain = msgspec.to_builtins(config)
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        (plain[section] if section else plain)[name] = value
+    return convert(plain, Config, "tune")
+
+
+def values_in_force(config: Config, gpu: bool) -> Values:
+    """What the configuration means, for every key that tune may set."""
+    switches = resolve(config, gpu)
+    return {
+        "vision.backend": switches.vision_backend,
+        "vision.max_image_tokens": config.vision.max_image_tokens,
+        "cpu_threads": config.cpu_threads or available_cores(),
+        "advanced.overlap": switches.overlap,
+        "advanced.speculative": switches.speculative,
+        "advanced.kv_cache_type": switches.kv_cache_type,
+    }
+
+
+def usable_age_ms(result: Measured) -> float | None:
+    """Mean age of information; None: too few answers, or too many came after the deadline."""
+    return None if result.is_late else result.mean_age_ms
+
+
+class _Search:
+    """The candidates so far, and the best of them."""
+
+    def __init__(self, config: Config, run: Measure, report: Report) -> None:
+        self.config, self._run, self._report = config, run, report
+        self.tried: list[Tried] = []
+        self.best: Tried | None = None
+        self.best_ms = math.inf
+        self.about = 1  # how many candidates there will be
+
+    def measure(self, name: str, values: Values) -> Measured:
+        self._report(name, None, len(self.tried) + 1, max(self.about, len(self.tried) + 1))
+        result = self._run(values)
+        self.tried.append(Tried(name, values, result))
+        self._report(name, result, len(self.tried), max(self.about, len(self.tried)))
+        return result
+
+    def try_one(self, values: Values) -> None:
+        """Measure unless it was measured, and keep it if it is the best so far."""
+        if any(tried.values == values for tried in self.tried):
+            return
+        try:
+            with_values(self.config, values)
+        except ConfigError:  # switches that exclude each other
+            return
+        result = self.measure(describe(values), values)
+        age_ms = usable_age_ms(result)
+        if age_ms is not None and age_ms < self.best_ms:
+            self.best, self.best_ms = self.tried[-1], age_ms
+
+
+def search(config: Config, choices: Callable[[bool], Board], run: Measure, report: Report) -> Tuned:
+    """choices: whether a GPU is in use -> what to try. Raises ConfigError."""
+    found = _Search(config, run, report)
+    first = found.measure("as configured", {})
+    gpu = first.language_backend.startswith("llama.cpp GPU")
+    start, board = values_in_force(config, gpu), choices(gpu)
+    found.about = 2 + len(board.backends) + len(board.threads) * (1 + board.overlap) + 2 * CONFIRM_TIMES
+    found.tried[0] = Tried("as configured", start, first)
+    if (first_ms := usable_age_ms(first)) is not None:
+        found.best, found.best_ms = found.tried[0], first_ms
+    for candidate in _fewer_tokens(start):
+        if found.best is not None:
+            break
+        for backend in board.backends:
+            found.try_one(candidate | {"vision.backend": backend})
+    if found.best is None:
+        raise ConfigError(_why_none(found.tried))
+    for axis in _axes(board):
+        base = found.best.values
+        for change in axis(base):
+            found.try_one(base | change)
+    return _confirm(found, start)
+
+
+def _fewer_tokens(start: Values) -> Iterable[Values]:
+    """The start, then ever fewer image tokens, until the deadline is met."""
+    yield start
+    configured = start["vision.max_image_tokens"]
+    for share in TOKEN_STEPS:
+        if (tokens := round(configured * share)) >= min(MIN_IMAGE_TOKENS, configured):
+            yield start | {"vision.max_image_tokens": tokens}
+
+
+def _axes(board: Board) -> list[Callable[[Values], list[Values]]]:
+    """Each: values so far -> the changes to try from there."""
+
+    def backends(base: Values) -> list[Values]:
+        return [{"vision.backend": name} for name in board.backends]
+
+    def threads(base: Values) -> list[Values]:
+        """With overlap, the encoder shares the cores, so another number of threads is best."""
+        overlaps = (False, True) if board.overlap else (False,)
+        return [{"advanced.overlap": on, "cpu_threads": n} for on in overlaps for n in board.threads]
+
+    def draft(base: Values) -> list[Values]:
+        return [{"advanced.speculative": on} for on in (True, False)]
+
+    def kv_cache(base: Values) -> list[Values]:
+        return [{"advanced.kv_cache_type": name} for name in board.kv_cache_types]
+
+    return [backends, draft, kv_cache, threads, backends]  # the best backend depends on the threads
+
+
+def _confirm(found: _Search, start: Values) -> Tuned:
+    """Measure the start and the best again, in turn."""
+    best = found.best
+    assert best is not None
+    ages_ms = {"start": [usable_age_ms(found.tried[0].result)], "best": [usable_age_ms(best.result)]}
+    if best.values != start:
+        for _ in range(CONFIRM_TIMES):
+            for name, values in (("start", start), ("best", best.values)):
+                result = found.measure(f"again: {describe(values)}", values)
+                ages_ms[name].append(usable_age_ms(result))
+    start_ms, best_ms = (median_ms(ages_ms[name]) for name in ("start", "best"))
+    is_better = best_ms is not None and (start_ms is None or best_ms < start_ms * (1 - MIN_GAIN))
+    return Tuned(found.tried, start, best.values if is_better else start, start_ms, best_ms if is_better else start_ms)
+
+
+def median_ms(ages_ms: list[float | None]) -> float | None:
+    """None if one is None: a candidate that sometimes misses the deadline is not usable."""
+    known = [age_ms for age_ms in ages_ms if age_ms is not None]
+    return round(median(known), 2) if known and len(known) == len(ages_ms) else None
+
+
+def _why_none(tried: list[Tried]) -> str:
+    last = tried[-1].result
+    why = last.problem or f"answers are later than task.deadline_ms: {last.refused}"
+    return f"no configuration gives valid actions here; the last one tried: {why}"
+
+
+def describe(values: Values) -> str:
+    """One line, for the table."""
+    return ", ".join((
+        values["vision.backend"],
+        f"{values['vision.max_image_tokens']} image tokens",
+        f"{values['cpu_threads']} threads",
+        "overlap" if values["advanced.overlap"] else "no overlap",
+        "draft" if values["advanced.speculative"] else "no draft",
+        f"KV {values['advanced.kv_cache_type']}",
+    ))  # fmt: skip
