@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 
 from edge_agent.config import WatchdogConfig
@@ -12,7 +13,8 @@ from edge_agent.supervisor.shutdown import EX_FAILED, Shutdown
 from edge_agent.time_units import NS_PER_S
 
 MAX_FAILURES_BEFORE_READY = 5  # in a row; then the daemon ends, and systemd starts everything again
-STALL_FACTOR = 3  # the stall limit is at least this many times the duration of the warm-up frame
+STALL_FACTOR = 3  # the stall limit is at least this many times the duration of a usual frame
+RECENT_FRAMES = 16  # what counts as usual: the longest of these, and no more than the warm-up frame
 # A model that refuses the instruction in force is started again after this time: memory is planned anew at each start,
 # and with more of it free the instruction may fit again.
 REFUSED_RETRY_S = 30.0
@@ -26,6 +28,7 @@ class ModelWorker(ManagedWorker):
         self.config = config
         self.vision_backend = self.language_backend = ""  # what really runs
         self.warmup_s = 0.0  # duration of the warm-up frame
+        self._frames_s: deque[float] = deque(maxlen=RECENT_FRAMES)  # durations of the newest answered frames
         self.memory_reduced = False  # the memory plan reduced the configuration at this start
         self._refused_ns = 0
 
@@ -36,13 +39,27 @@ class ModelWorker(ManagedWorker):
 
     @property
     def slowest_frame_s(self) -> float:
-        """A frame that takes longer than this is a stall."""
-        return STALL_FACTOR * self.warmup_s
+        """A frame that takes longer than this is a stall.
+
+        The warm-up frame can be slow by accident: pages come from a disk, TensorRT makes an engine. So can one frame.
+        """
+        return STALL_FACTOR * min(self.warmup_s, max(self._frames_s, default=self.warmup_s))
 
     @property
     def stall_s(self) -> float:
         """Without progress for this time, the process is stalled."""
         return max(self.config.model_stall_s, self.slowest_frame_s) if self.is_loaded else self.config.model_load_s
+
+    def note_warmup(self, duration_s: float) -> None:
+        """The process is loaded. duration_s: of its warm-up frame."""
+        self.warmup_s = duration_s
+        self._frames_s.clear()
+
+    def note_frame(self, duration_s: float) -> bool:
+        """A frame was answered. Whether the stall limit has changed."""
+        before_s = self.stall_s
+        self._frames_s.append(duration_s)
+        return self.stall_s != before_s
 
     def mark_refused(self, error: str) -> None:
         """The process is loaded, and refuses the instruction in force."""

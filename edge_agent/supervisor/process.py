@@ -66,6 +66,7 @@ from edge_agent.wire.endpoints import runtime_dir
 from edge_agent.wire.messages import Action, Refusal
 
 CAMERA_MODULE, MODEL_MODULE = "edge_agent.camera", "edge_agent.model"  # run as child processes
+MS_PER_S = 1000
 POLL_MS = 50
 POLL_ENDING_MS = 5  # a child has closed its socket: its exit status follows within milliseconds
 EXIT_WAIT_S = 2.0  # at the end, for killed children; the unit's TimeoutStopSec is longer
@@ -327,6 +328,8 @@ class Supervisor:
         stages_ms = msgspec.structs.replace(proposal.stages_ms, check=(now_ns - start_ns) / NS_PER_MS)
         self._publish_action(result, now_ns, stages_ms=stages_ms, **frame)
         self.model.note_success()
+        if self.model.note_frame((stages_ms.encode + stages_ms.prefill + stages_ms.decode) / MS_PER_S):
+            self.watchdog.set_interval_above(self.model.stall_s)
         self.trace.span(f"frame {proposal.frame_id} out", "supervisor", start_ns, self.clock())
 
     def _publish_action(self, checked: CheckedAction, now_ns: int, **fields: Any) -> None:
@@ -356,7 +359,7 @@ class Supervisor:
                 "lower vision.max_image_tokens, or raise task.deadline_ms"
             )
         self.model.vision_backend, self.model.language_backend = event.vision, event.language
-        self.model.warmup_s = first_ms / 1000
+        self.model.note_warmup(first_ms / 1000)
         self.model.memory_reduced = event.memory_reduced
         if not self.control.send_control_state():
             self._restart_model(Reason("model", ReasonKind.FAILED, "takes no commands"))

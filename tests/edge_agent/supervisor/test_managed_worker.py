@@ -214,8 +214,37 @@ def test_the_stall_limit_is_longer_while_it_loads_and_for_a_slow_model(model):
     assert model.stall_s == 120.0 and not model.is_loaded
     model.mark_ready()
     assert model.stall_s == 10.0 and model.is_loaded
-    model.warmup_s = 4.0
+    model.note_warmup(4.0)
     assert model.stall_s == 12.0
+
+
+@pytest.mark.parametrize(
+    ("warmup_s", "frames_s", "expected_s"),
+    [
+        (60.0, [0.2], 10.0),
+        (60.0, [5.0], 15.0),
+        (60.0, [5.0] + [0.2] * 15, 15.0),
+        (60.0, [5.0] + [0.2] * 16, 10.0),
+        (4.0, [0.2] * 20 + [9.0], 12.0),
+        (4.0, [], 12.0),
+        (0.1, [9.0] * 20, 10.0),
+    ],
+    ids=["slow warm-up", "slow board", "one of 16", "long ago", "one slow frame", "no frame", "quick warm-up"],
+)
+def test_one_slow_frame_does_not_raise_the_stall_limit_for_good(model, warmup_s, frames_s, expected_s):
+    model.mark_ready()
+    model.note_warmup(warmup_s)
+    changes = [model.note_frame(seconds) for seconds in frames_s]
+    assert model.stall_s == expected_s
+    assert any(changes) == (any(max(10.0, 3 * warmup_s) != max(10.0, 3 * min(warmup_s, s)) for s in frames_s))
+
+
+def test_a_new_process_is_judged_by_its_own_frames(model):
+    model.mark_ready()
+    model.note_warmup(60.0)
+    model.note_frame(0.2)
+    model.note_warmup(60.0)
+    assert model.stall_s == 180.0
 
 
 def test_a_silent_model_is_stalled(model, clock):

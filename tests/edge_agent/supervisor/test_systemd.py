@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from edge_agent.ipc.events import ModelReady
 from edge_agent.supervisor.systemd import Watchdog, notify
-from tests.harness.in_process import FakeClock
+from edge_agent.wire.messages import StageTimes
+from tests.harness.in_process import FakeClock, InProcess
 
 
 @pytest.fixture(params=["path", "abstract"])
@@ -159,3 +161,18 @@ def test_no_thread_feeds_the_watchdog(manager, watchdog_of):
     before = len(os.listdir("/proc/self/task"))
     watchdog_of(0.1).feed(1)
     assert len(os.listdir("/proc/self/task")) == before
+
+
+def test_the_interval_after_a_slow_warm_up_is_that_of_the_frames(manager, monkeypatch):
+    """One slow frame at the start, and a supervisor that hangs later would be noticed after three minutes."""
+    monkeypatch.setenv("WATCHDOG_USEC", "15000000")
+    with InProcess() as running:
+        running.open_camera()
+        running.model.emit(ModelReady(vision="fake", load_s=1.0, warmup_ms=60_000.0))
+        running.turn()
+        running.apply_instruction()
+        assert any("WATCHDOG_USEC=185000000" in sent for sent in received(manager))
+        running.answer(stages_ms=StageTimes(queue=9e9, encode=100.0, prefill=50.0, decode=50.0, check=0.0))
+        assert any("WATCHDOG_USEC=15000000" in sent for sent in received(manager))
+        running.answer(stages_ms=StageTimes(queue=0.0, encode=1.0, prefill=1.0, decode=1.0, check=0.0))
+        assert not any("WATCHDOG_USEC" in sent for sent in received(manager)), "the limit has not changed"
