@@ -40,12 +40,17 @@ class FramePusher:
     def __init__(self, endpoint: str) -> None:
         """endpoint: the part of camera.source after "zmq:", for example ipc:///run/edge-agent/frames."""
         self._pid = os.getpid()
+        self._endpoint = endpoint
         self._context = zmq.Context()
+        self._connect()
+
+    def _connect(self) -> None:
+        self._file = _file_at(self._endpoint)
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.PUSH)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, QUEUE_FRAMES)
         self._socket.setsockopt(zmq.IMMEDIATE, 1)  # no queue without a connection
-        self._socket.connect(endpoint)
+        self._socket.connect(self._endpoint)
 
     def close(self) -> None:
         if os.getpid() != self._pid:  # the socket belongs to the process before fork()
@@ -101,8 +106,20 @@ class FramePusher:
         try:
             self._socket.send(message, zmq.NOBLOCK)
         except zmq.Again:
+            if _file_at(self._endpoint) != self._file:  # the connection may lead to a process that hangs in a driver
+                self._socket.close()
+                self._connect()
             return False
         return True
+
+
+def _file_at(endpoint: str) -> tuple[int, int] | None:
+    """Which file is at the path of an endpoint; None: none. Another one: another process listens there."""
+    try:
+        found = os.stat(endpoint.removeprefix("ipc://"))
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _size(view: memoryview, format: PixelFormat) -> tuple[int, int]:

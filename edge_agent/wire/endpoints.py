@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import struct
 from pathlib import Path
 
 UNIT_FOLDER = Path("/run/edge-agent")  # RuntimeDirectory of systemd/edge-agent.service
+CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
 def runtime_dir(configured: str = "") -> Path:
@@ -52,18 +54,25 @@ def why_unreachable(folder: Path, stream: str) -> str:
     return f"{folder}: permission denied; join the group of this folder (gid {status.st_gid})"
 
 
-def is_listening(path: Path) -> bool:
-    """Whether somebody listens at the socket; False: nobody, the file was left by a process that has ended. What cannot
-    be found out counts as yes."""
+def find_listener(path: Path) -> int | None:
+    """The process that listens at the socket; None: nobody, the file was left by a process that has ended; 0: somebody,
+    or it cannot be found out."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:
             probe.connect(str(path))
+            credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
         except (ConnectionRefusedError, FileNotFoundError):
-            return False
+            return None
         except OSError:  # EAGAIN: its queue is full; EACCES: it belongs to somebody else
-            return True
-        return True
+            return 0
+        pid: int = CREDENTIALS.unpack(credentials)[0]
+        return pid
+
+
+def is_listening(path: Path) -> bool:
+    """Whether somebody listens at the socket. What cannot be found out counts as yes."""
+    return find_listener(path) is not None
 
 
 def endpoint(folder: Path, stream: str) -> str:

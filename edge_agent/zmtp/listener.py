@@ -4,7 +4,8 @@
     listener.is_ours()          # False: the path was removed, or something else is there
     listener.close()            # removes the path if it is still ours
 
-Only a socket that nobody listens on any more is replaced. Everything else at the path is refused by name.
+Only a socket that nobody listens on any more is replaced, or whose process was killed and hangs in the kernel: it will
+never accept a connection, although connections to it succeed. Everything else at the path is refused by name.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
 import socket
 import stat
 from pathlib import Path
 
-from edge_agent.wire.endpoints import is_listening
+from edge_agent.wire.endpoints import find_listener
 
 BACKLOG = 128  # connections that wait for accept()
 MAX_PATH_BYTES = 107  # sun_path
@@ -91,8 +93,10 @@ def _make_room(path: Path) -> None:
             raise PathError(
                 f"{path}: cannot be bound: expected a socket or nothing, found {kind}; remove it", is_taken=True
             )
-        if is_listening(path):
-            raise PathError(f"{path}: cannot be bound: another process listens there; stop it", is_busy=True)
+        pid = find_listener(path)
+        if pid is not None and not is_killed(pid):
+            who = f"process {pid}" if pid else "another process"
+            raise PathError(f"{path}: cannot be bound: {who} listens there; stop it", is_busy=True)
         path.unlink()
     except FileNotFoundError:
         return
@@ -100,3 +104,15 @@ def _make_room(path: Path) -> None:
         raise PathError(f"{path}: cannot be bound: {error.strerror}") from None
     except ValueError as error:  # a NUL, or what is not text
         raise PathError(f"{str(path)!a}: cannot be bound: {error}", is_taken=True) from None
+
+
+def is_killed(pid: int, proc: Path = Path("/proc")) -> bool:
+    """Whether SIGKILL was sent to a process that still exists: it hangs in a driver, and will run no more code of its
+    own. What cannot be found out counts as no."""
+    try:
+        status = (proc / str(pid) / "status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+    fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+    pending = int(fields.get("SigPnd", "0"), 16) | int(fields.get("ShdPnd", "0"), 16)
+    return bool(pending & 1 << (signal.SIGKILL - 1))

@@ -114,3 +114,17 @@ def test_closing_does_not_wait_for_frames_that_were_not_sent(endpoint, receiver)
         pusher.push(big, frame_id=n, t_capture_ns=n)
     pusher.close()
     assert pusher._socket.closed
+
+
+def test_a_pusher_leaves_a_process_that_hangs_for_the_one_at_its_path(pusher, receiver, endpoint):
+    """A killed camera process that hangs in a driver keeps its connections, and reads nothing."""
+    frame = np.zeros((400, 600, 3), np.uint8)
+    push_until_sent(pusher, frame, frame_id=1, t_capture_ns=1)
+    Path(endpoint.removeprefix("ipc://")).unlink()
+    with zmq.Context() as context, context.socket(zmq.PULL) as successor:
+        successor.bind(endpoint)
+        for frame_id in range(2, 10_000):
+            pusher.push(frame, frame_id=frame_id, t_capture_ns=frame_id)
+            if successor.poll(1):
+                break
+        assert received(successor).frame_id > 1

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from edge_agent.wire import endpoints
-from edge_agent.wire.endpoints import endpoint, is_listening, runtime_dir, why_unreachable
+from edge_agent.wire.endpoints import endpoint, find_listener, is_listening, runtime_dir, why_unreachable
 
 
 def test_the_folder_is_the_configured_one_then_that_of_systemd_then_that_of_the_user(monkeypatch, tmp_path):
@@ -147,5 +149,24 @@ def test_a_daemon_that_does_not_answer_is_not_one_that_is_gone(tmp_path):
         stopped.listen(0)
         for _ in range(3):
             assert is_listening(path), "also when its queue is full"
+            assert find_listener(path) in (os.getpid(), 0)
     assert not is_listening(path)
     assert is_listening(tmp_path / ("x" * 200)), "what cannot be found out"
+
+
+def test_the_process_that_listens_is_named(tmp_path):
+    """Not the one that made the socket: a child took it over."""
+    path = tmp_path / "control"
+    with socket.socket(socket.AF_UNIX) as inherited:
+        inherited.bind(str(path))
+        code = f"import socket, sys; socket.socket(fileno={inherited.fileno()}).listen(); print(flush=True); input()"
+        with subprocess.Popen(
+            [sys.executable, "-c", code],
+            pass_fds=[inherited.fileno()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as child:
+            assert child.stdout is not None and child.stdout.readline() == b"\n"
+            assert find_listener(path) == child.pid
+            child.communicate(b"\n")
+    assert find_listener(path) is None

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from edge_agent.zmtp.listener import Listener, PathError
+from edge_agent.zmtp.listener import Listener, PathError, is_killed
 
 
 @pytest.fixture
@@ -75,9 +78,10 @@ def test_a_socket_with_a_living_owner_is_not_replaced(path, kind):
         owner.bind(str(path))
         if kind != socket.SOCK_DGRAM:
             owner.listen(0)
-        with pytest.raises(PathError, match="another process listens there; stop it") as caught:
+        with pytest.raises(PathError, match=r"process.* listens there; stop it") as caught:
             Listener(path)
         assert caught.value.is_busy and path.is_socket()
+        assert kind != socket.SOCK_STREAM or f"process {os.getpid()} listens there" in str(caught.value)
 
 
 def test_an_owner_whose_queue_is_full_is_alive(path):
@@ -86,8 +90,62 @@ def test_an_owner_whose_queue_is_full_is_alive(path):
         owner.listen(0)
         peer.connect(str(path))  # the queue has room for this one alone
         for _ in range(2):
-            with pytest.raises(PathError, match="another process listens there"):
+            with pytest.raises(PathError, match=r"process.* listens there"):
                 Listener(path)
+
+
+# -- a process that SIGKILL does not end ------------------------------------------------------------------------------
+
+FREEZERS = Path("/sys/fs/cgroup/freezer")  # cgroup v1: a SIGKILL stays pending in a frozen process
+STATUS = "Name:\tpython3\nState:\tD (disk sleep)\nSigQ:\t1/95000\nSigPnd:\t{}\nShdPnd:\t{}\nSigBlk:\t0\n"
+NO, KILL, TERM, SEVERAL = "0" * 16, "0000000000000100", "0000000000004000", "0000000000004100"
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        (STATUS.format(NO, NO), False),
+        (STATUS.format(KILL, KILL), True),
+        (STATUS.format(NO, KILL), True),
+        (STATUS.format(SEVERAL, NO), True),
+        (STATUS.format(TERM, TERM), False),
+        ("Name:\tx\n", False),
+        (None, False),
+    ],
+    ids=["runs", "killed", "killed as a process", "killed and terminated", "terminated", "old kernel", "gone"],
+)
+def test_a_process_with_a_pending_sigkill_is_killed(tmp_path, status, expected):
+    if status is not None:
+        (tmp_path / "77").mkdir()
+        (tmp_path / "77" / "status").write_text(status)
+    assert is_killed(77, tmp_path) is expected
+    assert not is_killed(os.getpid())
+
+
+@pytest.mark.skipif(not os.access(FREEZERS, os.W_OK), reason="needs root and a cgroup v1 freezer")
+def test_the_path_of_a_process_that_was_killed_and_hangs_is_taken_over(path):
+    """As a camera process inside a driver: its socket listens for ever, and nobody will accept."""
+    frozen = FREEZERS / f"edge-agent-listener-{os.getpid()}"
+    frozen.mkdir()
+    code = f"import socket; s = socket.socket(1); s.bind({str(path)!r}); s.listen(); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as hung:
+        try:
+            assert hung.stdout is not None and hung.stdout.readline() == b"\n"
+            (frozen / "cgroup.procs").write_text(str(hung.pid))
+            (frozen / "freezer.state").write_text("FROZEN")
+            with pytest.raises(PathError, match=f"process {hung.pid} listens there; stop it"):
+                Listener(path)  # it hangs, and may go on
+            hung.kill()
+            listener = Listener(path)
+            assert hung.poll() is None and listener.is_ours()
+            listener.close()
+        finally:
+            (frozen / "freezer.state").write_text("THAWED")
+            hung.kill()
+            hung.wait()
+            while frozen.exists():  # the kernel needs a moment
+                with contextlib.suppress(OSError):
+                    frozen.rmdir()
 
 
 def test_what_is_not_ours_any_more_is_not_removed(path):
