@@ -18,12 +18,13 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
-from enum import Enum
 from typing import Any
 
 import msgspec
 import zmq
 
+from edge_agent.client.control_connection import ControlConnection
+from edge_agent.client.values import plain_value
 from edge_agent.suspend import Clock, SuspendDetector
 from edge_agent.time_units import NS_PER_MS, NS_PER_S
 from edge_agent.wire.codec import encode
@@ -58,6 +59,10 @@ class NotConnected(TimeoutError):
     """No daemon can be reached. One line: no folder, no permission, or nobody answers there."""
 
 
+class ConnectionEnded(TimeoutError):
+    """A request was sent, and the daemon ended before it replied. One line. Whether it was carried out is unknown."""
+
+
 class Client:
     """Owns its sockets; close() or a with block frees them. Use one client per thread and per process."""
 
@@ -81,16 +86,19 @@ class Client:
         self._clock = clock
         self._context = zmq.Context()
         self._sockets: dict[str, zmq.Socket[bytes]] = {}  # stream -> its socket, opened at first use
+        self._connections: dict[str, ControlConnection] = {}  # CONTROL, or the id of a question -> its connection
         self._newest: tuple[int, int] | None = None  # session and seq of the newest message of the actions stream
 
     def close(self) -> None:
         self._is_closed = True
         if os.getpid() != self._pid:  # after fork(): the sockets belong to the other process
             self._sockets.clear()
+            self._connections.clear()
             return
-        for socket in self._sockets.values():
-            socket.close()
+        for open_ in (*self._sockets.values(), *self._connections.values()):
+            open_.close()
         self._sockets.clear()
+        self._connections.clear()
         self._context.term()
 
     def __enter__(self) -> Client:
@@ -183,23 +191,20 @@ class Client:
         text_socket, received = self._subscriber("text"), ""
         request_id = os.urandom(8).hex()  # and a connection of its own: other requests may be made between two pieces
         control = self._send(request_id, "ask", question, timeout_s, connection=request_id)
-        poller = zmq.Poller()
-        poller.register(text_socket, zmq.POLLIN)
-        poller.register(control, zmq.POLLIN)
         with self._waiting_for("ask", request_id, request_id):
-            while ready := dict(poller.poll(self._left_ms(deadline_ns))):
-                if control in ready and (reply := self._reply_to(request_id, control)) is not None:
+            while control.poll(self._left_ms(deadline_ns), text_socket):
+                if (reply := self._reply_to(request_id, control)) is not None:
                     whole = str(reply["text"])  # with the pieces that are lost, or still in the socket
                     agree = whole.startswith(received) or received.startswith(whole)  # a reply is cut at its limit
                     yield whole[len(received) :] if agree else f"\n{whole}"
                     return
-                piece = self.next_text(0.0) if text_socket in ready else None
+                piece = self.next_text(0.0)
                 if piece is not None and (piece.request, piece.lane) == (request_id, "answer"):
                     received += piece.text
                     yield piece.text
                 if self._is_over(deadline_ns):
                     break
-            raise self._no_reply("ask", timeout_s)
+            raise self._no_reply("ask", timeout_s, control)
 
     def vehicle_state(self, /, **values: object) -> dict[str, str]:
         """Send values of the vehicle's state to the model, by the keys of the action space's vehicle_state.
@@ -261,7 +266,7 @@ class Client:
                         return result
                     if self._is_over(deadline_ns):
                         break
-                raise self._no_reply(op, timeout_s)
+                raise self._no_reply(op, timeout_s, control)
         finally:
             if ends_older_actions:
                 self._valid_from_ns = self._clock()
@@ -274,10 +279,10 @@ class Client:
         timeout_s: float,
         values: dict[str, StateValue | None] | None = None,
         connection: str = CONTROL,
-    ) -> zmq.Socket[bytes]:
+    ) -> ControlConnection:
         """Send to a daemon that is connected: a request must not wait in a queue and be carried out later.
 
-        Returns the socket. Raises RequestRefused, TimeoutError.
+        Returns the connection. Raises RequestRefused, TimeoutError.
         """
         deadline_ns = self._deadline_ns(timeout_s)
         request = Request(
@@ -290,14 +295,14 @@ class Client:
         if len(payload) > MAX_MESSAGE_BYTES:  # the daemon would end the connection without a reply
             raise RequestRefused(f"{op}: expected a request of at most {MAX_MESSAGE_BYTES} bytes; found {len(payload)}")
         control = self._control(connection)
+        if control.has_ended:  # since the request before: the daemon was restarted
+            self._disconnect(connection)
+            control = self._control(connection)
         connect_ms = self._left_ms(min(deadline_ns, self._deadline_ns(CONNECT_S)))
-        if not control.poll(connect_ms, zmq.POLLOUT):
+        if not control.is_connected_within(connect_ms):
             raise self._not_connected(op, connection)
         self._check_reachable(CONTROL)
-        try:
-            control.send(payload, zmq.NOBLOCK)
-        except zmq.Again:  # the daemon ended after the poll
-            raise self._not_connected(op, connection) from None
+        control.socket.send(payload, zmq.NOBLOCK)
         return control
 
     @contextlib.contextmanager
@@ -308,11 +313,14 @@ class Client:
             yield
         except RequestRefused:
             raise
+        except ConnectionEnded:
+            self._disconnect(connection)
+            raise
         except BaseException:
-            if op == "ask" and connection in self._sockets and os.getpid() == self._pid:
+            if op == "ask" and connection in self._connections and os.getpid() == self._pid:
                 cancel = Request(v=PROTOCOL_VERSION, id=os.urandom(8).hex(), op="cancel", text=request_id)
                 with contextlib.suppress(zmq.Again):
-                    self._sockets[connection].send(encode(cancel), zmq.NOBLOCK)
+                    self._connections[connection].socket.send(encode(cancel), zmq.NOBLOCK)
             self._disconnect(connection, CANCEL_LINGER_MS if op == "ask" else 0)
             raise
         finally:
@@ -321,9 +329,9 @@ class Client:
 
     def _disconnect(self, connection: str, linger_ms: int = 0) -> None:
         """Close a connection, if it is there and of this process."""
-        socket = self._sockets.pop(connection, None)
-        if socket is not None and os.getpid() == self._pid:
-            socket.close(linger=linger_ms)
+        control = self._connections.pop(connection, None)
+        if control is not None and os.getpid() == self._pid:
+            control.close(linger_ms)
 
     def _not_connected(self, op: str, connection: str) -> NotConnected:
         """The error to raise. Closes the socket, and with it drops what has not been sent."""
@@ -333,15 +341,18 @@ class Client:
             return NotConnected(f"{where}: edge-agent does not answer, {op} was not sent; it is stopped or hangs")
         return NotConnected(f"{where}: nobody answers there, {op} was not sent; is edge-agent running?")
 
-    def _no_reply(self, op: str, timeout_s: float) -> TimeoutError:
+    def _no_reply(self, op: str, timeout_s: float, control: ControlConnection) -> TimeoutError:
         where = self.folder / CONTROL
+        if control.has_ended:
+            unknown = "no reply comes; it is unknown whether it was carried out"
+            return ConnectionEnded(f"{where}: the connection ended after {op} was sent: {unknown}")
         return TimeoutError(f"{where}: edge-agent did not reply to {op} in {timeout_s:g} s; its status says why")
 
-    def _reply_to(self, request_id: str, control: zmq.Socket[bytes]) -> dict[str, Any] | None:
-        """The result in the waiting reply; None: a reply to another request, which has timed out here."""
+    def _reply_to(self, request_id: str, control: ControlConnection) -> dict[str, Any] | None:
+        """The result in the waiting reply; None: there is none, or one to another request, which has timed out here."""
         try:
-            reply = decode_reply(control.recv())
-        except msgspec.DecodeError:
+            reply = decode_reply(control.socket.recv(zmq.NOBLOCK))
+        except (msgspec.DecodeError, zmq.Again):
             return None
         if reply.id != request_id:
             return None
@@ -380,17 +391,12 @@ class Client:
             self._sockets[stream] = socket
         return self._sockets[stream]
 
-    def _control(self, connection: str) -> zmq.Socket[bytes]:
+    def _control(self, connection: str) -> ControlConnection:
         self._check_usable()
-        if connection not in self._sockets:
+        if connection not in self._connections:
             self._check_reachable(CONTROL)
-            socket = self._context.socket(zmq.DEALER)
-            socket.setsockopt(zmq.LINGER, 0)
-            socket.setsockopt(zmq.IMMEDIATE, 1)  # no queue without a connection
-            socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-            socket.connect(endpoint(self.folder, CONTROL))
-            self._sockets[connection] = socket
-        return self._sockets[connection]
+            self._connections[connection] = ControlConnection(self._context, endpoint(self.folder, CONTROL))
+        return self._connections[connection]
 
     def _next(self, stream: str, timeout_s: float) -> Any:
         """The next valid message of a stream, or None."""
@@ -454,23 +460,6 @@ def _unpack(stream: str, payload: bytes) -> Any:
         return unpack(stream, payload)
     except msgspec.DecodeError:
         return None
-
-
-def plain_value(value: object) -> StateValue | None:
-    """A value as flight programs hold it -> a value of the wire. None: unknown. Raises ValueError."""
-    if isinstance(value, Enum):
-        value = value.value
-    try:
-        if hasattr(value, "item"):  # a scalar of numpy; a masked one is not known
-            value = None if getattr(value, "mask", False) else value.item()
-        if value is None or isinstance(value, bool):
-            return value
-        if isinstance(value, str):
-            return value.encode().decode()
-        is_wire_integer = isinstance(value, int) and abs(value) < 2**63
-        return int(value) if is_wire_integer else float(value)  # type: ignore[call-overload, arg-type]  # Decimal
-    except Exception:  # of any library
-        raise ValueError(f"expected a number, a bool or a word; found {type(value).__name__}") from None
 
 
 def is_valid(action: Action, now_ns: int) -> bool:

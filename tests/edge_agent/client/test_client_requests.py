@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 
 import msgspec
 import pytest
-import zmq
 
-from edge_agent.client.client import Client, RequestRefused
+from edge_agent.client.client import Client, NotConnected, RequestRefused
 from edge_agent.time_units import NS_PER_S as S
 from edge_agent.wire.codec import encode
 from edge_agent.wire.control import Request
@@ -71,20 +71,25 @@ def test_without_a_daemon_a_request_is_a_timeout(client):
         list(client.ask_stream("What?", timeout_s=0.1))
 
 
-def test_a_daemon_that_ends_before_the_request_is_sent_is_a_timeout(client):
-    class LostConnection:
-        def poll(self, timeout_ms, flags):
-            return flags
+def test_a_daemon_that_ends_before_the_request_is_sent_is_a_timeout(client, tmp_path):
+    """It accepts each connection and ends it."""
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "control"))
+        listening.listen()
+        ended = threading.Event()
 
-        def send(self, payload, flags):
-            raise zmq.Again
+        def end_connections() -> None:
+            while not ended.is_set():
+                listening.accept()[0].close()
 
-        def close(self, linger):
-            pass
-
-    client._sockets["control"] = LostConnection()
-    with pytest.raises(TimeoutError, match="pause was not sent"):
-        client.pause()
+        thread = threading.Thread(target=end_connections)
+        thread.start()
+        with pytest.raises(NotConnected, match="pause was not sent"):
+            client.pause(timeout_s=0.1)
+        ended.set()
+        with socket.socket(socket.AF_UNIX) as last:
+            last.connect(str(tmp_path / "control"))
+        thread.join()
 
 
 def test_a_request_that_timed_out_is_not_carried_out_later(tmp_path, client):
@@ -192,7 +197,7 @@ def test_closing_again_does_nothing_and_a_request_that_waits_does_not_delay_it(d
         client.stats(0.05)
     client.close()
     client.close()
-    assert client._sockets == {}
+    assert client._sockets == {} and client._connections == {}
 
 
 # -- messages without a pause -----------------------------------------------------------------------------------------

@@ -196,16 +196,9 @@ def test_ctrl_c_cancels_the_question(daemon, client, monkeypatch):
         wait_for_cancel(requests)
 
 
-def test_a_daemon_that_is_gone_cannot_be_told(daemon, client, monkeypatch):
-    class FullSocket:
-        def send(self, payload, flags):
-            raise zmq.Again
-
-        def close(self, linger):
-            pass
-
+def test_a_daemon_that_is_gone_cannot_be_told(client):
     with pytest.raises(KeyboardInterrupt), client._waiting_for("ask", "id"):
-        client._sockets["control"] = FullSocket()
+        client._control("control")  # nobody is there
         raise KeyboardInterrupt
 
 
@@ -266,11 +259,12 @@ def test_an_iterator_that_ends_in_a_forked_process_leaves_the_question_alone(dae
     with daemon.answering(lambda request: [make_reply(request, text="a pad")]) as requests:
         pieces = client.ask_stream("What?", HANG_S)
         with monkeypatch.context() as forked, pytest.raises(KeyboardInterrupt), client._waiting_for("ask", "id", "id"):
-            client._sockets["id"] = client._subscriber("text")
+            connection = client._control("id")
             forked.setattr(os, "getpid", lambda: 1)
             raise KeyboardInterrupt
         assert "".join(pieces) == "a pad"
-    assert [request.op for request in requests] == ["ask"] and not client._subscriber("text").closed
+    assert [request.op for request in requests] == ["ask"] and not connection.socket.closed
+    connection.close()
 
 
 # -- a client that is closed, and odd time-outs -----------------------------------------------------------------------

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from edge_agent.client import Client, RequestRefused
-from edge_agent.client.client import plain_value
+from edge_agent.client.values import plain_value
 from tests.harness.fake_daemon import FakeDaemon, make_reply
 
 
