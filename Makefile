@@ -26,8 +26,9 @@ check: venv
 	$(RUN)/codespell
 	$(RUN)/python -m pytest tests/test_imports.py tests/test_documents.py
 
-# Every line and branch of these is tested: the contract, the client, the action envelope, the bundle, the gate.
-COVERED := edge_agent/wire/*,edge_agent/client/*,edge_agent/actions/*,edge_agent/bundle/*,edge_agent/supervisor/gate.py
+# Every line and branch of these is tested: the contract, its protocol, the client, the action envelope, the bundle, the
+# gate.
+COVERED := edge_agent/wire/*,edge_agent/zmtp/*,edge_agent/client/*,edge_agent/actions/*,edge_agent/bundle/*,edge_agent/supervisor/gate.py
 
 test: check
 	$(RUN)/python -m pytest -n 2 --cov --cov-report=

@@ -95,8 +95,10 @@ class Client:
             self._sockets.clear()
             self._connections.clear()
             return
-        for open_ in (*self._sockets.values(), *self._connections.values()):
-            open_.close()
+        for socket in self._sockets.values():
+            socket.close()
+        for connection in self._connections.values():
+            connection.close()
         self._sockets.clear()
         self._connections.clear()
         self._context.term()

@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import select
 import socket
-import struct
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from edge_agent.wire.endpoints import CREDENTIALS
 from edge_agent.zmtp.frames import GREETING, Message, ProtocolError, Reader, pack_ready
 from edge_agent.zmtp.listener import Listener, PathError
 
@@ -52,11 +53,14 @@ class Limits(NamedTuple):
 class Connection:
     """One peer. Only its endpoint changes it."""
 
-    __slots__ = ("identity", "opened_ns", "pid", "queue", "queue_bytes", "reader", "socket", "topics")
+    __slots__ = (
+        "identity", "opened_ns", "pid", "process_group", "queue", "queue_bytes", "reader", "socket", "topics", "uid",
+    )  # fmt: skip
 
     def __init__(self, peer: socket.socket, reader: Reader, opened_ns: int) -> None:
-        credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        self.pid: int = struct.unpack("3i", credentials)[0]
+        credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
+        self.pid, self.uid, _ = CREDENTIALS.unpack(credentials)
+        self.process_group = _process_group(self.pid)
         self.socket, self.reader, self.opened_ns = peer, reader, opened_ns
         self.queue: deque[bytes | memoryview] = deque()
         self.queue_bytes = 0
@@ -66,6 +70,22 @@ class Connection:
     @property
     def is_open(self) -> bool:
         return self.socket.fileno() >= 0
+
+
+def _process_group(pid: int) -> int:
+    """The process group of a process; 0: it has ended, or is not in our namespace."""
+    try:
+        return os.getpgid(pid) if pid else 0
+    except ProcessLookupError:
+        return 0
+
+
+def _largest_group(connections: list[Connection], key: Callable[[Connection], int]) -> list[Connection]:
+    """The connections of the group that has most; of equal groups, the one that began last. The order stays."""
+    groups: dict[int, list[Connection]] = {}
+    for connection in connections:
+        groups.setdefault(key(connection), []).append(connection)
+    return max(reversed(groups.values()), key=len)
 
 
 class Endpoint:
@@ -210,10 +230,16 @@ class Endpoint:
                 self._drop_one()
 
     def _drop_one(self) -> None:
-        """End the oldest connection of the process that has most: who leaks connections harms itself."""
-        n_by_pid = Counter(connection.pid for connection in self._connections.values())
-        ((greediest, _),) = n_by_pid.most_common(1)
-        self._drop(next(found for found in self._connections.values() if found.pid == greediest))
+        """End a connection of the user, of the process group and of the process that have most: who leaks connections
+        harms itself, and so does a program that starts many processes. Of equals, the newest one loses.
+
+        A process that has several connections has forgotten its oldest one.
+        """
+        candidates = list(self._connections.values())
+        candidates = _largest_group(candidates, lambda connection: connection.uid)
+        candidates = _largest_group(candidates, lambda connection: connection.process_group)
+        own = _largest_group(candidates, lambda connection: connection.pid)
+        self._drop(own[0] if len(own) > 1 else candidates[-1])
 
     def _read(self, connection: Connection) -> list[Message]:
         reader = connection.reader

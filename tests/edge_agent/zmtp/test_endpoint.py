@@ -8,7 +8,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -166,7 +169,7 @@ def test_connections_are_bounded_and_who_leaks_them_harms_itself(bind, path, kin
 
     def connection_of_process(*arguments: object) -> object:
         made = make(*arguments)
-        made.pid = next(pids)
+        made.pid = made.process_group = next(pids)
         return made
 
     monkeypatch.setattr(endpoint_module, "Connection", connection_of_process)
@@ -187,6 +190,59 @@ def test_connections_are_bounded_and_who_leaks_them_harms_itself(bind, path, kin
         assert n_connections(endpoint) == 1
 
 
+# Peers as (user, process group, process), in the order of their connections. The endpoint takes ten.
+HONEST, OTHER = (1, 7, 7), (2, 8, 8)
+FLOODS = {
+    "processes of one program": [HONEST, *[(1, 9, 100 + i) for i in range(300)]],
+    "processes of one program, and a second controller": [
+        HONEST, *[(1, 9, 100 + i) for i in range(300)], OTHER, *[(1, 9, 500 + i) for i in range(300)],
+    ],
+    "process groups": [HONEST, OTHER, *[(1, 100 + i, 100 + i) for i in range(300)]],
+    "process groups of another user": [HONEST, *[(3, 100 + i, 100 + i) for i in range(300)], OTHER],
+    "one process, in the group of the controller": [HONEST, *[(1, 7, 9)] * 300, OTHER],
+    "ended processes": [HONEST, *[(1, 0, 100 + i) for i in range(300)]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", FLOODS)
+def test_a_flood_of_processes_does_not_push_out_the_honest_ones(bind, path, what, monkeypatch):
+    endpoint = bind(ROUTER)
+    peers, make = iter(FLOODS[what]), endpoint_module.Connection
+
+    def connection_of_peer(*arguments: object) -> object:
+        made = make(*arguments)
+        made.uid, made.process_group, made.pid = next(peers)
+        return made
+
+    monkeypatch.setattr(endpoint_module, "Connection", connection_of_peer)
+    honest = {}
+    with contextlib.ExitStack() as stack:
+        for peer in FLOODS[what]:
+            connected = stack.enter_context(socket.socket(socket.AF_UNIX))
+            connected.connect(str(path))
+            endpoint.serve()
+            if peer in (HONEST, OTHER):
+                honest[peer] = connected
+        open_now = {(found.uid, found.process_group, found.pid) for found in endpoint._connections.values()}
+        assert honest.keys() <= open_now and n_connections(endpoint) == LIMITS.max_connections
+
+
+def test_a_connection_knows_its_process_and_its_group(bind, path):
+    endpoint = bind(ROUTER)
+    code = f"import socket, os; s = socket.socket(1); s.connect({str(path)!r}); print(flush=True); input()"
+    command = [sys.executable, "-c", code]
+    with (
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as child,
+        RawPeer(path, b"DEALER"),
+    ):
+        assert child.stdout is not None and child.stdout.readline()
+        serve(endpoint)
+        found = {(each.uid, each.process_group, each.pid) for each in endpoint._connections.values()}
+        assert found == {(os.getuid(), child.pid, child.pid), (os.getuid(), os.getpgrp(), os.getpid())}
+        child.communicate(b"\n")
+    assert endpoint_module._process_group(child.pid) == 0 == endpoint_module._process_group(0)
+
+
 def test_a_peer_that_reads_nothing_has_a_queue_of_bounded_length(bind, path):
     endpoint = bind(PUB, Limits(256, 1024, queue_messages=8, queue_bytes=100_000))
     with RawPeer(path, b"SUB") as stalled:
@@ -205,6 +261,86 @@ def test_a_peer_that_reads_nothing_has_a_queue_of_bounded_length(bind, path):
         endpoint.publish(b"A", A)
         while not received.endswith(A):  # what was sent is whole: the last message follows it
             received += stalled.socket.recv(1 << 20)
+
+
+def test_the_rest_of_a_message_leaves_when_a_full_socket_has_room_for_a_part(bind, path):
+    endpoint = bind(PUB)
+    with RawPeer(path, b"SUB") as slow:
+        slow.send(pack_message(b"\x01A"))
+        serve(endpoint)
+        (connection,) = endpoint._connections.values()
+        sizes = iter([3, 0, 4])  # what send() takes of ten bytes, call by call
+        real = connection.socket
+
+        def send(data: memoryview) -> int:
+            size = next(sizes, len(data))
+            if not size:
+                raise BlockingIOError
+            return real.send(data[:size])
+
+        connection.socket = SimpleNamespace(fileno=real.fileno, send=send, recv_into=real.recv_into, close=real.close)
+        endpoint.send(connection, b"0123456789")
+        for _ in range(3):
+            endpoint._flush(connection)
+        assert connection.queue_bytes == 0 and not connection.queue
+        received = slow.socket.recv(1000)
+        assert received.endswith(b"0123456789")
+
+
+def test_a_peer_without_memory_for_it_is_not_taken(bind, path, monkeypatch):
+    endpoint = bind(ROUTER)
+    real = endpoint._epoll
+
+    def register(*_arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "max_user_watches")
+
+    endpoint._epoll = SimpleNamespace(fileno=real.fileno, poll=real.poll, register=register, close=real.close)
+    with RawPeer(path, b"DEALER") as peer:
+        serve(endpoint)
+        assert n_connections(endpoint) == 0 and peer.is_ended()
+
+
+def test_what_can_be_read_no_more_is_read_later(bind, path):
+    """epoll reported the connection, and another reader was faster."""
+    endpoint = bind(ROUTER)
+    with RawPeer(path, b"DEALER") as peer:
+        serve(endpoint)
+        (connection,) = endpoint._connections.values()
+        assert endpoint._read(connection) == []
+        assert connection.is_open and not peer.is_ended()
+        endpoint._drop(connection)
+        endpoint._drop(connection)  # two events of one turn end it
+        assert not connection.is_open and n_connections(endpoint) == 0
+
+
+def test_connections_are_accepted_in_portions(bind, path, monkeypatch):
+    monkeypatch.setattr(endpoint_module, "MAX_ACCEPTS_PER_TURN", 2)
+    endpoint = bind(ROUTER)
+    endpoint._accept()
+    assert n_connections(endpoint) == 0
+    with RawPeer(path, b"DEALER"), RawPeer(path, b"REQ"), RawPeer(path, b"DEALER"):
+        endpoint._accept()
+        assert n_connections(endpoint) == 2
+        endpoint._accept()
+        assert n_connections(endpoint) == 3
+
+
+def test_who_ends_a_subscription_gets_no_more(bind, path):
+    endpoint = bind(PUB)
+    with RawPeer(path, b"SUB") as peer:
+        peer.send(pack_message(b"\x01A"), pack_message(b"\x01B"), pack_message(b"\x00A"), pack_message(b"\x00C"))
+        serve(endpoint)
+        endpoint.publish(b"Aaction", A)
+        endpoint.publish(b"B", pack_message(b"B"))
+        assert peer.socket.recv(1000).endswith(pack_message(b"B")) and endpoint.n_subscribed == 2
+        assert [sorted(found.topics) for found in endpoint._connections.values()] == [[b"B"]]
+
+
+def test_an_endpoint_is_readable_when_it_has_something_to_do(bind, path):
+    endpoint = bind(ROUTER)
+    assert select.select([endpoint], [], [], 0)[0] == []
+    with RawPeer(path, b"DEALER"):
+        assert select.select([endpoint], [], [], HANG_S)[0] == [endpoint]
 
 
 def test_a_peer_that_leaves_with_a_full_queue_is_forgotten(bind, path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import stat
@@ -92,6 +93,17 @@ def test_an_owner_whose_queue_is_full_is_alive(path):
         for _ in range(2):
             with pytest.raises(PathError, match=r"process.* listens there"):
                 Listener(path)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAFNOSUPPORT])
+def test_without_a_socket_it_is_one_line(path, monkeypatch, number):
+    def no_socket(*_arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("edge_agent.zmtp.listener.socket.socket", no_socket)
+    with pytest.raises(PathError, match=f"cannot be bound: {os.strerror(number)}"):
+        Listener(path)
+    assert not path.exists()
 
 
 # -- a process that SIGKILL does not end ------------------------------------------------------------------------------
