@@ -81,7 +81,7 @@ ORDER: dict[str, list[str]] = {
     ],
     "supervisor": [
         "shutdown", "log", "child_log", "pause_file", "systemd", "trace", "publisher", "managed_worker",
-        "camera_worker", "model_worker", "gate", "status", "control", "verification", "process",
+        "camera_worker", "model_worker", "gate", "status", "waiting_changes", "control", "verification", "process",
     ],
     "apps": ["wire_log", "screen", "terminal"],
     "tools": ["stills", "bench", "measure_daemon", "tune"],

@@ -27,6 +27,7 @@ from edge_agent.supervisor.model_worker import ModelWorker
 from edge_agent.supervisor.pause_file import keep_pause
 from edge_agent.supervisor.publisher import Publisher, Sender
 from edge_agent.supervisor.status import StatusReporter
+from edge_agent.supervisor.waiting_changes import WaitingChanges
 from edge_agent.time_units import NS_PER_MS, NS_PER_S
 from edge_agent.wire.codec import encode
 from edge_agent.wire.control import MAX_ID_CHARS, BadRequest, Operation, Reply, Request, StateValue, read_request
@@ -38,6 +39,7 @@ MAX_ERROR_CHARS = 500
 MAX_REFUSED_VALUES, MAX_REFUSAL_CHARS = 64, 300  # of one vehicle_state: the reply must fit in a message
 MAX_PENDING_REQUESTS = 8  # questions and instructions that the model has not answered yet
 ASK_TIMEOUT_S = 60.0
+REPLACED = "replaced: a newer one came before this one was given to the model; nothing was changed by this one"
 NOT_KEPT = "paused, but a restarted daemon would act: the pause cannot be written to the runtime folder; see the log"
 
 
@@ -48,6 +50,7 @@ class Pending:
     sender: Sender
     request_id: str
     started_ns: int
+    expires_ns: int = 0  # CLOCK_MONOTONIC when its sender stops waiting; 0: never
     question: str = ""
     parts: list[str] = field(default_factory=list)  # of the answer to a question
 
@@ -99,6 +102,7 @@ class Control:
         self.clock = clock
         self._questions: dict[str, Pending] = {}  # the number given to the model process -> request
         self._instructions: dict[int, Pending] = {}  # Instruction.number -> request
+        self._changes: WaitingChanges[Pending] = WaitingChanges()  # requests that are not sent yet
         self._question_numbers = itertools.count(1)
         self._instruction_numbers = itertools.count(self.control_state.instruction.number + 1)
         self._unsent_cancels: list[str] = []  # questions that the model process still has to be told to end
@@ -117,13 +121,12 @@ class Control:
         if unmet := self._precondition_error(rule, request, sender):
             self._refuse(sender, request.id, unmet)
         else:
-            rule.carry_out(self, Pending(sender, request.id, self.clock()), request)
+            rule.carry_out(self, Pending(sender, request.id, self.clock(), request.expires_ns), request)
 
     def _precondition_error(self, rule: OperationRule, request: Request, sender: Sender) -> str:
         """Why the operation cannot be carried out now; "": it can."""
-        late_ns = self.clock() - request.expires_ns
-        if request.expires_ns and late_ns > 0 and not rule.never_expires:
-            return f"expired {late_ns / NS_PER_MS:.0f} ms ago, when its sender stopped waiting; send it again"
+        if not rule.never_expires and (expired := self._expired(request.expires_ns)):
+            return expired
         n_chars = len(request.text.strip())
         if rule.needs_text and not 0 < n_chars <= MAX_TEXT_CHARS:
             return f"text: expected 1 to {MAX_TEXT_CHARS} characters, found {n_chars}"
@@ -135,6 +138,13 @@ class Control:
         if rule.answered_later and is_full and not has_place:
             return f"{MAX_PENDING_REQUESTS} requests are waiting already; try again"
         return ""
+
+    def _expired(self, expires_ns: int) -> str:
+        """Why a request is too late; "": it is not."""
+        late_ns = self.clock() - expires_ns
+        if not expires_ns or late_ns <= 0:
+            return ""
+        return f"expired {late_ns / NS_PER_MS:.0f} ms ago, when its sender stopped waiting; send it again"
 
     def _instruct(self, pending: Pending, request: Request) -> None:
         self._send_instruction(pending, SetInstruction(instruction_id=0, text=request.text.strip()))
@@ -149,6 +159,20 @@ class Control:
         self._send_instruction(pending, SetInstruction(instruction_id=0, adapter=name))
 
     def _send_instruction(self, pending: Pending, change: SetInstruction) -> None:
+        """Send a change to the model process, now or when an answer has gone out."""
+        if self._changes or (self._answers_frames and self._changes.must_wait()):
+            replaced = self._changes.add(pending, change, self.clock())
+            if replaced is not None:
+                self._refuse(replaced.sender, replaced.request_id, REPLACED)
+        else:
+            self._send_change(pending, change)
+
+    @property
+    def _answers_frames(self) -> bool:
+        """Whether a change cancels answers."""
+        return self.status.state()[0] == "running"
+
+    def _send_change(self, pending: Pending, change: SetInstruction) -> None:
         in_force = self.control_state.instruction
         text, adapter = change.text, change.adapter
         if self.model.readiness is Readiness.REFUSED:  # the process is new, and holds neither text nor adapter
@@ -161,6 +185,20 @@ class Control:
         command = SetInstruction(instruction_id=number, text=text, adapter=adapter)
         if self._send_command(pending, encode(command)):
             self._instructions[number] = pending
+            self._changes.note_sent()
+
+    def note_answer(self) -> None:
+        """A frame was answered under the instruction in force."""
+        self._changes.note_answer()
+
+    def send_changes(self) -> None:
+        """Once per turn: send the changes that have waited long enough."""
+        is_due = not self._answers_frames
+        for pending, change, _ in self._changes.take_all() if is_due else self._changes.take_due(self.clock()):
+            if expired := self._expired(pending.expires_ns):
+                self._refuse(pending.sender, pending.request_id, expired)
+            else:
+                self._send_change(pending, change)
 
     def _ask(self, pending: Pending, request: Request) -> None:
         question = request.text.strip()
@@ -288,7 +326,9 @@ class Control:
         for number in list(self._questions):
             self._abandon(number, "model-restart", f"the model process was lost ({reason}); ask again")
         self._unsent_cancels.clear()
-        for pending in self._instructions.values():
+        waiting = [pending for pending, _, _ in self._changes.take_all()]
+        self._changes.note_answer()  # the next process has no answer to lose yet
+        for pending in [*self._instructions.values(), *waiting]:
             error = f"the model process was lost ({reason}); the instruction and the adapter before stay in force"
             self._refuse(pending.sender, pending.request_id, error)
         self._instructions.clear()

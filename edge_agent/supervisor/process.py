@@ -55,7 +55,7 @@ from edge_agent.supervisor.model_worker import ModelWorker
 from edge_agent.supervisor.pause_file import was_paused
 from edge_agent.supervisor.publisher import Publisher
 from edge_agent.supervisor.shutdown import EX_CONFIG, EX_FAILED, EX_STOPPED, Shutdown
-from edge_agent.supervisor.status import StatusReporter
+from edge_agent.supervisor.status import ORDERED_REFUSALS, StatusReporter
 from edge_agent.supervisor.systemd import Watchdog, notify
 from edge_agent.supervisor.trace import Trace
 from edge_agent.supervisor.verification import Verification
@@ -171,6 +171,7 @@ class Supervisor:
         for sender, payload in self.publisher.requests():
             self.control.handle(sender, payload)
         self.control.sync_model()
+        self.control.send_changes()
         self._check_timeouts()
         if self.bundle is None:
             self._check_verification()
@@ -320,6 +321,8 @@ class Supervisor:
             "instruction": self.control_state.instruction.text,
             "dropped_frames": dropped,
         }
+        if not isinstance(result, Rejection) or result.reason not in ORDERED_REFUSALS:
+            self.control.note_answer()
         if isinstance(result, Rejection):
             self.counters.count_refusal(result.reason, now_ns)
             detail = result.detail[:MAX_DETAIL_CHARS]
