@@ -21,7 +21,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_ori
 import msgspec
 import yaml
 
-from edge_agent.errors import ConfigError, encodable
+from edge_agent.errors import ConfigError, encodable, fault_of
 
 T = TypeVar("T")
 # "PROBLEM - at `$.PATH`", or "PROBLEM - at `key` in `$.PATH`" for a key of a mapping. "[...]" in a path is any value of
@@ -42,7 +42,8 @@ def read_text(path: str | Path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
+        fault = fault_of(error, "configuration")
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}", fault) from None
     except ValueError as error:  # UnicodeDecodeError; a NUL character in the path
         raise ConfigError(f"{path}: cannot be read: {error}") from None
 

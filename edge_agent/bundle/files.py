@@ -13,7 +13,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from edge_agent.errors import BundleError
+from edge_agent.errors import BundleError, fault_of
 
 BLOCK_BYTES = 4 << 20
 
@@ -36,7 +36,8 @@ def open_plain(path: Path) -> int:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise BundleError(f"{path}: cannot be opened as a plain file: {error.strerror}") from None
+        fault = fault_of(error, "bundle")
+        raise BundleError(f"{path}: cannot be opened as a plain file: {error.strerror}", fault) from None
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         os.close(descriptor)

@@ -14,7 +14,7 @@ from edge_agent.bundle import signing
 from edge_agent.bundle.file_check import UnsafeFileError, check_gguf
 from edge_agent.bundle.files import BundleFile, hash_file, open_plain
 from edge_agent.bundle.manifest import LANGUAGE_ARCHITECTURES, Bundle
-from edge_agent.errors import BundleError, ConfigError
+from edge_agent.errors import BundleError, ConfigError, FaultName, fault_of
 
 
 def verify_adapters(adapters: dict[str, str], bundle: Bundle, trusted_keys: tuple[str, ...]) -> Bundle:
@@ -27,9 +27,11 @@ def verify_adapters(adapters: dict[str, str], bundle: Bundle, trusted_keys: tupl
         try:
             verified[name] = _verify_adapter(Path(path), bundle, trusted_keys)
         except (UnsafeFileError, BundleError, signing.SigningError) as error:
-            raise ConfigError(f"language.adapters: {name}: {path}: {error}") from None
+            fault: FaultName | None = "machine" if error.fault == "machine" else None
+            raise ConfigError(f"language.adapters: {name}: {path}: {error}", fault) from None
         except OSError as error:
-            raise ConfigError(f"language.adapters: {name}: {error.filename or path}: {error.strerror}") from None
+            fault = fault_of(error, "configuration")
+            raise ConfigError(f"language.adapters: {name}: {error.filename or path}: {error.strerror}", fault) from None
     return msgspec.structs.replace(bundle, adapters=verified)
 
 

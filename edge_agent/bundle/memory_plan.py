@@ -24,7 +24,7 @@ import msgspec
 from edge_agent.bundle.gguf_package import gguf
 from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, VISION, Manifest
 from edge_agent.config import CameraConfig, Config
-from edge_agent.errors import UserError
+from edge_agent.errors import FaultName, UserError
 from edge_agent.profile import resolve
 
 MIB = 1 << 20
@@ -42,6 +42,8 @@ Q8_0_SHARE = 34 / 64  # of 16 bit
 
 class NotEnoughMemoryError(UserError):
     """One line, with the sum. A later start can succeed, when another program has released its memory."""
+
+    fault: FaultName | None = "memory"
 
 
 class MemoryPlan(msgspec.Struct, frozen=True):

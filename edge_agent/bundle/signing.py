@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_agent.errors import UserError
+from edge_agent.errors import UserError, fault_of
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -115,4 +115,4 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise SigningError(f"{path}: {error.strerror}") from None
+        raise SigningError(f"{path}: {error.strerror}", fault_of(error, "configuration")) from None

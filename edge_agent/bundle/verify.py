@@ -111,4 +111,4 @@ def _check_signature(bundle: Bundle, trusted_keys: tuple[str, ...]) -> None:
     try:
         signing.find_signer(manifest, signature, trusted_keys)
     except signing.SigningError as error:
-        raise BundleError(f"{path}: {error}") from None
+        raise BundleError(f"{path}: {error}", error.fault) from None

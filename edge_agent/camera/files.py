@@ -117,6 +117,6 @@ def read_folder(config: CameraConfig, slot: Slot, clock: Clock) -> SourceItems:
             yield CapturedFrame(image, captured_ns, "arrival", fps if config.realtime else None)
         if n_frames == 0:
             detail = f"{folder}: none of its {len(paths)} images can be used; the first: {problem}"
-            raise SourceError("unreadable", detail, retryable=False)
+            raise SourceError("unreadable", detail, "source-file")
         if not config.loop:
             return

@@ -14,6 +14,7 @@ from fractions import Fraction
 from edge_agent.camera.clock import Clock
 from edge_agent.camera.source import FRAME_POLL_MS, STALL_S, CapturedFrame, SourceError, SourceItems, check_size
 from edge_agent.config import CameraConfig
+from edge_agent.errors import fault_of
 from edge_agent.ipc.frame_slot import Slot
 from edge_agent.ipc.worker import die_with_parent
 from edge_agent.time_units import NS_PER_S
@@ -51,10 +52,10 @@ def frame_size(config: CameraConfig) -> tuple[int, int]:
     width, height = config.width, config.height
     if width is None or height is None:
         detail = "gst: needs camera.width and camera.height, the size of its frames"
-        raise SourceError("unreadable", detail, retryable=False)
+        raise SourceError("unreadable", detail, "source-pipeline")
     if width % 4:
         detail = f"gst: camera.width must be a multiple of 4 (GStreamer pads rows to 4 bytes), found {width}"
-        raise SourceError("unreadable", detail, retryable=False)
+        raise SourceError("unreadable", detail, "source-pipeline")
     check_size(height, width, config.max_pixels)
     return width, height
 
@@ -85,7 +86,7 @@ class PipelineOutput:
                     log = " ".join(self.log.decode(errors="replace").split())
                     is_permanent = any(message in log for message in PERMANENT_MESSAGES)
                     detail = f"gst: the pipeline ended: {log or 'without a message'}"
-                    raise SourceError("unreadable", detail, retryable=not is_permanent)
+                    raise SourceError("unreadable", detail, "source-pipeline" if is_permanent else "source-device")
                 buffer, last_data_ns = buffer[n_bytes:], self.clock.now_ns()
             elif self.clock.now_ns() - last_data_ns > timeout_s * NS_PER_S:
                 raise SourceError("stalled", f"gst: no frame in {timeout_s:g} s")
@@ -124,8 +125,9 @@ def start_pipeline(config: CameraConfig, width: int, height: int) -> tuple[subpr
         os.close(frames_fd)
         if isinstance(error, FileNotFoundError):
             detail = "gst: gst-launch-1.0 is not installed (gstreamer1.0-tools)"
-            raise SourceError("absent", detail, retryable=False) from None
-        raise SourceError("unreadable", f"gst: gst-launch-1.0: {error.strerror}") from None
+            raise SourceError("absent", detail, "installation") from None
+        fault = fault_of(error, "installation")
+        raise SourceError("unreadable", f"gst: gst-launch-1.0: {error.strerror}", fault) from None
     finally:
         os.close(write_fd)
     with contextlib.suppress(PermissionError):  # the system's limit may be lower; a small pipe only wakes us more often
@@ -138,14 +140,14 @@ def pipeline_of(config: CameraConfig, width: int, height: int) -> list[str]:
     try:
         source = shlex.split(config.source.removeprefix("gst:"))
     except ValueError as error:  # for example a quotation that does not end
-        raise SourceError("unreadable", f"gst: the pipeline cannot be read: {error}", retryable=False) from None
+        raise SourceError("unreadable", f"gst: the pipeline cannot be read: {error}", "source-pipeline") from None
     last = source[max((i + 1 for i, word in enumerate(source) if word == "!"), default=0) :]
     if not last:
         detail = "gst: the pipeline is empty or ends in '!'; expected elements, for example videotestsrc"
-        raise SourceError("unreadable", detail, retryable=False)
+        raise SourceError("unreadable", detail, "source-pipeline")
     if last[0].endswith("sink"):
         detail = f"gst: the pipeline may not end in a sink, because its frames come here; leave {last[0]} out"
-        raise SourceError("unreadable", detail, retryable=False)
+        raise SourceError("unreadable", detail, "source-pipeline")
     caps = f"video/x-raw,format=RGB,width={width},height={height}"
     rate = []
     if config.fps:

@@ -22,6 +22,7 @@ import numpy as np
 import simplejpeg
 
 from edge_agent.camera.source import MAX_PIXELS, SourceError, check_size
+from edge_agent.errors import fault_of
 from edge_agent.ipc.frame_slot import MAX_IMAGE_BYTES
 
 PICTURE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
@@ -41,11 +42,11 @@ def picture_paths(folder: Path) -> list[Path]:
     try:
         files = sorted(path for path in folder.iterdir() if path.is_file())
     except OSError as error:
-        raise SourceError("absent", f"{folder}: {error.strerror}", retryable=False) from None
+        raise SourceError("absent", f"{folder}: {error.strerror}", fault_of(error, "source-file")) from None
     paths = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".")]
     if not paths:
         kinds = ", ".join(PICTURE_SUFFIXES)
-        raise SourceError("absent", f"{folder}: no image in this folder; expected {kinds}", retryable=False)
+        raise SourceError("absent", f"{folder}: no image in this folder; expected {kinds}", "source-file")
     return paths
 
 

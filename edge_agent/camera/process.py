@@ -61,7 +61,7 @@ PROBE_FREEZE_S = 5.0  # how long the probe looks at identical images at most
 def source_kind(source: str) -> str:
     """The row of SOURCES that a source string means. Raises SourceError."""
     if "\0" in source:
-        raise SourceError("absent", f"{source!r}: a name cannot contain a zero character", retryable=False)
+        raise SourceError("absent", f"{source!r}: a name cannot contain a zero character", "source-name")
     prefix = source.partition(":")[0]
     if prefix in ("v4l2", "gst", "zmq") and ":" in source:
         return prefix
@@ -69,7 +69,7 @@ def source_kind(source: str) -> str:
         return "v4l2"
     if "://" in source:
         detail = f"{source}: expected /dev/videoN, v4l2:, gst:, zmq:ipc://, a file or a folder"
-        raise SourceError("absent", detail, retryable=False)
+        raise SourceError("absent", detail, "source-name")
     return "folder" if os.path.isdir(source) else "video"
 
 

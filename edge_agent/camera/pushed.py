@@ -26,6 +26,7 @@ from edge_agent.camera.source import (
     into_slot,
 )
 from edge_agent.config import CameraConfig
+from edge_agent.errors import FaultName
 from edge_agent.ipc.events import CameraFault, CameraFaultReason
 from edge_agent.ipc.frame_slot import Slot
 from edge_agent.time_units import NS_PER_MS, NS_PER_S
@@ -53,7 +54,7 @@ def read_pushed_frames(config: CameraConfig, slot: Slot, clock: Clock) -> Source
     endpoint = config.source.removeprefix("zmq:")
     if not endpoint.startswith("ipc:///"):
         detail = f"zmq:{endpoint}: expected zmq:ipc:///absolute/path; frames cannot come over a network"
-        raise SourceError("unreadable", detail, retryable=False)
+        raise SourceError("unreadable", detail, "source-name")
     with bind_receiver(endpoint, config.max_pixels) as receiver:
         newest = slot.peek(0)  # a frame that was published before a restart is not a new frame
         last_captured_ns = newest.t_capture_ns if newest else 0
@@ -106,7 +107,8 @@ def bind_receiver(endpoint: str, max_pixels: int) -> Iterator[Endpoint]:
         receiver = Endpoint(Path(endpoint.removeprefix("ipc://")), PULL, limits)
     except PathError as error:
         reason: CameraFaultReason = "busy" if error.is_busy else "absent"
-        raise SourceError(reason, str(error), retryable=not error.is_taken) from None
+        fault: FaultName = "source-name" if error.is_taken else "source-in-use" if error.is_busy else "source-device"
+        raise SourceError(reason, str(error), fault) from None
     with contextlib.closing(receiver):
         yield receiver
 

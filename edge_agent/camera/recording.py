@@ -20,6 +20,7 @@ import numpy as np
 
 from edge_agent.camera.picture import decode_jpeg
 from edge_agent.camera.source import MAX_PIXELS, SourceError, check_size
+from edge_agent.errors import fault_of
 from edge_agent.time_units import NS_PER_MS, NS_PER_S
 
 USUAL_FPS = 30.0  # Hz, where neither stamps nor configuration have a rate
@@ -37,12 +38,13 @@ class Recording:
         try:
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError:
-            raise SourceError("absent", f"{path}: no such file or folder", retryable=False) from None
+            raise SourceError("absent", f"{path}: no such file or folder", "source-file") from None
         except OSError as error:
-            raise SourceError("unreadable", f"{path}: {error.strerror}", retryable=False) from None
+            fault = fault_of(error, "source-file")
+            raise SourceError("unreadable", f"{path}: {error.strerror}", fault) from None
         if not stat.S_ISREG(os.fstat(self.fd).st_mode):
             os.close(self.fd)
-            raise SourceError("absent", f"{path}: not a regular file", retryable=False)
+            raise SourceError("absent", f"{path}: not a regular file", "source-file")
 
     def __enter__(self) -> Recording:
         return self
@@ -52,7 +54,7 @@ class Recording:
 
     def no_frame(self) -> SourceError:
         detail = f"{self.path}: contains no frame that can be decoded"
-        return SourceError("unreadable", detail, retryable=False)
+        return SourceError("unreadable", detail, "source-file")
 
     def n_packets(self) -> int:
         """How many frames the file holds, about: counted, without decoding them."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from edge_agent.camera.clock import Clock
 from edge_agent.config import CameraConfig
-from edge_agent.errors import UserError, encodable
+from edge_agent.errors import FAULTS, FaultName, UserError, encodable
 from edge_agent.ipc.events import CameraFault, CameraFaultReason
 from edge_agent.ipc.frame_slot import MAX_IMAGE_BYTES, Slot
 from edge_agent.time_units import NS_PER_MS, NS_PER_S
@@ -48,15 +48,16 @@ SourceItems = Generator["CapturedFrame | CameraFault", None, None]
 class SourceError(UserError):
     """The source gives no image. `reason` and `detail` become a CameraFault.
 
-    retryable: whether opening the source again may help. A camera can come back; a wrong path cannot.
+    fault: the row of FAULTS. retryable: whether opening the source again may help. A camera can come back; a wrong path
+    cannot.
     """
 
-    def __init__(self, reason: CameraFaultReason, detail: str, retryable: bool = True):
+    def __init__(self, reason: CameraFaultReason, detail: str, fault: FaultName = "source-device"):
         detail = encodable(detail)
-        super().__init__(f"{reason}: {detail}")
+        super().__init__(f"{reason}: {detail}", fault)
         self.reason: CameraFaultReason = reason
         self.detail = detail
-        self.retryable = retryable
+        self.retryable = not FAULTS[fault].is_permanent
 
 
 class FaultReport:
@@ -83,7 +84,7 @@ def check_size(height: int, width: int, max_pixels: int = MAX_PIXELS) -> None:
         limit = f"camera.max_megapixels allows {max_pixels / 1e6:g} million pixels; ask for smaller frames, or raise it"
         if max_pixels >= MAX_PIXELS:
             limit = f"the limit is {MAX_PIXELS} pixels (7680x4320)"
-        raise SourceError("too-large", f"frames of {width}x{height}; {limit}", retryable=False)
+        raise SourceError("too-large", f"frames of {width}x{height}; {limit}", "frame-size")
 
 
 def into_slot(

@@ -25,7 +25,6 @@ from edge_agent.camera.source import (
 )
 from edge_agent.config import CameraConfig
 from edge_agent.errors import encodable
-from edge_agent.ipc.events import CameraFaultReason
 from edge_agent.ipc.frame_slot import Slot
 from edge_agent.time_units import NS_PER_MS, NS_PER_S
 from edge_agent.wire.codec import encode, make_decoder
@@ -214,15 +213,16 @@ def check_device(device: str) -> CameraIdentity | None:
     except PermissionError:
         raise SourceError("unreadable", f"{device}: no permission; is this user in group video?") from None
     except OSError as error:
-        reason: CameraFaultReason = "busy" if error.errno == errno.EBUSY else "absent"
-        raise SourceError(reason, f"{device}: {error.strerror}") from None
+        if error.errno == errno.EBUSY:
+            raise SourceError("busy", f"{device}: {error.strerror}", "source-in-use") from None
+        raise SourceError("absent", f"{device}: {error.strerror}") from None
     try:
         # A request for 0 buffers (count, type CAPTURE, memory MMAP, ...) fails while another process streams.
         fcntl.ioctl(fd, VIDIOC_REQBUFS, struct.pack("=5I", 0, 1, 1, 0, 0))
         return parse_capability(fcntl.ioctl(fd, VIDIOC_QUERYCAP, bytes(CAPABILITY_BYTES)))
     except OSError as error:  # OpenCV finds every other error when it opens the device
         if error.errno == errno.EBUSY:
-            raise SourceError("busy", f"{device}: another process uses it") from None
+            raise SourceError("busy", f"{device}: another process uses it", "source-in-use") from None
         return None
     finally:
         os.close(fd)

@@ -20,7 +20,7 @@ from edge_agent.bundle.model_start import encode_model_start
 from edge_agent.bundle.verify import verify_bundle
 from edge_agent.cli.commands import EX_CONFIG, EX_USAGE, CommandFailed, add_arguments
 from edge_agent.config import CameraConfig, Config, check_texts, load_config
-from edge_agent.errors import BundleError, ConfigError, encodable
+from edge_agent.errors import FAULTS, BundleError, ConfigError, encodable
 from edge_agent.profile import resolve
 from edge_agent.strict_yaml import convert
 
@@ -66,7 +66,7 @@ def require_onnxruntime(config: Config) -> None:
         raise CommandFailed(
             "vision.backend: onnxruntime is not installed; for a CPU: pip install 'edge-agent[cpu]', for an NVIDIA "
             "GPU: pip install 'edge-agent[gpu]'",
-            EX_CONFIG,
+            FAULTS["installation"].exit_status,
         )
 
 

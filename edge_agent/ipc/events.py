@@ -55,7 +55,7 @@ class StartupFailed(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind",
     """The model process cannot load, and ends."""
 
     reason: str
-    configured: bool  # the configuration is wrong: every other start would fail as well
+    fault: str  # a row of FAULTS in edge_agent/errors.py
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag_field="kind", tag="progress"):

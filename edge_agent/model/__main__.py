@@ -16,14 +16,13 @@ from edge_agent.board import health
 from edge_agent.bundle.memory_plan import adapters_mib, plan_memory
 from edge_agent.bundle.model_start import decode_model_start
 from edge_agent.bundle.verified_files import VerifiedFiles
-from edge_agent.errors import BundleError, ConfigError, UserError
+from edge_agent.errors import UserError
 from edge_agent.ipc.events import Heartbeat, LogLine, ModelReady, StartupFailed
 from edge_agent.ipc.worker import attach_to_supervisor
 from edge_agent.model.fallbacks import find_fallbacks
 from edge_agent.model.frame_encoder import FrameEncoder
 from edge_agent.model.load import load_model, warm_up
 from edge_agent.model.loop import ModelLoop
-from edge_agent.model.prompt import InstructionRefused
 from edge_agent.model.supervisor_channel import SupervisorChannel
 
 _libc = ctypes.CDLL(None)
@@ -46,11 +45,8 @@ def main() -> int:
             supervisor.send(Heartbeat("warm-up"))
             warmup_ms = warm_up(model, config.camera)
         except UserError as error:  # any other exception is a defect: it ends the process with its traceback
-            # With reduced memory, a prompt that does not fit is not the fault of the configuration: a later start may
-            # work.
-            is_permanent = isinstance(error, ConfigError | BundleError)
-            is_permanent |= isinstance(error, InstructionRefused) and not is_reduced
-            supervisor.send(StartupFailed(reason=files.with_names(str(error)), configured=is_permanent))
+            fault = "instruction-reduced" if is_reduced and error.fault == "instruction" else error.fault
+            supervisor.send(StartupFailed(reason=files.with_names(str(error)), fault=fault or "native"))
             return 1
     encoder = model.images.encoder
     facts = model.engine.llama.facts

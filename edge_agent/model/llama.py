@@ -32,7 +32,7 @@ from edge_agent.board.control_groups import available_cores
 from edge_agent.bundle.files import file_stamp
 from edge_agent.bundle.gguf_package import gguf
 from edge_agent.bundle.manifest import EmbeddingInfo
-from edge_agent.errors import ConfigError, UserError
+from edge_agent.errors import ConfigError, FaultName, UserError
 from edge_agent.model.fallbacks import language_facts
 from edge_agent.model.frame_buffer import FrameBuffer
 
@@ -123,6 +123,8 @@ def context_for(n_tokens: int, alignment: int) -> int:
 
 class LlamaError(UserError):
     """llama.cpp refused; the process cannot continue. One line."""
+
+    fault: FaultName | None = "native"
 
 
 class LlamaOptions(msgspec.Struct, frozen=True, kw_only=True):

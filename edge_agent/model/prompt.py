@@ -16,7 +16,7 @@ from edge_agent.actions.space import ActionSpace
 from edge_agent.actions.vehicle_state import max_vehicle_state_tokens
 from edge_agent.bundle.manifest import VisionInfo
 from edge_agent.config import Config
-from edge_agent.errors import UserError
+from edge_agent.errors import FaultName, UserError
 from edge_agent.model.llama import ROW_ALIGNMENT, LlamaContext
 
 SYSTEM_PROMPT = (  # models are trained on it: the words stay as they are
@@ -36,6 +36,8 @@ MIN_QUESTION_TOKENS = 64  # of a question; a larger context leaves more
 
 class InstructionRefused(UserError):
     """An instruction does not fit the context; the previous one stays active. One line."""
+
+    fault: FaultName | None = "instruction"
 
 
 class CacheState(msgspec.Struct):

@@ -19,7 +19,7 @@ import numpy as np
 
 from edge_agent.board.control_groups import available_cores
 from edge_agent.config import state_dir
-from edge_agent.errors import UserError
+from edge_agent.errors import FaultName, UserError
 from edge_agent.model.preprocess import Preprocessor, n_embedding_rows
 
 TENSORRT = "TensorrtExecutionProvider"
@@ -29,6 +29,8 @@ PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 
 class VisionError(UserError):
     """The encoder refused; the process cannot continue. One line."""
+
+    fault: FaultName | None = "native"
 
 
 class EncoderOptions(NamedTuple):
@@ -59,7 +61,8 @@ class OnnxEncoder:
         if tensorrt and TENSORRT not in available:
             raise VisionError(
                 f"vision.tensorrt: onnxruntime here has only {', '.join(available)}; install one with TensorRT, or set "
-                "it to false"
+                "it to false",
+                "configuration",
             )
         if tensorrt:
             providers.insert(0, (TENSORRT, _tensorrt_options()))

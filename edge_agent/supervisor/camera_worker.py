@@ -11,12 +11,13 @@ from collections.abc import Callable
 import msgspec
 
 from edge_agent.config import CameraConfig
+from edge_agent.errors import EX_CONFIG
 from edge_agent.ipc.events import CameraEnded, CameraEvent, CameraOpened, decode_camera_event
 from edge_agent.ipc.frame_slot import Slot
 from edge_agent.ipc.worker import Worker
 from edge_agent.supervisor.log import log_line
 from edge_agent.supervisor.managed_worker import Clock, ManagedWorker, Readiness, Reason, ReasonKind
-from edge_agent.supervisor.shutdown import EX_CONFIG, EX_UNAVAILABLE, Shutdown
+from edge_agent.supervisor.shutdown import Shutdown
 from edge_agent.time_units import NS_PER_S
 
 # Before READY a camera may be absent for this time. The unit gives up after 20 starts in 300 s: with 15 s for each, it
@@ -92,7 +93,7 @@ class CameraWorker(ManagedWorker):
         elif was_ready:
             self.restart_later(reason)  # the last fault says more than the exit status, and was counted
         else:
-            raise Shutdown(EX_CONFIG, f"camera.source: {reason.what}: {reason.detail}")
+            raise Shutdown("source-name", f"camera.source: {reason.what}: {reason.detail}")
 
     def check_slot(self) -> None:
         """Look for a new frame in the slot. It is a sign of progress, and ends a fault of the source."""
@@ -116,7 +117,7 @@ class CameraWorker(ManagedWorker):
         is_open = self.readiness in (Readiness.READY, Readiness.ENDED)
         if not was_ready and not is_open and waited_ns > CAMERA_WAIT_S * NS_PER_S:
             why = f"{self.reason.what}: {self.reason.detail}" if self.reason is not None else "no frame"
-            raise Shutdown(EX_UNAVAILABLE, f"camera.source: {why}; connect the camera, or correct camera.source")
+            raise Shutdown("source-device", f"camera.source: {why}; connect the camera, or correct camera.source")
 
     # -- for the status -----------------------------------------------------------------------------------------------
 

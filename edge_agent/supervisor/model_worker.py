@@ -9,7 +9,7 @@ from collections.abc import Callable
 from edge_agent.config import WatchdogConfig
 from edge_agent.ipc.worker import Worker
 from edge_agent.supervisor.managed_worker import Clock, ManagedWorker, Readiness, Reason, ReasonKind
-from edge_agent.supervisor.shutdown import EX_FAILED, Shutdown
+from edge_agent.supervisor.shutdown import Shutdown
 from edge_agent.time_units import NS_PER_S
 
 MAX_FAILURES_BEFORE_READY = 5  # in a row; then the daemon ends, and systemd starts everything again
@@ -83,4 +83,4 @@ class ModelWorker(ManagedWorker):
         n = self.failures_before_ready
         if n > MAX_FAILURES_BEFORE_READY:
             why = self.reason.text if self.reason is not None else "model: failed"
-            raise Shutdown(EX_FAILED, f"{why}; {n} model processes in a row did not get ready")
+            raise Shutdown("process", f"{why}; {n} model processes in a row did not get ready")

@@ -22,7 +22,7 @@ import select
 import signal
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -31,7 +31,7 @@ from edge_agent.actions.space import ActionSpace, encode_action_space, load_acti
 from edge_agent.bundle.manifest import Bundle
 from edge_agent.bundle.model_start import encode_model_start
 from edge_agent.config import Config
-from edge_agent.errors import UserError
+from edge_agent.errors import FAULTS, FaultName, UserError, fault_of
 from edge_agent.ipc.events import (
     Heartbeat,
     InstructionApplied,
@@ -54,7 +54,7 @@ from edge_agent.supervisor.managed_worker import Clock, Readiness, Reason, Reaso
 from edge_agent.supervisor.model_worker import ModelWorker
 from edge_agent.supervisor.pause_file import was_paused
 from edge_agent.supervisor.publisher import Publisher
-from edge_agent.supervisor.shutdown import EX_CONFIG, EX_FAILED, EX_STOPPED, Shutdown
+from edge_agent.supervisor.shutdown import Shutdown
 from edge_agent.supervisor.status import ORDERED_REFUSALS, StatusReporter
 from edge_agent.supervisor.systemd import Watchdog, notify
 from edge_agent.supervisor.trace import Trace
@@ -145,7 +145,7 @@ class Supervisor:
                 self.start()
                 while not self.status.is_stopping:
                     self.poll_once()
-            raise Shutdown(EX_STOPPED)
+            raise Shutdown
         except Shutdown as shutdown:
             notify("STOPPING=1")
             if shutdown.line:
@@ -235,7 +235,7 @@ class Supervisor:
 
     def _check_timeouts(self) -> None:
         if lost := self.publisher.lost_endpoint():  # a daemon that cannot be told to stop may not go on
-            raise Shutdown(EX_FAILED, lost)
+            raise Shutdown("endpoint-lost", lost)
         if reason := self.model.timeout_reason():
             self._restart_model(reason)
         self.camera.check_timeouts(was_ready=self.status.is_ready)
@@ -254,9 +254,10 @@ class Supervisor:
                 return
             self._model_start = encode_model_start(self.config, bundle, encode_action_space(self.space))
         except UserError as error:
-            raise Shutdown(error.exit_status, str(error)) from None
-        except OSError as error:  # a disk that fails, no descriptors: another start may succeed
-            raise Shutdown(EX_FAILED, f"{error.filename or self.config.bundle}: {error.strerror or error}") from None
+            raise Shutdown(error.fault or "bundle", str(error)) from None
+        except OSError as error:
+            line = f"{error.filename or self.config.bundle}: {error.strerror or error}"
+            raise Shutdown(fault_of(error, "bundle"), line) from None
         self.bundle, self.publisher.bundle_id = bundle, bundle.id
         model = bundle.manifest.model
         log_line(f"bundle {bundle.id}: {model.family} {model.size} {bundle.manifest.recipe}")
@@ -373,7 +374,7 @@ class Supervisor:
         if not event.error:
             self.model.mark_ready()
         elif not accepted and not self.status.is_ready:  # with more free memory, a later start may accept it
-            raise Shutdown(EX_FAILED if self.model.memory_reduced else EX_CONFIG, event.error)
+            raise Shutdown("instruction-reduced" if self.model.memory_reduced else "instruction", event.error)
         elif not accepted:  # a later start can have less memory and a smaller context
             self.model.mark_refused(event.error)
         self.counters.refused_since_ns = 0  # another instruction, or another process
@@ -381,9 +382,10 @@ class Supervisor:
             self.watchdog.set_interval_above(self.model.stall_s)
 
     def _on_startup_failed(self, event: StartupFailed) -> None:
+        fault = cast(FaultName, event.fault)  # _event_fault() has checked it
         if not self.status.is_ready:
-            raise Shutdown(EX_CONFIG if event.configured else EX_FAILED, event.reason)
-        if event.configured:  # files changed in flight: a new start of the daemon would end with 78 and stay away
+            raise Shutdown(fault, event.reason)
+        if FAULTS[fault].is_permanent:  # files changed in flight: a new start of the daemon would end with 78
             self.model.failures_before_ready = 0
         self._restart_model(Reason("model", ReasonKind.FAILED, "cannot start", event.reason))
 
@@ -417,6 +419,8 @@ def _event_fault(event: ModelEvent, latest_seq: int) -> str:
     if isinstance(event, TextDelta):
         fits = len(event.text) <= MAX_PIECE_CHARS and abs(event.frame_id) < 2**63
         return "" if fits else f"a piece of text of {len(event.text)} characters"
+    if isinstance(event, StartupFailed):
+        return "" if event.fault in FAULTS else f"a fault {event.fault[:MAX_NAME_CHARS]!r}"
     if isinstance(event, InstructionApplied):
         fits = len(event.text) <= MAX_TEXT_CHARS and len(event.adapter) <= MAX_NAME_CHARS
         return "" if fits else f"an instruction of {len(event.text)} characters"

@@ -19,7 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from edge_agent.errors import UserError
+from edge_agent.errors import FaultName, UserError, fault_of
+from edge_agent.wire.endpoints import find_listener
 from edge_agent.wire.messages import MAX_MESSAGE_BYTES, PROTOCOL_VERSION, Header
 from edge_agent.wire.streams import STREAMS, pack
 from edge_agent.zmtp.endpoint import Connection, Endpoint, Limits
@@ -51,7 +52,7 @@ class Sender(NamedTuple):
 class EndpointError(UserError):
     """The endpoints cannot be bound. One line."""
 
-    exit_status = os.EX_CONFIG
+    fault: FaultName | None = "runtime-folder"
 
 
 class Publisher:
@@ -78,7 +79,9 @@ class Publisher:
                 self._endpoints[stream] = Endpoint(folder / stream, socket_type, limits, SOCKET_MODE, clock)
         except PathError as error:
             self.close()
-            raise EndpointError(f"runtime_dir: {error}") from None
+            fault: FaultName = "folder-in-use" if error.is_busy else "runtime-folder"
+            fault = fault_of(error.cause, fault) if error.cause is not None else fault
+            raise EndpointError(f"runtime_dir: {error}", fault) from None
 
     def close(self) -> None:
         for endpoint in self._endpoints.values():
@@ -205,7 +208,8 @@ def _lock(folder: Path) -> int:
         folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise EndpointError(
-            f"runtime_dir: {folder}: {error.strerror}; set runtime_dir to a folder that you own"
+            f"runtime_dir: {folder}: {error.strerror}; set runtime_dir to a folder that you own",
+            fault_of(error, "runtime-folder"),
         ) from None
     for _ in range(LOCK_TRIES):
         try:
@@ -216,9 +220,12 @@ def _lock(folder: Path) -> int:
         except OSError as error:
             os.close(folder_fd)
             raise EndpointError(
-                f"runtime_dir: {folder}: cannot be locked: {error.strerror}; use a folder of a local file system"
+                f"runtime_dir: {folder}: cannot be locked: {error.strerror}; use a folder of a local file system",
+                fault_of(error, "runtime-folder"),
             ) from None
     os.close(folder_fd)
+    pid = find_listener(folder / "control")
+    who = f"another edge-agent (process {pid})" if pid else "another edge-agent"
     raise EndpointError(
-        f"runtime_dir: {folder}: another edge-agent runs in this folder; stop it, or set another runtime_dir"
+        f"runtime_dir: {folder}: {who} runs in this folder; stop it, or set another runtime_dir", "folder-in-use"
     )

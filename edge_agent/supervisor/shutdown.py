@@ -5,22 +5,23 @@
     69  no camera yet: systemd starts the daemon again
     78  the configuration, the bundle or the camera source is wrong: systemd does not start the daemon again
 
+FAULTS in edge_agent/errors.py says which fault ends the daemon with which status.
+
 After READY the daemon never ends with 69 or 78. A running vehicle must not lose its agent for good.
 """
 
 from __future__ import annotations
 
-import os
+from edge_agent.errors import FAULTS, FaultName
 
 EX_STOPPED = 0
-EX_FAILED = 1
-EX_UNAVAILABLE = os.EX_UNAVAILABLE
-EX_CONFIG = os.EX_CONFIG
 
 
 class Shutdown(Exception):
-    """Leave the loop. status: the exit status of the process. line: why; empty when the daemon was asked to stop."""
+    """Leave the loop. fault: the row of FAULTS; None: the daemon was asked to stop. line: why; status: the exit status
+    of the process."""
 
-    def __init__(self, status: int, line: str = "") -> None:
+    def __init__(self, fault: FaultName | None = None, line: str = "") -> None:
         super().__init__(line)
-        self.status, self.line = status, line
+        self.status = EX_STOPPED if fault is None else FAULTS[fault].exit_status
+        self.line = line

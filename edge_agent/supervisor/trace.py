@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from edge_agent.errors import ConfigError
+from edge_agent.errors import ConfigError, fault_of
 from edge_agent.supervisor.log import log_line
 
 MAX_EVENTS = 200_000  # about 20 MB; later events are not written
@@ -31,7 +31,8 @@ class Trace:
             # Line buffered: a daemon that is killed leaves whole events.
             self._file = Path(path).open("w", buffering=1, encoding="ascii") if path else None  # noqa: SIM115
         except OSError as error:
-            raise ConfigError(f"--trace: {path}: cannot be written: {error.strerror}") from None
+            fault = fault_of(error, "configuration")
+            raise ConfigError(f"--trace: {path}: cannot be written: {error.strerror}", fault) from None
         if self._file is not None:
             self._write_text('[{"name":"process_name","ph":"M","pid":1,"args":{"name":"edge-agent"}}')
 

@@ -35,11 +35,13 @@ KINDS = {
 
 class PathError(Exception):
     """The path cannot be bound: one line. is_busy: another process listens there. is_taken: no socket is there, but
-    something else: trying again does not help."""
+    something else: trying again does not help. cause: the error of the system, if that is the reason."""
 
-    def __init__(self, line: str, *, is_busy: bool = False, is_taken: bool = False) -> None:
+    def __init__(
+        self, line: str, *, is_busy: bool = False, is_taken: bool = False, cause: OSError | None = None
+    ) -> None:
         super().__init__(line)
-        self.is_busy, self.is_taken = is_busy, is_taken
+        self.is_busy, self.is_taken, self.cause = is_busy, is_taken, cause
 
 
 class Listener:
@@ -52,7 +54,7 @@ class Listener:
         try:
             self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         except OSError as error:
-            raise PathError(f"{path}: cannot be bound: {error.strerror}") from None
+            raise PathError(f"{path}: cannot be bound: {error.strerror}", cause=error) from None
         try:
             self.socket.bind(str(path))
             self._identity = _identity(path)
@@ -62,7 +64,8 @@ class Listener:
         except OSError as error:
             self.socket.close()
             is_busy = error.errno == errno.EADDRINUSE  # bound by somebody else since _make_room()
-            raise PathError(f"{path}: cannot be bound: {error.strerror or error}", is_busy=is_busy) from None
+            line = f"{path}: cannot be bound: {error.strerror or error}"
+            raise PathError(line, is_busy=is_busy, cause=error) from None
         self.socket.setblocking(False)
 
     def is_ours(self) -> bool:
@@ -101,7 +104,7 @@ def _make_room(path: Path) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise PathError(f"{path}: cannot be bound: {error.strerror}") from None
+        raise PathError(f"{path}: cannot be bound: {error.strerror}", cause=error) from None
     except ValueError as error:  # a NUL, or what is not text
         raise PathError(f"{str(path)!a}: cannot be bound: {error}", is_taken=True) from None
 

@@ -36,4 +36,5 @@ def test_the_exceptions_to_the_rule_still_exist():
 
 
 def test_a_wrong_configuration_or_bundle_ends_with_78():
-    assert (UserError.exit_status, ConfigError.exit_status, BundleError.exit_status) == (1, os.EX_CONFIG, os.EX_CONFIG)
+    for error, status in ((UserError, 1), (ConfigError, os.EX_CONFIG), (BundleError, os.EX_CONFIG)):
+        assert error("line").exit_status == status

@@ -355,7 +355,7 @@ def test_the_probe_says_the_true_rate_of_a_recording(clock, tmp_path):
 @pytest.mark.parametrize("is_end", [False, True])
 def test_any_detail_of_a_fault_fits_into_an_event(slot, clock, monkeypatch, detail, is_end):
     def device(config, slot, clock):
-        error = SourceError("unreadable", detail, retryable=False)
+        error = SourceError("unreadable", detail, "source-file")
         if is_end:
             raise error
         yield CameraFault(error.reason, error.detail)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from edge_agent.bundle.memory_plan import MemoryPlan, NotEnoughMemoryError
 from edge_agent.config import TaskConfig
-from edge_agent.errors import ConfigError, UserError
+from edge_agent.errors import BundleError, ConfigError, UserError
 from edge_agent.ipc.events import StartupFailed, decode_model_event
 from edge_agent.model import __main__ as entry
+from edge_agent.model.llama import LlamaError
+from edge_agent.model.prompt import InstructionRefused
+from edge_agent.model.vision_encoder import VisionError
 from tests.harness.rig import config_of, model_start
 
 
@@ -46,11 +50,33 @@ def test_an_unexpected_error_keeps_its_traceback(monkeypatch, events, error):
     assert not any(isinstance(event, StartupFailed) for event in events.sent)
 
 
-@pytest.mark.parametrize(("error", "configured"), [(ConfigError("key: wrong"), True), (UserError("no memory"), False)])
-def test_an_error_for_the_user_is_one_line(monkeypatch, events, error, configured):
+@pytest.mark.parametrize(
+    ("error", "fault"),
+    [
+        (ConfigError("key: wrong"), "configuration"),
+        (BundleError("bundle.json: wrong"), "bundle"),
+        (BundleError("language.gguf: too many open files", "machine"), "machine"),
+        (InstructionRefused("too long"), "instruction"),
+        (NotEnoughMemoryError("no memory"), "memory"),
+        (LlamaError("no GPU memory"), "native"),
+        (VisionError("no CUDA"), "native"),
+        (UserError("something"), "native"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_an_error_for_the_user_is_one_line(monkeypatch, events, error, fault):
     fail_with(monkeypatch, error)
     assert entry.main() == 1
-    assert events.sent == [StartupFailed(reason=str(error), configured=configured)]
+    assert events.sent == [StartupFailed(reason=str(error), fault=fault)]
+
+
+def test_an_instruction_that_does_not_fit_a_reduced_context_may_fit_later(monkeypatch, events):
+    """The memory plan reduced the context: with more free memory, another start succeeds."""
+    planned = MemoryPlan(config_of("none"), {}, {"language.context": 640})
+    monkeypatch.setattr(entry, "plan_memory", lambda *_arguments: planned)
+    fail_with(monkeypatch, InstructionRefused("too long"))
+    assert entry.main() == 1
+    assert events.sent[-1] == StartupFailed(reason="too long", fault="instruction-reduced")
 
 
 def test_an_action_space_without_a_grammar_is_an_error_of_the_configuration(monkeypatch, toy_bundle, tmp_path):
@@ -65,5 +91,5 @@ def test_an_action_space_without_a_grammar_is_an_error_of_the_configuration(monk
     )
     monkeypatch.setattr(entry, "attach_to_supervisor", lambda: (None, events, model_start(config), False))
     assert entry.main() == 1
-    assert isinstance(events.sent[-1], StartupFailed) and events.sent[-1].configured
+    assert isinstance(events.sent[-1], StartupFailed) and events.sent[-1].fault == "configuration"
     assert events.sent[-1].reason.startswith("cannot compile a grammar for this action space: ")

@@ -92,7 +92,7 @@ def test_the_fault_that_a_process_sent_before_its_end_is_the_reason(running):
 
     def receive_then_end() -> list[bytes]:
         events = receive()
-        model.emit(StartupFailed(reason="out of memory", configured=False))
+        model.emit(StartupFailed(reason="out of memory", fault="memory"))
         model.exit_status = 1
         return events
 

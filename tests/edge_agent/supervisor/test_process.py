@@ -141,7 +141,9 @@ def test_ready_is_sent_once_when_camera_and_model_work(notified, monkeypatch):
 def test_a_model_that_cannot_load_ends_the_start_and_the_status_depends_on_the_cause(running):
     for configured, status in ((True, os.EX_CONFIG), (False, 1)):
         with InProcess() as starting:
-            starting.model.emit(StartupFailed(reason="language.context: too small", configured=configured))
+            starting.model.emit(
+                StartupFailed(reason="language.context: too small", fault="instruction" if configured else "memory")
+            )
             with pytest.raises(Shutdown, match=r"language\.context: too small") as caught:
                 starting.turn()
         assert caught.value.status == status
@@ -187,7 +189,7 @@ def test_files_that_change_in_flight_never_end_the_daemon(running):
     for _ in range(3 * MAX_FAILURES_BEFORE_READY):
         running.turn(6.0)
         running.push_frame()
-        running.model.emit(StartupFailed(reason="vision.onnx: sha256: expected a, found b", configured=True))
+        running.model.emit(StartupFailed(reason="vision.onnx: sha256: expected a, found b", fault="bundle"))
         running.turn()
         state, reason = running.state
         assert state == "fault" and "model: cannot start: vision.onnx: sha256" in reason
@@ -199,7 +201,7 @@ def test_files_that_change_in_flight_never_end_the_daemon(running):
 
 
 def test_files_that_change_before_ready_are_a_fault_of_the_configuration(running):
-    running.model.emit(StartupFailed(reason="vision.onnx: sha256", configured=True))
+    running.model.emit(StartupFailed(reason="vision.onnx: sha256", fault="bundle"))
     with pytest.raises(Shutdown) as ended:
         running.turn()
     assert ended.value.status == os.EX_CONFIG
@@ -265,7 +267,7 @@ def test_a_refused_model_is_started_again_because_memory_may_be_free_by_then(run
 def test_a_model_that_cannot_start_after_ready_costs_no_exit(running):
     running.make_ready()
     running.restart_model()
-    running.model.emit(StartupFailed(reason="language.context: expected more", configured=True))
+    running.model.emit(StartupFailed(reason="language.context: expected more", fault="configuration"))
     running.turn()
     assert running.state == ("fault", "model: cannot start: language.context: expected more")
 
@@ -479,7 +481,7 @@ def test_sigterm_ends_the_loop_with_0_and_a_last_status(running, notified, signa
 def test_a_shutdown_is_the_reason_of_the_last_status(running, notified, signal_handlers, monkeypatch, capfd):
     monkeypatch.setattr(running.supervisor, "start", lambda: None)
     monkeypatch.setattr(running.supervisor, "close", lambda: None)
-    running.model.emit(StartupFailed(reason="bundle: damaged", configured=False))
+    running.model.emit(StartupFailed(reason="bundle: damaged", fault="machine"))
     assert running.supervisor.run() == 1
     monkeypatch.undo()
     last = running.publisher.stream("status")[-1]

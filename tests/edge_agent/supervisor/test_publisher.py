@@ -88,7 +88,9 @@ def join(publisher: Publisher, socket: zmq.Socket) -> None:
 def test_a_second_daemon_on_the_same_folder_is_refused_and_the_first_goes_on(publisher, folder, connect):
     subscriber = connect("text", zmq.SUB)
     join(publisher, subscriber)
-    with pytest.raises(EndpointError, match=r"another edge-agent runs in this folder; stop it") as caught:
+    with pytest.raises(
+        EndpointError, match=r"another edge-agent \(process \d+\) runs in this folder; stop it"
+    ) as caught:
         Publisher(folder)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
     other = (
@@ -96,7 +98,7 @@ def test_a_second_daemon_on_the_same_folder_is_refused_and_the_first_goes_on(pub
         f"Publisher(Path({str(folder)!r}))"
     )
     done = subprocess.run([sys.executable, "-c", other], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "another edge-agent runs in this folder" in done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "runs in this folder; stop it" in done.stderr.splitlines()[-1]
     send(publisher, "still here")
     assert [message.text for message in received_until(publisher, subscriber, "still here")] == ["still here"]
 
@@ -147,7 +149,7 @@ def test_nothing_in_the_folder_holds_the_lock(publisher, folder):
         assert (folder / name).is_socket()
     (folder / "lock").touch()
     (folder / "lock").unlink()
-    with pytest.raises(EndpointError, match="another edge-agent runs in this folder"):
+    with pytest.raises(EndpointError, match=rf"another edge-agent \(process {os.getpid()}\) runs in this folder"):
         Publisher(folder)
 
 
