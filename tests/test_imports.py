@@ -80,12 +80,13 @@ ORDER: dict[str, list[str]] = {
         "frame_encoder", "load", "supervisor_channel", "loop", "__main__",
     ],
     "supervisor": [
-        "shutdown", "log", "child_log", "pause_file", "systemd", "trace", "publisher", "managed_worker",
-        "camera_worker", "model_worker", "gate", "status", "waiting_changes", "control", "verification", "process",
+        "shutdown", "log", "child_log", "pause_file", "systemd", "trace", "runtime_folder", "publisher",
+        "managed_worker", "camera_worker", "model_worker", "gate", "status", "waiting_changes", "control",
+        "verification", "process",
     ],
     "apps": ["wire_log", "screen", "terminal"],
     "tools": ["stills", "bench", "measure_daemon", "tune"],
-    "cli": ["commands", "bundles", "control", "daemon", "tune", "main"],
+    "cli": ["commands", "bundles", "control", "daemon", "check", "tune", "main"],
 }  # fmt: skip
 # Packages that do harm when they are imported as they are -> the only file that imports them. Its docstring says why.
 SOLE_IMPORTERS = {"gguf": "edge_agent/bundle/gguf_package.py", "onnxruntime": "edge_agent/model/onnx_runtime.py"}

@@ -1,7 +1,7 @@
 """Entry of the camera process, started by the supervisor: python -m edge_agent.camera --slot FD --wake FD --events FD
 
-With --probe it reads one frame instead. The CameraConfig comes as JSON on standard input, and the size of the frame
-goes to standard output. A camera can hang in the driver for ever, so `edge-agent check` runs the probe in a child
+With --probe SECONDS it reads one frame instead. The CameraConfig comes as JSON on standard input, and the size of the
+frame goes to standard output. A camera can hang in the driver for ever, so `edge-agent check` runs the probe in a child
 process that it can kill.
 """
 
@@ -20,10 +20,10 @@ from edge_agent.wire.codec import encode
 
 
 def main() -> int:
-    if sys.argv[1:] == ["--probe"]:
+    if sys.argv[1:2] == ["--probe"]:
         config = msgspec.json.decode(sys.stdin.buffer.read(), type=CameraConfig)
         try:
-            print(probe(config))
+            print(probe(config, float(sys.argv[2])))
         except SourceError as error:
             sys.exit(f"{error.reason}: {error.detail}")
         return 0

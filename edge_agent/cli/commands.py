@@ -34,7 +34,7 @@ class Argument(NamedTuple):
 
 
 class Command(NamedTuple):
-    file: Literal["daemon", "control", "bundles", "tune"]  # the file of this room that runs the command
+    file: Literal["daemon", "check", "control", "bundles", "tune"]  # the file of this room that runs the command
     summary: str  # one line, in edge-agent --help
     details: str  # the following lines, in edge-agent COMMAND --help
     arguments: tuple[Argument, ...]
@@ -64,9 +64,11 @@ COMMANDS: dict[str, Command] = {
         ),
     ),
     "check": Command(
-        "daemon",
-        "check action space, bundle, camera and memory without starting the daemon",
-        "Prints one line per part and goes on after a fault. Exit status 78 if any part has a fault.",
+        "check",
+        "check everything that the daemon needs, without starting it",
+        "Prints one line per part (action space, sockets, bundle, camera, processor, memory, context) and goes on "
+        "after a fault. WARN: the daemon starts, and serves when the remedy is done. Exit status 78 if "
+        "any part has a fault.",
         (_CONFIG, _BUNDLE, _CAMERA),
     ),
     "bench": Command(

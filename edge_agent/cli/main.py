@@ -84,6 +84,10 @@ def run_command(arguments: argparse.Namespace) -> int:
         from edge_agent.cli import tune
 
         handlers = tune.HANDLERS
+    elif file == "check":
+        from edge_agent.cli import check
+
+        handlers = check.HANDLERS
     else:
         from edge_agent.cli import bundles
 

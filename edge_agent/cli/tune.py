@@ -21,8 +21,9 @@ import msgspec
 from edge_agent.board.control_groups import available_cores
 from edge_agent.bundle.lora_check import verify_adapters
 from edge_agent.bundle.verify import verify_bundle
+from edge_agent.cli.check import probe_camera
 from edge_agent.cli.commands import EX_USAGE, CommandFailed
-from edge_agent.cli.daemon import probe_camera, read_config, require_onnxruntime
+from edge_agent.cli.daemon import read_config, require_onnxruntime
 from edge_agent.config import Config, TunedConfig, load_config_text
 from edge_agent.errors import ConfigError
 from edge_agent.wire.endpoints import is_listening, runtime_dir
@@ -88,10 +89,10 @@ def _frame_size(config: Config) -> str:
     camera = config.camera
     if camera.source.startswith("zmq:"):
         return f"{camera.width or 640}x{camera.height or 480}"
-    is_open, line = probe_camera(camera)
-    size = re.search(r" ([0-9]+x[0-9]+)( |$)", line.removeprefix(camera.source))
-    if not is_open or size is None:
-        raise ConfigError(f"camera.source: {line}")
+    probe = probe_camera(camera)
+    size = re.search(r"^([0-9]+x[0-9]+)( |$)", probe.line)
+    if not probe.is_open or size is None:
+        raise ConfigError(f"camera.source: {probe.line}")
     return size[1]
 
 

@@ -1,6 +1,9 @@
 """Entry of the model process: memory plan, load, warm-up, then the loop.
 
 python -m edge_agent.model --slot FD --wake FD --events FD
+
+With --check it says instead what it would refuse at its start: the first message comes on standard input, and one line
+goes to standard output. `edge-agent check` runs it, so that native code stays in a process of its own.
 """
 
 from __future__ import annotations
@@ -21,11 +24,24 @@ from edge_agent.ipc.events import Heartbeat, LogLine, ModelReady, StartupFailed
 from edge_agent.ipc.worker import attach_to_supervisor
 from edge_agent.model.fallbacks import find_fallbacks
 from edge_agent.model.frame_encoder import FrameEncoder
-from edge_agent.model.load import load_model, warm_up
+from edge_agent.model.load import check_start, load_model, warm_up
 from edge_agent.model.loop import ModelLoop
 from edge_agent.model.supervisor_channel import SupervisorChannel
 
 _libc = ctypes.CDLL(None)
+
+
+def check() -> int:
+    """Print one line about the context, or the line with which the daemon would end. Nothing is loaded but the
+    vocabulary."""
+    start = decode_model_start(sys.stdin.buffer.read())
+    try:
+        planned = plan_memory(start.config, start.manifest, health.mem_available_mib(), adapters_mib(start.config))
+        print(check_start(planned.config, start.bundle, decode_action_space(start.space)))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_status
+    return 0
 
 
 def main() -> int:
@@ -71,6 +87,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        sys.exit(check() if sys.argv[1:] == ["--check"] else main())
     except (BrokenPipeError, ConnectionResetError):
         os._exit(0)  # the supervisor is gone

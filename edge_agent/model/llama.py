@@ -140,6 +140,7 @@ class LlamaOptions(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_type: Literal["f16", "q8_0"] = "f16"
     flash_attention: bool | None = False  # None: llama.cpp decides
     reproducible: bool = True  # on a CPU only
+    vocabulary_only: bool = False  # no weights: a prompt can be laid out, and nothing can be evaluated
 
     def __post_init__(self) -> None:
         if self.reproducible and (self.flash_attention or self.kv_cache_type != "f16"):
@@ -163,8 +164,6 @@ class LlamaContext:
             self.model, log = _load_model(path, options, progress)
             info = ll.llama_print_system_info().decode("utf-8", "replace")
             self.facts = language_facts(log, info, is_gpu_build=_is_gpu_build())
-            # Before the context, which reserves its graph for adapters. They are freed with the model.
-            self._adapters = {name: _load_adapter(self.model, name, file) for name, file in options.adapters.items()}
             self.vocab = ll.llama_model_get_vocab(self.model)
             self.n_embd: int = ll.llama_model_n_embd(self.model)
             self.n_vocab: int = ll.llama_vocab_n_tokens(self.vocab)
@@ -176,6 +175,10 @@ class LlamaContext:
             # llama.cpp would round a context up by itself, and use less of it for each sequence.
             n_cells = cells_of(options.context)
             self.n_ctx = usable_context(options.context, self._alignment)
+            if options.vocabulary_only:
+                return
+            # Before the context, which reserves its graph for adapters. They are freed with the model.
+            self._adapters = {name: _load_adapter(self.model, name, file) for name, file in options.adapters.items()}
             self.context = _make_context(self.model, path, options, n_cells, unified=self.can_batch_text)
         except BaseException:
             self.close()
@@ -430,6 +433,7 @@ def _load_model(path: Path, options: LlamaOptions, progress: Callable[[float], N
 
     params = ll.llama_model_default_params()
     params.n_gpu_layers = options.gpu_layers
+    params.vocab_only = options.vocabulary_only
     params.use_extra_bufts = options.repack
     params.load_mode = LOAD_MODES[options.mmap, options.mlock]
     params.progress_callback = on_progress

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import cv2
+import msgspec
 import numpy as np
 
 from edge_agent.actions import action_tokens
 from edge_agent.actions.grammar import json_schema
 from edge_agent.actions.space import ActionSpace
 from edge_agent.board.control_groups import available_cores
-from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, VISION, Bundle, Manifest
+from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, VISION, Bundle, Manifest, ModelInfo, VisionInfo
 from edge_agent.config import CameraConfig, Config
 from edge_agent.errors import BundleError, ConfigError
 from edge_agent.ipc.events import Heartbeat
@@ -26,7 +27,7 @@ from edge_agent.model.image_encoder import ImageEncoder
 from edge_agent.model.llama import LlamaContext, LlamaOptions, uses_gpu
 from edge_agent.model.preprocess import Preprocessor
 from edge_agent.model.prompt import ACTION_QUESTION, MAX_ANSWER_TOKENS, Prompt
-from edge_agent.model.vision_encoder import EncoderOptions, open_encoder
+from edge_agent.model.vision_encoder import EncoderOptions, check_tensorrt, open_encoder
 from edge_agent.profile import ResolvedSwitches, resolve
 from edge_agent.time_units import NS_PER_MS
 
@@ -76,8 +77,7 @@ def load_model(
     cv2.setNumThreads(config.cpu_threads or available_cores())  # OpenCV takes every core of the machine otherwise
     gpu = uses_gpu(config.language.gpu_layers)
     switches, model = resolve(config, gpu), bundle.manifest.model
-    if config.language.max_reasoning_tokens and "think" not in model.special:
-        raise ConfigError("language.max_reasoning_tokens: expected 0 for a model without [THINK]")
+    _check_reasoning(config, model)
     llama = LlamaContext(
         open_file(bundle.path(LANGUAGE)),
         llama_options(config, switches, open_file),
@@ -95,6 +95,37 @@ def load_model(
     except BaseException:
         llama.close()
         raise
+
+
+def check_start(config: Config, bundle: Bundle, space: ActionSpace) -> str:
+    """What load_model() and the first instruction would refuse, without weights: reasoning, the grammar and the texts.
+
+    One line about the context. Raises LlamaError, VisionError, BundleError, ConfigError, InstructionRefused.
+    """
+    switches, model = resolve(config, uses_gpu(config.language.gpu_layers)), bundle.manifest.model
+    _check_reasoning(config, model)
+    if config.vision.tensorrt and switches.vision_backend == "onnxruntime":
+        from edge_agent.model.onnx_runtime import onnxruntime
+
+        check_tensorrt(onnxruntime.get_available_providers())
+    vision = _vision_of(config, bundle.manifest)
+    options = msgspec.structs.replace(llama_options(config, switches), adapters={}, vocabulary_only=True)
+    with LlamaContext(bundle.path(LANGUAGE), options, model.embedding) as llama:
+        grammar = _compile_grammar(llama, space)
+        grammar.start()
+        prompt = Prompt(llama, model.special, space, grammar.forced_tokens(), vision, config)
+        return prompt.describe_fit(config.task.instruction)
+
+
+def _check_reasoning(config: Config, model: ModelInfo) -> None:
+    if config.language.max_reasoning_tokens and "think" not in model.special:
+        raise ConfigError("language.max_reasoning_tokens: expected 0 for a model without [THINK]")
+
+
+def _vision_of(config: Config, manifest: Manifest) -> VisionInfo:
+    if manifest.vision is None:
+        raise BundleError(f"{config.bundle}: a text-only model; expected a bundle with a vision encoder")
+    return manifest.vision
 
 
 def _compile_grammar(llama: LlamaContext, space: ActionSpace) -> Grammar:
@@ -120,9 +151,7 @@ def _add_vision(
     grammar: Grammar,
     space: ActionSpace,
 ) -> LoadedModel:
-    vision, special = manifest.vision, manifest.model.special
-    if vision is None:
-        raise BundleError(f"{config.bundle}: a text-only model; expected a bundle with a vision encoder")
+    vision, special = _vision_of(config, manifest), manifest.model.special
     preprocessor = Preprocessor(vision, config.vision.max_image_tokens)
     encoder = open_encoder(
         encoder_file,

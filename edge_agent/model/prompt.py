@@ -95,17 +95,28 @@ class Prompt:
             special["system_end"],
             special["inst"],
         ]
-        longest_reply = max(self.max_answer_tokens, self._max_text_tokens + self._min_question_tokens)
-        needed = len(prefix) + self.max_frame_rows + longest_reply
+        needed, parts = self._needed(prefix)
         if needed > self._llama.n_ctx:
             described = " or language.describe_prompt" if self._min_question_tokens > MIN_QUESTION_TOKENS else ""
             raise InstructionRefused(
-                f"language.context: {len(prefix)} tokens of prompt, {self.max_frame_rows} of a frame and "
-                f"{longest_reply} of the longest text make {needed}, found {self._llama.n_ctx}; raise it from "
+                f"language.context: {parts} make {needed}, found {self._llama.n_ctx}; raise it from "
                 f"{self._llama.configured_context} to {self._llama.context_for(needed)}, lower "
                 f"vision.max_image_tokens, or shorten the instruction{described}"
             )
         return prefix
+
+    def describe_fit(self, instruction: str) -> str:
+        """One line: what the instruction and the other texts need of the context. Raises InstructionRefused."""
+        needed, parts = self._needed(self.prefix_tokens(instruction))
+        return f"{parts} make {needed} of {self._llama.n_ctx}"
+
+    def _needed(self, prefix: list[int]) -> tuple[int, str]:
+        """(tokens of context that a prompt needs, what they are for)"""
+        longest_reply = max(self.max_answer_tokens, self._max_text_tokens + self._min_question_tokens)
+        parts = (
+            f"{len(prefix)} tokens of prompt, {self.max_frame_rows} of a frame and {longest_reply} of the longest text"
+        )
+        return len(prefix) + self.max_frame_rows + longest_reply, parts
 
     def check_question(self, tokens: list[int], prefix_tokens: list[int]) -> str:
         """Why a question leaves no room for the longest text behind it; "": it fits. tokens: of question_tokens."""

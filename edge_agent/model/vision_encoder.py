@@ -42,6 +42,16 @@ class EncoderOptions(NamedTuple):
     gpu: bool  # mtmd only: use a GPU if llama.cpp can
 
 
+def check_tensorrt(available: list[str]) -> None:
+    """Raises VisionError if onnxruntime has no TensorRT. available: its execution providers."""
+    if TENSORRT not in available:
+        raise VisionError(
+            f"vision.tensorrt: onnxruntime here has only {', '.join(available)}; install one with TensorRT, or set it "
+            "to false",
+            "configuration",
+        )
+
+
 class OnnxEncoder:
     """vision.onnx through onnxruntime."""
 
@@ -58,12 +68,8 @@ class OnnxEncoder:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         available = onnxruntime.get_available_providers()
         providers: list = [name for name in PROVIDERS if name in available]
-        if tensorrt and TENSORRT not in available:
-            raise VisionError(
-                f"vision.tensorrt: onnxruntime here has only {', '.join(available)}; install one with TensorRT, or set "
-                "it to false",
-                "configuration",
-            )
+        if tensorrt:
+            check_tensorrt(available)
         if tensorrt:
             providers.insert(0, (TENSORRT, _tensorrt_options()))
         try:

@@ -9,30 +9,26 @@ second daemon from it: a file in the folder could be removed by a program that c
 
 from __future__ import annotations
 
-import fcntl
 import os
 import random
-import stat
 import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from edge_agent.errors import FaultName, UserError, fault_of
-from edge_agent.wire.endpoints import find_listener
+from edge_agent.supervisor.runtime_folder import endpoint_error, lock_folder
 from edge_agent.wire.messages import MAX_MESSAGE_BYTES, PROTOCOL_VERSION, Header
 from edge_agent.wire.streams import STREAMS, pack
 from edge_agent.zmtp.endpoint import Connection, Endpoint, Limits
 from edge_agent.zmtp.frames import pack_message
-from edge_agent.zmtp.listener import MAX_PATH_BYTES, PathError
+from edge_agent.zmtp.listener import PathError
 
 MAX_REQUESTS_PER_TURN = 64
 MAX_SUBSCRIPTION_BYTES = 256
 PUBLISH_HWM = {"actions": 8, "text": 1000, "status": 8}  # messages queued per subscriber; then messages are lost
 CONTROL_HWM = 256
 SOCKET_MODE = 0o660
-LOCK_TRIES, LOCK_PAUSE_S = 20, 0.05  # a program that cleans up holds its lock for a moment
 CHECK_INTERVAL_NS = 1_000_000_000
 SESSION_BITS = 48
 
@@ -49,12 +45,6 @@ class Sender(NamedTuple):
     envelope: tuple[bytes, ...] = ()  # the frames before the request, for example the empty one of a REQ
 
 
-class EndpointError(UserError):
-    """The endpoints cannot be bound. One line."""
-
-    fault: FaultName | None = "runtime-folder"
-
-
 class Publisher:
     """Owns the lock of the folder and the endpoints, and writes the header of every published message.
 
@@ -68,7 +58,7 @@ class Publisher:
         self.session = random.SystemRandom().getrandbits(SESSION_BITS)
         self._clock = clock
         self._checked_ns = clock()
-        self._folder_fd = _lock(folder)
+        self._folder_fd = lock_folder(folder)
         self._endpoints: dict[str, Endpoint] = {}
         self._seq = dict.fromkeys(STREAMS, 0)
         self._requests: deque[tuple[Sender, bytes]] = deque()
@@ -79,9 +69,7 @@ class Publisher:
                 self._endpoints[stream] = Endpoint(folder / stream, socket_type, limits, SOCKET_MODE, clock)
         except PathError as error:
             self.close()
-            fault: FaultName = "folder-in-use" if error.is_busy else "runtime-folder"
-            fault = fault_of(error.cause, fault) if error.cause is not None else fault
-            raise EndpointError(f"runtime_dir: {error}", fault) from None
+            raise endpoint_error(error) from None
 
     def close(self) -> None:
         for endpoint in self._endpoints.values():
@@ -177,55 +165,3 @@ class Publisher:
     def is_connected(sender: Sender) -> bool:
         """Whether the connection that a request came on is still open."""
         return sender.connection.is_open
-
-
-def _lock(folder: Path) -> int:
-    """Make the folder and lock it; the descriptor of the folder. Raises EndpointError."""
-    try:
-        longest = max(len(os.fsencode(folder / stream)) for stream in STREAMS)
-    except UnicodeEncodeError:
-        longest = 0
-    if not longest or "\0" in str(folder):
-        raise EndpointError(f"runtime_dir: {str(folder)!a}: expected the path of a folder; found characters of no path")
-    if longest > MAX_PATH_BYTES:
-        raise EndpointError(
-            f"runtime_dir: {folder}: socket paths may have {MAX_PATH_BYTES} bytes, found {longest}; use a "
-            "shorter folder"
-        )
-    try:
-        folder.mkdir(mode=0o750, parents=True, exist_ok=True)
-        found = folder.stat()
-        if found.st_uid != os.geteuid():
-            raise EndpointError(
-                f"runtime_dir: {folder}: expected a folder of uid {os.geteuid()}, found one of uid {found.st_uid}; "
-                "choose another folder"
-            )
-        if found.st_mode & stat.S_IWOTH:
-            raise EndpointError(
-                f"runtime_dir: {folder}: everybody may write to it, so anybody could answer in place of this daemon; "
-                f"chmod o-w {folder}, or choose another folder"
-            )
-        folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise EndpointError(
-            f"runtime_dir: {folder}: {error.strerror}; set runtime_dir to a folder that you own",
-            fault_of(error, "runtime-folder"),
-        ) from None
-    for _ in range(LOCK_TRIES):
-        try:
-            fcntl.flock(folder_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return folder_fd
-        except BlockingIOError:
-            time.sleep(LOCK_PAUSE_S)
-        except OSError as error:
-            os.close(folder_fd)
-            raise EndpointError(
-                f"runtime_dir: {folder}: cannot be locked: {error.strerror}; use a folder of a local file system",
-                fault_of(error, "runtime-folder"),
-            ) from None
-    os.close(folder_fd)
-    pid = find_listener(folder / "control")
-    who = f"another edge-agent (process {pid})" if pid else "another edge-agent"
-    raise EndpointError(
-        f"runtime_dir: {folder}: {who} runs in this folder; stop it, or set another runtime_dir", "folder-in-use"
-    )

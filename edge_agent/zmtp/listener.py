@@ -89,6 +89,16 @@ def _identity(path: Path) -> tuple[int, int]:
 
 def _make_room(path: Path) -> None:
     """Remove a socket that nobody listens on. Raises PathError if something else is at the path."""
+    if find_dead_socket(path):
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise PathError(f"{path}: cannot be bound: {error.strerror}", cause=error) from None
+
+
+def find_dead_socket(path: Path) -> bool:
+    """Whether a socket is at the path that nobody will accept connections on; False: nothing is there. Raises PathError
+    if something else is there."""
     try:
         found = os.lstat(path)
         if not stat.S_ISSOCK(found.st_mode):
@@ -100,9 +110,9 @@ def _make_room(path: Path) -> None:
         if pid is not None and not is_killed(pid):
             who = f"process {pid}" if pid else "another process"
             raise PathError(f"{path}: cannot be bound: {who} listens there; stop it", is_busy=True)
-        path.unlink()
+        return True
     except FileNotFoundError:
-        return
+        return False
     except OSError as error:
         raise PathError(f"{path}: cannot be bound: {error.strerror}", cause=error) from None
     except ValueError as error:  # a NUL, or what is not text

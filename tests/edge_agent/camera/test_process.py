@@ -293,7 +293,7 @@ def test_the_probe_waits_for_a_pusher_until_its_timeout(tmp_path):
 def test_the_probe_as_a_command(tmp_path):
     def run_probe(source: object) -> subprocess.CompletedProcess:
         config = msgspec.json.encode(CameraConfig(source=str(source)))
-        command = [sys.executable, "-m", "edge_agent.camera", "--probe"]
+        command = [sys.executable, "-m", "edge_agent.camera", "--probe", "10"]
         return subprocess.run(command, input=config, env=ENV, capture_output=True, timeout=HANG_S)
 
     found = run_probe(counting_video(tmp_path / "v.avi", 3))

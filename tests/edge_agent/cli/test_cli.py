@@ -148,10 +148,12 @@ def test_check_prints_a_line_per_part(toy_bundle, pictures):
     assert done.returncode == 0, done
     assert [line.split()[:2] for line in done.stdout.splitlines()] == [
         ["ok", "actions"],
+        ["ok", "sockets"],
         ["ok", "bundle"],
         ["ok", "camera"],
         ["ok", "cpu"],
         ["ok", "memory"],
+        ["ok", "context"],
     ]
     assert "140x112" in done.stdout
 

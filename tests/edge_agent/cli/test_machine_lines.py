@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from edge_agent.bundle.manifest import read_manifest
-from edge_agent.cli.daemon import _check_memory, _describe_threads
+from edge_agent.cli.check import _check_memory, _describe_threads
 from edge_agent.config import CameraConfig, Config
 
 CONFIG = Config(bundle="b", camera=CameraConfig(source="none"))
