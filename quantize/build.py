@@ -34,7 +34,7 @@ from edge_agent.bundle.manifest import (
     VisionInfo,
     write_manifest,
 )
-from quantize.build_folder import BuildError, BuildFolder, atomic_folder, resumable_bytes
+from quantize.build_folder import BuildError, BuildFolder, atomic_folder, check_file_size, resumable_bytes
 from quantize.formats.build_plan import BYTES_PER_WEIGHT, BuildPlan, uniform_types
 from quantize.formats.ggml_kernels import row_bytes, tensor_bytes, tensor_table
 from quantize.formats.gguf_files import write_language, write_mmproj
@@ -77,14 +77,17 @@ def build(
 
 
 def _check_space(plan: BuildPlan, out: Path) -> None:
-    """Raises BuildError when the disk has too little room for everything that is written."""
+    """Raises BuildError when the disk has too little room for everything that is written, or cannot hold a file."""
     folder = Path(os.path.abspath(out)).parent
     if not folder.is_dir():
         raise BuildError(f"{folder}: no such folder; make it first")
     checkpoint = plan.checkpoint
     n_vision = checkpoint.n_elements(checkpoint.vision_tensors)
-    written = sum(bytes_by_type(checkpoint, plan.types).values())
-    written += round(n_vision * plan.vision.bytes_per_weight_while_building)
+    language = sum(bytes_by_type(checkpoint, plan.types).values())
+    vision = n_vision * max(BYTES_PER_WEIGHT[plan.vision.onnx], BYTES_PER_WEIGHT[plan.vision.mmproj])
+    check_file_size(folder, language, LANGUAGE)
+    check_file_size(folder, round(vision), f"{VISION} or {MMPROJ}")
+    written = language + round(n_vision * plan.vision.bytes_per_weight_while_building)
     free, needed = shutil.disk_usage(folder).free, written + SPARE_BYTES - resumable_bytes(out)
     if free < needed:
         raise BuildError(f"{folder}: {needed / 1e9:.2f} GB needed while building, {free / 1e9:.2f} GB free; make room")

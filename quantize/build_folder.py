@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import glob
 import os
+import resource
 import shutil
 import tempfile
 import time
@@ -106,6 +108,27 @@ def check_target(out: Path, force: bool) -> Path:
     return out
 
 
+def check_file_size(folder: Path, n_bytes: int, name: str) -> None:
+    """Raises BuildError if this folder cannot hold a file of n_bytes: FAT's limit is 4 GiB, a process can have one too
+    (ulimit -f). Found before the work, and nothing is written for it."""
+    soft_limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if soft_limit != resource.RLIM_INFINITY and n_bytes > soft_limit:
+        raise BuildError(
+            f"{folder}: {name} has {n_bytes / 1e9:.2f} GB, but this process may write files of at most "
+            f"{soft_limit / 1e9:.2f} GB (ulimit -f); raise the limit"
+        )
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        try:
+            os.lseek(probe.fileno(), n_bytes, os.SEEK_SET)  # the kernel compares it with the file system's limit
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EFBIG, errno.EOVERFLOW):
+                raise
+            raise BuildError(
+                f"{folder}: {name} has {n_bytes / 1e9:.2f} GB, and this file system cannot hold such a file (FAT: at "
+                "most 4.29 GB); use a disk with ext4, exFAT or another file system"
+            ) from None
+
+
 @contextlib.contextmanager
 def atomic_folder(out: Path, key: str, force: bool = False) -> Iterator[BuildFolder]:
     """A hidden folder beside `out`. It becomes `out` when the block ends without error and is removed when the block
@@ -147,6 +170,9 @@ def atomic_folder(out: Path, key: str, force: bool = False) -> Iterator[BuildFol
         if keep:
             why = f"{error.strerror} at the end; the finished files are in {folder}: rename this folder to {out.name}"
             raise BuildError(f"{out}: {why}") from None
+        if error.errno == errno.EFBIG:
+            why = "a file is too large for this file system or for ulimit -f; use another disk"
+            raise BuildError(f"{out}: {error.strerror} while writing it: {why}") from None
         if error.filename is not None:
             raise
         raise BuildError(f"{out}: {error.strerror} while writing it; make room and run the command again") from None

@@ -19,6 +19,7 @@ import numpy as np
 
 from edge_agent.errors import UserError
 from edge_agent.model.llama import ACTION_SEQ, LlamaContext
+from quantize.build_folder import check_file_size
 from quantize.progress import Progress
 
 CHUNK, FIRST = 512, 256  # tokens of a chunk; the first position that is scored
@@ -77,6 +78,8 @@ def logits(llm: LlamaContext, bos: int, chunk: np.ndarray) -> np.ndarray:
 
 def write_reference(llm: LlamaContext, bos: int, chunks: np.ndarray, path: Path, progress: Progress) -> None:
     """Write the reference's log-probabilities of every chunk. chunks: of `divide`."""
+    row_bytes = _row_values(llm.n_vocab) * np.dtype(np.uint16).itemsize
+    check_file_size(path.parent, len(chunks) * N_SCORED * row_bytes, path.name)
     with path.open("wb") as file:
         file.write(MAGIC + np.array([CHUNK, llm.n_vocab, len(chunks)], np.int32).tobytes() + chunks.tobytes())
         for i, chunk in enumerate(chunks):
@@ -85,6 +88,10 @@ def write_reference(llm: LlamaContext, bos: int, chunks: np.ndarray, path: Path,
             for start in range(0, N_SCORED, ROWS_AT_ONCE):
                 file.write(_stored(rows[start : min(start + ROWS_AT_ONCE, N_SCORED)]).tobytes())
     progress.step("reference text", "", len(chunks), len(chunks))
+
+
+def _row_values(n_vocab: int) -> int:
+    return 2 * ((n_vocab + 1) // 2) + 4
 
 
 def _stored(rows: np.ndarray) -> np.ndarray:
@@ -98,7 +105,7 @@ def _stored(rows: np.ndarray) -> np.ndarray:
     least = np.maximum(rows.min(1, keepdims=True), top + np.float32(MIN_LOG_P))
     log_sum = np.log(np.exp(rows - top).sum(1, keepdims=True, dtype=np.float64)).astype(np.float32)
     scale = (top - least) / np.float32(65535)
-    out = np.zeros((n, 2 * ((n_vocab + 1) // 2) + 4), np.uint16)
+    out = np.zeros((n, _row_values(n_vocab)), np.uint16)
     out[:, :4] = np.concatenate([scale, least - top - log_sum], 1).astype(np.float32).view(np.uint16)
     steps = np.rint(np.maximum(rows - least, 0) / np.where(scale > 0, scale, 1))
     out[:, 4 : 4 + n_vocab] = steps.astype(np.uint16)

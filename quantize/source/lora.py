@@ -8,9 +8,11 @@ tensors (modules_to_save) and pickles are refused by name.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from edge_agent.bundle import signing
 from edge_agent.bundle.files import hash_file, sync_folder, write_durably
 from edge_agent.bundle.gguf_package import gguf
 from edge_agent.bundle.recognise import describe
+from quantize.build_folder import BuildError, check_file_size
 from quantize.progress import Progress
 from quantize.source.checkpoint import ADAPTER, Checkpoint, LoraDelta, interleave
 from quantize.source.hf_config import CheckpointError, read_table
@@ -36,6 +39,7 @@ _NAME = re.compile(
     r"(?:base_model\.model\.)?(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.default)?(?:\.weight)?"
 )
 EMBEDDING = TEXT[0].hf
+SPARE_BYTES = 1 << 20  # free space beyond the matrices: header, signature
 # With these, training begins with the base as it is. The others (PiSSA, OLoRA, CorDA, LoftQ, …) change the base first.
 INITS_THAT_KEEP_THE_BASE = ("true", "false", "gaussian", "orthogonal", "eva", "none")
 
@@ -197,7 +201,7 @@ def write_adapter(
 ) -> None:
     """A GGUF adapter for llama.cpp, float32 like those of its own converter. With a key, OUT.sig is written beside it.
 
-    Raises CheckpointError, SigningError.
+    Raises CheckpointError, SigningError, BuildError.
     """
     text_names = {spec.hf for spec in checkpoint.text_tensors}
     for name, delta in adapter.deltas.items():
@@ -209,8 +213,10 @@ def write_adapter(
             )
     if signing_key is not None:
         signing.load_private_key(signing_key)  # an invalid key is reported before any work
+    _check_room(adapter, out)
     writer = _filled_writer(adapter, checkpoint, progress)
-    partial = out.with_name(out.name + ".part")
+    signature = out.with_name(out.name + signing.ADAPTER_SUFFIX)
+    partial, partial_signature = (path.with_name(path.name + ".part") for path in (out, signature))
     try:
         writer.write_header_to_file(partial)
         writer.write_kv_data_to_file()
@@ -218,14 +224,37 @@ def write_adapter(
         writer.close()
         with partial.open("rb") as file:
             os.fsync(file.fileno())
-        signature = out.with_name(out.name + signing.ADAPTER_SUFFIX)
-        signature.unlink(missing_ok=True)  # of an older file of this name
         if signing_key is not None:
-            write_durably(signature, signing.sign(signing.adapter_statement(hash_file(partial).sha256), signing_key))
-        os.replace(partial, out)
+            statement = signing.adapter_statement(hash_file(partial).sha256)
+            write_durably(partial_signature, signing.sign(statement, signing_key))
+        os.replace(partial, out)  # everything is on the disk: an older file and its signature stay up to here
+        if signing_key is not None:
+            os.replace(partial_signature, signature)
+        else:
+            signature.unlink(missing_ok=True)  # of the older file
         sync_folder(out.absolute().parent)
+    except OSError as error:
+        where = error.filename or out
+        raise BuildError(f"{where}: {error.strerror} while {out} was written; run the command again") from None
     finally:
-        partial.unlink(missing_ok=True)
+        for path in (partial, partial_signature):
+            with contextlib.suppress(OSError):  # a file system that is read-only by now
+                path.unlink(missing_ok=True)
+
+
+def _check_room(adapter: Adapter, out: Path) -> None:
+    """Raises BuildError if the disk has too little room for the file, cannot hold it, or cannot be written to."""
+    folder = out.absolute().parent
+    n_bytes = sum(4 * math.prod(part.shape) for delta in adapter.deltas.values() for part in (delta.a, delta.b))
+    try:
+        check_file_size(folder, n_bytes, out.name)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise BuildError(f"{folder}: {error.strerror}; give a folder that can be written to") from None
+    if free < n_bytes + SPARE_BYTES:
+        raise BuildError(
+            f"{folder}: {(n_bytes + SPARE_BYTES) / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free; make room"
+        )
 
 
 def _filled_writer(adapter: Adapter, checkpoint: Checkpoint, progress: Progress) -> gguf.GGUFWriter:

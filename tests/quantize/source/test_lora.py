@@ -19,6 +19,7 @@ from edge_agent.config import load_config_text
 from edge_agent.errors import ConfigError
 from edge_agent.model.llama import ACTION_SEQ, LlamaContext, LlamaOptions
 from quantize.build import convert
+from quantize.build_folder import BuildError
 from quantize.formats.build_plan import plan_conversion
 from quantize.progress import SILENT
 from quantize.source.checkpoint import read_checkpoint
@@ -374,6 +375,6 @@ def test_a_full_disk_leaves_no_adapter(tmp_path: Path, plain, toy_bf16: Path, mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(BuildError, match="No space left"):
         write_adapter(read_adapter(plain[0], found), found, tmp_path / "a.gguf", SILENT)
     assert list(tmp_path.iterdir()) == []
