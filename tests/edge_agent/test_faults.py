@@ -22,7 +22,8 @@ from edge_agent.config import CameraConfig, load_config
 from edge_agent.errors import EX_CONFIG, FAULTS, BundleError, ConfigError, FaultName, UserError, fault_of
 from edge_agent.ipc.events import CameraFault, ModelReady, StartupFailed
 from edge_agent.ipc.frame_slot import Slot
-from edge_agent.supervisor.publisher import EndpointError, Publisher
+from edge_agent.supervisor.publisher import Publisher
+from edge_agent.supervisor.runtime_folder import EndpointError
 from edge_agent.supervisor.shutdown import Shutdown
 from edge_agent.supervisor.trace import Trace
 from tests.harness.in_process import FakeVerification, InProcess

@@ -139,11 +139,9 @@ def test_ready_is_sent_once_when_camera_and_model_work(notified, monkeypatch):
 
 
 def test_a_model_that_cannot_load_ends_the_start_and_the_status_depends_on_the_cause(running):
-    for configured, status in ((True, os.EX_CONFIG), (False, 1)):
+    for fault, status in (("instruction", os.EX_CONFIG), ("memory", 1)):
         with InProcess() as starting:
-            starting.model.emit(
-                StartupFailed(reason="language.context: too small", fault="instruction" if configured else "memory")
-            )
+            starting.model.emit(StartupFailed(reason="language.context: too small", fault=fault))
             with pytest.raises(Shutdown, match=r"language\.context: too small") as caught:
                 starting.turn()
         assert caught.value.status == status

@@ -14,7 +14,8 @@ import msgspec
 import pytest
 import zmq
 
-from edge_agent.supervisor.publisher import EndpointError, Publisher
+from edge_agent.supervisor.publisher import Publisher
+from edge_agent.supervisor.runtime_folder import EndpointError
 from edge_agent.wire.messages import TextMessage
 from edge_agent.wire.streams import STREAMS, unpack
 from tests.harness import ROOT
@@ -128,7 +129,8 @@ def test_an_endpoint_that_cannot_be_bound_is_one_line(folder):
     """In a process of its own, which must not hang at its end."""
     (folder / "text").mkdir(parents=True)
     code = (
-        "from pathlib import Path; from edge_agent.supervisor.publisher import Publisher, EndpointError\n"
+        "from pathlib import Path; from edge_agent.supervisor.publisher import Publisher\n"
+        "from edge_agent.supervisor.runtime_folder import EndpointError\n"
         f"try: Publisher(Path({str(folder)!r}))\n"
         "except EndpointError as error: print(error)"
     )

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.supervisor.publisher import EndpointError, Publisher
+from edge_agent.supervisor.publisher import Publisher
+from edge_agent.supervisor.runtime_folder import EndpointError
 from edge_agent.supervisor.shutdown import Shutdown
 from edge_agent.wire.streams import STREAMS
 from tests.harness.in_process import InProcess
@@ -92,7 +93,7 @@ def test_a_lock_held_for_a_moment_is_waited_for(folder, monkeypatch):
         if len(naps) == 3:
             os.close(cleaner)
 
-    monkeypatch.setattr("edge_agent.supervisor.publisher.time.sleep", sleep)
+    monkeypatch.setattr("edge_agent.supervisor.runtime_folder.time.sleep", sleep)
     Publisher(folder).close()
     assert len(naps) == 3
 
@@ -101,7 +102,7 @@ def test_a_file_system_without_locks_is_named(folder, monkeypatch):
     def no_locks(*_arguments: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr("edge_agent.supervisor.publisher.fcntl.flock", no_locks)
+    monkeypatch.setattr("edge_agent.supervisor.runtime_folder.fcntl.flock", no_locks)
     with pytest.raises(
         EndpointError, match="cannot be locked: No locks available; use a folder of a local file system"
     ):
