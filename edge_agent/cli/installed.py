@@ -44,10 +44,6 @@ def read_device(arguments: argparse.Namespace) -> Device:
     return Device(folder, config.trusted_keys, tuple(remarks))
 
 
-def run_command(arguments: argparse.Namespace) -> int:
-    return HANDLERS[arguments.bundle_command](arguments)
-
-
 def install(arguments: argparse.Namespace) -> int:
     device = read_device(arguments)
     change = store.install(device.store, arguments.bundle, device.trusted_keys, _show_progress)
@@ -165,4 +161,9 @@ def _show_progress(done: int, total: int) -> None:
         print(f"\r{done / max(1, total):.0%}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
-HANDLERS = {"install": install, "list": list_bundles, "rollback": rollback, "verify": verify}
+HANDLERS = {
+    "bundle install": install,
+    "bundle list": list_bundles,
+    "bundle rollback": rollback,
+    "bundle verify": verify,
+}

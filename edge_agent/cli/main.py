@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Mapping
 
 from edge_agent.cli.commands import (
+    BUNDLE_COMMANDS,
     COMMANDS,
     EX_CONFIG,
     EX_FAILED,
@@ -83,6 +84,8 @@ def run_command(arguments: argparse.Namespace) -> int:
     """Returns the exit status. Raises UserError, OSError, and TimeoutError if no daemon answers."""
     name = arguments.command
     file = COMMANDS[name].file
+    if name == "bundle":
+        name, file = f"bundle {arguments.bundle_command}", BUNDLE_COMMANDS[arguments.bundle_command].file
     if file == "control":
         from edge_agent.cli import control
 
@@ -100,7 +103,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     elif file == "installed":
         from edge_agent.cli import installed
 
-        return installed.run_command(arguments)
+        handlers = installed.HANDLERS
     else:
         from edge_agent.cli import bundles
 

@@ -9,7 +9,7 @@ set -eu
 python=${1:?expected the Python of the virtual environment}
 root=$(cd "$(dirname "$0")/../.." && pwd)
 work=$root/build/cuda
-files="ggml/src/ggml-cuda:argmax.cu.o ggml/src/ggml-cuda:ggml-cuda.cu.o ggml/src/ggml-cpu:ggml-cpu/ops.cpp.o src:llama-batch.cpp.o"
+files="ggml/src/ggml-cuda:argmax.cu.o ggml/src/ggml-cuda:ggml-cuda.cu.o ggml/src:ggml-cpu/ops.cpp.o src:llama-batch.cpp.o"
 
 nvcc=${CUDACXX:-$(command -v nvcc || true)}
 [ -n "$nvcc" ] || nvcc=/usr/local/cuda/bin/nvcc
