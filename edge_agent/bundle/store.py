@@ -38,6 +38,7 @@ PART, REMOVED = ".part", ".removed"  # endings of hidden folders: not complete y
 FOLDER = re.compile(r"[0-9a-f]{16}(\.[0-9]+)?")  # the bundle's id; a number where a damaged folder has that name
 HIDDEN = re.compile(rf"\.{FOLDER.pattern}({re.escape(PART)}|{re.escape(REMOVED)})")
 SPARE_BYTES = 8 << 20  # free space beyond the files: folders, links, store.json
+LOCK_TRIES, LOCK_INTERVAL_S = 50, 0.01
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}  # of symlink(), on FAT and the like
 
 Report = Callable[[int, int], None]  # bytes done, bytes in total
@@ -184,13 +185,17 @@ def install(
                 f"{source}: counter: expected {least} or more, as a bundle with {least} was installed here, found "
                 f"{'none' if found.manifest.counter is None else found.manifest.counter}; install a newer bundle"
             )
-        name = _reusable(store, found, trusted_keys)
-        _remove_unused(store, name)
-        is_new = name == "" or name != _current(store)
-        if not name:
-            name = _copy(store, found, trusted_keys, report)
-        if is_new:
-            _make_current(store, name, _counter(found), now_s)
+        there = _reusable(store, found, trusted_keys)
+        is_new = not there or there != _current(store)
+        _remove_unused(store, there)
+        try:
+            name = there or _copy(store, found, trusted_keys, report)
+            if is_new:
+                _make_current(store, name, _counter(found), now_s)
+        except OSError:
+            with contextlib.suppress(OSError):
+                _remove_unused(store, there)  # a copy that is not current: gigabytes on a disk that may be full
+            raise
         return _change(store, name, is_new, remarks)
 
 
@@ -248,8 +253,8 @@ def _fault_line(store: Path, error: OSError) -> str:
     remedies = {
         errno.EACCES: "run the command as the owner of the folder, usually with sudo",
         errno.EPERM: "run the command as the owner of the folder, usually with sudo",
-        errno.ENOSPC: "make room; nothing was changed",
-        errno.EDQUOT: "make room; nothing was changed",
+        errno.ENOSPC: "make room and run the command again",
+        errno.EDQUOT: "make room and run the command again",
         errno.EROFS: "mount the file system for writing",
         errno.ENOENT: "make the folder above it first",
     }
@@ -413,13 +418,25 @@ def hold_folder(path: Path) -> tuple[Path, int]:
             real = path
         descriptor = os.open(real, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(descriptor, fcntl.LOCK_SH)
+            _lock_shared(descriptor)
             if os.path.samestat(os.fstat(descriptor), real.stat()):
                 return real, descriptor
         except FileNotFoundError:
             pass  # removed between the two calls: the link leads to another folder now
         os.close(descriptor)
+
+
+def _lock_shared(descriptor: int) -> None:
+    """The commands hold a folder for an instant. Somebody who holds it longer cannot keep the daemon from starting: then
+    the folder is not protected."""
+    for _ in range(LOCK_TRIES):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(LOCK_INTERVAL_S)
+        except OSError:  # a file system without locks
+            return
 
 
 def is_held(folder: Path) -> bool:

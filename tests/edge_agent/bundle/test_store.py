@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import stat
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.bundle import signing
+from edge_agent.bundle import signing, store
 from edge_agent.bundle.manifest import LANGUAGE, MANIFEST, REPORT, read_manifest
 from edge_agent.bundle.store import hold_folder, install, is_held, least_counter, list_bundles, roll_back
 from edge_agent.bundle.verify import verify_bundle
@@ -289,6 +290,25 @@ def test_a_folder_that_is_removed_while_it_is_opened_is_looked_up_again(bundles,
     folder, descriptor = hold_folder(bundles / "current")
     os.close(descriptor)
     assert maker(folder) == "new"
+
+
+@pytest.mark.parametrize("is_let_go", [True, False])
+def test_a_lock_of_somebody_else_does_not_keep_the_daemon_from_starting(bundles, make, monkeypatch, is_let_go):
+    install(bundles, make("one"))
+    other = os.open(bundles / "current", os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    waits = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if is_let_go:
+            fcntl.flock(other, fcntl.LOCK_UN)
+
+    monkeypatch.setattr(store.time, "sleep", sleep)
+    folder, descriptor = hold_folder(bundles / "current")
+    os.close(other)
+    assert is_held(folder) == is_let_go and len(waits) == (1 if is_let_go else store.LOCK_TRIES)
+    os.close(descriptor)
 
 
 def test_a_folder_with_a_name_that_cannot_be_sent_is_held_by_its_link(tmp_path):
