@@ -427,8 +427,8 @@ def hold_folder(path: Path) -> tuple[Path, int]:
 
 
 def _lock_shared(descriptor: int) -> None:
-    """The commands hold a folder for an instant. Somebody who holds it longer cannot keep the daemon from starting: then
-    the folder is not protected."""
+    """The commands hold a folder for an instant. Somebody who holds it longer cannot keep the daemon from starting:
+    then the folder is not protected."""
     for _ in range(LOCK_TRIES):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
