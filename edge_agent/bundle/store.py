@@ -327,7 +327,6 @@ def _copy(store: Path, source: Bundle, trusted_keys: tuple[str, ...], report: Re
         if copied.id != source.id:
             raise BundleError(f"{source.folder / MANIFEST}: changed while it was copied; try again")
         os.rename(part, store / name)
-        sync_folder(store)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return name
@@ -366,7 +365,10 @@ def _free_name(store: Path, bundle_id: str) -> str:
 
 
 def _make_current(store: Path, name: str, counter: int, now_s: Callable[[], float]) -> None:
-    """The record first, which says nothing until the link is changed; then the link, by one rename."""
+    """The record first, which says nothing until the link is changed; then the link, by one rename.
+
+    Writing the record durably also syncs the name of a new folder.
+    """
     current, record = _current(store), _read_record(store)
     known = {folder: found for folder, found in record.bundles.items() if (store / folder).is_dir()}
     first = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now_s()))
