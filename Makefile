@@ -8,13 +8,17 @@
 # make docs      the generated pages: docs/configuration.md, docs/cli.md
 # make venv      the set-up alone: virtual environment in .venv, dependencies, this project
 #
-# A GPU build of llama.cpp and onnxruntime-gpu are taken where an NVIDIA GPU and its compiler are visible.
+# make aarch64   every dependency resolved for ARM64, Python 3.10 and 3.12; a smoke test under qemu-user. Needs PyPI and
+#                Debian's package mirror; minutes
+# make cuda      compiles one file of each kind of llama.cpp with CUDA, as make venv would compile all of them; minutes
+#
+# gpu_build.sh chooses between CPU and GPU, and says why.
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: venv demo check test promises bench soak docs clean
+.PHONY: venv demo check test promises bench soak docs aarch64 cuda clean
 
 demo: venv
 	@$(RUN)/python -m models.pad_pilot.demo
@@ -41,6 +45,14 @@ promises: venv
 soak: venv
 	$(RUN)/python -m pytest -m soak
 
+aarch64: venv
+	$(RUN)/python -m pip install -q --progress-bar off -e ".[aarch64]"
+	$(RUN)/python tests/aarch64/resolve.py
+	sh tests/aarch64/smoke.sh $(RUN)/python
+
+cuda: venv
+	sh tests/cuda/compile_one.sh $(RUN)/python
+
 docs: venv
 	$(RUN)/python docs/generate.py
 
@@ -53,7 +65,7 @@ bench: venv
 
 venv: $(VENV)/.installed
 
-$(VENV)/.installed: setup.cfg pyproject.toml Makefile
+$(VENV)/.installed: setup.cfg pyproject.toml Makefile gpu_build.sh
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.10 or newer" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "make: expected Python 3.10 or newer, found $$($(PYTHON) -V); set PYTHON=python3.x" >&2; exit 1; }
@@ -65,11 +77,8 @@ $(VENV)/.installed: setup.cfg pyproject.toml Makefile
 	@$(PYTHON) -m venv $(VENV)
 	@$(RUN)/python -m pip install -q --upgrade pip
 	@echo "== dependencies and this project. The first time this compiles llama.cpp, 5 to 15 minutes"
-	@if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then \
-	   echo "== NVIDIA GPU: onnxruntime-gpu"; extra=gpu; \
-	   if command -v nvcc >/dev/null; then echo "== nvcc: llama.cpp with CUDA"; \
-	     export CMAKE_ARGS="-DGGML_CUDA=on -DGGML_CUDA_NO_VMM=ON"; fi; \
-	 else extra=cpu; fi; \
+	@choice=$$(sh gpu_build.sh) && eval "$$choice" && \
+	 if [ -n "$$cmake_args" ]; then export CMAKE_ARGS="$$cmake_args"; fi && \
 	 $(RUN)/python -m pip install --progress-bar off -e ".[$$extra,quantize,terminal,dev]"
 	@$(RUN)/python -c 'import cv2' 2>/dev/null || { \
 	   echo "== no libGL on this machine: the same OpenCV without windows (opencv-python-headless)"; \

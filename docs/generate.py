@@ -197,10 +197,18 @@ def find_parser(module: ModuleType) -> argparse.ArgumentParser:
 
 
 def subcommands(parser: argparse.ArgumentParser) -> list[tuple[str, str, argparse.ArgumentParser]]:
-    """(name, summary, parser) of each command. argparse has no public way to list what a parser holds."""
-    action = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    summaries = {choice.dest: choice.help or "" for choice in action._choices_actions}
-    return [(name, summaries.get(name, ""), sub) for name, sub in action.choices.items()]
+    """(name, summary, parser) of each command; one that has commands below it is shown as those: `bundle install`.
+
+    argparse has no public way to list what a parser holds.
+    """
+    found = []
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            summaries = {choice.dest: choice.help or "" for choice in action._choices_actions}
+            for name, sub in action.choices.items():
+                below = [(f"{name} {inner}", *rest) for inner, *rest in subcommands(sub)]
+                found += below or [(name, summaries.get(name, ""), sub)]
+    return found
 
 
 def command_lines(command: str, parser: argparse.ArgumentParser) -> list[str]:

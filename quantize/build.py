@@ -56,11 +56,18 @@ def convert(plan: BuildPlan, out: Path, progress: Progress, *, force: bool = Fal
 
 
 def build(
-    plan: BuildPlan, out: Path, progress: Progress, *, force: bool = False, signing_key: Path | None = None
+    plan: BuildPlan,
+    out: Path,
+    progress: Progress,
+    *,
+    force: bool = False,
+    signing_key: Path | None = None,
+    counter: int | None = None,
 ) -> Manifest:
     """A bundle: the three files, validated and hashed, report.json, and the manifest last.
 
-    signing_key: a private key; bundle.sig is written with it. Raises BuildError, CheckpointError, SigningError.
+    signing_key: a private key; bundle.sig is written with it. counter: of the manifest. Raises BuildError,
+    CheckpointError, SigningError.
     """
     if signing_key is not None:
         signing.load_private_key(signing_key)  # an invalid key is reported before any work
@@ -69,6 +76,7 @@ def build(
         _write_files(plan, folder, progress)
         figures = _validate_in_subprocess(plan, folder.folder, progress)
         manifest = _describe(plan, folder.folder, figures, progress)
+        manifest = msgspec.structs.replace(manifest, counter=counter)
         _publish(manifest, folder.folder, signing_key)
         return manifest
 

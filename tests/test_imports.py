@@ -66,7 +66,7 @@ ORDER: dict[str, list[str]] = {
     "actions": ["decimals", "space", "prompt", "grammar", "action_tokens", "vehicle_state", "envelope"],
     "bundle": [
         "gguf_package", "files", "file_check", "recognise", "signing", "manifest", "manifest_check", "verify",
-        "verified_files", "lora_check", "model_start", "memory_plan",
+        "store", "verified_files", "lora_check", "model_start", "memory_plan",
     ],
     "board": ["control_groups", "health", "power"],
     "ipc": ["backoff", "frame_slot", "events", "worker"],
@@ -86,7 +86,7 @@ ORDER: dict[str, list[str]] = {
     ],
     "apps": ["wire_log", "screen", "terminal"],
     "tools": ["stills", "bench", "measure_daemon", "tune"],
-    "cli": ["commands", "bundles", "control", "daemon", "check", "tune", "main"],
+    "cli": ["commands", "bundles", "installed", "control", "daemon", "check", "tune", "main"],
 }  # fmt: skip
 # Packages that do harm when they are imported as they are -> the only file that imports them. Its docstring says why.
 SOLE_IMPORTERS = {"gguf": "edge_agent/bundle/gguf_package.py", "onnxruntime": "edge_agent/model/onnx_runtime.py"}

@@ -22,6 +22,7 @@ from edge_agent.errors import BundleError
 
 FORMAT = 1
 MANIFEST = "bundle.json"
+CURRENT = "current"  # the link to the bundle that is served, where bundles are installed (store.py)
 MAX_MANIFEST_BYTES = 1 << 20
 LANGUAGE_ARCHITECTURES = ("mistral3", "llama")
 LANGUAGE, VISION, MMPROJ, REPORT = "language.gguf", "vision.onnx", "mmproj.gguf", "report.json"
@@ -96,6 +97,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     source_dtype: Text
     source_sha256: dict[str, str]
     licence: Text
+    counter: Annotated[int, Meta(ge=0, le=1 << 31)] | None = None  # a device that had a higher one refuses this bundle
 
 
 class Bundle(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,7 +122,10 @@ def read_manifest(folder: str | Path) -> Bundle:
     path = folder / MANIFEST
     if not folder.is_dir():
         what = recognise.describe(folder) or "no such folder"
-        raise BundleError(f"{folder}: {what}; expected a bundle made by edge-quantize build")
+        action = "install one: edge-agent bundle install BUNDLE"
+        if folder.name != CURRENT:
+            action = "expected a bundle made by edge-quantize build"
+        raise BundleError(f"{folder}: {what}; {action}")
     try:
         descriptor = open_plain(path)
     except FileNotFoundError:

@@ -37,7 +37,7 @@ def verify_bundle(
     """
     bundle = read_manifest(folder)
     if trusted_keys:
-        _check_signature(bundle, trusted_keys)
+        check_signature(bundle, trusted_keys)
     if bundle.manifest.vision is None:
         raise BundleError(f"{folder}: a text-only model; use a bundle of a model with a vision encoder")
     n_before = 0
@@ -96,7 +96,8 @@ def check_hash(descriptor: int, path: Path, expected: BundleFile, report: Callab
         )
 
 
-def _check_signature(bundle: Bundle, trusted_keys: tuple[str, ...]) -> None:
+def check_signature(bundle: Bundle, trusted_keys: tuple[str, ...]) -> None:
+    """One of the keys must have signed the manifest. Raises BundleError."""
     path = bundle.path(signing.SIGNATURE)
     try:
         with os.fdopen(open_plain(path), "rb") as file:

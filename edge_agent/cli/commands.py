@@ -34,7 +34,8 @@ class Argument(NamedTuple):
 
 
 class Command(NamedTuple):
-    file: Literal["daemon", "check", "control", "bundles", "tune"]  # the file of this room that runs the command
+    # The file of this room that runs the command.
+    file: Literal["daemon", "check", "control", "bundles", "installed", "tune"]
     summary: str  # one line, in edge-agent --help
     details: str  # the following lines, in edge-agent COMMAND --help
     arguments: tuple[Argument, ...]
@@ -102,6 +103,7 @@ COMMANDS: dict[str, Command] = {
                       "else in it stays as it is"),
         ),
     ),
+    "bundle": Command("installed", "install, list, verify or roll back the bundles of this device", "", ()),
     "keygen": Command(
         "bundles",
         "make a pair of keys that sign bundles",
@@ -153,6 +155,59 @@ COMMANDS: dict[str, Command] = {
     "pause": Command("control", "stop publishing actions", "", (_RUNTIME_DIR,)),
     "resume": Command("control", "publish actions again after a pause", "", (_RUNTIME_DIR,)),
 }  # fmt: skip
+
+
+_STORE = _argument("--store", type=Path, metavar="DIR", help="folder of the installed bundles; default: that of "
+                   "`bundle` in the configuration, else /var/lib/edge-agent/bundles")  # fmt: skip
+_DEVICE_CONFIG = _argument("--config", type=Path, metavar="FILE", help="configuration whose `trusted_keys` must have "
+                           "signed the bundle; default: /etc/edge-agent.yaml if it exists")  # fmt: skip
+
+# The commands below `edge-agent bundle`.
+BUNDLE_COMMANDS: dict[str, Command] = {
+    "install": Command(
+        "installed",
+        "copy a bundle into the store, verify it, and make it the current one",
+        "The bundle before it stays for a rollback. A restart of the daemon serves the new one. A bundle with a lower "
+        "counter than one that was current here is refused.",
+        (_argument("bundle", type=Path, metavar="BUNDLE", help="folder of the bundle"), _STORE, _DEVICE_CONFIG),
+    ),
+    "list": Command(
+        "installed",
+        "show the installed bundles: name, model, date, counter, state, size",
+        "Reads the manifests only.",
+        (_STORE, _DEVICE_CONFIG, _argument("--json", action="store_true", help="print one line of JSON")),
+    ),
+    "verify": Command(
+        "installed",
+        "verify signature, hashes and headers of installed bundles",
+        "Exit status 78 if any of them has a fault.",
+        (
+            _argument("bundle", nargs="?", default="", metavar="BUNDLE", help="a name from list, `current`, or a "
+                      "folder; default: all that are installed"),
+            _STORE, _DEVICE_CONFIG,
+        ),
+    ),
+    "rollback": Command(
+        "installed",
+        "verify the previous bundle and make it the current one",
+        "A restart of the daemon serves it. The bundle that was current becomes the previous one.",
+        (
+            _argument("--allow-lower-counter", action="store_true", help="also if its counter is lower than that of a "
+                      "bundle that was current here"),
+            _STORE, _DEVICE_CONFIG,
+        ),
+    ),
+}  # fmt: skip
+
+
+def add_bundle_commands(parser: argparse.ArgumentParser) -> None:
+    """The parsers of `edge-agent bundle install` and its siblings."""
+    group = parser.add_subparsers(required=True, metavar="COMMAND", dest="bundle_command")
+    for name, row in BUNDLE_COMMANDS.items():
+        description = f"{row.summary[0].upper()}{row.summary[1:]}. {row.details}"
+        sub = group.add_parser(name, help=row.summary, description=description)
+        for argument in row.arguments:
+            sub.add_argument(argument.flag, **argument.options)
 
 
 def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:

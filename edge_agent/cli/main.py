@@ -11,7 +11,16 @@ import importlib.util
 import sys
 from collections.abc import Callable, Mapping
 
-from edge_agent.cli.commands import COMMANDS, EX_CONFIG, EX_FAILED, EX_NO_DAEMON, CommandFailed, add_arguments
+from edge_agent.cli.commands import (
+    BUNDLE_COMMANDS,
+    COMMANDS,
+    EX_CONFIG,
+    EX_FAILED,
+    EX_NO_DAEMON,
+    CommandFailed,
+    add_arguments,
+    add_bundle_commands,
+)
 from edge_agent.errors import UserError
 
 EPILOG = """examples:
@@ -22,6 +31,8 @@ EPILOG = """examples:
   edge-agent instruct "Land on the blue square."
   edge-agent bench --bundle bundles/3b --frames clip.mp4
   edge-agent tune --config /etc/edge-agent.yaml --write
+  edge-agent bundle install bundles/3b
+  edge-agent bundle rollback
 
 exit status:
   0   success
@@ -62,7 +73,10 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for name, row in COMMANDS.items():
         description = f"{row.summary[0].upper()}{row.summary[1:]}. {row.details}".rstrip()
-        add_arguments(commands.add_parser(name, help=row.summary, description=description), name)
+        command = commands.add_parser(name, help=row.summary, description=description)
+        add_arguments(command, name)
+        if name == "bundle":
+            add_bundle_commands(command)
     return parser
 
 
@@ -70,6 +84,8 @@ def run_command(arguments: argparse.Namespace) -> int:
     """Returns the exit status. Raises UserError, OSError, and TimeoutError if no daemon answers."""
     name = arguments.command
     file = COMMANDS[name].file
+    if name == "bundle":
+        name, file = f"bundle {arguments.bundle_command}", BUNDLE_COMMANDS[arguments.bundle_command].file
     if file == "control":
         from edge_agent.cli import control
 
@@ -88,6 +104,10 @@ def run_command(arguments: argparse.Namespace) -> int:
         from edge_agent.cli import check
 
         handlers = check.HANDLERS
+    elif file == "installed":
+        from edge_agent.cli import installed
+
+        handlers = installed.HANDLERS
     else:
         from edge_agent.cli import bundles
 

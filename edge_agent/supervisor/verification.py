@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from pathlib import Path
 
 from edge_agent.bundle.lora_check import verify_adapters
 from edge_agent.bundle.manifest import Bundle
+from edge_agent.bundle.store import hold_folder
 from edge_agent.bundle.verify import verify_bundle
 from edge_agent.config import Config
 
@@ -36,8 +39,12 @@ class Verification:
 
     def _verify(self) -> None:
         config = self._config
+        folder = Path(config.bundle)
+        # The folder stays until this process ends, and the link `current` may lead to another one meanwhile.
+        with contextlib.suppress(OSError):  # no such folder: verify_bundle() says what is there
+            folder, _descriptor = hold_folder(folder)
         try:
-            bundle = verify_bundle(config.bundle, config.trusted_keys, self._report)
+            bundle = verify_bundle(folder, config.trusted_keys, self._report)
             self._bundle = verify_adapters(config.language.adapters, bundle, config.trusted_keys)
         except Exception as error:  # raised in the main thread by result()
             self._error = error

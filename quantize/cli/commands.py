@@ -87,7 +87,14 @@ def build(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--recipe: expected one of {', '.join(RECIPES)}, found {arguments.recipe!r}")
     with ProgressDisplay() as progress:
         plan, allocation = _plan(arguments, checkpoint, progress)
-        manifest = work.build(plan, arguments.out, progress, force=arguments.force, signing_key=arguments.sign)
+        manifest = work.build(
+            plan,
+            arguments.out,
+            progress,
+            force=arguments.force,
+            signing_key=arguments.sign,
+            counter=arguments.counter,
+        )
     if arguments.json:
         print(printed.to_json(manifest))
         return

@@ -59,6 +59,13 @@ def height_x_width(text: str) -> tuple[int, int]:
     return int(sides[1]), int(sides[2])
 
 
+def whole_number(text: str) -> int:
+    """The counter of a bundle: 0 to 2**31."""
+    if not re.fullmatch(r"[0-9]{1,10}", text) or int(text) > 1 << 31:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to {1 << 31}, found {text!r}")
+    return int(text)
+
+
 def size_bytes(text: str) -> int:
     """2.0GB -> 2000000000; KiB, MiB and GiB are powers of 1024."""
     parts = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(B|[KMG]i?B)", text.strip(), re.IGNORECASE)
@@ -165,6 +172,13 @@ COMMANDS = {
             ),
             path("--merge", "ADAPTER_DIR", "merge a PEFT LoRA adapter"),
             SIGN,
+            argument(
+                "--counter",
+                "a whole number; a device that has installed a bundle with a higher one refuses this one (edge-agent "
+                "bundle install)",
+                type=whole_number,
+                metavar="N",
+            ),
             flag("--json", "print the manifest as one JSON line"),
         ],
     ),

@@ -17,6 +17,7 @@ import pytest
 from edge_agent.bundle.manifest import LANGUAGE, MANIFEST, MMPROJ, VISION
 from edge_agent.bundle.verify import verify_bundle
 from edge_agent.errors import UserError
+from quantize.cli.parser import make_parser
 from tests.harness import ROOT
 from tests.harness.quantize_cli import PROGRESS, UP, refused, rewrite, stderr_lines
 
@@ -34,6 +35,15 @@ def test_an_unknown_recipe_names_the_known_ones(toy_small: Path, run, tmp_path: 
 def test_wrong_arguments_end_with_2(edge_quantize, arguments: list[str]):
     result = edge_quantize(*arguments)
     assert result.returncode == 2 and "usage: edge-quantize" in result.stderr and not result.stdout
+
+
+@pytest.mark.parametrize("number", ["-1", "1.5", "one", "", "4294967296", "1 000", "\u0663"])
+def test_a_counter_is_a_whole_number_that_the_manifest_can_hold(capsys, number: str):
+    for right in ("0", "7", "2147483648"):
+        assert make_parser().parse_args(["build", "x", "y", "--counter", right]).counter == int(right)
+    with pytest.raises(SystemExit):
+        make_parser().parse_args(["build", "x", "y", f"--counter={number}"])
+    assert "--counter: expected a whole number from 0 to 2147483648, found" in capsys.readouterr().err
 
 
 def test_help_shows_the_commands_with_examples(edge_quantize):

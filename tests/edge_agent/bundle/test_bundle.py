@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,8 +21,6 @@ from edge_agent.bundle.manifest import (
     MAX_MANIFEST_BYTES,
     MMPROJ,
     REPORT,
-    SPECIAL_TOKENS,
-    THINK_TOKENS,
     VISION,
     read_manifest,
     write_manifest,
@@ -31,55 +28,7 @@ from edge_agent.bundle.manifest import (
 from edge_agent.bundle.verify import verify_bundle
 from edge_agent.errors import BundleError
 from tests.harness import ROOT
-from tests.harness.native_files import CLIP_FILE, HIDDEN, LANGUAGE_FILE, TABLE_BYTES, TOKENS
-from tests.harness.native_files import model as onnx_model
-
-NAMES = (LANGUAGE, VISION, MMPROJ, REPORT)
-ENCODER = onnx_model(sides=(1, 3, "height", "width")).SerializeToString()
-CONTENT = dict(zip(NAMES, (LANGUAGE_FILE, ENCODER, CLIP_FILE, b"content " * 50), strict=True))
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def manifest_fields() -> dict:
-    """A manifest as JSON, written by hand."""
-    return {
-        "format": 1,
-        "created_by": "a test",
-        "files": {name: {"bytes": len(data), "sha256": sha256(data)} for name, data in CONTENT.items()},
-        "model": {
-            "family": "ministral3",
-            "size": "3B",
-            "variant": "instruct",
-            "parameters": 5000,
-            "layers": 3,
-            "hidden": HIDDEN,
-            "vocab": len(TOKENS),
-            "context": 4096,
-            "kv_bytes_per_token": 2 * 2 * 3 * 2 * 16,
-            "special": {name: TOKENS.index(text) for name, text in (SPECIAL_TOKENS | THINK_TOKENS).items()},
-            "embedding": {
-                "offset": len(LANGUAGE_FILE) - TABLE_BYTES,
-                "ggml_type": "F32",
-                "row_bytes": 4 * HIDDEN,
-            },
-        },
-        "vision": {
-            "patch": 14,
-            "merge": 2,
-            "image_size": 1540,
-            "mean": [0.5, 0.5, 0.5],
-            "std": [0.25, 0.25, 0.25],
-            "fixed": None,
-        },
-        "recipe": "Q4_K_M",
-        "bytes_by_type": {"F32": TABLE_BYTES},
-        "source_dtype": "BF16",
-        "source_sha256": {"model.safetensors": "0" * 64},
-        "licence": "apache-2.0",
-    }
+from tests.harness.small_bundle import CONTENT, NAMES, manifest_fields, sha256
 
 
 @pytest.fixture
@@ -117,7 +66,8 @@ def test_a_good_bundle_is_read_as_it_was_written(folder):
     assert verified.file_bytes == n_total and reports[-1] == (n_total, n_total)
     assert [n_done for n_done, _ in reports] == sorted(n_done for n_done, _ in reports)
     assert msgspec.to_builtins(verified.manifest) == manifest_fields() | {
-        "vision": manifest_fields()["vision"] | {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+        "counter": None,
+        "vision": manifest_fields()["vision"] | {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)},
     }
     assert verified.path(VISION) == folder / VISION
 
@@ -375,7 +325,8 @@ def test_an_oversized_manifest_is_refused_without_being_read_whole(folder):
 def test_a_missing_manifest_or_folder_is_an_error_with_advice(folder, tmp_path):
     (folder / MANIFEST).unlink()
     assert "edge-quantize build" in refused(folder)
-    assert "no such folder" in refused(tmp_path / "nowhere")
+    assert "no such folder; expected a bundle made by" in refused(tmp_path / "nowhere")
+    assert "no such folder; install one: edge-agent bundle install" in refused(tmp_path / "current")
     assert "a GGUF file (llama); edge-quantize builds from the 16-bit checkpoint" in refused(folder / LANGUAGE)
 
 

@@ -136,8 +136,8 @@ def test_keygen_build_check_and_run_on_the_command_line(signed: Path, toy_small:
     assert first.returncode == 0 and "drone.pub: public" in first.stdout
     again = edge_agent("keygen", tmp_path / "drone")
     assert again.returncode == 1 and len(again.stderr.splitlines()) == 1
-    built = edge_quantize("build", toy_small, tmp_path / "out", "--sign", tmp_path / "drone")
-    assert built.returncode == 0, built.stderr
+    built = edge_quantize("build", toy_small, tmp_path / "out", "--sign", tmp_path / "drone", "--counter", "3")
+    assert built.returncode == 0 and verify_bundle(tmp_path / "out").manifest.counter == 3, built.stderr
     for trusted, words in (("drone.pub", "every hash is right, signed"), ("other.pub", "No such file")):
         config = tmp_path / "config.yaml"
         config.write_text(

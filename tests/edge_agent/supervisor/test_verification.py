@@ -9,11 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from edge_agent.bundle.model_start import decode_model_start, encode_model_start
+from edge_agent.bundle.store import install, list_bundles
+from edge_agent.bundle.verified_files import VerifiedFiles
 from edge_agent.config import CameraConfig, Config, LanguageConfig
 from edge_agent.errors import BundleError, ConfigError
 from edge_agent.supervisor.shutdown import Shutdown
 from edge_agent.supervisor.verification import Verification
 from tests.harness.in_process import FAKE_BUNDLE, FakeVerification, InProcess
+from tests.harness.small_bundle import make
 
 
 def done(verification: Verification) -> None:
@@ -87,3 +91,29 @@ def test_an_error_of_the_thread_is_raised_where_the_result_is_asked(toy_bundle, 
         for _ in range(2):
             with pytest.raises(kind, match="missing"):
                 verification.result()
+
+
+def test_an_installation_while_the_daemon_runs_changes_nothing_that_it_loads(tmp_path):
+    """The model process may be restarted at any time: it opens the files again by their names."""
+    bundles = tmp_path / "bundles"
+    served = install(bundles, make(tmp_path / "one")).bundle
+    config = config_of(bundles / "current")
+    verification = Verification(config)
+    verification.start()
+    done(verification)
+    for name in ("two", "three", "four"):
+        install(bundles, make(tmp_path / name))
+    bundle = verification.result()
+    assert bundle is not None and bundle.id == served.id and bundle.folder == served.folder
+    start = decode_model_start(encode_model_start(config, bundle, b""))
+    for _ in range(2):
+        with VerifiedFiles(start.files) as files:
+            for path in start.files:
+                files.open(path)
+            files.check_unchanged()
+    again = Verification(config)  # a daemon that is started now
+    again.start()
+    done(again)
+    found = again.result()
+    assert found is not None and found.manifest.created_by == "four"
+    assert [entry.state for entry in list_bundles(bundles) if entry.is_served] == ["current", "unused"]
