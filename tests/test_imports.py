@@ -42,6 +42,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "supervisor": (
         {"ipc", "config", "errors", "actions", "bundle", "board", "suspend", "time_units", "wire", "zmtp"}, {"msgspec"}
     ),
+    "doctor": ({"board", "bundle", "config", "errors", "wire"}, {"msgspec"}),
     "apps": ({"client", "time_units", "wire"}, {"msgspec", "rich"}),
     "tools": (
         {
@@ -52,8 +53,8 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "cli": (
         {
-            "actions", "apps", "board", "bundle", "client", "config", "errors", "profile", "strict_yaml", "supervisor",
-            "tools", "wire", "yaml_edit",
+            "actions", "apps", "board", "bundle", "client", "config", "doctor", "errors", "profile", "strict_yaml",
+            "supervisor", "tools", "wire", "yaml_edit",
         },
         {"msgspec"},
     ),
@@ -68,7 +69,7 @@ ORDER: dict[str, list[str]] = {
         "gguf_package", "files", "file_check", "recognise", "signing", "manifest", "manifest_check", "verify",
         "store", "verified_files", "lora_check", "model_start", "memory_plan",
     ],
-    "board": ["control_groups", "health", "power"],
+    "board": ["control_groups", "health", "sensors", "cuda_code", "nvml"],
     "ipc": ["backoff", "frame_slot", "events", "worker"],
     "camera": [
         "__init__", "clock", "source", "picture", "recording", "v4l2", "gstreamer", "files", "pushed", "process",
@@ -77,16 +78,20 @@ ORDER: dict[str, list[str]] = {
     "model": [
         "__init__", "onnx_runtime", "preprocess", "token_budget", "vision_encoder", "fallbacks", "frame_buffer",
         "llama", "constrained", "events", "prompt", "text_lane", "action_lane", "engine", "image_encoder",
-        "frame_encoder", "load", "supervisor_channel", "loop", "__main__",
+        "frame_encoder", "load", "supervisor_channel", "loop", "native_probe", "__main__",
     ],
     "supervisor": [
         "shutdown", "log", "child_log", "pause_file", "systemd", "trace", "runtime_folder", "publisher",
         "managed_worker", "camera_worker", "model_worker", "gate", "status", "waiting_changes", "control",
         "verification", "process",
     ],
+    "doctor": [
+        "finding", "machine", "unit", "hardware", "accelerator", "memory", "storage", "service", "camera", "examine",
+        "collect",
+    ],
     "apps": ["wire_log", "screen", "terminal"],
-    "tools": ["stills", "bench", "measure_daemon", "tune"],
-    "cli": ["commands", "bundles", "installed", "control", "daemon", "check", "tune", "main"],
+    "tools": ["stills", "power_meter", "bench", "measure_daemon", "tune"],
+    "cli": ["commands", "bundles", "installed", "control", "daemon", "check", "tune", "doctor", "main"],
 }  # fmt: skip
 # Packages that do harm when they are imported as they are -> the only file that imports them. Its docstring says why.
 SOLE_IMPORTERS = {"gguf": "edge_agent/bundle/gguf_package.py", "onnxruntime": "edge_agent/model/onnx_runtime.py"}

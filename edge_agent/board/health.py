@@ -1,12 +1,8 @@
-"""Memory and temperature of the board, for the status. An unknown value is None, never 0."""
+"""Memory of the machine and of a process. An unknown value is None, never 0."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from edge_agent.board.control_groups import Read, memory_left_mib, read_text
-
-MAX_PLAUSIBLE_MILLI_C = 150_000  # no working silicon is hotter
 
 
 def mem_available_mib(read: Read = read_text) -> float | None:
@@ -38,23 +34,6 @@ def _mib(name: str, text: str) -> float | None:
         if len(words) >= 2 and words[0] == name and _is_count(words[1]):
             return int(words[1]) / 1024
     return None
-
-
-def temperature_c(zones: Path = Path("/sys/class/thermal")) -> float | None:
-    """Temperature of the hottest thermal zone in °C.
-
-    Implausible readings do not count: a sensor that is switched off returns -256 °C or 0 °C.
-    """
-    temperatures_c = []
-    try:
-        found = list(zones.glob("thermal_zone*/temp"))
-    except OSError:  # no descriptors
-        return None
-    for zone in found:
-        text = read_text(str(zone)).strip()
-        if _is_count(text) and 0 < int(text) < MAX_PLAUSIBLE_MILLI_C:
-            temperatures_c.append(int(text) / 1000)
-    return max(temperatures_c, default=None)
 
 
 def _is_count(text: str) -> bool:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Generator
+from typing import NamedTuple
 
 from edge_agent.camera.clock import MONOTONIC, Clock
 from edge_agent.camera.files import read_folder, read_video
@@ -89,8 +90,15 @@ def open_source(
             yield item
 
 
-def probe(config: CameraConfig, timeout_s: float = PROBE_TIMEOUT_S, clock: Clock = MONOTONIC) -> str:
-    """Open the source, read its first frames, and return their size: "640x480 at 30 fps". Raises SourceError.
+class Probed(NamedTuple):
+    """What a probe found."""
+
+    line: str  # for people: "640x480 at 30 fps", and a remark
+    capture_clock: str  # who stamps the frames, see CaptureClock
+
+
+def probe(config: CameraConfig, timeout_s: float = PROBE_TIMEOUT_S, clock: Clock = MONOTONIC) -> Probed:
+    """Open the source, and read its first frames. Raises SourceError.
 
     Of a device that can freeze, it reads until an image differs from the first one.
 
@@ -109,11 +117,11 @@ def probe(config: CameraConfig, timeout_s: float = PROBE_TIMEOUT_S, clock: Clock
                 if clock.now_ns() > end_ns:
                     raise SourceError(item.reason, item.detail)
             elif source_kind(config.source) not in LIVE_KINDS or clock.now_ns() > end_ns:
-                return found
+                return Probed(found, item.capture_clock)
             else:
                 this = fingerprint(item.image)
                 if first not in (b"", this):
-                    return found
+                    return Probed(found, item.capture_clock)
                 first = this
     raise SourceError("unreadable", f"{config.source}: no frame")
 

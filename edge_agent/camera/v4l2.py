@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -31,7 +32,10 @@ from edge_agent.wire.codec import encode, make_decoder
 from edge_agent.wire.messages import CaptureClock
 
 MAX_DRIVER_AGE_NS = NS_PER_S
-VIDIOC_QUERYCAP, VIDIOC_REQBUFS = 0x80685600, 0xC0145608  # linux/videodev2.h
+VIDIOC_QUERYCAP, VIDIOC_REQBUFS, VIDIOC_ENUM_FMT = 0x80685600, 0xC0145608, 0xC0405602  # linux/videodev2.h
+FORMAT = struct.Struct("=3I32sI16x")  # struct v4l2_fmtdesc: index, type, flags, description, pixel format
+BUFFER_TYPES = (1, 9)  # V4L2_BUF_TYPE_VIDEO_CAPTURE, and the same with planes
+MAX_FORMATS = 64
 LINKS = Path("/dev/v4l")  # udev's folders by-id and by-path: names that belong to one camera, or to one port
 CAPABILITY_BYTES = 104  # struct v4l2_capability
 COMPRESSED = ("MJPG", "JPEG")
@@ -54,8 +58,7 @@ _decode_identity = make_decoder(CameraIdentity)
 
 
 def read_v4l2(config: CameraConfig, slot: Slot, clock: Clock) -> SourceItems:
-    device = config.source.removeprefix("v4l2:")
-    device = f"/dev/video{device}" if device.isdigit() else device
+    device = device_path(config.source)
     identity = check_device(device)
     capture = cv2.VideoCapture(device, cv2.CAP_V4L2)
     try:
@@ -79,6 +82,12 @@ def read_v4l2(config: CameraConfig, slot: Slot, clock: Clock) -> SourceItems:
         raise SourceError("stalled", f"{device}: returns no frame")
     finally:
         capture.release()
+
+
+def device_path(source: str) -> str:
+    """0 and v4l2:0 are /dev/video0."""
+    device = source.removeprefix("v4l2:")
+    return f"/dev/video{device}" if device.isdigit() else device
 
 
 def read_frames(capture: cv2.VideoCapture, device: str, config: CameraConfig, slot: Slot, clock: Clock) -> SourceItems:
@@ -226,6 +235,24 @@ def check_device(device: str) -> CameraIdentity | None:
         return None
     finally:
         os.close(fd)
+
+
+def pixel_formats(device: str) -> tuple[str, ...]:
+    """Every pixel format that the driver offers, for example ("YUYV", "MJPG"); empty: it does not tell."""
+    try:
+        fd = os.open(device, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return ()
+    found: list[str] = []
+    try:
+        for buffer_type in BUFFER_TYPES:
+            with contextlib.suppress(OSError):  # EINVAL: there are no more
+                for index in range(MAX_FORMATS):
+                    answer = fcntl.ioctl(fd, VIDIOC_ENUM_FMT, FORMAT.pack(index, buffer_type, 0, b"", 0))
+                    found.append(FORMAT.unpack(answer)[4].to_bytes(4, "little").decode("latin-1"))
+    finally:
+        os.close(fd)
+    return tuple(dict.fromkeys(found))
 
 
 def parse_capability(capability: bytes) -> CameraIdentity:

@@ -159,6 +159,8 @@ class Probe(NamedTuple):
 
     is_open: bool
     line: str  # the size and rate of the frames, or why there is none
+    formats: tuple[str, ...] = ()  # pixel formats of a V4L2 device
+    clock: str = ""  # who stamps the frames
 
 
 def _check_camera(config: Config) -> int:
@@ -188,7 +190,8 @@ def probe_camera(config: CameraConfig) -> Probe:
         return Probe(False, f"{config.source}: no frame in {PROBE_S + PROBE_EXIT_S:g} s")
     if child.returncode:
         return Probe(False, _last_line(error))
-    return Probe(True, out.decode().strip())
+    found = msgspec.json.decode(out)
+    return Probe(True, found["line"], tuple(found["formats"]), found["clock"])
 
 
 def _why_no_pushed_frame(config: Config, line: str) -> str:

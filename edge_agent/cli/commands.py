@@ -35,7 +35,7 @@ class Argument(NamedTuple):
 
 class Command(NamedTuple):
     # The file of this room that runs the command.
-    file: Literal["daemon", "check", "control", "bundles", "installed", "tune"]
+    file: Literal["daemon", "check", "doctor", "control", "bundles", "installed", "tune"]
     summary: str  # one line, in edge-agent --help
     details: str  # the following lines, in edge-agent COMMAND --help
     arguments: tuple[Argument, ...]
@@ -71,6 +71,19 @@ COMMANDS: dict[str, Command] = {
         "after a fault. WARN: the daemon starts, and serves when the remedy is done. Exit status 78 if "
         "any part has a fault.",
         (_CONFIG, _BUNDLE, _CAMERA),
+    ),
+    "doctor": Command(
+        "doctor",
+        "say what is wrong with this machine: board, GPU, memory, disk, camera, installation",
+        "Prints one line per check, and a remedy below each that did not pass. Needs no network, and changes nothing. "
+        "Without --config, --bundle and --camera, it takes the configuration that the installed unit names. Exit "
+        "status 0 if everything passed, 1 if there are warnings, 78 if something failed.",
+        (
+            _CONFIG, _BUNDLE, _CAMERA,
+            _argument("--root", default="", metavar="DIR", help="examine a copy of another machine's files below DIR; "
+                      "docs/doctor.md says which"),
+            _argument("--json", action="store_true", help="print one line of JSON instead"),
+        ),
     ),
     "bench": Command(
         "daemon",

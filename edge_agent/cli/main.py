@@ -24,6 +24,7 @@ from edge_agent.cli.commands import (
 from edge_agent.errors import UserError
 
 EPILOG = """examples:
+  edge-agent doctor
   edge-agent check --config /etc/edge-agent.yaml
   edge-agent run --bundle bundles/3b --camera /dev/video0
   edge-agent listen
@@ -36,11 +37,11 @@ EPILOG = """examples:
 
 exit status:
   0   success
-  1   failed, or refused by the daemon
+  1   failed, or refused by the daemon; doctor: there are warnings
   2   wrong arguments
   69  the camera delivered no frame
   75  no daemon answers
-  78  the configuration, the bundle or the installation has a fault; a restart does not help
+  78  the configuration, the bundle, the installation or the machine has a fault; a restart does not help
 """
 # What setup.cfg's extra `agent` installs, by the names to import.
 DAEMON_MODULES = ("cryptography", "cv2", "gguf", "llama_cpp", "llguidance", "numpy", "simplejpeg", "yaml")
@@ -108,6 +109,10 @@ def run_command(arguments: argparse.Namespace) -> int:
         from edge_agent.cli import installed
 
         handlers = installed.HANDLERS
+    elif file == "doctor":
+        from edge_agent.cli import doctor
+
+        handlers = doctor.HANDLERS
     else:
         from edge_agent.cli import bundles
 

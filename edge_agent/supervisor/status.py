@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from edge_agent.board import health
+from edge_agent.board import health, sensors
 from edge_agent.config import CameraConfig
 from edge_agent.supervisor.camera_worker import CameraWorker
 from edge_agent.supervisor.gate import ControlState
@@ -149,7 +149,7 @@ class StatusReporter:
             vision_backend=self.model.vision_backend,
             language_backend=self.model.language_backend,
             mem_available_mib=health.mem_available_mib(),
-            temperature_c=health.temperature_c(),
+            temperature_c=sensors.read_board().temperature_c,
             **self.counts(),
         )
 

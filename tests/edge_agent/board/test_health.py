@@ -1,4 +1,4 @@
-"""Memory and temperature: the kernel's values, and None for every unknown value, never 0."""
+"""Memory: the kernel's values, and None for every unknown value, never 0."""
 
 from __future__ import annotations
 
@@ -78,50 +78,3 @@ def test_this_machine():
         pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
         assert health.rss_mib(process.pid) == pytest.approx(pages * page, abs=1)
     assert health.rss_mib(process.pid) is None  # the process has ended
-
-
-def zones(folder: Path, *texts: str | None) -> Path:
-    for n, text in enumerate(texts):
-        (folder / f"thermal_zone{n}").mkdir()
-        if text is not None:
-            (folder / f"thermal_zone{n}" / "temp").write_text(text)
-    (folder / "cooling_device0").mkdir()
-    (folder / "cooling_device0" / "temp").write_text("99000\n")
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("texts", "expected"),
-    [
-        (("45500\n", "51250\n", "48000\n"), 51.25),
-        (("45500\n", "-256000\n"), 45.5),  # on a Tegra: the sensor is off
-        (("-256000\n",), None),
-        (("0\n",), None),
-        (("0\n", "31000\n"), 31.0),
-        (("200000\n", "31000\n"), 31.0),
-        (("150000\n",), None),
-        (("149999\n",), 149.999),
-        (("", "hot\n", "45.5\n", "0x20\n", "4 5\n"), None),
-        (("--5\n", "31000\n"), 31.0),
-        (("²\n", "31000\n"), 31.0),
-        ((None, "31000\n"), 31.0),
-        ((), None),
-    ],
-)
-def test_temperature_is_that_of_the_hottest_sensor_that_works(tmp_path, texts, expected):
-    assert health.temperature_c(zones(tmp_path, *texts)) == expected
-
-
-def test_temperature_without_sensors_or_with_broken_ones_is_unknown(tmp_path):
-    assert health.temperature_c(tmp_path / "nowhere") is None
-    zones(tmp_path, None, None)
-    (tmp_path / "thermal_zone0" / "temp").mkdir()
-    (tmp_path / "thermal_zone1" / "temp").write_bytes(b"\xff\xfe31000")
-    assert health.temperature_c(tmp_path) is None
-
-
-def test_an_unreadable_sensor_is_unknown(tmp_path):
-    """Like the sensor of a chip that is powered down: reading it gives an error."""
-    zones(tmp_path, None)
-    os.symlink("/proc/self/mem", tmp_path / "thermal_zone0" / "temp")
-    assert health.temperature_c(tmp_path) is None

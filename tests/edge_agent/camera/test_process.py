@@ -271,7 +271,9 @@ def test_the_process_refuses_an_unknown_configuration(slot):
 
 
 def test_the_probe_returns_size_and_rate(clock, tmp_path):
-    assert probe(CameraConfig(source=str(counting_video(tmp_path / "v.avi", 3))), clock=clock) == "160x120 at 30 fps"
+    assert (
+        probe(CameraConfig(source=str(counting_video(tmp_path / "v.avi", 3))), clock=clock).line == "160x120 at 30 fps"
+    )
     with pytest.raises(SourceError, match=r"absent: /dev/video97: No such file or directory"):
         probe(CameraConfig(source="97"), clock=clock)
 
@@ -287,7 +289,7 @@ def test_the_probe_waits_for_a_pusher_until_its_timeout(tmp_path):
     pusher = Pusher(tmp_path / "frames", clock)
     with closing(pusher.socket):
         pusher.send(1)
-        assert probe(config, clock=clock) == "20x12"
+        assert probe(config, clock=clock).line == "20x12"
 
 
 def test_the_probe_as_a_command(tmp_path):
@@ -297,7 +299,8 @@ def test_the_probe_as_a_command(tmp_path):
         return subprocess.run(command, input=config, env=ENV, capture_output=True, timeout=HANG_S)
 
     found = run_probe(counting_video(tmp_path / "v.avi", 3))
-    assert (found.returncode, found.stdout) == (0, b"160x120 at 30 fps\n")
+    assert found.returncode == 0 and found.stdout.count(b"\n") == 1
+    assert msgspec.json.decode(found.stdout) == {"line": "160x120 at 30 fps", "clock": "arrival", "formats": []}
     absent = run_probe(tmp_path / "none.mp4")
     assert absent.returncode == 1 and absent.stderr.startswith(b"absent: ") and absent.stderr.count(b"\n") == 1
 
@@ -329,7 +332,7 @@ def device_of(images: list[int], capture_clock: str = "arrival"):
 def test_the_probe_looks_until_an_image_differs(clock, monkeypatch, images, config, capture_clock, looked_s):
     monkeypatch.setitem(SOURCES, "v4l2", device_of(images, capture_clock))
     start_ns = clock.time_ns
-    assert probe(CameraConfig(source="0", **config), clock=clock) == "8x8 at 30 fps (a remark)"
+    assert probe(CameraConfig(source="0", **config), clock=clock) == ("8x8 at 30 fps (a remark)", capture_clock)
     assert (clock.time_ns - start_ns) / 1e9 == pytest.approx(looked_s, abs=0.05)
 
 
@@ -343,7 +346,7 @@ def test_the_probe_finds_a_device_that_shows_the_same_image(clock, monkeypatch):
 
 def test_the_probe_says_the_true_rate_of_a_recording(clock, tmp_path):
     path = counting_mkv(tmp_path / "v.mkv", [100 * k for k in range(10)], header_fps=1000)
-    assert probe(CameraConfig(source=str(path)), clock=clock) == "64x48 at 10 fps"
+    assert probe(CameraConfig(source=str(path)), clock=clock).line == "64x48 at 10 fps"
 
 
 # -- what goes to the supervisor --------------------------------------------------------------------------------------

@@ -18,7 +18,9 @@ from edge_agent.camera.v4l2 import (
     check_device,
     check_identity,
     configure,
+    device_path,
     fourcc_of,
+    pixel_formats,
     stable_name,
 )
 from edge_agent.config import CameraConfig
@@ -441,3 +443,27 @@ def test_the_configuration_allows_identical_images_for_a_time(play, clock, confi
     assert error.reason == ("absent" if n_published == 600 else "frozen")
     if error.reason == "frozen":
         assert "camera.identical_frames_s" in error.detail
+
+
+def test_the_pixel_formats_of_a_device_with_and_without_planes(monkeypatch):
+    """struct v4l2_fmtdesc of linux/videodev2.h, 64 bytes; after the last format the driver says EINVAL."""
+    offered = {1: [b"YUYV", b"MJPG"], 9: [b"NM12", b"YUYV"]}
+
+    def enumerate_formats(_fd: int, request: int, data: bytes) -> bytes:
+        assert (request & 0xFFFF, len(data), request >> 16 & 0x3FFF) == (0x5602, 64, 64)
+        index, kind = struct.unpack_from("=2I", data)
+        if index >= len(offered[kind]):
+            raise OSError(22, "Invalid argument")
+        return struct.pack("=3I32s4s16x", index, kind, 0, b"a format", offered[kind][index])
+
+    monkeypatch.setattr("edge_agent.camera.v4l2.fcntl.ioctl", enumerate_formats)
+    assert pixel_formats("/dev/null") == ("YUYV", "MJPG", "NM12")
+    assert pixel_formats("/dev/video97") == ()
+    monkeypatch.undo()
+    assert pixel_formats("/dev/null") == ()
+
+
+def test_names_of_a_device():
+    assert [device_path(source) for source in ("0", "v4l2:2", "/dev/video1", "v4l2:/dev/v4l/by-id/a")] == [
+        "/dev/video0", "/dev/video2", "/dev/video1", "/dev/v4l/by-id/a",
+    ]  # fmt: skip

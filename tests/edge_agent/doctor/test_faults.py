@@ -1,0 +1,243 @@
+"""`edge-agent doctor` on eight machines: no false alarm on the healthy ones, and every planted fault is found."""
+
+from __future__ import annotations
+
+import stat
+
+import pytest
+
+from edge_agent.doctor.examine import examine, exit_status
+from edge_agent.doctor.machine import CameraAnswer, DiskAnswer
+from tests.harness import boards
+from tests.harness.board_faults import BOARD_FAULTS, UNIT_FILE, Fault, service
+from tests.harness.boards import AGX_ORIN, ORIN_NANO, ORIN_NX, PC, PC_WITH_CARD, RASPBERRY_PI, THOR
+
+INSTALLATION_FAULTS: dict[str, Fault] = {
+    # -- camera
+    "no camera": Fault(ORIN_NANO, {"files": {"/dev/video0": None}}, "camera", "fail", "no such device"),
+    "a camera that fails": Fault(
+        PC,
+        {"camera": CameraAnswer(works=False, line="busy: /dev/video0: another process uses it")},
+        "camera",
+        "fail",
+        "another process uses it",
+    ),
+    "a raw sensor": Fault(
+        RASPBERRY_PI,
+        {"camera": CameraAnswer(works=False, line="unreadable", formats=("pBAA", "RG10"))},
+        "camera",
+        "fail",
+        "gst:",
+    ),
+    "another clock": Fault(
+        AGX_ORIN,
+        {"camera": CameraAnswer(works=True, line="640x480", formats=("YUYV",), clock="arrival")},
+        "camera",
+        "warn",
+        "another clock",
+    ),
+    "no CSI daemon": Fault(ORIN_NX, {"files": {"/tmp/argus_socket": None}}, "camera", "fail", "nvargus-daemon"),
+    "a device without rights": Fault(PC, {"modes": {"/dev/video0": stat.S_IFCHR | 0o600}}, "camera", "fail", "udev"),
+    # -- disk, keys, rights
+    "a full disk": Fault(
+        RASPBERRY_PI, {"disks": {"/": DiskAnswer(total_mib=30_000, free_mib=12)}}, "disk", "fail", "full"
+    ),
+    "a disk almost full": Fault(
+        PC, {"disks": {"/": DiskAnswer(total_mib=30_000, free_mib=300)}}, "disk", "warn", "300 of 30000"
+    ),
+    "a read-only disk": Fault(
+        AGX_ORIN,
+        {"disks": {"/": DiskAnswer(total_mib=30_000, free_mib=9000, read_only=True)}},
+        "disk",
+        "fail",
+        "read-only",
+    ),
+    "no more files": Fault(
+        PC, {"disks": {"/": DiskAnswer(total_mib=30_000, free_mib=9000, free_files=3)}}, "disk", "fail", "3 more files"
+    ),
+    "a worn eMMC": Fault(AGX_ORIN, {"files": boards.emmc("0x0b 0x05", "0x03")}, "wear", "fail", "replace"),
+    "an eMMC near its end": Fault(AGX_ORIN, {"files": boards.emmc("0x09 0x05")}, "wear", "warn", "90 %"),
+    "no key": Fault(ORIN_NANO, {"files": {"/etc/edge-agent/fleet.pub": None}}, "keys", "fail", "no such file"),
+    "a private key": Fault(
+        ORIN_NANO, {"files": {"/etc/edge-agent/fleet.pub": "-----BEGIN PRIVATE KEY-----\n"}}, "keys", "fail", "new pair"
+    ),
+    "a key that others may change": Fault(
+        PC, {"modes": {"/etc/edge-agent/fleet.pub": stat.S_IFREG | 0o666}}, "keys", "fail", "chmod o-w"
+    ),
+    "a bundle that others may change": Fault(
+        PC, {"modes": {"/var/lib/edge-agent/bundle": stat.S_IFDIR | 0o777}}, "permissions", "fail", "chmod o-w"
+    ),
+    # -- installation
+    "a wrong configuration": Fault(
+        PC, {"config_error": "/etc/edge-agent.yaml: camera: unknown key 'sorce'"}, "configuration", "fail", "'sorce'"
+    ),
+    "a damaged bundle": Fault(
+        ORIN_NANO,
+        {"bundle_error": "/var/lib/edge-agent/bundle/vision.onnx: missing"},
+        "configuration",
+        "fail",
+        "vision.onnx",
+    ),
+    "no unit": Fault(
+        THOR,
+        {"files": {UNIT_FILE: None, "/etc/systemd/system/multi-user.target.wants/edge-agent.service": None}},
+        "unit",
+        "warn",
+        "is not installed",
+    ),
+    "a unit that is not enabled": Fault(
+        PC,
+        {"files": {"/etc/systemd/system/multi-user.target.wants/edge-agent.service": None}},
+        "unit",
+        "warn",
+        "systemctl enable",
+    ),
+    "no program": Fault(
+        PC, {"files": {"/opt/edge-agent/.venv/bin/edge-agent": None}}, "unit", "fail", "no such program"
+    ),
+    "no user": Fault(PC, {"files": {"/etc/passwd": "root:x:0:0::/root:/bin/sh\n"}}, "unit", "fail", "User=edge-agent"),
+    "two commands": Fault(
+        PC,
+        {"files": service("ExecStart=/opt/edge-agent/.venv/bin/edge-agent run --config /etc/b.yaml")},
+        "unit",
+        "fail",
+        "2 lines ExecStart",
+    ),
+    "PrivateDevices": Fault(PC, {"files": service("PrivateDevices=yes")}, "unit settings", "fail", "hides cameras"),
+    "MemoryDenyWriteExecute": Fault(
+        ORIN_NANO, {"files": service("MemoryDenyWriteExecute=true")}, "unit settings", "fail", "CUDA"
+    ),
+    "no GPU for the unit": Fault(
+        ORIN_NX,
+        {"files": service("DeviceAllow=", "DeviceAllow=char-video4linux rw")},
+        "unit settings",
+        "fail",
+        "DeviceAllow= has no GPU",
+    ),
+    "CSI without its drop-in": Fault(
+        ORIN_NX, {"files": {f"{UNIT_FILE}.d/csi.conf": None}}, "unit settings", "fail", "csi.conf"
+    ),
+    "a bundle at home": Fault(
+        PC,
+        {"config": "bundle: /home/me/bundle\ncamera: {source: /dev/video0}\n"},
+        "unit settings",
+        "fail",
+        "ProtectHome",
+    ),
+    "MemoryMax": Fault(ORIN_NANO, {"files": service("MemoryMax=2G")}, "unit settings", "fail", "MemoryMax=2G"),
+    "CPUQuota": Fault(PC, {"files": service("CPUQuota=50%")}, "unit settings", "warn", "CPUQuota=50%"),
+    "a short watchdog": Fault(PC, {"files": service("WatchdogSec=8")}, "unit settings", "fail", "model_stall_s"),
+    "no watchdog": Fault(PC, {"files": service("WatchdogSec=0")}, "unit settings", "warn", "WatchdogSec=15"),
+    "Type=simple": Fault(PC, {"files": service("Type=simple")}, "unit settings", "fail", "does not hear"),
+    "not in group video": Fault(
+        PC,
+        {"files": {**service("SupplementaryGroups="), "/etc/group": "video:x:44:\nedge-agent:x:998:\n"}},
+        "groups",
+        "fail",
+        "edge-agent is not in video",
+    ),
+    "not in group render": Fault(
+        ORIN_NANO,
+        {
+            "files": {
+                **service("SupplementaryGroups=", "SupplementaryGroups=video"),
+                "/etc/group": "video:x:44:\nrender:x:104:\nedge-agent:x:998:\n",
+            }
+        },
+        "groups",
+        "fail",
+        "render",
+    ),
+    "no time": Fault(
+        RASPBERRY_PI,
+        {"files": {"/run/systemd/timesync/synchronized": None}, "clock_synchronised": False},
+        "clock",
+        "warn",
+        "not synchronised",
+    ),
+    "1970": Fault(ORIN_NANO, {"year": 1970}, "clock", "warn", "1970"),
+    "an orphan": Fault(
+        PC,
+        {
+            "files": {
+                "/proc/4711/cmdline": "python\0-m\0edge_agent.camera\0--slot\0" + "3\0",
+                "/proc/4711/status": "Name:\tpython\nState:\tD (disk sleep)\nPPid:\t1\n",
+            }
+        },
+        "leftovers",
+        "warn",
+        "4711 (in a driver call)",
+    ),
+    "two daemons": Fault(
+        PC,
+        {"files": {f"/proc/{pid}/cmdline": "python\0/x/bin/edge-agent\0run\0" for pid in (10, 11)}},
+        "leftovers",
+        "warn",
+        "2 daemons",
+    ),
+    "an old pause": Fault(
+        ORIN_NX, {"files": {"/run/edge-agent/paused": ""}, "listening": False}, "leftovers", "warn", "starts paused"
+    ),
+    "dead sockets": Fault(AGX_ORIN, {"listening": False}, "leftovers", "warn", "a daemon that is gone"),
+    "an open runtime folder": Fault(
+        PC, {"modes": {"/run/edge-agent": stat.S_IFDIR | 0o777}}, "leftovers", "fail", "chmod 750"
+    ),
+}
+
+
+FAULTS = BOARD_FAULTS | INSTALLATION_FAULTS
+
+
+def alarms(machine) -> dict[str, str]:
+    return {finding.check: finding.state for finding in examine(machine) if finding.state != "pass"}
+
+
+@pytest.mark.parametrize("board", boards.BOARDS, ids=lambda board: board.name)
+def test_a_healthy_machine_has_no_alarm(board):
+    findings = examine(board.machine())
+    assert [finding for finding in findings if finding.state != "pass"] == []
+    assert exit_status(findings) == 0
+    assert len({finding.check for finding in findings}) == len(findings) >= 15
+    assert all(finding.found or finding.check == "largest block" for finding in findings)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_found_with_a_remedy_and_nothing_else_is(name):
+    fault = FAULTS[name]
+    machine = fault.board.machine(**fault.planted)
+    assert alarms(machine) == {fault.check: fault.state}
+    findings = {finding.check: finding for finding in examine(machine)}
+    found = findings[fault.check]
+    assert fault.words in f"{found.found} {found.remedy}" and len(found.remedy) > 10
+    assert "\n" not in found.found + found.remedy
+    assert exit_status(list(findings.values())) == {"warn": 1, "fail": 78}[fault.state]
+
+
+def test_every_topic_has_a_planted_fault():
+    checks = {finding.check for board in boards.BOARDS for finding in examine(board.machine())}
+    assert checks == {fault.check for fault in FAULTS.values()}
+    assert len(FAULTS) >= 40 and len(boards.BOARDS) == 8
+
+
+@pytest.mark.parametrize("board", boards.BOARDS, ids=lambda board: board.name)
+def test_without_any_file_nothing_is_reported_as_a_fault(board):
+    """A machine that tells nothing is not a faulty one, and no check raises."""
+    empty = board.machine(files=dict.fromkeys(board.files), config="")
+    assert "fail" not in alarms(empty).values()
+
+
+ODD_TEXTS = ("", "\0", "²", "-", "9" * 30, "a b c\n" * 50, "[Service\nExecStart='", "0x", "pmode:9", "1 2 3")
+
+
+@pytest.mark.parametrize("board", (ORIN_NANO, RASPBERRY_PI, PC_WITH_CARD), ids=lambda board: board.name)
+def test_any_text_in_any_file_is_survived(board):
+    for i, path in enumerate(board.files):
+        machine = board.machine({path: ODD_TEXTS[i % len(ODD_TEXTS)]})
+        assert all(finding.state == "pass" or finding.remedy for finding in examine(machine))
+
+
+def test_the_page_lists_every_check():
+    page = (boards.ROOT / "docs" / "doctor.md").read_text()
+    rows = [line.split("|")[1].strip() for line in page.splitlines() if line.startswith("| ")]
+    listed = {name.strip() for row in rows for name in row.split(",")}
+    assert {fault.check for fault in FAULTS.values()} <= listed
