@@ -1,9 +1,10 @@
 """How fast a bundle answers on this machine, without camera and sockets: `edge-agent bench` and benchmarks/bench.py.
 
 Measured: frame to first text, frame to action, time of each stage, tokens per second, llama_decode calls and rows,
-accepted draft tokens, peak memory, and energy where the board has power rails. Beside them, the ceilings of this
-machine (memory bandwidth, float32 arithmetic) and the share of each that is reached. Not measured: camera, sockets and
-supervisor, a few milliseconds; the `stages_ms` of a running daemon show those.
+accepted draft tokens, peak memory, memory of the GPU, and energy where a card or the board tells its power. Beside
+them, the ceilings of the processor (memory bandwidth, float32 arithmetic) and the share of each that is reached. If the
+language model runs on a GPU, the ceilings are null: the processor's say nothing about it. Not measured: camera, sockets
+and supervisor, a few milliseconds; the `stages_ms` of a running daemon show those.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import numpy as np
 from edge_agent.actions.space import load_action_space
 from edge_agent.board import health
 from edge_agent.board.control_groups import available_cores
-from edge_agent.board.power import power_w
 from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, VISION, read_manifest
 from edge_agent.config import Config
 from edge_agent.ipc.events import ModelEvent, TextDelta
@@ -31,6 +31,7 @@ from edge_agent.model.events import NULL_EVENTS, Events
 from edge_agent.model.llama import ACTION_SEQ
 from edge_agent.model.load import NO_DEADLINE_NS, load_model, warm_up
 from edge_agent.time_units import NS_PER_MS
+from edge_agent.tools.power_meter import PowerMeter
 from edge_agent.tools.stills import Stills
 
 MAX_TEXT_TOKENS = 48  # of a text, to measure tokens per second
@@ -38,6 +39,7 @@ QUESTION = "Describe what you see."
 TEXT_EVERY = 8  # frames
 PERCENTILES = (50, 95, 99)
 REPEATS = 9
+ENERGY_OF = {"card": "card", "board": "whole board", "tegrastats": "whole board, by tegrastats"}
 STAGES = ("encode", "prefill", "decode")
 MAX_SYNTHETIC_FRAMES = 16
 Report = Callable[[int, int], None]  # (frames done, all frames)
@@ -64,10 +66,10 @@ class TextTiming(msgspec.Struct):
 
 
 class Ceilings(msgspec.Struct):
-    """What this machine can do at most."""
+    """What the device that runs the language model can do at most. None: it was not measured."""
 
-    copy_gb_s: float  # bytes read plus bytes written, all cores
-    gflops: float  # float32 matrix product, all cores
+    copy_gb_s: float | None = None  # bytes read plus bytes written, all cores
+    gflops: float | None = None  # float32 matrix product, all cores
 
 
 class Bench:
@@ -150,29 +152,41 @@ def run(config: Config, frames_from: Path | None, n: int, report: Report = lambd
     frames: Stills | list[np.ndarray] = (
         synthetic_frames(min(n, MAX_SYNTHETIC_FRAMES)) if frames_from is None else Stills(frames_from, n)
     )
-    ceilings = measure_ceilings()
-    bench = Bench(config, config.task.instruction)
+    ceilings, meter = measure_ceilings(), PowerMeter()
+    try:
+        idle_gpu_mib = meter.gpu_memory_used_mib()
+        bench = Bench(config, config.task.instruction)
+    except BaseException:
+        meter.close()
+        raise
     try:
         timings, joules, text = [], [], TextTiming()
         for i, frame in enumerate(itertools.islice(endless(frames), n)):
-            before_w = power_w()
+            before_w = meter.power_w()
             timings.append(bench.time_frame(frame))
-            if before_w is not None and (after_w := power_w()) is not None:
+            if before_w is not None and (after_w := meter.power_w()) is not None:
                 joules.append((before_w + after_w) / 2 * timings[-1].ms / 1000)
             if i % TEXT_EVERY == 0:
                 timing = bench.time_text()
                 text = TextTiming(text.steps + timing.steps, text.ms + timing.ms)
             report(i + 1, n)
         repeat_ms, floor_ms = bench.repeat_floor(next(iter(frames)))
-        figures = _speed(bench, timings) | _resources(bench, joules) | _shares(bench, timings, text, ceilings)
-        return figures | {
-            "repeat_ms": round(repeat_ms, 2),
-            "repeat_floor_ms": round(floor_ms, 2),
-            "different_answers": len({timing.text for timing in timings}),
-            "example": timings[-1].text,
-        }
+        if bench.model.engine.llama.facts.gpu_layers:
+            ceilings = Ceilings()  # those of the processor say nothing about a GPU
+        figures = _speed(bench, timings) | _resources(bench, joules, meter, idle_gpu_mib)
+        return (
+            figures
+            | _shares(bench, timings, text, ceilings)
+            | {
+                "repeat_ms": round(repeat_ms, 2),
+                "repeat_floor_ms": round(floor_ms, 2),
+                "different_answers": len({timing.text for timing in timings}),
+                "example": timings[-1].text,
+            }
+        )
     finally:
         bench.close()
+        meter.close()
 
 
 def endless(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -206,12 +220,17 @@ def _speed(bench: Bench, timings: list[FrameTiming]) -> dict[str, Any]:
     }
 
 
-def _resources(bench: Bench, joules: list[float]) -> dict[str, Any]:
-    files = bench.bundle.manifest.files
+def _resources(bench: Bench, joules: list[float], meter: PowerMeter, idle_gpu_mib: float | None) -> dict[str, Any]:
+    """idle_gpu_mib: memory of the cards in use before the model was loaded."""
+    files, gpu_mib = bench.bundle.manifest.files, meter.gpu_memory_used_mib()
+    is_known = gpu_mib is not None and idle_gpu_mib is not None
     return {
         "peak_rss_mib": health.peak_rss_mib(os.getpid()),
         "file_mib": round((files[LANGUAGE].bytes + files[VISION].bytes) / 2**20, 1),
+        "language": bench.model.engine.llama.facts.backend,
+        "gpu_memory_mib": round(max(0.0, (gpu_mib or 0.0) - (idle_gpu_mib or 0.0)), 1) if is_known else None,
         "energy_j_per_frame": round(float(np.median(joules)), 3) if joules else None,
+        "energy_of": meter.source if joules else None,
     }
 
 
@@ -229,9 +248,11 @@ def _shares(bench: Bench, timings: list[FrameTiming], text: TextTiming, ceilings
         "text_tok_per_s": round(1 / step_s, 2) if step_s else None,
         "copy_gb_s": ceilings.copy_gb_s,
         "gflops": ceilings.gflops,
-        "decode_share_of_bandwidth": round(bandwidth_gb_s / ceilings.copy_gb_s, 3) if bandwidth_gb_s else None,
+        "decode_share_of_bandwidth": round(bandwidth_gb_s / ceilings.copy_gb_s, 3)
+        if bandwidth_gb_s and ceilings.copy_gb_s
+        else None,
         "prefill_share_of_arithmetic": round(prefill_flops / prefill_s / 1e9 / ceilings.gflops, 3)
-        if prefill_s
+        if prefill_s and ceilings.gflops
         else None,
     }
 
@@ -282,16 +303,29 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.monotonic() - start_s
 
 
+def _share(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.0%}"
+
+
+def _ceiling_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    copy_gb_s, gflops = figures["copy_gb_s"], figures["gflops"]
+    if copy_gb_s is None or gflops is None:
+        return [("  of the ceilings", f"unknown: they are not measured on a GPU ({figures['language']})")]
+    bandwidth, arithmetic = (_share(figures[name]) for name in (
+        "decode_share_of_bandwidth", "prefill_share_of_arithmetic"))  # fmt: skip
+    return [
+        ("  of the bandwidth", f"{bandwidth} of a copy's {copy_gb_s:g} GB/s"),
+        ("  of the arithmetic", f"{arithmetic} of a float32 product's {gflops:g} Gflop/s, in prefill"),
+    ]
+
+
 def table(figures: dict[str, Any]) -> list[tuple[str, str]]:
     """The figures of run() as (name, value), for a terminal."""
 
     def spread(values: dict[str, float], unit: str = " ms") -> str:
         return f"{values['p50']:g}{unit}  (95 % {values['p95']:g}, 99 % {values['p99']:g})"
 
-    def share(key: str) -> str:
-        return "unknown" if figures[key] is None else f"{figures[key]:.0%}"
-
-    energy_j = figures["energy_j_per_frame"]
+    energy_j, gpu_mib = figures["energy_j_per_frame"], figures["gpu_memory_mib"]
     return [
         ("bundle", f"{figures['bundle']}: {figures['model']}, {figures['vision']}"),
         ("frame to action", spread(figures["frame_to_action_ms"])),
@@ -301,13 +335,12 @@ def table(figures: dict[str, Any]) -> list[tuple[str, str]]:
                             f"{figures['repeat_floor_ms']:g} ms"),
         ("actions", f"{figures['actions_per_s']:g} per second"),
         ("text", f"{figures['text_tok_per_s'] or 0:g} tokens per second"),
-        ("  of the bandwidth", f"{share('decode_share_of_bandwidth')} of a copy's {figures['copy_gb_s']:g} GB/s"),
-        ("  of the arithmetic", f"{share('prefill_share_of_arithmetic')} of a float32 product's {figures['gflops']:g} "
-                                "Gflop/s, in prefill"),
+        *_ceiling_rows(figures),
         ("llama_decode calls", spread(figures["decode_calls"], "")),
         ("rows", spread(figures["rows"], "")),
-        ("draft accepted", share("draft_accepted")),
+        ("draft accepted", _share(figures["draft_accepted"])),
         ("peak resident", f"{figures['peak_rss_mib']:.0f} MiB; files {figures['file_mib']:.0f} MiB"),
-        ("energy", "no power rails" if energy_j is None else f"{energy_j:g} J per frame"),
+        ("memory of the GPU", "unknown" if gpu_mib is None else f"{gpu_mib:.0f} MiB"),
+        ("energy", f"{energy_j:g} J per frame, of the {ENERGY_OF[figures['energy_of']]}" if energy_j else "unknown"),
         ("answers", f"{figures['different_answers']} different; the last: {figures['example']}"),
     ]  # fmt: skip

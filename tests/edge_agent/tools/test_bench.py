@@ -11,7 +11,6 @@ import cv2
 import numpy as np
 import pytest
 
-from edge_agent.board.power import power_w
 from edge_agent.config import CameraConfig, Config, VisionConfig
 from edge_agent.tools import bench
 from tests.harness import ROOT, toy
@@ -116,14 +115,79 @@ def test_beside_the_high_level_chat(toy_bundle: Path, frames: Path):
     assert figures["chat"]["peak_rss_mib"] > 50 and figures["ours"]["calls"] >= 1
 
 
-def test_power_comes_from_the_first_rail(tmp_path: Path):
-    assert power_w(tmp_path) is None
-    rail = tmp_path / "1-0040" / "hwmon" / "hwmon3"
-    rail.mkdir(parents=True)
-    (rail / "in1_input").write_text("19040\n")
-    assert power_w(tmp_path) is None
-    (rail / "curr1_input").write_text("500\n")
-    assert power_w(tmp_path) == pytest.approx(9.52)
+def figures_of(**changes: object) -> dict:
+    spread = {"p50": 1.0, "p95": 2.0, "p99": 3.0}
+    figures = {
+        "bundle": "b", "model": "m", "vision": "mtmd GPU", "language": "llama.cpp GPU, 27 of 27 layers",
+        "frame_to_action_ms": spread, "frame_to_first_text_ms": spread, "stages_ms": {"encode": spread},
+        "repeat_ms": 1.0, "repeat_floor_ms": 1.0, "actions_per_s": 9.0, "text_tok_per_s": 5.0, "copy_gb_s": 2.0,
+        "gflops": 50.0, "decode_share_of_bandwidth": 0.5, "prefill_share_of_arithmetic": None, "decode_calls": spread,
+        "rows": spread, "draft_accepted": None, "peak_rss_mib": 9.0, "file_mib": 1.0, "gpu_memory_mib": None,
+        "energy_j_per_frame": None, "energy_of": None, "different_answers": 1, "example": "{}",
+    }  # fmt: skip
+    return figures | changes
+
+
+def test_the_ceilings_of_a_processor_are_not_shown_for_a_gpu():
+    assert dict(bench.table(figures_of()))["  of the bandwidth"] == "50% of a copy's 2 GB/s"
+    rows = dict(bench.table(figures_of(copy_gb_s=None, gflops=None, decode_share_of_bandwidth=None)))
+    assert "not measured on a GPU (llama.cpp GPU, 27 of 27 layers)" in rows["  of the ceilings"]
+    assert "  of the bandwidth" not in rows
+
+
+@pytest.mark.parametrize(
+    ("energy", "words"),
+    [
+        ({}, "unknown"),
+        ({"energy_j_per_frame": 1.5, "energy_of": "card"}, "1.5 J per frame, of the card"),
+        ({"energy_j_per_frame": 0.25, "energy_of": "board"}, "0.25 J per frame, of the whole board"),
+    ],
+)
+def test_energy_says_whose_it_is(energy, words):
+    assert dict(bench.table(figures_of(**energy)))["energy"] == words
+
+
+def test_memory_of_the_gpu_is_shown_where_it_is_known():
+    assert dict(bench.table(figures_of(gpu_memory_mib=4068.0)))["memory of the GPU"] == "4068 MiB"
+    assert dict(bench.table(figures_of()))["memory of the GPU"] == "unknown"
+
+
+def test_a_model_on_a_gpu_has_no_ceilings_of_the_processor(toy_bundle: Path, monkeypatch):
+    """The figures of a run whose language model says that its layers are on a GPU, on a card that tells its power."""
+    config = Config(
+        bundle=str(toy_bundle), camera=CameraConfig(source="none"), vision=VisionConfig(max_image_tokens=16),
+        cpu_threads=1,
+    )  # fmt: skip
+    used_mib = iter((100.0, 600.0))
+
+    class CardMeter:
+        source = "card"
+
+        def power_w(self) -> float:
+            return 100.0
+
+        def gpu_memory_used_mib(self) -> float:
+            return next(used_mib)
+
+        def close(self) -> None:
+            pass
+
+    loaded = bench.load_model
+
+    def load(*arguments: object) -> object:
+        model = loaded(*arguments)
+        model.engine.llama.facts = model.engine.llama.facts._replace(gpu_layers=2, layers=2)
+        return model
+
+    monkeypatch.setattr(bench, "PowerMeter", CardMeter)
+    monkeypatch.setattr(bench, "load_model", load)
+    monkeypatch.setattr(bench, "time", FakeTime())
+    figures = bench.run(config, None, 2)
+    assert (figures["copy_gb_s"], figures["gflops"]) == (None, None)
+    assert (figures["decode_share_of_bandwidth"], figures["prefill_share_of_arithmetic"]) == (None, None)
+    assert (figures["gpu_memory_mib"], figures["energy_of"], figures["energy_j_per_frame"]) == (500.0, "card", 0.3)
+    assert figures["language"] == "llama.cpp GPU, 2 of 2 layers"
+    json.dumps(figures, allow_nan=False)
 
 
 def test_synthetic_frames_differ_and_are_equal_in_every_run():
