@@ -82,6 +82,12 @@ class WatchdogConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     camera_stall_s: Seconds = 3.0  # without a frame: the camera process is restarted
 
 
+class GovernorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    enabled: bool = True  # lower image tokens, then the rate, before the board throttles
+    max_temperature_c: Annotated[float, Meta(ge=30, le=130)] | None = None  # None: where the board itself throttles
+    max_power_w: Annotated[float, Meta(gt=0, le=10_000)] | None = None  # None: where the board itself throttles
+
+
 class AdvancedConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Single switches of a profile, for benchmarks. None: as the profile says (edge_agent/profile.py)."""
 
@@ -137,6 +143,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     language: LanguageConfig = LanguageConfig()
     task: TaskConfig = TaskConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
+    governor: GovernorConfig = GovernorConfig()
     advanced: AdvancedConfig = AdvancedConfig()
     tuned: TunedConfig = TunedConfig()
     runtime_dir: str = ""  # folder of the sockets; empty: $RUNTIME_DIRECTORY, else /run/edge-agent, else below /tmp

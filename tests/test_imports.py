@@ -70,7 +70,7 @@ ORDER: dict[str, list[str]] = {
         "store", "verified_files", "lora_check", "model_start", "memory_plan",
     ],
     "board": ["control_groups", "health", "sensors", "cuda_code", "nvml"],
-    "ipc": ["backoff", "frame_slot", "events", "worker"],
+    "ipc": ["backoff", "token_sizes", "frame_slot", "events", "worker"],
     "camera": [
         "__init__", "clock", "source", "picture", "recording", "v4l2", "gstreamer", "files", "pushed", "process",
         "__main__",
@@ -78,12 +78,12 @@ ORDER: dict[str, list[str]] = {
     "model": [
         "__init__", "onnx_runtime", "preprocess", "token_budget", "vision_encoder", "fallbacks", "frame_buffer",
         "llama", "constrained", "events", "prompt", "text_lane", "action_lane", "engine", "image_encoder",
-        "frame_encoder", "load", "supervisor_channel", "loop", "native_probe", "__main__",
+        "frame_encoder", "load", "gpu_sensor", "supervisor_channel", "loop", "native_probe", "__main__",
     ],
     "supervisor": [
         "shutdown", "log", "child_log", "pause_file", "systemd", "trace", "runtime_folder", "publisher",
-        "managed_worker", "camera_worker", "model_worker", "gate", "status", "waiting_changes", "control",
-        "verification", "process",
+        "managed_worker", "camera_worker", "model_worker", "gate", "governor", "board_monitor", "status",
+        "waiting_changes", "control", "verification", "process",
     ],
     "doctor": [
         "finding", "machine", "unit", "hardware", "accelerator", "memory", "storage", "service", "camera", "examine",

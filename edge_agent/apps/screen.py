@@ -79,8 +79,10 @@ def _status_rows(status: Status | None) -> list[tuple[str, Text]]:
         return []
     model = status.model_worker
     memory = "unknown" if model.rss_mib is None else f"{model.rss_mib:.0f} MiB"
+    governor = status.governor.reason if status.governor is not None else ""
     return [
         ("state", Text(printable(f"{status.state}  {status.reason}"))),
+        *([("governor", Text(printable(governor), style="yellow"))] if governor else []),
         ("vision", Text(printable(status.vision_backend))),
         ("language", Text(printable(status.language_backend))),
         ("model", Text(f"{memory}, restarts {model.restarts}")),

@@ -118,7 +118,28 @@ class TraceSpan(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag
     stop_ns: int
 
 
-ModelEvent = ModelReady | StartupFailed | Heartbeat | LogLine | InstructionApplied | Proposal | TextDelta | TraceSpan
+class GpuReading(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="gpu"):
+    """What the cards say once a second. The model process reads them, because their driver may hang or crash. It is no
+    sign of progress. None: unknown. Of several cards: power is added up, of the others the worst value counts."""
+
+    power_w: float | None = None
+    temperature_c: float | None = None
+    throttle_at_c: float | None = None  # of the card that is nearest to it; temperature_c is of the same card
+    throttle_reasons: tuple[str, ...] | None = None
+    clock_mhz: float | None = None
+
+
+ModelEvent = (
+    ModelReady
+    | StartupFailed
+    | Heartbeat
+    | LogLine
+    | InstructionApplied
+    | Proposal
+    | TextDelta
+    | TraceSpan
+    | GpuReading
+)
 
 
 # -- supervisor -> model process --------------------------------------------------------------------------------------
@@ -151,7 +172,15 @@ class SetPaused(msgspec.Struct, frozen=True, tag_field="kind", tag="paused"):
     paused: bool
 
 
-ModelCommand = SetInstruction | AskQuestion | CancelQuestion | SetPaused
+class LimitLoad(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="limit"):
+    """Work less, or as configured: the governor's command. It never changes a deadline."""
+
+    max_image_tokens: int = 0  # of a frame; 0: as configured
+    min_interval_ms: float = 0.0  # between the beginnings of two frames
+    describe: bool = True  # write descriptions
+
+
+ModelCommand = SetInstruction | AskQuestion | CancelQuestion | SetPaused | LimitLoad
 decode_camera_event = make_decoder(CameraEvent)
 decode_model_event = make_decoder(ModelEvent)
 decode_model_command = make_decoder(ModelCommand)

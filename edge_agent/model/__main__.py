@@ -12,10 +12,12 @@ import ctypes
 import gc
 import os
 import sys
+import threading
 import time
 
 from edge_agent.actions.space import decode_action_space
 from edge_agent.board import health
+from edge_agent.board.nvml import Nvml
 from edge_agent.bundle.memory_plan import adapters_mib, plan_memory
 from edge_agent.bundle.model_start import decode_model_start
 from edge_agent.bundle.verified_files import VerifiedFiles
@@ -24,6 +26,7 @@ from edge_agent.ipc.events import Heartbeat, LogLine, ModelReady, StartupFailed
 from edge_agent.ipc.worker import attach_to_supervisor
 from edge_agent.model.fallbacks import find_fallbacks
 from edge_agent.model.frame_encoder import FrameEncoder
+from edge_agent.model.gpu_sensor import start_gpu_sensor
 from edge_agent.model.load import check_start, load_model, warm_up
 from edge_agent.model.loop import ModelLoop
 from edge_agent.model.supervisor_channel import SupervisorChannel
@@ -81,6 +84,7 @@ def main() -> int:
     )
     frames = FrameEncoder(slot, model.images, config.task.deadline_ms, overlap=model.switches.overlap)
     loop = ModelLoop(model.engine, frames, slot, supervisor, config.language.describe_prompt)
+    start_gpu_sensor(supervisor.events, Nvml(), threading.Event())
     while True:
         loop.step()
 

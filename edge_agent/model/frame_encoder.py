@@ -71,6 +71,7 @@ class FrameEncoder:
         self.budget = TokenBudget.of(images.max_tokens)
         self.expected_answer_ms = 0.0  # running estimate of prefill and decode
         self._taken_seq = 0  # of the last frame that was taken
+        self._min_interval_ns = self._not_before_ns = 0  # the governor's pause: from one frame's beginning to the next
         self._pool = ThreadPoolExecutor(1, "frame-encoder") if overlap else None
         self._job: Future[EncodedFrame | None] | None = None
         self._done_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -80,6 +81,16 @@ class FrameEncoder:
             self._pool.shutdown()
         os.close(self._done_fd)
 
+    def limit(self, max_image_tokens: int, min_interval_ms: float) -> None:
+        """The governor's limits, from the next frame on; 0: none."""
+        self.budget = msgspec.structs.replace(self.budget, limit=max_image_tokens)
+        self._not_before_ns += round(min_interval_ms * NS_PER_MS) - self._min_interval_ns
+        self._min_interval_ns = round(min_interval_ms * NS_PER_MS)
+
+    def rest_ns(self) -> int:
+        """How long next() gives no frame because of the limit; 0 with `overlap`, whose thread waits by itself."""
+        return 0 if self._pool is not None else max(0, self._not_before_ns - self._clock())
+
     def fileno(self) -> int:
         """For select.poll: readable when next() may have a frame."""
         return self._done_fd if self._job is not None else self._slot.fileno()
@@ -87,9 +98,9 @@ class FrameEncoder:
     def next(self) -> EncodedFrame | None:
         """The newest frame that was not returned before, or None."""
         if self._pool is None:
-            return self._note_selection(self._encode_newest(self.budget))
+            return None if self.rest_ns() else self._note_selection(self._encode_newest(self.budget))
         if self._job is None:
-            self._job = self._submit(self._pool, 0)
+            self._job = self._submit(self._pool, self._not_before_ns)
         if not self._job.done():
             return None
         encoded, self._job = self._note_selection(self._job.result()), None
@@ -100,10 +111,11 @@ class FrameEncoder:
         waited_ms = (self._clock() - encoded.done_ns) / NS_PER_MS
         if waited_ms > encoded.encode_ms and self._slot.latest_seq > encoded.frame.seq:
             # Encoding a newer frame takes less time than this one has already waited.
-            self._job = self._submit(self._pool, 0)
+            self._job = self._submit(self._pool, self._not_before_ns)
             return None
         delay_ms = max(0.0, self.expected_answer_ms - encoded.encode_ms)
-        self._job = self._submit(self._pool, self._clock() + round(delay_ms * NS_PER_MS))
+        not_before_ns = max(self._clock() + round(delay_ms * NS_PER_MS), self._not_before_ns)
+        self._job = self._submit(self._pool, not_before_ns)
         return encoded
 
     def record(self, encoded: EncodedFrame, prefill_ms: float, decode_ms: float) -> None:
@@ -120,6 +132,7 @@ class FrameEncoder:
     def _note_selection(self, encoded: EncodedFrame | None) -> EncodedFrame | None:
         if encoded is not None:
             self.budget = msgspec.structs.replace(self.budget, tokens=encoded.max_tokens)
+            self._not_before_ns = encoded.taken_ns + self._min_interval_ns
         return encoded
 
     def _submit(self, pool: ThreadPoolExecutor, not_before_ns: int) -> Future[EncodedFrame | None]:

@@ -6,6 +6,7 @@ supervisor starts another process.
 
 from __future__ import annotations
 
+import math
 import select
 import time
 from collections.abc import Callable
@@ -15,13 +16,20 @@ import msgspec
 
 from edge_agent.actions.space import ActionSpace
 from edge_agent.actions.vehicle_state import render_vehicle_state
-from edge_agent.ipc.events import CancelQuestion, Heartbeat, InstructionApplied, Proposal, SetInstruction, SetPaused
+from edge_agent.ipc.events import (
+    CancelQuestion,
+    Heartbeat,
+    InstructionApplied,
+    LimitLoad,
+    Proposal,
+    SetPaused,
+)
 from edge_agent.ipc.frame_slot import Slot
 from edge_agent.model.action_lane import Decision
 from edge_agent.model.engine import Engine
 from edge_agent.model.frame_encoder import EncodedFrame, FrameEncoder
 from edge_agent.model.prompt import InstructionRefused
-from edge_agent.model.supervisor_channel import SupervisorChannel
+from edge_agent.model.supervisor_channel import LaneCommand, SupervisorChannel
 from edge_agent.suspend import SuspendDetector
 from edge_agent.time_units import NS_PER_MS, NS_PER_S
 from edge_agent.wire.codec import encode
@@ -52,6 +60,7 @@ class ModelLoop:
         self.suspend = SuspendDetector(clock)
         self.instruction_id = -1  # below 0: no instruction yet
         self.paused = False
+        self._may_describe = True
         self._last_described_frame = 0  # its id; a frame is described once
         self._last_work_ns = clock()
 
@@ -76,12 +85,16 @@ class ModelLoop:
     def _needs_frame(self) -> bool:
         return self.instruction_id >= 0 and (not self.paused or bool(self.supervisor.pending_questions))
 
-    def _apply(self, command: SetInstruction | SetPaused | CancelQuestion) -> None:
+    def _apply(self, command: LaneCommand) -> None:
         if isinstance(command, SetPaused):
             self.paused = command.paused
             return
         if isinstance(command, CancelQuestion):
             self._cancel(command.request)
+            return
+        if isinstance(command, LimitLoad):
+            self.frames.limit(command.max_image_tokens, command.min_interval_ms)
+            self._may_describe = command.describe
             return
         engine, error = self.engine, ""
         try:
@@ -175,18 +188,21 @@ class ModelLoop:
             if questions:
                 question = questions.popleft()
                 text.start("answer", question.request, question.question, self.supervisor.events)
-            elif self._describe_prompt and self._last_described_frame != frame_id:
+            elif self._describe_prompt and self._may_describe and self._last_described_frame != frame_id:
                 self._last_described_frame = frame_id
                 text.start("describe", "", self._describe_prompt, self.supervisor.events)
         return not text.idle
 
     def _wait(self) -> None:
-        """Until a frame or a command arrives, or until a heartbeat is due."""
+        """Until a frame or a command arrives, the governor's pause before a frame is over, or a heartbeat is due."""
         poll = select.poll()
         poll.register(self.supervisor, select.POLLIN)
-        if self._needs_frame:
+        rest_ns = self.frames.rest_ns() if self._needs_frame else 0
+        if self._needs_frame and not rest_ns:
             poll.register(self.frames, select.POLLIN)
-        if not poll.poll(HEARTBEAT_NS // NS_PER_MS) or self._clock() - self._last_work_ns > HEARTBEAT_NS:
+        timeout_ns = min(rest_ns or HEARTBEAT_NS, HEARTBEAT_NS)
+        arrived = poll.poll(math.ceil(timeout_ns / NS_PER_MS))
+        if (not arrived and timeout_ns == HEARTBEAT_NS) or self._clock() - self._last_work_ns > HEARTBEAT_NS:
             self.engine.keep_warm()
             self.supervisor.send(Heartbeat("idle"))
             self._last_work_ns = self._clock()

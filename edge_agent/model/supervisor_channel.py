@@ -9,6 +9,7 @@ from collections import deque
 from edge_agent.ipc.events import (
     AskQuestion,
     CancelQuestion,
+    LimitLoad,
     ModelEvent,
     SetInstruction,
     SetPaused,
@@ -17,6 +18,8 @@ from edge_agent.ipc.events import (
 from edge_agent.ipc.worker import MAX_EVENT_BYTES
 from edge_agent.model.events import Events
 from edge_agent.wire.codec import encode
+
+LaneCommand = SetInstruction | SetPaused | CancelQuestion | LimitLoad
 
 
 class SupervisorChannel:
@@ -27,7 +30,7 @@ class SupervisorChannel:
         self._socket = socket
         self.events = Events(self.send, trace=trace)
         self.pending_questions: deque[AskQuestion] = deque()
-        self._pending_commands: deque[SetInstruction | SetPaused | CancelQuestion] = deque()
+        self._pending_commands: deque[LaneCommand] = deque()
 
     def fileno(self) -> int:
         """For select.poll: readable when a command has arrived."""
@@ -36,7 +39,7 @@ class SupervisorChannel:
     def send(self, event: ModelEvent) -> None:
         self._socket.send(encode(event))
 
-    def take_commands(self) -> list[SetInstruction | SetPaused | CancelQuestion]:
+    def take_commands(self) -> list[LaneCommand]:
         """The commands that have arrived, in order; questions go to `pending_questions`. Never waits."""
         self._read()
         commands = list(self._pending_commands)

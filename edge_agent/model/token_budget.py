@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-STEPS = (1.0, 0.75, 0.5, 0.375, 0.25)  # of the configured tokens; every size costs buffers of its own, so not finer
-MIN_TOKENS = 64  # fewer show too little: then the answer is late and is refused
+from edge_agent.ipc.token_sizes import token_sizes
+
 EMA_WEIGHT = 0.3  # weight of the newest frame in the running estimates
 MARGIN = 0.9  # share of the time left that may be used
 STEP_UP_MARGIN = 0.75  # the same, before a larger size is tried again
@@ -22,6 +22,7 @@ class TokenBudget(msgspec.Struct, frozen=True):
     tokens: int  # selected for the newest frame
     per_token_ms: float = 0.0  # encode and prefill of one image token; 0: not measured yet
     rest_ms: float = 0.0  # what does not grow with the tokens
+    limit: int = 0  # the governor's; 0: none
 
     @classmethod
     def of(cls, max_tokens: int) -> TokenBudget:
@@ -30,8 +31,8 @@ class TokenBudget(msgspec.Struct, frozen=True):
     @property
     def sizes(self) -> list[int]:
         """The sizes to select from, the largest first."""
-        floor = min(MIN_TOKENS, self.max_tokens)
-        return sorted({max(floor, int(self.max_tokens * step)) for step in STEPS}, reverse=True)
+        sizes = token_sizes(self.max_tokens)
+        return [size for size in sizes if size <= self.limit] or sizes[-1:] if self.limit else sizes
 
     def record(self, n_tokens: int, frame_ms: float, rest_ms: float) -> TokenBudget:
         """n_tokens, frame_ms: a frame's image tokens and the time of encode and prefill, which grows with them;

@@ -33,6 +33,7 @@ from edge_agent.bundle.model_start import encode_model_start
 from edge_agent.config import Config
 from edge_agent.errors import FAULTS, FaultName, UserError, fault_of
 from edge_agent.ipc.events import (
+    GpuReading,
     Heartbeat,
     InstructionApplied,
     LogLine,
@@ -46,6 +47,7 @@ from edge_agent.ipc.events import (
 )
 from edge_agent.ipc.frame_slot import Slot
 from edge_agent.ipc.worker import Worker
+from edge_agent.supervisor.board_monitor import BoardMonitor
 from edge_agent.supervisor.camera_worker import CameraWorker
 from edge_agent.supervisor.control import MAX_TEXT_CHARS, Control, VehicleState
 from edge_agent.supervisor.gate import ControlState, Gate, Instruction
@@ -73,7 +75,8 @@ EXIT_WAIT_S = 2.0  # at the end, for killed children; the unit's TimeoutStopSec 
 EXIT_POLL_S = 0.01
 DESCRIPTORS = 4096  # four endpoints with 128 connections each need an eighth
 MAX_DETAIL_CHARS = 500  # of a refusal
-MAX_NAME_CHARS = 200  # of a vision backend or an adapter
+MAX_NAME_CHARS = 200  # of a vision backend, an adapter or a reason of the GPU
+MAX_REASONS = 64
 MAX_PIECE_CHARS = 12_000  # of one piece of text; four bytes each must fit in a message
 
 
@@ -118,7 +121,8 @@ class Supervisor:
             Instruction(0, config.task.instruction, config.language.adapter), paused=was_paused(publisher.folder)
         )
         self.gate = Gate(space, config.task.deadline_ms)
-        self.status = StatusReporter(config.camera, self.control_state, self.camera, self.model, clock)
+        self.board = BoardMonitor(config.governor, config.vision.max_image_tokens, clock)
+        self.status = StatusReporter(config.camera, self.control_state, self.camera, self.model, self.board, clock)
         self.counters = self.status.counters
         vehicle_state = VehicleState(self.slot, space, clock)
         adapters = tuple(config.language.adapters)
@@ -132,7 +136,8 @@ class Supervisor:
             StartupFailed: self._on_startup_failed,
             LogLine: lambda event: log_line(event.line),
             TraceSpan: lambda event: trace.span(event.name, event.thread, event.start_ns, event.stop_ns),
-            Heartbeat: lambda event: None,  # it was counted as progress, as every event is
+            Heartbeat: lambda event: None,  # it was counted as progress, as every event but GpuReading is
+            GpuReading: self.board.note_gpu,
         }
 
     # -- the loop -----------------------------------------------------------------------------------------------------
@@ -143,6 +148,7 @@ class Supervisor:
         try:
             with self._wake_on_signals():
                 self.start()
+                self.board.reader.start()
                 while not self.status.is_stopping:
                     self.poll_once()
             raise Shutdown
@@ -172,6 +178,8 @@ class Supervisor:
             self.control.handle(sender, payload)
         self.control.sync_model()
         self.control.send_changes()
+        self.board.update(self.counters.answers, self.counters.actions)
+        self.board.sync_model(self.model)
         self._check_timeouts()
         if self.bundle is None:
             self._check_verification()
@@ -291,8 +299,9 @@ class Supervisor:
             if error:
                 self._restart_model(Reason("model", ReasonKind.FAILED, "invalid event from the model process", error))
             else:
-                self.model.note_progress()
-                self.counters.model_events += 1
+                if not isinstance(event, GpuReading):  # a thread sends it, whatever the others do
+                    self.model.note_progress()
+                    self.counters.model_events += 1
                 self._handlers[type(event)](event)
             if self.model.worker is not worker:  # it was killed: its other messages do not count
                 return
@@ -365,6 +374,7 @@ class Supervisor:
         self.model.vision_backend, self.model.language_backend = event.vision, event.language
         self.model.note_warmup(first_ms / 1000)
         self.model.memory_reduced = event.memory_reduced
+        self.board.model_is_new()
         if not self.control.send_control_state():
             self._restart_model(Reason("model", ReasonKind.FAILED, "takes no commands"))
 
@@ -416,6 +426,13 @@ def _event_fault(event: ModelEvent, latest_seq: int) -> str:
         finite = math.isfinite(event.load_s) and math.isfinite(event.warmup_ms)
         fits = max(len(event.vision), len(event.language)) <= MAX_NAME_CHARS
         return "" if finite and fits else "a duration or a name out of bounds"
+    if isinstance(event, GpuReading):
+        numbers = (event.power_w, event.temperature_c, event.throttle_at_c, event.clock_mhz)
+        finite = all(number is None or math.isfinite(number) for number in numbers)
+        fits = len(event.throttle_reasons or ()) <= MAX_REASONS and all(
+            len(reason) <= MAX_NAME_CHARS for reason in event.throttle_reasons or ()
+        )
+        return "" if finite and fits else "a reading of the GPU out of bounds"
     if isinstance(event, TextDelta):
         fits = len(event.text) <= MAX_PIECE_CHARS and abs(event.frame_id) < 2**63
         return "" if fits else f"a piece of text of {len(event.text)} characters"

@@ -7,8 +7,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from edge_agent.board import health, sensors
+from edge_agent.board import health
 from edge_agent.config import CameraConfig
+from edge_agent.supervisor.board_monitor import BoardMonitor
 from edge_agent.supervisor.camera_worker import CameraWorker
 from edge_agent.supervisor.gate import ControlState
 from edge_agent.supervisor.log import log_line
@@ -40,6 +41,11 @@ class Counters:
     refused_since_ns: int = 0  # the first of the refusals since the last action; 0: there is none
     last_refusal: str = ""  # its reason
 
+    @property
+    def answers(self) -> int:
+        """Frames that were answered, with an action or with a refusal."""
+        return self.actions + self.refusals.total()
+
     def count_dropped(self, frame_seq: int) -> int:
         """Frames between the last answered frame and this one."""
         dropped = max(0, frame_seq - self.last_frame_seq - 1)
@@ -69,9 +75,11 @@ class StatusReporter:
         control_state: ControlState,
         camera: CameraWorker,
         model: ModelWorker,
+        board: BoardMonitor,
         clock: Clock = time.monotonic_ns,
     ) -> None:
         self.config, self.control_state, self.camera, self.model = config, control_state, camera, model
+        self.board = board
         self.clock = clock
         self.counters = Counters()
         self.is_ready = False  # READY was sent
@@ -149,7 +157,9 @@ class StatusReporter:
             vision_backend=self.model.vision_backend,
             language_backend=self.model.language_backend,
             mem_available_mib=health.mem_available_mib(),
-            temperature_c=sensors.read_board().temperature_c,
+            temperature_c=self.board.temperature_c,
+            board=self.board.board_status(),
+            governor=self.board.governor_status(),
             **self.counts(),
         )
 

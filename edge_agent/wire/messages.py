@@ -150,6 +150,26 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     rss_mib: float | None  # resident memory; None: unknown
 
 
+class BoardStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What the board's sensors and the GPU say. None means unknown."""
+
+    power_w: float | None = None  # of the whole board; where nothing measures that, of the cards
+    energy_j_per_action: float | None = None  # of the last 10 s: everything that power_w measures, for each action
+    throttle_reasons: list[str] | None = None  # why clocks are lowered now; empty: they are not
+    cpu_mhz: float | None = None  # of the fastest core
+    gpu_mhz: float | None = None
+    gpu_temperature_c: float | None = None  # of a card; degrees Celsius
+
+
+class GovernorStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What the governor does to keep the board from throttling."""
+
+    level: int = 0  # 0: nothing; each level saves more
+    max_image_tokens: int | None = None  # None: as configured
+    max_rate_hz: float | None = None  # answers per second; None: as fast as the model is
+    reason: str = ""  # for people: what is limited, and why; "" at level 0
+
+
 class Status(Header, frozen=True, kw_only=True, tag_field="kind", tag="status"):
     """What the daemon does. Counters start at 0 with the session. None means unknown."""
 
@@ -170,10 +190,12 @@ class Status(Header, frozen=True, kw_only=True, tag_field="kind", tag="status"):
     instruction: str
     vision_backend: str  # for example "onnxruntime CPUExecutionProvider"; "" until the model is ready
     mem_available_mib: float | None  # memory that the daemon can still use, by the machine and by its control groups
-    temperature_c: float | None  # the hottest thermal zone, degrees Celsius
+    temperature_c: float | None  # the hottest part: of the thermal zones and the cards; degrees Celsius
     adapter: str = ""  # name of the active LoRA adapter; "" without one
     paused: bool = False  # by control, in whatever state; no action is published until resume
     # For recorders, which want a date: nothing may be decided by these two.
     wall_clock_ns: int = 0  # CLOCK_REALTIME at t_pub_ns, ns since 1970; wrong where nothing has set the clock
     boot_id: str = ""  # of the kernel; stamps of two boots cannot be compared
     language_backend: str = ""  # for example "llama.cpp CPU"; "" until the model is ready
+    board: BoardStatus | None = None
+    governor: GovernorStatus | None = None

@@ -59,7 +59,7 @@ def test_the_filter_ends_whoever_asks_for_an_internet_socket(home, code):
     assert run(home, "-c", code).returncode == -signal.SIGSYS
 
 
-def test_building_checking_and_measuring_a_bundle_use_no_network(home, tmp_path, toy_small):
+def test_building_checking_examining_and_measuring_a_bundle_use_no_network(home, tmp_path, toy_small):
     bundle = tmp_path / "bundle"
     (tmp_path / "pictures").mkdir()
     cv2.imwrite(str(tmp_path / "pictures" / "0.png"), toy.toy_image(112, 112, 0))
@@ -67,6 +67,9 @@ def test_building_checking_and_measuring_a_bundle_use_no_network(home, tmp_path,
     here = ("--bundle", bundle)
     assert_clean(run(home, "-m", "edge_agent.cli.main", "check", *here, "--camera", tmp_path / "pictures"), home)
     assert_clean(run(home, "-m", "edge_agent.cli.main", "bench", *here, "--max-image-tokens", 32, "-n", 1), home)
+    examined = run(home, "-m", "edge_agent.cli.main", "doctor", *here, "--camera", tmp_path / "pictures", "--json")
+    assert "onnxruntime" in {row["check"] for row in json.loads(examined.stdout)["checks"]}
+    assert "SIGSYS" not in examined.stderr + examined.stdout and list(home.iterdir()) == []
 
 
 @contextlib.contextmanager

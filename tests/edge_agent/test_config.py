@@ -22,7 +22,7 @@ TUNED = {
     "mean_age_ms": 41.5,
 }
 GOOD = "bundle: /b\ncamera: {source: clip.mp4}\n"
-SECTIONS = ("camera", "vision", "language", "task", "watchdog", "advanced")
+SECTIONS = ("camera", "vision", "language", "task", "watchdog", "governor", "advanced")
 
 
 def error_of(text: str) -> str:
@@ -45,6 +45,7 @@ def test_what_is_written_is_what_is_loaded():
         "           adapters: {night: /n.gguf, rain-2: r.gguf}}\n"
         "task: {action_space: waypoint, instruction: 'Land.', deadline_ms: 700}\n"
         "watchdog: {model_stall_s: 1, model_load_s: 2.5, camera_stall_s: 0.5}\n"
+        "governor: {enabled: false, max_temperature_c: 80, max_power_w: 12.5}\n"
         "advanced: {repack: false, flash_attention: true, reproducible: false, speculative: false, overlap: true,\n"
         "           mmap: true, mlock: true, kv_cache_type: q8_0}\n"
         f"tuned: {TUNED}\nruntime_dir: /run/x\n",
@@ -80,6 +81,7 @@ def test_what_is_written_is_what_is_loaded():
         },
         "task": {"action_space": "waypoint", "instruction": "Land.", "deadline_ms": 700},
         "watchdog": {"model_stall_s": 1.0, "model_load_s": 2.5, "camera_stall_s": 0.5},
+        "governor": {"enabled": False, "max_temperature_c": 80.0, "max_power_w": 12.5},
         "advanced": {
             "reproducible": False,
             "speculative": False,
@@ -126,6 +128,7 @@ def test_defaults():
         },
         "task": {"action_space": "velocity_body", "instruction": "Hold position.", "deadline_ms": 2000},
         "watchdog": {"model_stall_s": 10.0, "model_load_s": 120.0, "camera_stall_s": 3.0},
+        "governor": {"enabled": True, "max_temperature_c": None, "max_power_w": None},
         "advanced": dict.fromkeys(
             ("reproducible", "speculative", "overlap", "repack", "mmap", "mlock", "kv_cache_type", "flash_attention")
         ),
@@ -230,6 +233,10 @@ OUT_OF_RANGE = [
     ("watchdog.model_stall_s", "0", ">= 0.1", "0"),
     ("watchdog.model_load_s", "-1", ">= 0.1", "-1"),
     ("watchdog.camera_stall_s", ".nan", ">= 0.1", "nan"),
+    ("governor.max_temperature_c", "20", ">= 30", "20"),
+    ("governor.max_temperature_c", ".nan", ">= 30", "nan"),
+    ("governor.max_power_w", "0", "> 0", "0"),
+    ("governor.enabled", "maybe", "`bool`", "'maybe'"),
     ("watchdog.model_stall_s", ".inf", "expected", "inf"),
     ("watchdog.model_load_s", ".inf", "expected", "inf"),
     ("watchdog.camera_stall_s", ".inf", "expected", "inf"),

@@ -13,7 +13,16 @@ import msgspec
 
 from edge_agent.wire.codec import encode
 from edge_agent.wire.control import Reply, Request
-from edge_agent.wire.messages import Action, Refusal, StageTimes, Status, TextMessage, WorkerStatus
+from edge_agent.wire.messages import (
+    Action,
+    BoardStatus,
+    GovernorStatus,
+    Refusal,
+    StageTimes,
+    Status,
+    TextMessage,
+    WorkerStatus,
+)
 from edge_agent.wire.pushed_frame import pack_pushed_frame
 from edge_agent.wire.streams import pack
 
@@ -71,6 +80,8 @@ STATUS = Status(
     wall_clock_ns=1_795_000_000_000_000_000,
     boot_id="0b1d6c1e-9a55-4c83-a1c6-9f1c5f3a2d11",
     language_backend="llama.cpp GPU, 33 of 33 layers",
+    board=BoardStatus(power_w=14.5, energy_j_per_action=0.75, throttle_reasons=["temperature"], gpu_temperature_c=61.5),
+    governor=GovernorStatus(level=2, max_image_tokens=128, max_rate_hz=12.5, reason="at most 128 image tokens"),
 )
 TEXT = TextMessage(**HEADER, seq=3, lane="answer", frame_id=4711, text="ein Würfel ", request="9f3a61c2d07be845")
 VECTORS: dict[str, bytes] = {

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import get_args
 
+import msgspec
 import numpy as np
 import pytest
 from rich.console import Console
@@ -16,7 +17,7 @@ from rich.console import Console
 from edge_agent.apps import screen, terminal
 from edge_agent.apps.wire_log import WireLog, percentile
 from edge_agent.client import Client
-from edge_agent.wire.messages import Action, Lane, Refusal, StageTimes, Status, TextMessage
+from edge_agent.wire.messages import Action, GovernorStatus, Lane, Refusal, StageTimes, Status, TextMessage
 from tests.harness.fake_daemon import FakeDaemon, make_status
 
 HEADER = {"v": 1, "session": 1, "seq": 0, "t_pub_ns": 10**9, "bundle_id": "ab"}
@@ -112,6 +113,15 @@ def test_screen_shows_action_text_status_and_note():
     assert "none: invalid  no such type" in shown and "unknown, restarts 2" in shown
 
 
+def test_the_screen_says_what_the_governor_limits():
+    log = WireLog()
+    log.record(make_status())
+    assert "governor" not in rendered(log)
+    limited = GovernorStatus(level=1, max_image_tokens=64, reason="at most 64 image tokens: 3 °C below the limit")
+    log.record(msgspec.structs.replace(make_status(), governor=limited))
+    assert "at most 64 image tokens: 3 °C below" in rendered(log)
+
+
 def test_screen_without_messages_is_empty():
     assert "edge-agent" in rendered(WireLog())
 
@@ -134,6 +144,7 @@ def test_no_message_controls_the_terminal(evil, capsys):
     log = WireLog()
     forbidden = set("\x1b\x07\x9b\x00\r")
     messages = [action(1.0, instruction=evil, **{evil: evil}), text(evil), make_status(evil), refusal(evil)]
+    messages.append(msgspec.structs.replace(make_status(), governor=GovernorStatus(level=1, reason=evil)))
     for message in messages:
         log.record(message)
         assert not set(rendered(log)) & forbidden

@@ -248,7 +248,7 @@ def test_control_and_worker_messages_ignore_unknown_keys_too():
 @EACH
 def test_a_missing_key_is_an_error(stream, message):
     optional = {"request", "final", "stop_reason", "adapter", "chunk", "chunk_step_ms"}
-    optional |= {"wall_clock_ns", "boot_id", "paused", "language_backend"}
+    optional |= {"wall_clock_ns", "boot_id", "paused", "language_backend", "board", "governor"}
     for name in {"kind", *message.__struct_fields__} - optional:
         fields = msgspec.to_builtins(message)
         if name == "kind" and stream != "actions":

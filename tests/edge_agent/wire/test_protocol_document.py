@@ -23,6 +23,8 @@ from edge_agent.wire.messages import (
     MAX_MESSAGE_BYTES,
     PROTOCOL_VERSION,
     Action,
+    BoardStatus,
+    GovernorStatus,
     Header,
     Refusal,
     StageTimes,
@@ -42,6 +44,8 @@ TABLES: dict[str, type[msgspec.Struct]] = {
     "Text": TextMessage,
     "Status": Status,
     "Worker": WorkerStatus,
+    "Board": BoardStatus,
+    "Governor": GovernorStatus,
     "Request": control.Request,
     "Reply": control.Reply,
     "Pushed frame": pushed_frame.PushedFrame,
@@ -61,6 +65,9 @@ TYPES: list[tuple[Any, str]] = [
     (bytes, "bin"),
     (StageTimes, "Stage times"),
     (WorkerStatus, "Worker"),
+    (BoardStatus, "Board"),
+    (GovernorStatus, "Governor"),
+    (list[str], "list of str"),
     (dict[str, Any], "map"),
     (dict[str, int], "map of int"),
     (dict[str, float], "map of float"),
@@ -68,7 +75,7 @@ TYPES: list[tuple[Any, str]] = [
     (dict[str, control.StateValue | None], "map of bool, int, float, str or null"),
     (list[dict[str, messages.ActionValue]], "list of map of float or str"),
 ]
-UNITS = {"_ns": "ns", "_ms": "ms", "_s": "s", "_mib": "MiB", "_c": "°C"}
+UNITS = {"_ns": "ns", "_ms": "ms", "_s": "s", "_mib": "MiB", "_c": "°C", "_w": "W", "_mhz": "MHz", "_hz": "Hz"}
 
 
 def read_sections() -> dict[str, list[list[str]]]:
