@@ -97,8 +97,8 @@ def read_board(read: Read = read_text, names: Names = list_names) -> Board:
 
 
 def zones(read: Read = read_text, names: Names = list_names) -> list[Zone]:
-    """The thermal zones of the processors."""
-    found = []
+    """The temperatures of the processors."""
+    found: list[Zone] = []
     model = read("/proc/device-tree/model")
     firmware_c = next((limit for name, limit in FIRMWARE_LIMITS_C.items() if model.startswith(name)), None)
     for name in names(THERMAL):
@@ -113,7 +113,7 @@ def zones(read: Read = read_text, names: Names = list_names) -> list[Zone]:
             limit_c = min(firmware_c, limit_c or firmware_c)
         temperature_c = _celsius(read(f"{folder}/temp"))
         found.append(Zone(kind or name, temperature_c if (temperature_c or 0) > 0 else None, limit_c))
-    return found or _chip_sensors(read, names)
+    return found + _chip_sensors(read, names)
 
 
 def _throttle_trip_c(folder: str, read: Read, names: Names) -> float | None:
@@ -130,11 +130,11 @@ def _throttle_trip_c(folder: str, read: Read, names: Names) -> float | None:
 
 
 def _chip_sensors(read: Read, names: Names) -> list[Zone]:
-    """Of a PC without thermal zones: the sensors in its processor, whose critical value is where it throttles."""
+    """Of a PC: the sensors in its processor, whose critical value is where it throttles. Its zones do not tell that."""
     found = []
     for name in names(HWMON):
         chip = read(f"{HWMON}/{name}/name").strip()
-        if chip not in ("coretemp", "k10temp", "zenpower", "cpu_thermal"):
+        if chip not in ("coretemp", "k10temp", "zenpower"):
             continue
         for file in names(f"{HWMON}/{name}"):
             if re.fullmatch(r"temp[0-9]+_input", file):

@@ -61,7 +61,7 @@ def gpu(machine: Machine) -> Finding:
         )
     answers, n_pci = machine.answers, pci_cards(machine)
     driver = machine.exists("/proc/driver/nvidia/version")
-    if answers.visible_devices is not None and driver and not answers.cards and not answers.card_error:
+    if answers.visible_devices is not None and driver and answers.cards == () and not answers.card_error:
         found = f"CUDA_VISIBLE_DEVICES={answers.visible_devices!r} hides every card"
         return warned("GPU", found, "unset CUDA_VISIBLE_DEVICES, or name a card that exists")
     if answers.cards:
@@ -73,10 +73,12 @@ def gpu(machine: Machine) -> Finding:
             remedy = "name one card: CUDA_VISIBLE_DEVICES=0 (Environment= in a drop-in of the unit)"
             return warned("GPU", f"{len(answers.cards)} cards, the model is spread over all of them: {names}", remedy)
         return passed("GPU", names)
-    if driver or answers.card_error:
+    if answers.card_error or (driver and answers.cards == ()):
         why = answers.card_error or "NVML finds no card"
         remedy = "restart the machine; if that does not help, install the driver again. `nvidia-smi` says more"
         return failed("GPU", f"the driver is loaded and does not answer: {why}", remedy)
+    if driver:
+        return passed("GPU", "NVIDIA's driver is loaded")
     if n_pci:
         loaded = "nouveau is loaded instead" if "nouveau " in machine.read("/proc/modules") else "no driver is loaded"
         if is_container(machine):

@@ -187,7 +187,7 @@ def _cards() -> dict[str, Any]:
         cards = nvml.cards()
         fields = CardAnswer.__struct_fields__
         return {
-            "cards": tuple(CardAnswer(**{name: getattr(card, name) for name in fields}) for card in cards) or None,
+            "cards": tuple(CardAnswer(**{name: getattr(card, name) for name in fields}) for card in cards),
             "card_error": nvml.error,
             "cuda_version": nvml.cuda_version(),
         }

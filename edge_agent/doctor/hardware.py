@@ -25,6 +25,7 @@ SIMD = {"x86_64": ("flags", "avx2"), "aarch64": ("Features", "asimddp")}
 NEAR_LIMIT_C = 5.0
 THROTTLED_PERIODS = 0.1  # of all periods of the quota
 WEAK_MODE = 0.5  # of the strongest mode's watts
+HELD_DOWN_GPU = 0.35  # of its highest clock: an AGX Orin in its default mode has 0.48
 
 
 class Jetson(NamedTuple):
@@ -88,6 +89,13 @@ def board(machine: Machine) -> Finding:
     return passed("board", f"{name}, JetPack {found.jetpack} ({release})")
 
 
+def architecture(machine: Machine) -> str:
+    """As uname -m says it; of a saved machine, as its /proc/cpuinfo shows."""
+    text = machine.read("/proc/cpuinfo")
+    found = [name for name, (key, _) in SIMD.items() if re.search(rf"^{key}\s*:", text, re.MULTILINE)]
+    return machine.answers.architecture or (found[0] if len(found) == 1 else "")
+
+
 def system(machine: Machine) -> Finding | None:
     """The architecture and Python."""
     python, bits = machine.answers.python, machine.answers.pointer_bits
@@ -106,7 +114,7 @@ def system(machine: Machine) -> Finding | None:
 
 def processor(machine: Machine) -> Finding | None:
     """Instructions that the fast kernels need."""
-    text, (key, wanted) = machine.read("/proc/cpuinfo"), SIMD.get(machine.answers.architecture, ("", ""))
+    text, (key, wanted) = machine.read("/proc/cpuinfo"), SIMD.get(architecture(machine), ("", ""))
     lines = [line.partition(":")[2].split() for line in text.splitlines() if line.partition(":")[0].strip() == key]
     if not wanted or not lines:
         return None
@@ -198,7 +206,7 @@ def clocks(machine: Machine) -> Finding | None:
     gpu = sensors.gpu_folder(machine.names)
     steps = to_numbers(machine.read(f"{gpu}/available_frequencies")) if gpu else []
     limit_hz = machine.number(f"{gpu}/max_freq") if gpu else None
-    if steps and limit_hz and limit_hz < WEAK_MODE * max(steps):
+    if steps and limit_hz and limit_hz < HELD_DOWN_GPU * max(steps):
         slow.append(f"GPU: at most {limit_hz / 1e6:.0f} of {max(steps) / 1e6:.0f} MHz")
     if slow:
         command = "sudo jetson_clocks" if jetson(machine) else "sudo cpupower frequency-set -g schedutil"

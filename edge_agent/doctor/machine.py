@@ -97,7 +97,7 @@ class Answers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     clock_synchronised: bool | None = None
     year: int | None = None  # by this machine's clock
     disks: dict[str, DiskAnswer] = {}  # path -> the file system behind it
-    cards: tuple[CardAnswer, ...] | None = None
+    cards: tuple[CardAnswer, ...] | None = None  # empty: NVML finds none
     card_error: str = ""  # of NVIDIA's management library
     cuda_version: int | None = None  # newest major version of CUDA that the driver runs
     visible_devices: str | None = None  # $CUDA_VISIBLE_DEVICES

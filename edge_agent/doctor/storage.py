@@ -19,7 +19,7 @@ STATE_FOLDER = "/var/lib/edge-agent"
 def disk(machine: Machine) -> Finding | None:
     """Space, number of files, and file systems that cannot be written to."""
     if not machine.answers.disks:
-        return None
+        return _root_is_read_only(machine)
     roomy = []
     for path, found in machine.answers.disks.items():
         if found.read_only:
@@ -38,6 +38,15 @@ def disk(machine: Machine) -> Finding | None:
             return failed("disk", f"{path}: {found.free_files} more files can be made", remedy)
         roomy.append(f"{path}: {found.free_mib / 1024:.1f} GiB free")
     return passed("disk", ", ".join(roomy) or "read-only, as configured")
+
+
+def _root_is_read_only(machine: Machine) -> Finding | None:
+    """Of a saved machine, whose space is unknown."""
+    lines = [line.split() for line in machine.read("/proc/mounts").splitlines()]
+    options = [line[3].split(",") for line in lines if len(line) > 3 and line[1] == "/"]
+    if not options or "ro" not in options[-1] or _may_be_read_only("/", machine):
+        return None
+    return failed("disk", "/: read-only", "sudo dmesg | grep -i remount says why; then sudo fsck")
 
 
 def _may_be_read_only(path: str, machine: Machine) -> bool:

@@ -170,9 +170,10 @@ BOARD_FAULTS: dict[str, Fault] = {
         "fail",
         "Driver/library version mismatch",
     ),
+    "no card behind the driver": Fault(PC_WITH_CARD, {"cards": ()}, "GPU", "fail", "NVML finds no card"),
     "two cards": Fault(PC_WITH_CARD, {"cards": (CARD, CARD)}, "GPU", "warn", "CUDA_VISIBLE_DEVICES"),
     "every card is hidden": Fault(
-        PC_WITH_CARD, {"cards": None, "visible_devices": ""}, "GPU", "warn", "hides every card"
+        PC_WITH_CARD, {"cards": (), "visible_devices": ""}, "GPU", "warn", "hides every card"
     ),
     "a card without free memory": Fault(
         PC_WITH_CARD, card(memory_free_mib=300.0), "GPU memory", "fail", "300 of 12282"

@@ -101,7 +101,7 @@ def test_a_raspberry_pi_throttles_below_its_trip_point():
     assert board.zones == (Zone("cpu-thermal", 58.0, 80.0),)
 
 
-def test_a_pc_without_zones_has_sensors_in_its_processor():
+def test_a_pc_has_sensors_in_its_processor_that_tell_the_limit():
     folder = "/sys/class/hwmon/hwmon1"
     table: boards.Table = {
         f"{folder}/name": "coretemp\n",
@@ -112,6 +112,8 @@ def test_a_pc_without_zones_has_sensors_in_its_processor():
         "/sys/class/hwmon/hwmon2/temp1_input": "80000\n",
     }
     assert board_of(table).zones == (Zone("Package id 0", 61.0, 100.0),)
+    board = board_of(table | boards.zone(0, "x86_pkg_temp", 62, passive=0))
+    assert (board.temperature_c, board.headroom_c) == (62.0, 39.0)
 
 
 # -- power ------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import stat
 import pytest
 
 from edge_agent.doctor.examine import examine, exit_status
-from edge_agent.doctor.machine import CameraAnswer, DiskAnswer
+from edge_agent.doctor.machine import Answers, CameraAnswer, DiskAnswer
 from tests.harness import boards
 from tests.harness.board_faults import BOARD_FAULTS, UNIT_FILE, Fault, service
 from tests.harness.boards import AGX_ORIN, ORIN_NANO, ORIN_NX, PC, PC_WITH_CARD, RASPBERRY_PI, THOR
@@ -241,3 +241,19 @@ def test_the_page_lists_every_check():
     rows = [line.split("|")[1].strip() for line in page.splitlines() if line.startswith("| ")]
     listed = {name.strip() for row in rows for name in row.split(",")}
     assert {fault.check for fault in FAULTS.values()} <= listed
+
+
+def test_a_saved_machine_without_answers_tells_what_its_files_tell():
+    """A folder of files alone: the processor and a read-only disk are still found."""
+    bare = boards.RASPBERRY_PI.files | {"/proc/mounts": "/dev/mmcblk0p2 / ext4 ro,noatime 0 0\n"}
+    machine = boards.Fixture("bare", bare, Answers()).machine()
+    assert alarms(machine) == {"disk": "fail"}
+    read_only = {"/etc/fstab": "/dev/root / ext4 ro,noatime 0 1\n"}  # as its owner wants it
+    assert alarms(boards.Fixture("bare", bare | read_only, Answers()).machine()) == {}
+    old = boards.cpu(8, "powersave", "intel_pstate", 4_200_000, "fpu sse4_2")
+    assert alarms(boards.Fixture("old", boards.PC.files | old, Answers()).machine()) == {"processor": "warn"}
+
+
+@pytest.mark.parametrize("board", boards.BOARDS, ids=lambda board: board.name)
+def test_without_answers_no_healthy_machine_has_an_alarm(board):
+    assert alarms(board._replace(answers=Answers()).machine()) == {}
