@@ -38,19 +38,17 @@ def test_what_is_written_is_what_is_loaded():
         "bundle: /bundles/3b\ntrusted_keys: [/etc/ours.pub, theirs.pub]\n"
         "camera: {source: /dev/video2, name: nose, width: 1280, height: 720, fps: 29.97, realtime: false, loop: no,\n"
         "         fourcc: MJPG, max_megapixels: 1, identical_frames_s: 0}\n"
-        "profile: small\ncpu_threads: 3\n"
+        "profile: small\ncpu_threads: 3\ngovernor: {enabled: false, max_temperature_c: 80, max_power_w: 12.5}\n"
         "vision: {backend: mtmd, max_image_tokens: 64, tensorrt: true}\n"
         "language: {context: 4096, gpu_layers: 0, describe_prompt: 'What?', max_text_tokens: 5,\n"
         "           stream_action_text: false, max_reasoning_tokens: 99, adapter: night,\n"
         "           adapters: {night: /n.gguf, rain-2: r.gguf}}\n"
         "task: {action_space: waypoint, instruction: 'Land.', deadline_ms: 700}\n"
         "watchdog: {model_stall_s: 1, model_load_s: 2.5, camera_stall_s: 0.5}\n"
-        "governor: {enabled: false, max_temperature_c: 80, max_power_w: 12.5}\n"
         "advanced: {repack: false, flash_attention: true, reproducible: false, speculative: false, overlap: true,\n"
         "           mmap: true, mlock: true, kv_cache_type: q8_0}\n"
-        f"tuned: {TUNED}\nruntime_dir: /run/x\n",
-        "agent.yaml",
-    )
+        f"tuned: {TUNED}\nruntime_dir: /run/x\n", "agent.yaml",
+    )  # fmt: skip
     assert msgspec.to_builtins(loaded) == {
         "bundle": "/bundles/3b",
         "trusted_keys": ("/etc/ours.pub", "theirs.pub"),
