@@ -16,13 +16,13 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from edge_agent.board.control_groups import read_text
 from edge_agent.board.sensors import list_names
 from edge_agent.config import Config
 from edge_agent.errors import ConfigError
 
 ANSWERS_FILE = "machine.json"
 MAX_LINKS = 8
+MAX_FILE_BYTES = 1 << 20
 
 
 class CardAnswer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -134,7 +134,14 @@ class LocalFiles:
         self.root = root
 
     def read(self, path: str) -> str:
-        return read_text(str(self._real(path)))
+        """At most MAX_FILE_BYTES of a plain file: a pipe would block, and a device may have no end."""
+        try:
+            with os.fdopen(os.open(self._real(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    return ""
+                return file.read(MAX_FILE_BYTES).decode()
+        except (OSError, UnicodeDecodeError):
+            return ""
 
     def names(self, folder: str) -> list[str]:
         return list_names(str(self._real(folder)))

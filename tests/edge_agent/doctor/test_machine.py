@@ -98,6 +98,20 @@ def test_links_of_a_saved_machine_lead_to_its_own_files(tmp_path):
     assert (files.read("/etc/out"), files.read("/etc/d"), files.mode("/etc/out")) == ("", "", None)
 
 
+def test_only_plain_files_are_read(tmp_path):
+    """Neither of these may make doctor hang or grow."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "large").write_bytes(b"a" * (3 << 20))
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    files = LocalFiles(tmp_path)
+    assert [files.read(f"/{name}") for name in ("pipe", "zero", "latin", "none", "")] == [""] * 5
+    assert len(files.read("/large")) == 1 << 20
+    live = LocalFiles()
+    assert live.read("/dev/zero") == live.read(str(tmp_path / "pipe")) == live.read("/proc") == ""
+    assert "MemTotal" in live.read("/proc/meminfo")
+
+
 # -- this machine -----------------------------------------------------------------------------------------------------
 
 
@@ -154,6 +168,36 @@ def test_the_camera_is_asked_by_the_probe_of_check(tmp_path):
     assert (found.works, found.line, found.clock) == (True, f"{tmp_path}: 140x112", "arrival")
     found = _ask_camera(CameraConfig(source=str(tmp_path / "none.mp4")))
     assert not found.works and found.line.startswith("absent: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("bundle: /b\ncamera: {source: /dev/video0}\n", ("/b", "")),
+        ("bundle: /b\n", (None, "camera")),
+        (None, (None, "No such file")),
+    ],
+)
+def test_without_arguments_the_configuration_is_that_of_the_unit(tmp_path, text, found):
+    path = tmp_path / "agent.yaml"
+    if text is not None:
+        path.write_text(text)
+    unit = f"[Service]\nExecStart=/bin/edge-agent run --config {path}\n"
+    files = boards.TableFiles({"/etc/systemd/system/edge-agent.service": unit}, {})
+    config, config_path, error = collect._config_of_the_unit(files)
+    assert (config.bundle if config is not None else None, config_path) == (found[0], str(path))
+    assert (found[1] in error) and bool(error) == (config is None)
+    assert collect._config_of_the_unit(boards.TableFiles({}, {})) == (None, "", "")
+
+
+def test_a_line_of_tegrastats_is_taken_and_the_program_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert collect._tegrastats() == ""
+    program = tmp_path / "tegrastats"
+    program.write_text("#!/bin/sh\necho 'RAM 1/2MB cpu@47C'\necho second\nexec sleep 600\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(collect, "TEGRASTATS_S", 0.5)
+    assert collect._tegrastats() == "RAM 1/2MB cpu@47C"
 
 
 # -- the unit ---------------------------------------------------------------------------------------------------------
