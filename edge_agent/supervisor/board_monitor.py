@@ -25,7 +25,8 @@ from edge_agent.wire.messages import BoardStatus, GovernorStatus
 
 INTERVAL_NS = NS_PER_S
 STALE_NS = 5 * NS_PER_S
-WINDOW_S = 10  # of the energy per action and of the rate
+WINDOW_S = 30  # of the energy per action and of the rate; a slow model answers every few seconds
+MIN_ANSWERS = 2  # one says nothing about a rate
 NO_LIMIT = LimitLoad()
 OWN_LIMIT = "power limit"  # how a card keeps its own limit: no sign that the board throttles
 
@@ -167,9 +168,14 @@ class BoardMonitor:
 
     @property
     def answers_per_s(self) -> float | None:
-        if len(self._samples) < 2:
+        """Of the last seconds, from the moment at which the first answer came: before, a model may have been loading.
+        None: too few answers to tell."""
+        if not self._samples:
             return None
-        first, last = self._samples[0], self._samples[-1]
+        idle = [sample for sample in self._samples if sample.answers == self._samples[0].answers]
+        first, last = idle[-1], self._samples[-1]
+        if last.answers - first.answers < MIN_ANSWERS:
+            return None
         return (last.answers - first.answers) / (last.time_s - first.time_s)
 
     @property

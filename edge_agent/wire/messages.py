@@ -154,7 +154,7 @@ class BoardStatus(msgspec.Struct, frozen=True, kw_only=True):
     """What the board's sensors and the GPU say. None means unknown."""
 
     power_w: float | None = None  # of the whole board; where nothing measures that, of the cards
-    energy_j_per_action: float | None = None  # of the last 10 s: everything that power_w measures, for each action
+    energy_j_per_action: float | None = None  # of the last 30 s: everything that power_w measures, for each action
     throttle_reasons: list[str] | None = None  # why clocks are lowered now; empty: they are not
     cpu_mhz: float | None = None  # of the fastest core
     gpu_mhz: float | None = None

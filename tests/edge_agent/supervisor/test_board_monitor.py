@@ -119,7 +119,7 @@ def test_a_reading_that_cannot_be_right_is_a_fault_of_the_model_process(running,
 
 def test_the_energy_of_an_action_is_that_of_the_last_seconds(running):
     assert status(running).board.energy_j_per_action is None
-    for _ in range(30):
+    for _ in range(40):
         running.answer()
         running.answer()
         running.turn(1.0)
@@ -128,7 +128,7 @@ def test_the_energy_of_an_action_is_that_of_the_last_seconds(running):
         running.answer()
         running.turn(1.0)
     assert status(running).board.energy_j_per_action == pytest.approx(8.0)
-    for _ in range(12):
+    for _ in range(32):
         running.turn(1.0)
     assert status(running).board.energy_j_per_action is None  # no action
 
@@ -164,6 +164,23 @@ def test_a_hot_board_limits_the_model_and_the_status_says_why(running, capfd):
     assert "at most 128 image tokens" in said.reason and "1 °C below the limit" in said.reason
     assert "governor: at most 128 image tokens" in capfd.readouterr().err
     assert running.state == ("running", "")
+
+
+def test_the_rate_counts_from_the_first_answer(running):
+    """Half a minute without an answer, as while a model loads, then five a second."""
+    board = running.supervisor.board
+    for _ in range(32):
+        running.turn(1.0)
+    assert board.answers_per_s is None
+    for _ in range(3):
+        for _ in range(5):
+            running.answer()
+        running.turn(1.0)
+    assert board.answers_per_s == pytest.approx(5.0)
+    for _ in range(32):
+        running.answer()
+        running.turn(1.0)
+    assert board.answers_per_s == pytest.approx(1.0, abs=0.1)
 
 
 def test_a_new_model_process_gets_the_limit_in_force(running):
