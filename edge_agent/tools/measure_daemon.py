@@ -91,7 +91,9 @@ def measure(config: Config, folder: Path, seconds: float) -> Measured:
     is_pushed = camera.source.startswith("zmq:")
     if is_pushed:
         camera = msgspec.structs.replace(camera, source=f"zmq:ipc://{folder}/frames")
-    config = msgspec.structs.replace(config, runtime_dir=str(runtime), camera=camera)
+    # A limit of the governor would measure another configuration than this one.
+    ungoverned = msgspec.structs.replace(config.governor, enabled=False)
+    config = msgspec.structs.replace(config, runtime_dir=str(runtime), camera=camera, governor=ungoverned)
     file = folder / "config.yaml"
     file.write_bytes(msgspec.json.encode(config))  # JSON is YAML
     with contextlib.ExitStack() as stack:

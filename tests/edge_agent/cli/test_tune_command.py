@@ -176,5 +176,7 @@ def test_one_real_measurement(file: Path, tmp_path_factory: pytest.TempPathFacto
 
 def test_a_daemon_that_does_not_start_is_the_problem(file: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     file.write_text(file.read_text().replace("max_image_tokens: 64", "max_image_tokens: 1024"))
-    result = measure(load_config(file), tmp_path_factory.mktemp("m"), 0.5)
+    folder = tmp_path_factory.mktemp("m")
+    result = measure(load_config(file), folder, 0.5)
+    assert not load_config(folder / "config.yaml").governor.enabled  # its limit would be another configuration
     assert result.mean_age_ms is None and "context" in result.problem
