@@ -152,5 +152,5 @@ def test_too_little_memory_is_not_an_error_of_the_configuration(toy_bundle, monk
     )
     monkeypatch.setattr("edge_agent.board.health.mem_available_mib", lambda: 100.0)
     assert main() == 1
-    assert isinstance(events[-1], StartupFailed) and not events[-1].configured
+    assert isinstance(events[-1], StartupFailed) and events[-1].fault == "memory"
     assert "100 MiB free" in events[-1].reason

@@ -73,7 +73,7 @@ def replace(name: str) -> Callable[[Path], None]:
 )
 def test_a_file_that_was_replaced_is_refused_by_name(start, backend: str, name: str):
     *before, failed = start(backend, replace(name))
-    assert isinstance(failed, StartupFailed) and failed.configured
+    assert isinstance(failed, StartupFailed) and failed.fault == "bundle"
     assert f"{name}: sha256: expected " in failed.reason and "\n" not in failed.reason
     assert any(isinstance(event, Heartbeat) and event.what.startswith(f"verify {name}") for event in before)
 
