@@ -40,7 +40,7 @@ def unit(machine: Machine) -> Finding | None:
     if found is None:
         if is_container(machine) or not any(map(machine.exists, (CONFIG, PROGRAM, STATE))):
             return passed("unit", "not installed: edge-agent is no service here")
-        remedy = f"sudo cp systemd/{NAME} /etc/systemd/system/ && sudo systemctl enable --now edge-agent"
+        remedy = "sudo sh systemd/install.sh in the folder of this project (docs/jetson.md)"
         return warned("unit", f"{NAME} is not installed", remedy)
     command = found.command
     n_commands = len(found.settings.get("ExecStart", []))

@@ -14,6 +14,16 @@ from tests.harness.boards import AGX_ORIN, ORIN_NANO, ORIN_NX, PC, PC_WITH_CARD,
 
 INSTALLATION_FAULTS: dict[str, Fault] = {
     # -- camera
+    "no pusher": Fault(
+        PC,
+        {
+            "config": boards.CONFIG.replace("/dev/video0", "zmq:ipc:///run/edge-agent/frames"),
+            "camera": CameraAnswer(works=False, line="stalled: ipc:///run/edge-agent/frames: no frame for 2 s"),
+        },
+        "camera",
+        "warn",
+        "FramePusher",
+    ),
     "no camera": Fault(ORIN_NANO, {"files": {"/dev/video0": None}}, "camera", "fail", "no such device"),
     "a camera that fails": Fault(
         PC,

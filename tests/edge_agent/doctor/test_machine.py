@@ -165,7 +165,7 @@ def test_a_native_library_that_hangs_is_killed(monkeypatch):
 def test_the_camera_is_asked_by_the_probe_of_check(tmp_path):
     cv2.imwrite(str(tmp_path / "0.png"), toy.toy_image(112, 140, 0))
     found = _ask_camera(CameraConfig(source=str(tmp_path)))
-    assert (found.works, found.line, found.clock) == (True, f"{tmp_path}: 140x112", "arrival")
+    assert (found.works, found.line, found.clock) == (True, f"{tmp_path}: 140x112 at 5 fps", "arrival")
     found = _ask_camera(CameraConfig(source=str(tmp_path / "none.mp4")))
     assert not found.works and found.line.startswith("absent: ")
 
