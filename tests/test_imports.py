@@ -29,7 +29,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "client": ({"suspend", "time_units", "wire"}, {"msgspec", "zmq"}),
     "board": (set(), set()),
     "actions": ({"errors", "strict_yaml", "time_units", "wire"}, {"msgspec"}),
-    "bundle": ({"errors", "config", "profile"}, {"msgspec", "gguf", "cryptography"}),
+    "bundle": ({"errors", "config", "profile", "strict_yaml"}, {"msgspec", "gguf", "cryptography"}),
     "ipc": ({"time_units", "wire"}, {"msgspec", "numpy"}),
     "camera": (
         {"ipc", "config", "errors", "suspend", "time_units", "wire", "zmtp"},
@@ -68,6 +68,8 @@ ORDER: dict[str, list[str]] = {
     "bundle": [
         "gguf_package", "files", "file_check", "recognise", "signing", "manifest", "manifest_check", "verify",
         "store", "verified_files", "lora_check", "model_start", "memory_plan",
+        "gguf_package", "files", "file_check", "recognise", "signing", "layout", "manifest", "model_facts",
+        "manifest_check", "verify", "verified_files", "lora_check", "model_start", "memory_plan", "wrap",
     ],
     "board": ["control_groups", "health", "sensors", "cuda_code", "nvml"],
     "ipc": ["backoff", "token_sizes", "frame_slot", "events", "worker"],

@@ -56,7 +56,7 @@ BLOCKS = {
 GGUF_VERSIONS = (2, 3)  # 3 differs from 2 in that a file may be big-endian
 # GGUF value type -> format of struct: 8 to 64 bit integers, float32, bool, float64
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-STRING, ARRAY, INTEGERS = 8, 9, "bBhHiIqQ"
+STRING, ARRAY, INTEGERS = 8, 9, frozenset("bBhHiIqQ")
 TOKENS, TOKEN_TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
 MAX_KEPT = 1024  # values of an array of strings that are returned: the special tokens come first
 MAX_KEPT_NUMBERS = 1024  # a longer array of numbers is not returned: a number for each layer, not for each token

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -20,14 +21,15 @@ from typing import NamedTuple
 import msgspec
 
 import edge_agent
-from edge_agent.bundle import recognise
+from edge_agent.bundle import recognise, signing
 from edge_agent.bundle.file_check import GgufHeader, UnsafeFileError, check_gguf, read_gguf_keys, read_tokens
-from edge_agent.bundle.files import BLOCK_BYTES, BundleFile, file_stamp, sync_folder
+from edge_agent.bundle.files import BLOCK_BYTES, BundleFile, file_stamp, sync_folder, write_durably
 from edge_agent.bundle.layout import CONTROL, LAYOUTS, SPECIAL_TEXTS, PromptLayout, read_layout
 from edge_agent.bundle.layout import recognise as recognise_layout
 from edge_agent.bundle.manifest import (
     FORMAT,
     LANGUAGE,
+    MANIFEST,
     MMPROJ,
     SPECIAL_NAMES,
     THINK_TOKENS,
@@ -51,6 +53,7 @@ from edge_agent.errors import BundleError, ConfigError
 
 IMG_BREAK = "[IMG_BREAK]"
 FICLONE = 0x40049409  # ioctl: a copy that shares its blocks, on btrfs and XFS
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.EBADF)
 SPARE_BYTES = 1 << 20  # of free space: the manifest and the folder
 
 Report = Callable[[int, int], None]  # bytes done, bytes in total
@@ -80,13 +83,16 @@ def wrap(
     *,
     layout: str = "",
     link: bool = False,
+    signing_key: Path | None = None,
     report: Report = lambda n_done, n_total: None,
 ) -> Manifest:
     """Make the bundle `out`, a new folder: complete, or absent. Raises BundleError, ConfigError.
 
     layout: a name of LAYOUTS, or the path of a YAML file; "": found by the vocabulary. link: the bundle shares the
-    files' bytes, on the same file system.
+    files' bytes, on the same file system. signing_key: a private key; bundle.sig is written with it.
     """
+    if signing_key is not None:
+        signing.load_private_key(signing_key)  # an invalid key is reported before any work
     out = Path(os.path.abspath(out))
     if out.is_symlink() or out.exists():
         raise BundleError(f"{out}: exists; give the name of a new folder")
@@ -105,6 +111,9 @@ def wrap(
                     manifest, files=files, source_sha256={s.path.name: files[s.name].sha256 for s in sources}
                 )
                 write_manifest(folder, manifest)
+                if signing_key is not None:
+                    signature = signing.sign((folder / MANIFEST).read_bytes(), signing_key)
+                    write_durably(folder / signing.SIGNATURE, signature)
         except OSError as error:
             raise BundleError(f"{out}: {error.strerror} while writing it; nothing is left of it") from None
     return manifest
@@ -117,14 +126,8 @@ def _open_source(path: Path, name: str) -> Iterator[_Source]:
     except OSError as error:
         raise BundleError(f"{path}: {error.strerror}") from None
     try:
-        with open(descriptor, "rb", closefd=False) as file:
-            try:
-                start = file.read(4)
-            except OSError as error:  # a folder
-                raise BundleError(
-                    f"{path}: {recognise.describe(path) or error.strerror}; expected a GGUF file"
-                ) from None
-        if start not in (b"GGUF", b"FUGG"):
+        is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
+        if not is_file or os.pread(descriptor, 4, 0) != b"GGUF":
             raise BundleError(f"{path}: {recognise.describe(path) or 'not a GGUF file'}; expected a GGUF file")
         yield _Source(path, name, descriptor, file_stamp(descriptor))
     finally:
@@ -263,8 +266,13 @@ def _new_folder(out: Path) -> Iterator[Path]:
     folder.mkdir(mode=0o700, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with contextlib.suppress(OSError):  # a file system without locks
+        try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BundleError(f"{out}: another edge-agent bundle wrap is writing it; wait for it") from None
+        except OSError as error:  # a server without a lock service
+            if error.errno not in NO_LOCKS:
+                raise
         for left in folder.iterdir():
             left.unlink()
         try:

@@ -162,6 +162,8 @@ class LlamaContext:
         self._table = _EmbeddingTable(path, embedding)
         try:
             self.model, log = _load_model(path, options, progress)
+            if why := _not_served(self.model):
+                raise LlamaError(f"{path}: {why}")
             info = ll.llama_print_system_info().decode("utf-8", "replace")
             self.facts = language_facts(log, info, is_gpu_build=_is_gpu_build())
             self.vocab = ll.llama_model_get_vocab(self.model)
@@ -179,6 +181,7 @@ class LlamaContext:
                 return
             # Before the context, which reserves its graph for adapters. They are freed with the model.
             self._adapters = {name: _load_adapter(self.model, name, file) for name, file in options.adapters.items()}
+            self._n_ubatch = min(ROWS_PER_STEP, options.context)
             self.context = _make_context(self.model, path, options, n_cells, unified=self.can_batch_text)
         except BaseException:
             self.close()
@@ -279,6 +282,17 @@ class LlamaContext:
         """
         return self._evaluate(batch, start, sequence, output_rows, text_position)
 
+    def evaluate_image(self, rows: np.ndarray, start: int) -> None:
+        """Evaluate the rows of one image, (n, n_embd) float32, on ACTION_SEQ: each attends to all of them, also to
+        those behind it. Raises LlamaError."""
+        if len(rows) > self._n_ubatch:  # llama.cpp would abort
+            raise LlamaError(f"an image of {len(rows)} rows; this family needs language.context of {len(rows)} or more")
+        ll.llama_set_causal_attn(self.context, False)
+        try:
+            self._evaluate(rows, start, ACTION_SEQ, [len(rows) - 1], None, alignment=1)  # padding would be attended to
+        finally:
+            ll.llama_set_causal_attn(self.context, True)
+
     def _evaluate(
         self,
         batch: list[int] | np.ndarray | FrameBuffer,
@@ -286,12 +300,15 @@ class LlamaContext:
         sequence: int,
         output_rows: list[int],
         text_position: int | None,
+        alignment: int | None = None,
     ) -> list[np.ndarray]:
+        """alignment: None for the sequence's own."""
         n = len(batch)
         stop = max(start + n - (text_position is not None), 1 + (text_position or 0))
         if not 0 < n <= self.n_ctx or stop > self.n_ctx:
             raise LlamaError(f"positions {start} to {stop} do not fit a context of {self.n_ctx} tokens")
-        alignment = self._alignment if sequence == ACTION_SEQ else 1
+        if alignment is None:
+            alignment = self._alignment if sequence == ACTION_SEQ else 1
         n_padded = n + -n % alignment
         arrays = self._batch
         native = arrays.describe(n, n_padded, start, sequence, output_rows, text_position, alignment)
@@ -444,6 +461,19 @@ def _load_model(path: Path, options: LlamaOptions, progress: Callable[[float], N
     if not model:
         raise LlamaError(f"{path}: llama.cpp cannot load it: {_first_error(lines)}")
     return model, lines
+
+
+def _not_served(model: int) -> str:
+    """Why a model cannot work with a cache that is cut back to the frame before; "": it can."""
+    if ll.llama_model_is_recurrent(model) or ll.llama_model_is_hybrid(model):
+        return "a model with recurrent layers, whose state cannot be cut back"
+    if ll.llama_model_has_encoder(model) or not ll.llama_model_has_decoder(model):
+        return "a model with an encoder of text; expected a decoder"
+    if ll.llama_model_is_diffusion(model):
+        return "a diffusion model; expected one that writes from left to right"
+    if ll.llama_model_rope_type(model) in (ll.LLAMA_ROPE_TYPE_MROPE, ll.LLAMA_ROPE_TYPE_IMROPE):
+        return "positions of three dimensions (M-RoPE), which edge-agent does not write"
+    return ""
 
 
 def _load_adapter(model: int, name: str, path: str) -> int:

@@ -1,0 +1,448 @@
+"""Published GGUF files become a bundle: what is in it, what is refused, and that nothing is left half-written."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import struct
+from pathlib import Path
+
+import gguf
+import pytest
+
+from edge_agent.bundle import wrap as wrap_module
+from edge_agent.bundle.files import hash_file
+from edge_agent.bundle.layout import MISTRAL_VISION
+from edge_agent.bundle.manifest import LANGUAGE, MANIFEST, MMPROJ, read_manifest
+from edge_agent.bundle.verified_files import VerifiedFiles
+from edge_agent.bundle.verify import verify_bundle
+from edge_agent.bundle.wrap import wrap
+from edge_agent.errors import BundleError, ConfigError, UserError
+from tests.harness import gguf_toys as toys
+
+
+@pytest.fixture(scope="module")
+def chatml(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toys.write_language(tmp_path_factory.mktemp("chatml") / "toy-chatml.gguf")
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("gemma")
+    language = toys.write_language(folder / "toy-gemma.gguf", "gemma3", toys.GEMMA)
+    return language, toys.write_gemma_mmproj(folder / "mmproj-toy-gemma.gguf")
+
+
+# -- what is made ------------------------------------------------------------------------------------------------------
+
+
+def test_a_published_pair_of_our_own_family_says_what_our_build_says(toy_bundle: Path, tmp_path: Path):
+    built = read_manifest(toy_bundle).manifest
+    wrap(toy_bundle / LANGUAGE, toy_bundle / MMPROJ, tmp_path / "out")
+    wrapped = verify_bundle(tmp_path / "out").manifest
+    assert set(os.listdir(tmp_path / "out")) == {LANGUAGE, MMPROJ, MANIFEST}
+    for name in (LANGUAGE, MMPROJ):
+        assert (tmp_path / "out" / name).read_bytes() == (toy_bundle / name).read_bytes()
+        assert wrapped.files[name] == built.files[name] == hash_file(toy_bundle / name)
+    assert (wrapped.layout, built.layout) == (MISTRAL_VISION, None)
+    assert (wrapped.bytes_by_type, wrapped.recipe) == (built.bytes_by_type, "Q4_K_M")
+    for fact in ("layers", "hidden", "vocab", "context", "kv_bytes_per_token", "embedding"):
+        assert getattr(wrapped.model, fact) == getattr(built.model, fact)
+    assert wrapped.model.special.items() <= built.model.special.items()
+    ours, theirs = built.vision, wrapped.vision
+    assert ours is not None and theirs is not None
+    assert (theirs.patch, theirs.merge, theirs.image_size) == (ours.patch, ours.merge, ours.image_size)
+    assert theirs.mean == pytest.approx(ours.mean) and theirs.std == pytest.approx(ours.std)
+
+
+def test_a_text_only_model(chatml: Path, tmp_path: Path):
+    progress: list[tuple[int, int]] = []
+    wrap(chatml, None, tmp_path / "out", report=lambda *done: progress.append(done))
+    manifest = verify_bundle(tmp_path / "out").manifest
+    assert (manifest.vision, manifest.prompt_layout.name, manifest.licence) == (None, "chatml", "apache-2.0")
+    assert manifest.model.special == {"<|im_start|>": 1, "<|im_end|>": 2}
+    assert manifest.source_sha256 == {chatml.name: hash_file(chatml).sha256}
+    assert progress[-1] == (chatml.stat().st_size, chatml.stat().st_size)
+
+
+def test_another_family_of_vision(gemma: tuple[Path, Path], tmp_path: Path):
+    wrap(*gemma, tmp_path / "out")
+    manifest = verify_bundle(tmp_path / "out").manifest
+    assert manifest.vision is not None and manifest.vision.fixed == (56, 56)
+    assert (manifest.vision.causal, manifest.vision.breaks, manifest.vision.merge) == (False, False, 2)
+    assert manifest.prompt_layout.before_image == "<start_of_image>"
+
+
+@pytest.mark.parametrize(
+    ("special", "layout"),
+    [(toys.CHATML, "chatml"), (toys.GEMMA, "gemma"), (toys.LLAMA3, "llama3"), (toys.MISTRAL, "mistral")],
+)
+def test_the_layout_is_found_by_the_special_tokens(special: dict, layout: str, tmp_path: Path):
+    manifest = wrap(toys.write_language(tmp_path / "x.gguf", special=special), None, tmp_path / "out")
+    assert manifest.layout is not None and manifest.layout.name == layout
+    assert manifest.layout.before_image == manifest.layout.after_image == ""
+
+
+def test_a_bos_token_that_llama_cpp_would_add_is_added(tmp_path: Path):
+    special = {"<s>": toys.CONTROL, "</s>": toys.CONTROL} | toys.CHATML
+    for name, add_bos, dropped, expected in (
+        ("yes", True, (), "<s><|im_start|>system\n"),
+        ("no", False, (), "<|im_start|>system\n"),
+        ("by the kind of vocabulary", False, ("tokenizer.ggml.add_bos_token",), "<s><|im_start|>system\n"),
+    ):
+        keys = {"tokenizer.ggml.add_bos_token": add_bos}
+        path = toys.write_language(tmp_path / f"{name}.gguf", special=special, keys=keys, drop=dropped)
+        layout = wrap(path, None, tmp_path / name).layout
+        assert layout is not None and layout.before_system == expected
+        assert ("<s>" in layout.special) == expected.startswith("<s>")
+
+
+def test_a_reasoning_model_keeps_its_tokens(tmp_path: Path):
+    special = toys.MISTRAL | {"[THINK]": toys.CONTROL, "[/THINK]": toys.CONTROL}
+    manifest = wrap(toys.write_language(tmp_path / "x.gguf", special=special), None, tmp_path / "out")
+    assert {"think", "think_end", "bos"} <= manifest.model.special.keys()
+    verify_bundle(tmp_path / "out")
+
+
+def test_a_layout_that_the_user_writes(tmp_path: Path):
+    special = {"<|system|>": toys.CONTROL, "<|user|>": toys.CONTROL, "<|assistant|>": toys.CONTROL}
+    path = toys.write_language(tmp_path / "x.gguf", special=special)
+    with pytest.raises(
+        BundleError, match=r"x\.gguf: no prompt layout of mistral, chatml, gemma, llama3 .* docs/bundle"
+    ):
+        wrap(path, None, tmp_path / "out")
+    layout = tmp_path / "zephyr.yaml"
+    text = (
+        'name: zephyr\nspecial: ["<|system|>", "<|user|>", "<|assistant|>"]\nbefore_system: "<|system|>\\n"\n'
+        'before_user: "\\n<|user|>\\n"\nbefore_answer: "\\n<|assistant|>\\n"\n'
+    )
+    layout.write_text(text)
+    manifest = wrap(path, None, tmp_path / "out", layout=str(layout))
+    assert manifest.layout is not None and manifest.layout.name == "zephyr"
+    assert verify_bundle(tmp_path / "out").manifest.model.special == {
+        "<|system|>": 1, "<|user|>": 2, "<|assistant|>": 3
+    }  # fmt: skip
+    for old, new, words in (
+        (
+            'special: ["<|system|>", ',
+            "special: [",
+            "'<|system|>' is a special token of this model; add it to `special`",
+        ),
+        ("name: zephyr", "name: zephyr\nafter: x", "unknown key 'after'"),
+        ('"<|system|>\\n"', "3", "before_system: expected `str`, found 3"),
+        ('["<|system|>"', '["<|nobody|>", "<|system|>"', "'<|nobody|>': expected a control token"),
+    ):
+        layout.write_text(text.replace(old, new))
+        with pytest.raises(UserError) as caught:
+            wrap(path, None, tmp_path / "other", layout=str(layout))
+        assert words in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot be read"):
+        wrap(path, None, tmp_path / "other", layout=str(tmp_path / "nowhere.yaml"))
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_layout_of_two_that_fit_is_chosen_by_name(tmp_path: Path):
+    path = toys.write_language(tmp_path / "x.gguf", special=toys.LLAMA3 | toys.CHATML)
+    with pytest.raises(BundleError, match="has the special tokens of chatml and llama3; choose one with --layout"):
+        wrap(path, None, tmp_path / "out")
+    manifest = wrap(path, None, tmp_path / "out", layout="llama3")
+    assert manifest.layout is not None and manifest.layout.name == "llama3"
+
+
+# -- copies and links --------------------------------------------------------------------------------------------------
+
+
+def test_a_link_shares_the_file_and_is_verified(chatml: Path, tmp_path: Path):
+    source = Path(shutil.copy(chatml, tmp_path / "x.gguf"))
+    manifest = wrap(source, None, tmp_path / "out", link=True)
+    linked = tmp_path / "out" / LANGUAGE
+    assert manifest.files[LANGUAGE].linked == (linked.stat().st_ino == source.stat().st_ino)
+    bundle = verify_bundle(tmp_path / "out")
+    with VerifiedFiles({bundle.path(LANGUAGE): bundle.manifest.files[LANGUAGE]}) as files:
+        files.open(bundle.path(LANGUAGE))
+        files.check_unchanged()
+
+
+def test_blocks_that_are_shared_make_a_file_of_its_own(chatml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As on btrfs and XFS; the file system of the tests may not have it."""
+
+    def clone(descriptor: int, _request: int, source: int) -> None:
+        os.sendfile(descriptor, source, 0, os.fstat(source).st_size)
+
+    monkeypatch.setattr("edge_agent.bundle.wrap.fcntl.ioctl", clone)
+    manifest = wrap(chatml, None, tmp_path / "out", link=True)
+    assert not manifest.files[LANGUAGE].linked and (tmp_path / "out" / LANGUAGE).stat().st_nlink == 1
+    verify_bundle(tmp_path / "out")
+
+
+@pytest.mark.parametrize("code", [errno.EXDEV, errno.EPERM])
+def test_a_link_that_the_file_system_cannot_make(
+    chatml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+):
+    def refuse(*_arguments: object, **_options: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("edge_agent.bundle.wrap.os.link", refuse)
+    monkeypatch.setattr("edge_agent.bundle.wrap.fcntl.ioctl", refuse)
+    with pytest.raises(BundleError, match=r"cannot be linked to .*; leave out --link"):
+        wrap(chatml, None, tmp_path / "out", link=True)
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_a_killed_run_has_left_is_replaced(chatml: Path, tmp_path: Path):
+    left = tmp_path / ".out.wrap"
+    left.mkdir()
+    (left / LANGUAGE).write_bytes(b"half")
+    wrap(chatml, None, tmp_path / "out")
+    verify_bundle(tmp_path / "out")
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_two_at_once_do_not_write_one_folder(chatml: Path, tmp_path: Path):
+    def second(_n_done: int, _n_total: int) -> None:
+        with pytest.raises(BundleError, match=r"out: another edge-agent bundle wrap is writing it"):
+            wrap(chatml, None, tmp_path / "out")
+
+    wrap(chatml, None, tmp_path / "out", report=second)
+    verify_bundle(tmp_path / "out")
+
+
+@pytest.mark.parametrize("where", ["write", "fsync", "rename"])
+def test_a_full_disk_leaves_nothing(chatml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str):
+    def full(*_arguments: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(f"edge_agent.bundle.wrap.os.{where}", full)
+    with pytest.raises(BundleError, match=r"out: No space left on device while writing it; nothing is left of it"):
+        wrap(chatml, None, tmp_path / "out")
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_disk_with_too_little_room_is_told_first(chatml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("edge_agent.bundle.wrap.shutil.disk_usage", lambda _folder: shutil._ntuple_diskusage(1, 1, 0))
+    with pytest.raises(BundleError, match=r"GB needed, 0\.00 GB free; make room"):
+        wrap(chatml, None, tmp_path / "out")
+
+
+def test_an_interrupted_wrap_leaves_nothing(chatml: Path, tmp_path: Path):
+    def interrupt(_n_done: int, _n_total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        wrap(chatml, None, tmp_path / "out", report=interrupt)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_that_changes_while_it_is_read(chatml: Path, tmp_path: Path):
+    source = Path(shutil.copy(chatml, tmp_path / "x.gguf"))
+
+    def overwrite(_n_done: int, _n_total: int) -> None:
+        with source.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"x")
+
+    with pytest.raises(BundleError, match=r"x\.gguf: changed while it was read; try again"):
+        wrap(source, None, tmp_path / "out", report=overwrite)
+    assert os.listdir(tmp_path) == ["x.gguf"]
+
+
+def test_a_folder_that_exists_or_has_no_place(chatml: Path, tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(BundleError, match="out: exists; give the name of a new folder"):
+        wrap(chatml, None, tmp_path / "out")
+    with pytest.raises(BundleError, match="no such folder; make it first"):
+        wrap(chatml, None, tmp_path / "nowhere" / "out")
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+ARCHITECTURE = "general.architecture"
+# What is wrong -> (architecture, arguments of write_language, words of the line).
+REFUSED: dict[str, tuple[str, dict, str]] = {
+    "a LoRA adapter": ("llama", {"keys": {"general.type": "adapter"}}, "expected 'model', found 'adapter': give it in"),
+    "an old LoRA adapter": ("llama", {"keys": {"adapter.type": "lora"}}, "adapter.type: a LoRA adapter"),
+    "an embedding model": ("bert", {}, "general.architecture: 'bert': an embedding model"),
+    "a decoder that was made an embedding model": ("llama", {"keys": {"llama.pooling_type": 3}}, "llama.pooling_type"),
+    "attention in both directions": ("gemma3", {"keys": {"gemma3.attention.causal": False}}, "an embedding model"),
+    "a model with M-RoPE": ("qwen2vl", {}, "general.architecture: 'qwen2vl': its positions have three dimensions"),
+    "M-RoPE in its keys": (
+        "glm4", {"keys": {"glm4.rope.dimension_sections": [8, 4, 4, 0]}}, "glm4.rope.dimension_sections: its positions",
+    ),
+    "a recurrent model": ("mamba", {}, "its state cannot be cut back"),
+    "recurrent layers in its keys": ("llama", {"keys": {"llama.ssm.state_size": 16}}, "llama.ssm.state_size: its"),
+    "a diffusion model": ("llada", {}, "a diffusion model"),
+    "an mmproj in place of the model": ("clip", {}, "'clip': an mmproj; give it second"),
+    "an architecture of the future": ("llama9", {}, "'llama9': unknown to this version"),
+    "one part of several": ("llama", {"keys": {"split.count": 3, "split.no": 0}}, "split.count: one of 3 parts"),
+    "no number of layers": ("llama", {"drop": ("llama.block_count",)}, "llama.block_count: expected a number"),
+    "another number of layers": ("llama", {"keys": {"llama.block_count": 3}}, "block_count: 3, but the file has"),
+    "no context": ("llama", {"drop": ("llama.context_length",)}, "llama.context_length: expected a number"),
+    "another width": ("llama", {"keys": {"llama.embedding_length": 128}}, "embedding_length: 128, but token_embd"),
+    "another vocabulary size": ("llama", {"keys": {"llama.vocab_size": 7}}, "llama.vocab_size: 7, but token_embd"),
+    "no heads": ("llama", {"drop": ("llama.attention.head_count",)}, "llama.attention.head_count: expected a number"),
+    "heads of some layers": (
+        "llama", {"keys": {"llama.attention.head_count_kv": [2, 2, 2]}}, "expected a number for each of 2 layers",
+    ),
+    "no embeddings": ("llama", {"drop": ("token_embd.weight",)}, "token_embd.weight: expected the matrix"),
+    "no vocabulary": ("llama", {"drop": ("tokenizer.ggml.tokens",)}, "tokenizer.ggml.tokens: missing"),
+    "a vocabulary of another size": ("llama", {"keys": {"tokenizer.ggml.tokens": ["a"]}}, "another number of tokens"),
+    "numbers as tokens": ("llama", {"keys": {"tokenizer.ggml.tokens": [1, 2]}}, "ggml.tokens: expected texts"),
+    "types that are texts": (
+        "llama", {"keys": {"tokenizer.ggml.token_type": ["x"]}}, "tokenizer.ggml.token_type: expected integers",
+    ),
+    "no types of tokens": ("llama", {"drop": ("tokenizer.ggml.token_type",)}, "no prompt layout of"),
+    "special tokens that text can write": (
+        "llama", {"special": {"<|im_start|>": toys.USER_DEFINED, "<|im_end|>": toys.CONTROL}}, "no prompt layout of",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("architecture", "arguments", "words"), REFUSED.values(), ids=REFUSED)
+def test_a_file_that_is_not_a_model_to_serve_is_one_line(
+    architecture: str, arguments: dict, words: str, tmp_path: Path
+):
+    path = toys.write_language(tmp_path / "x.gguf", architecture, **arguments)
+    with pytest.raises(UserError) as caught:
+        wrap(path, None, tmp_path / "out")
+    line = str(caught.value)
+    assert line.startswith(f"{path}: ") and words in line and "\n" not in line
+    assert os.listdir(tmp_path) == ["x.gguf"]
+
+
+def test_a_token_that_text_can_write_is_named_where_the_layout_is_given(tmp_path: Path):
+    special = {"<|im_start|>": toys.USER_DEFINED, "<|im_end|>": toys.CONTROL}
+    path = toys.write_language(tmp_path / "x.gguf", special=special)
+    with pytest.raises(UserError, match=r"'<\|im_start\|>': expected a control token .*, found type 4"):
+        wrap(path, None, tmp_path / "out", layout="chatml")
+
+
+def damaged(raw: bytes) -> dict[str, tuple[bytes, str]]:
+    """What is wrong -> (the file, words of the line)."""
+    big_endian = raw[:4] + struct.pack(">I", 3) + raw[8:]
+    return {
+        "empty": (b"", "an empty file; download or copy it again; expected a GGUF file"),
+        "not a GGUF file": (b"hello", "not a GGUF file; expected a GGUF file"),
+        "a zip archive": (b"PK\3\4" + raw, "a zip archive; unpack it; expected a GGUF file"),
+        "cut in its header": (raw[:200], "inside its header"),
+        "cut in its data": (raw[:-100], "ends after the end of the file"),
+        "big-endian": (big_endian, "big-endian; convert it"),
+        "of a version of the future": (raw[:4] + struct.pack("<I", 9) + raw[8:], "GGUF version 9: expected version 3"),
+        "of a tensor type of the future": (
+            raw.replace(b"output_norm.weight" + struct.pack("<IQI", 1, toys.HIDDEN, 0),
+                        b"output_norm.weight" + struct.pack("<IQI", 1, toys.HIDDEN, 99)),
+            "output_norm.weight: type 99 is unknown",
+        ),
+        "of a value type of the future": (
+            raw.replace(b"general.name" + struct.pack("<I", 8), b"general.name" + struct.pack("<I", 77)),
+            "general.name: value type 77 is unknown",
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("what", damaged(b"GGUF" + bytes(300)))
+def test_a_damaged_file_is_one_line(chatml: Path, gemma: tuple[Path, Path], what: str, tmp_path: Path):
+    raw, words = damaged(chatml.read_bytes())[what]
+    path = tmp_path / "x.gguf"
+    path.write_bytes(raw)
+    for arguments in ((path, None), (gemma[0], path)):
+        if arguments[1] is not None and what in ("cut in its data", "of a tensor type of the future"):
+            continue  # it is not an mmproj either
+        with pytest.raises(BundleError) as caught:
+            wrap(*arguments, tmp_path / "out")
+        line = str(caught.value)
+        assert line.startswith(f"{path}: ") and words in line and "\n" not in line
+    assert os.listdir(tmp_path) == ["x.gguf"]
+
+
+def test_unknown_keys_are_accepted(tmp_path: Path):
+    keys = {"llama.attention.of_the_future": 3, "quantize.imatrix.file": "unsloth.dat", "future.flags": [1, 2, 3]}
+    wrap(toys.write_language(tmp_path / "x.gguf", keys=keys), None, tmp_path / "out")
+    verify_bundle(tmp_path / "out")
+
+
+def test_a_folder_and_a_missing_file(chatml: Path, tmp_path: Path):
+    with pytest.raises(BundleError, match=r"nowhere\.gguf: No such file or directory"):
+        wrap(tmp_path / "nowhere.gguf", None, tmp_path / "out")
+    with pytest.raises(BundleError, match="an empty folder; expected a GGUF file"):
+        wrap(tmp_path, None, tmp_path / "out")
+
+
+# What is wrong -> (keys of the mmproj, words of the line).
+NO_PAIR: dict[str, tuple[dict, str]] = {
+    "another width": ({"clip.vision.projection_dim": 128}, "128 numbers for each row, but the language model takes 64"),
+    "no width": ({"clip.vision.projection_dim": "wide"}, "clip.vision.projection_dim: expected a number"),
+    "a projector with M-RoPE": ({"clip.projector_type": "qwen2vl_merger"}, "its positions have three dimensions"),
+    "an unknown projector": (
+        {"clip.projector_type": "resampler"},
+        "expected one of pixtral, gemma3, found 'resampler'",
+    ),
+    "no projector": ({"clip.projector_type": 3}, "clip.projector_type: expected one of pixtral, gemma3, found 3"),
+    "a projector of another family": ({"clip.projector_type": "pixtral"}, "pixtral is made for mistral3 or llama"),
+    "sound only": ({"clip.has_vision_encoder": False}, "clip.has_vision_encoder: expected true"),
+    "a size that does not divide": ({"clip.vision.image_size": 60}, "expected a multiple of 28"),
+    "two means": ({"clip.vision.image_mean": [0.5, 0.5]}, "clip.vision.image_mean: expected three numbers"),
+    "a language model": ({"general.architecture": "llama"}, "general.architecture: expected clip, found 'gemma3'"),
+}
+
+
+@pytest.mark.parametrize(("keys", "words"), NO_PAIR.values(), ids=NO_PAIR)
+def test_a_pair_that_does_not_belong_together(gemma: tuple[Path, Path], keys: dict, words: str, tmp_path: Path):
+    path = toys.write_gemma_mmproj(tmp_path / "mmproj.gguf", keys=keys)
+    if "general.architecture" in keys:
+        path.write_bytes(gemma[0].read_bytes())
+    with pytest.raises(BundleError) as caught:
+        wrap(gemma[0], path, tmp_path / "out")
+    line = str(caught.value)
+    assert line.startswith(f"{path}: ") and words in line and "\n" not in line
+    assert os.listdir(tmp_path) == ["mmproj.gguf"]
+
+
+def test_a_layout_without_a_place_for_images(gemma: tuple[Path, Path], tmp_path: Path):
+    path = toys.write_language(tmp_path / "x.gguf", "gemma3", toys.CHATML)
+    with pytest.raises(BundleError, match="prompt layout chatml: has no place for the rows of a projector gemma3"):
+        wrap(path, gemma[1], tmp_path / "out")
+
+
+def test_a_model_without_the_tokens_around_an_image(gemma: tuple[Path, Path], tmp_path: Path):
+    special = {name: kind for name, kind in toys.GEMMA.items() if "image" not in name}
+    path = toys.write_language(tmp_path / "x.gguf", "gemma3", special)
+    with pytest.raises(
+        BundleError, match="'<start_of_image>': expected a control token for the layout gemma, found no"
+    ):
+        wrap(path, gemma[1], tmp_path / "out")
+    wrap(path, None, tmp_path / "out")
+
+
+# -- what a verification compares --------------------------------------------------------------------------------------
+
+
+def test_a_manifest_that_contradicts_wrapped_files_is_refused(gemma: tuple[Path, Path], tmp_path: Path):
+    wrap(*gemma, tmp_path / "out")
+    path = tmp_path / "out" / MANIFEST
+    raw = path.read_text()
+    for old, new, words in (
+        ('"causal": false', '"causal": true', "vision: expected VisionInfo"),
+        ('"breaks": false', '"breaks": true', "vision: expected VisionInfo"),
+        ('"<bos>": 1,', '"<bos>": 9,', "model.special.<bos>: expected 1 by language.gguf, found 9"),
+        ('"<start_of_turn>": 2,', "", "model.special.<start_of_turn>: expected 2 by language.gguf, found None"),
+        ('"<bos>": 1,', '"<bos>": 1, "<b>": 7,', "model.special.<b>: expected -1 by language.gguf, found 7"),
+        ('"kv_bytes_per_token": 256', '"kv_bytes_per_token": 8', "model.kv_bytes_per_token: expected 256"),
+        ('"layers": 2', '"layers": 3', "model.layers: expected 2 by language.gguf, found 3"),
+    ):
+        assert old in raw, old
+        path.write_text(raw.replace(old, new, 1))
+        with pytest.raises(BundleError) as caught:
+            verify_bundle(tmp_path / "out")
+        assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_tensor_type_that_only_other_tools_write(chatml: Path, tmp_path: Path):
+    """The sizes of all types are those of the gguf package."""
+    from edge_agent.bundle.file_check import BLOCKS
+
+    for number, (name, elements, n_bytes) in BLOCKS.items():
+        kind = gguf.GGMLQuantizationType(number)
+        assert (kind.name, gguf.GGML_QUANT_SIZES[kind]) == (name, (elements, n_bytes))
+    assert wrap_module.FICLONE == 0x40049409
