@@ -78,7 +78,7 @@ ORDER: dict[str, list[str]] = {
         "__main__",
     ],
     "model": [
-        "__init__", "onnx_runtime", "preprocess", "token_budget", "vision_encoder", "fallbacks", "frame_buffer",
+        "__init__", "onnx_runtime", "preprocess", "token_budget", "vision_encoder", "fallbacks", "families", "frame_buffer",
         "llama", "constrained", "events", "prompt", "text_lane", "action_lane", "engine", "image_encoder",
         "frame_encoder", "load", "gpu_sensor", "supervisor_channel", "loop", "native_probe", "__main__",
     ],

@@ -158,7 +158,7 @@ def _read_token_types(reader: _Reader, ids: list[int]) -> dict[int, int]:
 def _read_start(reader: _Reader) -> tuple[int, dict[str, object]]:
     """The number of tensors, and the keys."""
     if reader.take(4) != b"GGUF":
-        raise UnsafeFileError("not a GGUF file")
+        raise UnsafeFileError(f"not a GGUF file; expected GGUF version {GGUF_VERSIONS[-1]}")
     version = reader.uint32()
     if int.from_bytes(version.to_bytes(4, "little"), "big") in GGUF_VERSIONS:
         raise UnsafeFileError("big-endian; convert it with gguf_convert_endian.py of llama.cpp")

@@ -118,6 +118,7 @@ def model_info(header: GgufHeader, special: dict[str, int], n_vision_weights: in
     values, architecture = header.values, str(header.values["general.architecture"])
     table = embedding_table(header)
     layers = _size(values, f"{architecture}.block_count")
+    _per_layer(values, f"{architecture}.attention.head_count", layers)
     hidden, vocab = table.shape
     _same(f"{architecture}.embedding_length", _size(values, f"{architecture}.embedding_length"), EMBEDDING, hidden)
     if (stated := values.get(f"{architecture}.vocab_size")) is not None:
@@ -148,13 +149,15 @@ def kv_bytes_per_token(header: GgufHeader, layers: int) -> int:
     Raises UnsafeFileError."""
     values, architecture = header.values, str(header.values["general.architecture"])
     prefix = f"{architecture}.attention."
-    heads = _per_layer(values, f"{prefix}head_count", layers)
-    kv_heads = heads
-    if values.get(f"{prefix}head_count_kv") is not None:
-        kv_heads = _per_layer(values, f"{prefix}head_count_kv", layers)
-    width = max(max(heads), 1)
-    default = _size(values, f"{architecture}.embedding_length") // width
-    sizes = [values.get(f"{prefix}{key}", default) for key in ("key_length", "value_length")]
+    key = f"{prefix}head_count_kv"
+    if values.get(key) is None:  # as many as there are heads
+        key = f"{prefix}head_count"
+    kv_heads = _per_layer(values, key, layers)
+    sizes = [values.get(f"{prefix}{name}") for name in ("key_length", "value_length")]
+    if None in sizes:
+        n_heads = max(1, *_per_layer(values, f"{prefix}head_count", layers))
+        default = _size(values, f"{architecture}.embedding_length") // n_heads
+        sizes = [default if size is None else size for size in sizes]
     n_values = sum(size for size in sizes if isinstance(size, int))
     return max(1, KV_VALUE_BYTES * n_values * sum(kv_heads))
 

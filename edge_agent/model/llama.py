@@ -34,6 +34,7 @@ from edge_agent.bundle.gguf_package import gguf
 from edge_agent.bundle.manifest import EmbeddingInfo
 from edge_agent.errors import ConfigError, FaultName, UserError
 from edge_agent.model.fallbacks import language_facts
+from edge_agent.model.families import not_served
 from edge_agent.model.frame_buffer import FrameBuffer
 
 LLAMA_CPP_PYTHON = "0.3.36"
@@ -162,8 +163,6 @@ class LlamaContext:
         self._table = _EmbeddingTable(path, embedding)
         try:
             self.model, log = _load_model(path, options, progress)
-            if why := _not_served(self.model):
-                raise LlamaError(f"{path}: {why}")
             info = ll.llama_print_system_info().decode("utf-8", "replace")
             self.facts = language_facts(log, info, is_gpu_build=_is_gpu_build())
             self.vocab = ll.llama_model_get_vocab(self.model)
@@ -283,8 +282,9 @@ class LlamaContext:
         return self._evaluate(batch, start, sequence, output_rows, text_position)
 
     def evaluate_image(self, rows: np.ndarray, start: int) -> None:
-        """Evaluate the rows of one image, (n, n_embd) float32, on ACTION_SEQ: each attends to all of them, also to
-        those behind it. Raises LlamaError."""
+        """Evaluate the rows of one image, (n, n_embd) float32, on ACTION_SEQ; each attends to all others.
+
+        Raises LlamaError."""
         if len(rows) > self._n_ubatch:  # llama.cpp would abort
             raise LlamaError(f"an image of {len(rows)} rows; this family needs language.context of {len(rows)} or more")
         ll.llama_set_causal_attn(self.context, False)
@@ -300,15 +300,13 @@ class LlamaContext:
         sequence: int,
         output_rows: list[int],
         text_position: int | None,
-        alignment: int | None = None,
+        alignment: int = 0,  # 0: the sequence's own
     ) -> list[np.ndarray]:
-        """alignment: None for the sequence's own."""
         n = len(batch)
         stop = max(start + n - (text_position is not None), 1 + (text_position or 0))
         if not 0 < n <= self.n_ctx or stop > self.n_ctx:
             raise LlamaError(f"positions {start} to {stop} do not fit a context of {self.n_ctx} tokens")
-        if alignment is None:
-            alignment = self._alignment if sequence == ACTION_SEQ else 1
+        alignment = alignment or (self._alignment if sequence == ACTION_SEQ else 1)
         n_padded = n + -n % alignment
         arrays = self._batch
         native = arrays.describe(n, n_padded, start, sequence, output_rows, text_position, alignment)
@@ -460,20 +458,10 @@ def _load_model(path: Path, options: LlamaOptions, progress: Callable[[float], N
     log_to(None)
     if not model:
         raise LlamaError(f"{path}: llama.cpp cannot load it: {_first_error(lines)}")
+    if why := not_served(model):
+        ll.llama_model_free(model)
+        raise LlamaError(f"{path}: {why}")
     return model, lines
-
-
-def _not_served(model: int) -> str:
-    """Why a model cannot work with a cache that is cut back to the frame before; "": it can."""
-    if ll.llama_model_is_recurrent(model) or ll.llama_model_is_hybrid(model):
-        return "a model with recurrent layers, whose state cannot be cut back"
-    if ll.llama_model_has_encoder(model) or not ll.llama_model_has_decoder(model):
-        return "a model with an encoder of text; expected a decoder"
-    if ll.llama_model_is_diffusion(model):
-        return "a diffusion model; expected one that writes from left to right"
-    if ll.llama_model_rope_type(model) in (ll.LLAMA_ROPE_TYPE_MROPE, ll.LLAMA_ROPE_TYPE_IMROPE):
-        return "positions of three dimensions (M-RoPE), which edge-agent does not write"
-    return ""
 
 
 def _load_adapter(model: int, name: str, path: str) -> int:

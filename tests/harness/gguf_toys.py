@@ -35,8 +35,6 @@ def write_language(
     special: dict[str, int] | None = None,
     *,
     seed: int = 0,
-    layers: int = 2,
-    hidden: int = HIDDEN,
     keys: dict[str, object] | None = None,
     drop: tuple[str, ...] = (),
 ) -> Path:
@@ -44,6 +42,7 @@ def write_language(
     text or a list. drop: keys and tensors that are left out."""
     special = CHATML if special is None else special
     texts, types, scores = vocabulary(special)
+    hidden, layers = HIDDEN, 2
     a = architecture
     found: dict[str, object] = {
         "general.type": "model",
@@ -73,8 +72,16 @@ def write_language(
     }
     if a == "gemma3":
         found[f"{a}.attention.sliding_window"] = 32
-    tensors = {
-        "token_embd.weight": (len(texts), hidden),
+    tensors = _language_tensors(a, len(texts))
+    _write(path, a, {k: v for k, v in (found | (keys or {})).items() if k not in drop},
+           {k: v for k, v in tensors.items() if k not in drop}, seed)  # fmt: skip
+    return path
+
+
+def _language_tensors(a: str, n_tokens: int) -> dict[str, tuple[int, ...]]:
+    hidden, layers = HIDDEN, 2
+    tensors: dict[str, tuple[int, ...]] = {
+        "token_embd.weight": (n_tokens, hidden),
         "output_norm.weight": (hidden,),
     }
     for n in range(layers):
@@ -92,9 +99,7 @@ def write_language(
         if a == "gemma3":
             tensors |= {f"blk.{n}.{name}.weight": (hidden,) for name in ("post_attention_norm", "post_ffw_norm")}
             tensors |= {f"blk.{n}.attn_{name}_norm.weight": (HEAD_DIM,) for name in "qk"}
-    _write(path, a, {k: v for k, v in (found | (keys or {})).items() if k not in drop},
-           {k: v for k, v in tensors.items() if k not in drop}, seed)  # fmt: skip
-    return path
+    return tensors
 
 
 def write_gemma_mmproj(
