@@ -78,9 +78,10 @@ ORDER: dict[str, list[str]] = {
         "__main__",
     ],
     "model": [
-        "__init__", "onnx_runtime", "preprocess", "token_budget", "vision_encoder", "fallbacks", "families", "frame_buffer",
-        "llama", "constrained", "events", "prompt", "text_lane", "action_lane", "engine", "image_encoder",
-        "frame_encoder", "load", "gpu_sensor", "supervisor_channel", "loop", "native_probe", "__main__",
+        "__init__", "onnx_runtime", "preprocess", "token_budget", "vision_encoder", "fallbacks", "families",
+        "frame_buffer", "llama", "constrained", "events", "prompt", "text_lane", "action_lane", "engine",
+        "image_encoder", "frame_encoder", "load", "gpu_sensor", "supervisor_channel", "loop", "native_probe",
+        "__main__",
     ],
     "supervisor": [
         "shutdown", "log", "child_log", "pause_file", "systemd", "trace", "runtime_folder", "publisher",

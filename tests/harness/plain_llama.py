@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import warnings
 from pathlib import Path
 
 import llama_cpp.llama_cpp as ll
@@ -36,6 +37,7 @@ class PlainLlama:
         options.flash_attn_type = ll.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.context = ll.llama_init_from_model(self.model, options)
         self.n_vocab = ll.llama_vocab_n_tokens(self.vocab)
+        self.known: list[int] = []  # what the cache holds
 
     def __enter__(self) -> PlainLlama:
         return self
@@ -44,17 +46,18 @@ class PlainLlama:
         ll.llama_free(self.context)
         ll.llama_model_free(self.model)
 
-    def tokens(self, text: str, add_special: bool = True) -> list[int]:
-        """llama.cpp's own tokens of a rendered prompt, special tokens included."""
+    def tokens(self, text: str) -> list[int]:
+        """llama.cpp's own tokens of a rendered prompt, which names every special token, its BOS too."""
         raw = text.encode()
         out = (ll.llama_token * (len(raw) + 8))()
-        return list(out[: ll.llama_tokenize(self.vocab, raw, len(raw), out, len(out), add_special, True)])
+        return list(out[: ll.llama_tokenize(self.vocab, raw, len(raw), out, len(out), False, True)])
 
     def text(self, tokens: list[int]) -> str:
         pieces = b""
         for token in tokens:
             out = ctypes.create_string_buffer(256)
-            pieces += out.raw[: max(0, ll.llama_token_to_piece(self.vocab, token, out, len(out), 0, False))]
+            n = ll.llama_token_to_piece(self.vocab, token, out, len(out), 0, False)
+            pieces += out.raw[: max(0, n)]
         return pieces.decode(errors="replace")
 
     def evaluate(self, tokens: list[int], start: int) -> np.ndarray:
@@ -65,33 +68,47 @@ class PlainLlama:
         assert ll.llama_decode(self.context, ll.llama_batch_get_one(batch, len(tokens))) == 0
         return np.ctypeslib.as_array(ll.llama_get_logits_ith(self.context, -1), (self.n_vocab,)).copy()
 
+    def evaluate_prompt(self, tokens: list[int]) -> np.ndarray:
+        """Logits after a prompt. What it has in common with the prompt before is not evaluated again."""
+        n = next(
+            (i for i, pair in enumerate(zip(tokens, self.known, strict=False)) if pair[0] != pair[1]), len(self.known)
+        )
+        start = max(0, min(n, len(tokens) - ROWS)) // ROWS * ROWS
+        self.known = tokens
+        return self.evaluate(tokens[start:], start)
+
     def greedy(self, prompt: str, n: int) -> str:
         """At most n tokens behind a prompt."""
         tokens = self.tokens(prompt)
-        logits, found, position = self.evaluate(tokens, 0), [], len(tokens)
+        logits, found, position = self.evaluate_prompt(tokens), [], len(tokens)
         while len(found) < n and not ll.llama_vocab_is_eog(self.vocab, token := int(logits.argmax())):
             found.append(token)
             logits, position = self.evaluate([token], position), position + 1
         return self.text(found)
 
     def constrained(self, prompt: str, schema: dict) -> str:
-        """The most likely JSON text of a schema behind a prompt: no draft, every step evaluated with ROWS rows."""
-        tokenizer = llguidance.llamacpp.lltokenizer_from_vocab(self.vocab)
+        """The most likely JSON text of a schema behind a prompt: no draft, every batch a multiple of ROWS rows."""
+        with warnings.catch_warnings():  # llguidance calls a deprecated function of llama-cpp-python
+            warnings.simplefilter("ignore", DeprecationWarning)
+            tokenizer = llguidance.llamacpp.lltokenizer_from_vocab(self.vocab)
         source = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema | {"x-guidance": COMPACT}))
         matcher, mask = (
             llguidance.LLMatcher(tokenizer, source),
             llguidance.numpy.allocate_token_bitmask(1, self.n_vocab),
         )
         tokens = self.tokens(prompt)
-        n_prompt, evaluated = len(tokens), 0
+        n_prompt = len(tokens)
+        self.evaluate_prompt(tokens[: n_prompt // ROWS * ROWS])
         while True:
             forced = matcher.compute_ff_tokens()
             matcher.consume_tokens(forced)
             tokens += forced
             if matcher.is_accepting():
                 return self.text(tokens[n_prompt:])
-            start = max(0, min(evaluated, len(tokens) - ROWS))
-            logits, evaluated = self.evaluate(tokens[start:], start), len(tokens)
+            n_new = len(tokens) - len(self.known)
+            n_rows = max(ROWS, -(-n_new // ROWS) * ROWS)
+            logits = self.evaluate(tokens[-n_rows:], len(tokens) - n_rows)
+            self.known = list(tokens)
             llguidance.numpy.fill_next_token_bitmask(matcher, mask, 0)
             llguidance.numpy.apply_token_bitmask_inplace(logits[None], mask)
             tokens.append(int(logits.argmax()))
@@ -114,6 +131,7 @@ class PlainLlama:
         assert mtmd.mtmd_tokenize(context, chunks, ctypes.byref(input_text), bitmaps, 1) == 0
         position = ll.llama_pos(0)
         ll.llama_memory_clear(ll.llama_get_memory(self.context), True)
+        self.known = []
         status = mtmd.mtmd_helper_eval_chunks(context, self.context, chunks, 0, 0, 512, True, ctypes.byref(position))
         assert status == 0
         logits = np.ctypeslib.as_array(ll.llama_get_logits_ith(self.context, -1), (self.n_vocab,)).copy()
