@@ -48,10 +48,9 @@ class PromptLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     def parts(self, text: str) -> list[str]:
         """A text of the layout as special tokens and the plain texts between them."""
-        if not self.special:
-            return [text] if text else []
         longest_first = sorted(self.special, key=len, reverse=True)
-        return [part for part in re.split(f"({'|'.join(map(re.escape, longest_first))})", text) if part]
+        either = "|".join(map(re.escape, longest_first)) or "(?!)"
+        return [part for part in re.split(f"({either})", text) if part]
 
 
 MISTRAL = PromptLayout(

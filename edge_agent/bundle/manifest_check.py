@@ -26,7 +26,6 @@ from edge_agent.bundle.manifest import (
 from edge_agent.bundle.model_facts import (
     EMBEDDING,
     bytes_by_type,
-    check_family,
     kv_bytes_per_token,
     vision_info,
 )
@@ -55,21 +54,17 @@ class Headers(NamedTuple):
 def wrong_fact(manifest: Manifest, headers: Headers) -> str:
     """The first value of the manifest that the files contradict, as "key: expected ..., found ..."; "": none."""
     language = headers.language
-    facts = [*_language_facts(manifest, language)]
-    if manifest.layout is None:
-        facts += _special_facts(manifest, language)
-    else:
-        facts += _layout_facts(manifest, headers.tokens)
-    if manifest.vision is not None and headers.mmproj is not None:
-        if wrong := _wrong_pixels(manifest.vision):
-            return wrong
-        if manifest.layout is None:
-            facts += _vision_facts(manifest.vision, manifest.model.hidden, headers.mmproj)
-        else:
-            facts += _wrapped_facts(manifest, headers)
-        if headers.vision_input is not None:
-            sides = [1, 3, *(manifest.vision.fixed or (0, 0))]
-            facts.append(Fact("vision.fixed", sides, VISION, headers.vision_input))
+    try:
+        facts = [*_language_facts(manifest, language), *_token_facts(manifest, headers)]
+        if manifest.vision is not None and headers.mmproj is not None:
+            if wrong := _wrong_pixels(manifest.vision):
+                return wrong
+            facts += _vision_facts(manifest, headers.language, headers.mmproj)
+            if headers.vision_input is not None:
+                sides = [1, 3, *(manifest.vision.fixed or (0, 0))]
+                facts.append(Fact("vision.fixed", sides, VISION, headers.vision_input))
+    except UnsafeFileError as error:
+        return str(error)
     for fact in facts:
         if fact.found != fact.expected:
             return f"{fact.key}: expected {fact.expected!r} by {fact.file}, found {fact.found!r}"
@@ -93,13 +88,15 @@ def _language_facts(manifest: Manifest, header: GgufHeader) -> Iterator[Fact]:
     yield Fact("model.embedding.offset", embedding.offset, LANGUAGE, table.offset)
     yield Fact("model.embedding.ggml_type", embedding.ggml_type, LANGUAGE, table.type_name)
     yield Fact("model.embedding.row_bytes", embedding.row_bytes, LANGUAGE, table.n_bytes // table.shape[1])
-    try:
-        n_bytes = kv_bytes_per_token(header, model.layers)
-    except UnsafeFileError as error:
-        yield Fact("model.kv_bytes_per_token", model.kv_bytes_per_token, LANGUAGE, str(error))
-        return
+    n_bytes = kv_bytes_per_token(header, model.layers)
     yield Fact("model.kv_bytes_per_token", model.kv_bytes_per_token, LANGUAGE, n_bytes)
     yield Fact("bytes_by_type", manifest.bytes_by_type, LANGUAGE, bytes_by_type(header))
+
+
+def _token_facts(manifest: Manifest, headers: Headers) -> Iterator[Fact]:
+    if manifest.layout is None:
+        return _special_facts(manifest, headers.language)
+    return _layout_facts(manifest, headers.tokens)
 
 
 def _special_facts(manifest: Manifest, header: GgufHeader) -> Iterator[Fact]:
@@ -128,23 +125,16 @@ def _layout_facts(manifest: Manifest, tokens: list[Token]) -> Iterator[Fact]:
             yield Fact(f"model.special.{name}", token_id, LANGUAGE, by_text.get(text, Token(-1, text, None)).id)
 
 
-def _wrapped_facts(manifest: Manifest, headers: Headers) -> Iterator[Fact]:
-    assert headers.mmproj is not None
-    try:
-        check_family(headers.language)
-        expected = vision_info(headers.language, headers.mmproj)
-    except UnsafeFileError as error:
-        yield Fact("vision", "an mmproj", MMPROJ, str(error))
+def _vision_facts(manifest: Manifest, language: GgufHeader, mmproj: GgufHeader) -> Iterator[Fact]:
+    vision, values = manifest.vision, mmproj.values
+    assert vision is not None
+    if manifest.layout is not None:
+        yield Fact("vision", vision, MMPROJ, vision_info(language, mmproj))
         return
-    yield Fact("vision", manifest.vision, MMPROJ, expected)
-
-
-def _vision_facts(vision: VisionInfo, hidden: int, mmproj: GgufHeader) -> Iterator[Fact]:
-    values = mmproj.values
     yield Fact("vision.patch", vision.patch, MMPROJ, values.get("clip.vision.patch_size"))
     yield Fact("vision.merge", vision.merge, MMPROJ, values.get("clip.vision.spatial_merge_size"))
     yield Fact("vision.image_size", vision.image_size, MMPROJ, values.get("clip.vision.image_size"))
-    yield Fact("model.hidden", hidden, MMPROJ, values.get("clip.vision.projection_dim"))
+    yield Fact("model.hidden", manifest.model.hidden, MMPROJ, values.get("clip.vision.projection_dim"))
     yield Fact("vision.mean", _float32(vision.mean), MMPROJ, values.get("clip.vision.image_mean"))
     yield Fact("vision.std", _float32(vision.std), MMPROJ, values.get("clip.vision.image_std"))
     defaults = (vision.projector, vision.breaks, vision.causal)

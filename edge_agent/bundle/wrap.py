@@ -7,7 +7,6 @@ headers. No native code reads the files here, and no chat template is run.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import os
@@ -53,7 +52,6 @@ from edge_agent.errors import BundleError, ConfigError
 
 IMG_BREAK = "[IMG_BREAK]"
 FICLONE = 0x40049409  # ioctl: a copy that shares its blocks, on btrfs and XFS
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.EBADF)
 SPARE_BYTES = 1 << 20  # of free space: the manifest and the folder
 
 Report = Callable[[int, int], None]  # bytes done, bytes in total
@@ -268,11 +266,9 @@ def _new_folder(out: Path) -> Iterator[Path]:
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BundleError(f"{out}: another edge-agent bundle wrap is writing it; wait for it") from None
-        except OSError as error:  # a server without a lock service
-            if error.errno not in NO_LOCKS:
-                raise
+        except OSError as error:  # anything else: a server without a lock service
+            if isinstance(error, BlockingIOError):
+                raise BundleError(f"{out}: another edge-agent bundle wrap is writing it; wait for it") from None
         for left in folder.iterdir():
             left.unlink()
         try:
@@ -323,11 +319,9 @@ def _link(source: _Source, target: Path) -> bool:
     try:
         os.link(source.path, target, follow_symlinks=True)
     except OSError as error:
-        if error.errno in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
-            raise BundleError(
-                f"{source.path}: cannot be linked to {target.parent.parent}: {error.strerror}; leave out --link"
-            ) from None
-        raise
+        raise BundleError(
+            f"{source.path}: cannot be linked to {target.parent.parent}: {error.strerror}; leave out --link"
+        ) from None
     if os.stat(target).st_ino != source.stamp[1]:
         raise BundleError(f"{source.path}: changed while it was read; try again")
     return True

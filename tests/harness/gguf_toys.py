@@ -103,10 +103,10 @@ def _language_tensors(a: str, n_tokens: int) -> dict[str, tuple[int, ...]]:
 
 
 def write_gemma_mmproj(
-    path: Path, *, seed: int = 1, hidden: int = HIDDEN, keys: dict[str, object] | None = None, image_size: int = 56
+    path: Path, *, seed: int = 1, keys: dict[str, object] | None = None, drop: tuple[str, ...] = ()
 ) -> Path:
     """The encoder and projector of Gemma 3: 4x4 patches of 14 pixels, 2x2 of them averaged to a row, 4 rows."""
-    width, ffn, patch = 32, 64, 14
+    width, ffn, patch, hidden, image_size = 32, 64, 14, HIDDEN, 56
     found: dict[str, object] = {
         "general.type": "mmproj",
         "clip.has_vision_encoder": True,
@@ -140,7 +140,7 @@ def write_gemma_mmproj(
             tensors |= {f"v.blk.{n}.{name}.{part}": (width,) for part in ("weight", "bias")}
         tensors |= {f"v.blk.{n}.ffn_up.weight": (ffn, width), f"v.blk.{n}.ffn_up.bias": (ffn,)}
         tensors |= {f"v.blk.{n}.ffn_down.weight": (width, ffn), f"v.blk.{n}.ffn_down.bias": (width,)}
-    _write(path, "clip", found | (keys or {}), tensors, seed)
+    _write(path, "clip", {k: v for k, v in (found | (keys or {})).items() if k not in drop}, tensors, seed)
     return path
 
 

@@ -50,6 +50,7 @@ def test_the_allowed_operators_are_those_that_are_written(toy_bundle: Path):
     assert OPS - used == {"DequantizeLinear"}  # of --vision int8
 
 
+ARRAY = file([ARCHITECTURE, key(b"x", 9, struct.pack("<IQ", 8, 9) + string(b"aaaa"))], [tensor()])
 BAD = {
     "empty": (b"", "empty"),
     "a ZIP file": (b"PK\3\4" + bytes(100), "GGUF version 3"),
@@ -67,6 +68,10 @@ BAD = {
     "a key not UTF-8": (file([key(b"\xff\xfe", 4, bytes(4))], [tensor()]), "not UTF-8"),
     "a split file": (file([ARCHITECTURE, key(b"split.count", 2, b"\2\0")], [tensor()]), "one of 2 parts of"),
     "a value of no type": (file([ARCHITECTURE, key(b"x", 13, bytes(8))], [tensor()]), "x: value type 13 is unknown"),
+    "texts of an array that end early": (ARRAY[: ARRAY.index(b"aaaa") + 4], "inside its header"),
+    "a text of an array that is too long": (
+        file([ARCHITECTURE, key(b"x", 9, struct.pack("<IQQ", 8, 9, 2**60))], [tensor()]), "inside its header",
+    ),
     "a string too long": (file([ARCHITECTURE, key(b"x", 8, b"\0" * 7 + b"\1")], [tensor()]), "inside its header"),
     "an array of arrays": (file([ARCHITECTURE, key(b"x", 9, struct.pack("<IQ", 9, 1))], [tensor()]), "of type 9"),
     "an array too long": (file([ARCHITECTURE, key(b"x", 9, struct.pack("<IQ", 0, 2**62))], [tensor()]), "an array of"),

@@ -142,6 +142,30 @@ def test_a_layout_that_the_user_writes(tmp_path: Path):
     assert not (tmp_path / "other").exists()
 
 
+def test_a_layout_without_special_tokens(tmp_path: Path):
+    layout = tmp_path / "plain.yaml"
+    layout.write_text('{name: plain, special: [], before_system: "", before_user: "Q: ", before_answer: "A:"}')
+    made = wrap(toys.write_language(tmp_path / "x.gguf"), None, tmp_path / "out", layout=str(layout)).prompt_layout
+    assert (made.parts(made.before_user), made.parts(made.before_system)) == (["Q: "], [])
+
+
+def test_facts_that_llama_cpp_computes_where_the_file_is_silent(gemma: tuple[Path, Path], tmp_path: Path):
+    """Head sizes of the width, as many heads of keys as of queries, and Gemma's 4 patches a side."""
+    stated = wrap(toys.write_language(tmp_path / "stated.gguf"), None, tmp_path / "stated").model.kv_bytes_per_token
+    sizes = ("llama.attention.key_length", "llama.attention.value_length")
+    silent = toys.write_language(tmp_path / "silent.gguf", drop=sizes)
+    assert wrap(silent, None, tmp_path / "silent").model.kv_bytes_per_token == stated
+    silent = toys.write_language(tmp_path / "heads.gguf", drop=("llama.attention.head_count_kv",))
+    assert wrap(silent, None, tmp_path / "heads").model.kv_bytes_per_token == stated * toys.HEADS // toys.KV_HEADS
+    listed = toys.write_language(tmp_path / "listed.gguf", keys={"llama.attention.head_count_kv": [1, 2]})
+    assert wrap(listed, None, tmp_path / "listed").model.kv_bytes_per_token == stated * 3 // 4
+    mmproj = toys.write_gemma_mmproj(tmp_path / "mmproj.gguf", drop=("clip.vision.projector.scale_factor",))
+    vision = wrap(gemma[0], mmproj, tmp_path / "out").vision
+    assert vision is not None and vision.merge == 4
+    for name in ("stated", "silent", "heads", "listed", "out"):
+        verify_bundle(tmp_path / name)
+
+
 def test_a_layout_of_two_that_fit_is_chosen_by_name(tmp_path: Path):
     path = toys.write_language(tmp_path / "x.gguf", special=toys.LLAMA3 | toys.CHATML)
     with pytest.raises(BundleError, match="has the special tokens of chatml and llama3; choose one with --layout"):
@@ -197,6 +221,30 @@ def test_what_a_killed_run_has_left_is_replaced(chatml: Path, tmp_path: Path):
     wrap(chatml, None, tmp_path / "out")
     verify_bundle(tmp_path / "out")
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_file_system_without_locks(chatml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_arguments: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("edge_agent.bundle.wrap.fcntl.flock", refuse)
+    wrap(chatml, None, tmp_path / "out")
+    verify_bundle(tmp_path / "out")
+
+
+def test_a_name_that_is_given_to_another_file_before_it_is_linked(
+    chatml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def swap(source: Path, target: Path, **_options: object) -> None:
+        shutil.copy(source, target)
+
+    def refuse(*_arguments: object) -> None:
+        raise OSError(errno.ENOTTY, "not here")
+
+    monkeypatch.setattr("edge_agent.bundle.wrap.os.link", swap)
+    monkeypatch.setattr("edge_agent.bundle.wrap.fcntl.ioctl", refuse)
+    with pytest.raises(BundleError, match=r"toy-chatml\.gguf: changed while it was read; try again"):
+        wrap(chatml, None, tmp_path / "out", link=True)
 
 
 def test_two_at_once_do_not_write_one_folder(chatml: Path, tmp_path: Path):
@@ -429,6 +477,7 @@ def test_a_manifest_that_contradicts_wrapped_files_is_refused(gemma: tuple[Path,
         ('"<start_of_turn>": 2,', "", "model.special.<start_of_turn>: expected 2 by language.gguf, found None"),
         ('"<bos>": 1,', '"<bos>": 1, "<b>": 7,', "model.special.<b>: expected -1 by language.gguf, found 7"),
         ('"kv_bytes_per_token": 256', '"kv_bytes_per_token": 8', "model.kv_bytes_per_token: expected 256"),
+        ('"projector": "gemma3"', '"projector": "pixtral"', "vision: expected VisionInfo"),
         ('"layers": 2', '"layers": 3', "model.layers: expected 2 by language.gguf, found 3"),
     ):
         assert old in raw, old
@@ -436,6 +485,18 @@ def test_a_manifest_that_contradicts_wrapped_files_is_refused(gemma: tuple[Path,
         with pytest.raises(BundleError) as caught:
             verify_bundle(tmp_path / "out")
         assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_mmproj_of_another_model_is_refused_when_it_is_verified(gemma: tuple[Path, Path], tmp_path: Path):
+    wrap(*gemma, tmp_path / "out")
+    target, manifest = tmp_path / "out" / MMPROJ, tmp_path / "out" / MANIFEST
+    old = hash_file(target)
+    target.unlink()
+    new = hash_file(toys.write_gemma_mmproj(target, keys={"clip.vision.projection_dim": 128}))
+    text = manifest.read_text().replace(old.sha256, new.sha256).replace(str(old.bytes), str(new.bytes))
+    manifest.write_text(text)
+    with pytest.raises(BundleError, match=r"bundle\.json: clip\.vision\.projection_dim: 128 numbers for each row"):
+        verify_bundle(tmp_path / "out")
 
 
 def test_a_tensor_type_that_only_other_tools_write(chatml: Path, tmp_path: Path):
