@@ -85,9 +85,9 @@ def test_a_bundle_without_vision_onnx_is_served_by_mtmd(gemma: tuple[Path, Path]
 def test_onnxruntime_is_not_required_for_it(gemma: tuple[Path, Path], tmp_path: Path, toy_bundle: Path, monkeypatch):
     run(*gemma, tmp_path / "out")
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
-    daemon._require_onnxruntime(config_of(tmp_path / "out"))
+    daemon.require_onnxruntime(config_of(tmp_path / "out"))
     with pytest.raises(CommandFailed, match="onnxruntime is not installed"):
-        daemon._require_onnxruntime(config_of(toy_bundle))
+        daemon.require_onnxruntime(config_of(toy_bundle))
 
 
 def test_check_says_that_a_model_is_text_only(gemma: tuple[Path, Path], tmp_path: Path):
@@ -103,3 +103,10 @@ def test_a_language_model_that_is_gone_is_still_one_line(gemma: tuple[Path, Path
     assert manifest.files.keys() == {LANGUAGE}
     with pytest.raises(BundleError, match=r"language\.gguf: missing; copy the bundle again"):
         verify_bundle(tmp_path / "out")
+
+
+def test_a_text_only_model_is_not_tuned(gemma: tuple[Path, Path], tmp_path: Path):
+    run(gemma[0], tmp_path / "out")
+    arguments = main.make_parser().parse_args(["tune", "--bundle", str(tmp_path / "out"), "--camera", "zmq:tcp://x:1"])
+    with pytest.raises(CommandFailed, match="a text-only model; tune measures answers to frames"):
+        main.run_command(arguments)
