@@ -66,10 +66,8 @@ ORDER: dict[str, list[str]] = {
     "client": ["control_connection", "values", "client", "chunk_player", "pusher", "__init__"],
     "actions": ["decimals", "space", "prompt", "grammar", "action_tokens", "vehicle_state", "envelope"],
     "bundle": [
-        "gguf_package", "files", "file_check", "recognise", "signing", "manifest", "manifest_check", "verify",
-        "store", "verified_files", "lora_check", "model_start", "memory_plan",
         "gguf_package", "files", "file_check", "recognise", "signing", "layout", "manifest", "model_facts",
-        "manifest_check", "verify", "verified_files", "lora_check", "model_start", "memory_plan", "wrap",
+        "manifest_check", "verify", "store", "verified_files", "lora_check", "model_start", "memory_plan", "wrap",
     ],
     "board": ["control_groups", "health", "sensors", "cuda_code", "nvml"],
     "ipc": ["backoff", "token_sizes", "frame_slot", "events", "worker"],

@@ -14,9 +14,8 @@ from edge_agent.bundle import signing
 from edge_agent.bundle.file_check import UnsafeFileError, check_gguf
 from edge_agent.bundle.files import BundleFile, hash_file, open_plain
 from edge_agent.bundle.manifest import LANGUAGE_ARCHITECTURES, Bundle
-from edge_agent.errors import BundleError, ConfigError, FaultName, fault_of
 from edge_agent.bundle.model_facts import ARCHITECTURES
-from edge_agent.errors import BundleError, ConfigError
+from edge_agent.errors import BundleError, ConfigError, FaultName, fault_of
 
 
 def verify_adapters(adapters: dict[str, str], bundle: Bundle, trusted_keys: tuple[str, ...]) -> Bundle:

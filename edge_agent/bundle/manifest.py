@@ -140,9 +140,8 @@ def read_manifest(folder: str | Path) -> Bundle:
         what = recognise.describe(folder) or "no such folder"
         action = "install one: edge-agent bundle install BUNDLE"
         if folder.name != CURRENT:
-            action = "expected a bundle made by edge-quantize build"
+            action = "expected a bundle made by edge-quantize build or edge-agent bundle wrap"
         raise BundleError(f"{folder}: {what}; {action}")
-        raise BundleError(f"{folder}: {what}; expected a bundle of edge-quantize build or edge-agent bundle wrap")
     try:
         descriptor = open_plain(path)
     except FileNotFoundError:

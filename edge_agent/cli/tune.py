@@ -23,10 +23,8 @@ from edge_agent.bundle.lora_check import verify_adapters
 from edge_agent.bundle.model_start import fit_to_bundle
 from edge_agent.bundle.verify import verify_bundle
 from edge_agent.cli.check import probe_camera
-from edge_agent.cli.commands import EX_USAGE, CommandFailed
-from edge_agent.cli.daemon import read_config, require_onnxruntime
 from edge_agent.cli.commands import EX_CONFIG, EX_USAGE, CommandFailed
-from edge_agent.cli.daemon import probe_camera, read_config, require_onnxruntime
+from edge_agent.cli.daemon import read_config, require_onnxruntime
 from edge_agent.config import Config, TunedConfig, load_config_text
 from edge_agent.errors import ConfigError
 from edge_agent.wire.endpoints import is_listening, runtime_dir

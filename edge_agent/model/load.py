@@ -16,8 +16,7 @@ from edge_agent.actions import action_tokens
 from edge_agent.actions.grammar import json_schema
 from edge_agent.actions.space import ActionSpace
 from edge_agent.board.control_groups import available_cores
-from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, VISION, Bundle, Manifest, ModelInfo, VisionInfo
-from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, VISION, Bundle, Manifest
+from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, VISION, Bundle, Manifest, ModelInfo
 from edge_agent.bundle.model_start import fit_to_bundle
 from edge_agent.config import CameraConfig, Config
 from edge_agent.errors import ConfigError
@@ -29,8 +28,7 @@ from edge_agent.model.image_encoder import ImageEncoder, NoImages
 from edge_agent.model.llama import LlamaContext, LlamaOptions, uses_gpu
 from edge_agent.model.preprocess import Preprocessor
 from edge_agent.model.prompt import ACTION_QUESTION, MAX_ANSWER_TOKENS, Prompt
-from edge_agent.model.vision_encoder import EncoderOptions, check_tensorrt, open_encoder
-from edge_agent.model.vision_encoder import EncoderOptions, MtmdEncoder, OnnxEncoder, open_encoder
+from edge_agent.model.vision_encoder import EncoderOptions, MtmdEncoder, OnnxEncoder, check_tensorrt, open_encoder
 from edge_agent.profile import ResolvedSwitches, resolve
 from edge_agent.time_units import NS_PER_MS
 
@@ -109,30 +107,24 @@ def check_start(config: Config, bundle: Bundle, space: ActionSpace) -> str:
 
     One line about the context. Raises LlamaError, VisionError, BundleError, ConfigError, InstructionRefused.
     """
+    config = fit_to_bundle(config, bundle.manifest)
     switches, model = resolve(config, uses_gpu(config.language.gpu_layers)), bundle.manifest.model
     _check_reasoning(config, model)
     if config.vision.tensorrt and switches.vision_backend == "onnxruntime":
         from edge_agent.model.onnx_runtime import onnxruntime
 
         check_tensorrt(onnxruntime.get_available_providers())
-    vision = _vision_of(config, bundle.manifest)
     options = msgspec.structs.replace(llama_options(config, switches), adapters={}, vocabulary_only=True)
     with LlamaContext(bundle.path(LANGUAGE), options, model.embedding) as llama:
         grammar = _compile_grammar(llama, space)
         grammar.start()
-        prompt = Prompt(llama, model.special, space, grammar.forced_tokens(), vision, config)
+        prompt = Prompt(llama, bundle.manifest, space, grammar.forced_tokens(), config)
         return prompt.describe_fit(config.task.instruction)
 
 
 def _check_reasoning(config: Config, model: ModelInfo) -> None:
     if config.language.max_reasoning_tokens and "think" not in model.special:
         raise ConfigError("language.max_reasoning_tokens: expected 0 for a model without [THINK]")
-
-
-def _vision_of(config: Config, manifest: Manifest) -> VisionInfo:
-    if manifest.vision is None:
-        raise BundleError(f"{config.bundle}: a text-only model; expected a bundle with a vision encoder")
-    return manifest.vision
 
 
 def _compile_grammar(llama: LlamaContext, space: ActionSpace) -> Grammar:
@@ -181,20 +173,6 @@ def _assemble(
     grammar: Grammar,
     space: ActionSpace,
 ) -> LoadedModel:
-    vision, special = _vision_of(config, manifest), manifest.model.special
-    preprocessor = Preprocessor(vision, config.vision.max_image_tokens)
-    encoder = open_encoder(
-        encoder_file,
-        EncoderOptions(
-            backend=switches.vision_backend,
-            threads=config.cpu_threads,
-            tensorrt=config.vision.tensorrt,
-            gpu=config.language.gpu_layers != 0,
-        ),
-        preprocessor,
-        llama.model,
-        break_row=llama.embed([special["img_break"]])[0],
-    )
     grammar.start()
     prompt = Prompt(llama, manifest, space, grammar.forced_tokens(), config)
     images: ImageEncoder | NoImages = NoImages(prompt.buffer_rows, llama.n_embd)

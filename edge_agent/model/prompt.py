@@ -96,18 +96,6 @@ class Prompt:
     def prefix_tokens(self, instruction: str) -> list[int]:
         """The pinned beginning. Raises InstructionRefused when it leaves no room for a frame, an answer, a question and
         its text, or language.describe_prompt and its text."""
-        text = SYSTEM_PROMPTS[self.action_space.codec].format(
-            space=describe_action_space(self.action_space), instruction=instruction
-        )
-        special = self.special
-        prefix = [
-            special["bos"],
-            special["system"],
-            *self._llama.tokens(text),
-            special["system_end"],
-            special["inst"],
-        ]
-        needed, parts = self._needed(prefix)
         template = SYSTEM_PROMPTS[self.action_space.codec]
         if not self.has_images:
             template = template.replace(ONE_FRAME, NO_FRAME)
@@ -115,8 +103,7 @@ class Prompt:
         layout = self.layout
         before_frame = layout.before_user + (layout.before_image if self.has_images else "")
         prefix = self._tokenise([*self._layout_parts(layout.before_system), text, *self._layout_parts(before_frame)])
-        longest_reply = max(self.max_answer_tokens, self._max_text_tokens + self._min_question_tokens)
-        needed = len(prefix) + self.max_frame_rows + longest_reply
+        needed, parts = self._needed(prefix)
         if needed > self._llama.n_ctx:
             described = " or language.describe_prompt" if self._min_question_tokens > MIN_QUESTION_TOKENS else ""
             raise InstructionRefused(

@@ -12,7 +12,7 @@ from edge_agent.bundle.manifest import LANGUAGE, read_manifest
 from edge_agent.bundle.model_start import decode_model_start, encode_model_start, fit_to_bundle
 from edge_agent.bundle.signing import SIGNATURE, keygen
 from edge_agent.bundle.verify import verify_bundle
-from edge_agent.cli import daemon, main
+from edge_agent.cli import check, daemon, main
 from edge_agent.cli.commands import EX_USAGE, CommandFailed
 from edge_agent.config import CameraConfig, Config, VisionConfig
 from edge_agent.errors import BundleError, ConfigError
@@ -92,7 +92,7 @@ def test_onnxruntime_is_not_required_for_it(gemma: tuple[Path, Path], tmp_path: 
 
 def test_check_says_that_a_model_is_text_only(gemma: tuple[Path, Path], tmp_path: Path):
     run(gemma[0], tmp_path / "out")
-    _, line = daemon._check_bundle(config_of(tmp_path / "out"), b"")
+    _, line = check._check_bundle(config_of(tmp_path / "out"))
     assert line.endswith("a text-only model: it answers from the vehicle's state, and a frame only says when")
 
 
