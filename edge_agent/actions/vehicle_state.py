@@ -56,11 +56,21 @@ def render_vehicle_state(space: ActionSpace, values: Mapping[str, tuple[StateVal
         if key not in values:
             return "unknown"
         value, arrival_ns = values[key]
-        if not 0 <= now_ns - arrival_ns <= fields[key].max_age_ms * NS_PER_MS:
+        if not _is_fresh(arrival_ns, fields[key], now_ns):
             return "unknown"
         return _render_value(value, fields[key])
 
     return PLACEHOLDER.sub(rendered, space.vehicle_state.text)
+
+
+def unknown_values(space: ActionSpace, values: Mapping[str, tuple[StateValue, int]], now_ns: int) -> list[str]:
+    """The keys of the action space's vehicle state that render_vehicle_state() would write as "unknown"."""
+    fields = space.vehicle_state.values if space.vehicle_state is not None else {}
+    return [key for key in fields if key not in values or not _is_fresh(values[key][1], fields[key], now_ns)]
+
+
+def _is_fresh(arrival_ns: int, field: VehicleStateField, now_ns: int) -> bool:
+    return 0 <= now_ns - arrival_ns <= field.max_age_ms * NS_PER_MS
 
 
 def _render_value(value: StateValue, field: VehicleStateField) -> str:

@@ -1,8 +1,7 @@
 """Check the header of a GGUF or ONNX file before a native parser reads it: bounds, names, and an allow-list.
 
-C++ parsers have had memory errors on crafted files. This parser is Python, reads headers only, and accepts only what
-edge-quantize writes. It does not check whether the numbers are useful (edge-quantize validated them), nor who made the
-file (hashes and signature do).
+C++ parsers have had memory errors on crafted files. This parser is Python, reads headers only, and accepts only the
+types that it knows. It does not check whether the numbers are useful, nor who made the file (hashes and signature do).
 
 GGUF: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md   ONNX: onnx.proto, in protobuf's wire format
 """
@@ -13,7 +12,7 @@ import itertools
 import math
 import mmap
 import struct
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -24,7 +23,7 @@ MAX_STRING_BYTES = 4096  # longer values are skipped, not returned
 MAX_ARRAY = 1 << 24
 MAX_ELEMENTS = 1 << 40
 ALIGNMENT_BYTES = 32
-# ggml type -> its name, elements in a block, bytes of a block: the types that edge-quantize writes
+# ggml type -> its name, elements in a block, bytes of a block: what edge-quantize and other tools write
 BLOCKS = {
     0: ("F32", 1, 4),
     1: ("F16", 1, 2),
@@ -39,13 +38,28 @@ BLOCKS = {
     12: ("Q4_K", 256, 144),
     13: ("Q5_K", 256, 176),
     14: ("Q6_K", 256, 210),
+    16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50),
     20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82),
     23: ("IQ4_XS", 256, 136),
+    29: ("IQ1_M", 256, 56),
+    34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17),
+    40: ("NVFP4", 64, 36),
+    41: ("Q1_0", 128, 18),
 }
-SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # GGUF value type -> bytes
-UINT32, FLOAT32, STRING, ARRAY, UINT64 = 4, 6, 8, 9, 10
+GGUF_VERSIONS = (2, 3)  # 3 differs from 2 in that a file may be big-endian
+# GGUF value type -> format of struct: 8 to 64 bit integers, float32, bool, float64
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY, INTEGERS = 8, 9, frozenset("bBhHiIqQ")
+TOKENS, TOKEN_TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
 MAX_KEPT = 1024  # values of an array of strings that are returned: the special tokens come first
-MAX_KEPT_FLOATS = 16
+MAX_KEPT_NUMBERS = 1024  # a longer array of numbers is not returned: a number for each layer, not for each token
 MAX_OPSET, MAX_IR_VERSION = 21, 10
 MAX_DIMENSIONS = 16
 DATA_TYPES = {1: 4, 3: 1, 7: 8, 10: 2, 16: 2}  # TensorProto: FLOAT, INT8, INT64, FLOAT16, BFLOAT16 -> bytes
@@ -70,11 +84,19 @@ class TensorHeader(NamedTuple):
 
 
 class GgufHeader(NamedTuple):
-    """values: strings, unsigned integers, short arrays of float32, and the first strings of arrays of strings; None for
+    """values: numbers, short strings, short arrays of numbers, and the first strings of arrays of strings; None for
     every other value."""
 
     values: dict[str, object]
     tensors: dict[str, TensorHeader]
+
+
+class Token(NamedTuple):
+    """A token of the vocabulary."""
+
+    id: int
+    text: str
+    type: int | None  # tokenizer.ggml.token_type; None: the file does not say
 
 
 class UnsafeFileError(UserError):
@@ -84,14 +106,14 @@ class UnsafeFileError(UserError):
 # -- GGUF --------------------------------------------------------------------------------------------------------------
 
 
-def check_gguf(path: Path, architectures: tuple[str, ...]) -> GgufHeader:
+def check_gguf(path: Path, architectures: Container[str]) -> GgufHeader:
     """Check a GGUF file whose general.architecture has to be one of `architectures`. Raises UnsafeFileError."""
     with path.open("rb") as file, _map(file) as data:
         reader = _Reader(data)
         n_tensors, values = _read_start(reader)
         architecture = values.get("general.architecture")
-        if architecture not in architectures:
-            expected = " or ".join(architectures)
+        if not isinstance(architecture, str) or architecture not in architectures:
+            expected = " or ".join(architectures) if isinstance(architectures, tuple) else "a language model"
             raise UnsafeFileError(f"general.architecture: expected {expected}, found {architecture!r}")
         alignment = values.get("general.alignment", ALIGNMENT_BYTES)
         if alignment != ALIGNMENT_BYTES:
@@ -105,10 +127,43 @@ def read_gguf_keys(path: Path) -> dict[str, object]:
         return _read_start(_Reader(data))[1]
 
 
+def read_tokens(path: Path, texts: Container[str], ids: Container[int] = ()) -> list[Token]:
+    """The tokens of a GGUF file that have one of these texts or ids, in the order of their ids. Raises
+    UnsafeFileError."""
+    with path.open("rb") as file, _map(file) as data:
+        reader = _Reader(data)
+        _read_start(reader)
+        if TOKENS not in reader.arrays:
+            raise UnsafeFileError(f"{TOKENS}: missing: the file has no vocabulary")
+        reader.position = reader.arrays[TOKENS]
+        if reader.uint32() != STRING:
+            raise UnsafeFileError(f"{TOKENS}: expected texts")
+        texts_found = enumerate(reader.text(*span) for span in reader.string_spans(reader.uint64()))
+        found = [(i, text) for i, text in texts_found if text in texts or i in ids]
+        types = _read_token_types(reader, [i for i, _ in found])
+        return [Token(i, text, types.get(i)) for i, text in found]
+
+
+def _read_token_types(reader: _Reader, ids: list[int]) -> dict[int, int]:
+    if TOKEN_TYPES not in reader.arrays:
+        return {}
+    reader.position = reader.arrays[TOKEN_TYPES]
+    kind, n = SCALARS.get(reader.uint32(), ""), reader.uint64()
+    if kind not in INTEGERS:
+        raise UnsafeFileError(f"{TOKEN_TYPES}: expected integers")
+    start, size = reader.position, struct.calcsize(f"<{kind}")
+    return {i: struct.unpack_from(f"<{kind}", reader.data, start + i * size)[0] for i in ids if i < n}
+
+
 def _read_start(reader: _Reader) -> tuple[int, dict[str, object]]:
     """The number of tensors, and the keys."""
-    if reader.take(4) != b"GGUF" or reader.uint32() != 3:
-        raise UnsafeFileError("expected GGUF version 3")
+    if reader.take(4) != b"GGUF":
+        raise UnsafeFileError(f"not a GGUF file; expected GGUF version {GGUF_VERSIONS[-1]}")
+    version = reader.uint32()
+    if int.from_bytes(version.to_bytes(4, "little"), "big") in GGUF_VERSIONS:
+        raise UnsafeFileError("big-endian; convert it with gguf_convert_endian.py of llama.cpp")
+    if version not in GGUF_VERSIONS:
+        raise UnsafeFileError(f"GGUF version {version}: expected version {GGUF_VERSIONS[-1]}; use another edge-agent")
     n_tensors, n_keys = reader.uint64(), reader.uint64()
     if not 0 < n_tensors <= MAX_TENSORS or n_keys > MAX_KEYS:
         raise UnsafeFileError(f"{n_tensors} tensors and {n_keys} keys; expected at most {MAX_TENSORS} and {MAX_KEYS}")
@@ -121,9 +176,10 @@ def _read_keys(reader: _Reader, n_keys: int) -> dict[str, object]:
         key = reader.string(MAX_KEY_BYTES)
         if key in values:
             raise UnsafeFileError(f"{key}: duplicate key")
-        if key.startswith("split."):
-            raise UnsafeFileError(f"{key}: split GGUF files are not supported; merge the parts first")
         values[key] = reader.value(reader.uint32(), key)
+    if (n_parts := values.get("split.count", 0)) not in (0, 1):
+        merge = "llama-gguf-split --merge FIRST_PART MERGED.gguf"
+        raise UnsafeFileError(f"split.count: one of {n_parts} parts of a split file; merge the parts first: {merge}")
     return values
 
 
@@ -140,7 +196,9 @@ def _read_tensors(reader: _Reader, n_tensors: int) -> dict[str, TensorHeader]:
         shape = [reader.uint64() for _ in range(n_dims)]
         ggml_type, offset = reader.uint32(), reader.uint64()
         if ggml_type not in BLOCKS:
-            raise UnsafeFileError(f"{name}: type {ggml_type}: edge-quantize never writes this type")
+            raise UnsafeFileError(
+                f"{name}: type {ggml_type} is unknown; use a file of another type or a newer edge-agent"
+            )
         if not all(0 < side <= MAX_ELEMENTS for side in shape) or math.prod(shape) > MAX_ELEMENTS:
             raise UnsafeFileError(f"{name}: shape {shape}: expected 1 to {MAX_ELEMENTS} elements")
         type_name, block_elements, block_bytes = BLOCKS[ggml_type]
@@ -159,11 +217,15 @@ def _read_tensors(reader: _Reader, n_tensors: int) -> dict[str, TensorHeader]:
     return {name: tensor._replace(offset=data_start + tensor.offset) for name, tensor in found.items()}
 
 
+_UINT64 = struct.Struct("<Q")
+
+
 class _Reader:
     """Reads a file's bytes from start to end and checks every bound."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.position, self.size = data, 0, len(data)
+        self.arrays: dict[str, int] = {}  # key -> position of its array, element type first
 
     def take(self, n_bytes: int) -> bytes:
         self.skip(n_bytes)
@@ -200,26 +262,48 @@ class _Reader:
         if value_type == ARRAY:
             return self.array(key)
         if value_type not in SCALARS:
-            raise UnsafeFileError(f"{key}: unknown value type {value_type}")
-        raw = self.take(SCALARS[value_type])
-        return int.from_bytes(raw, "little") if value_type in (UINT32, UINT64) else None
+            raise UnsafeFileError(f"{key}: value type {value_type} is unknown; use a newer edge-agent")
+        return self.numbers(SCALARS[value_type], 1)[0]
+
+    def numbers(self, kind: str, n: int) -> list[int | float | bool]:
+        """kind: a value of SCALARS."""
+        return list(struct.unpack(f"<{n}{kind}", self.take(n * struct.calcsize(f"<{kind}"))))
 
     def array(self, key: str) -> object:
+        self.arrays[key] = self.position
         element_type, n = self.uint32(), self.uint64()
         if n > MAX_ARRAY or (element_type != STRING and element_type not in SCALARS):
             raise UnsafeFileError(f"{key}: an array of {n} values of type {element_type}")
-        if element_type == FLOAT32 and n <= MAX_KEPT_FLOATS:
-            return list(struct.unpack(f"<{n}f", self.take(4 * n)))
-        if element_type != STRING:
-            self.skip(n * SCALARS[element_type])
-            return None
-        kept: list[str] = []
-        for i in range(n):
-            n_bytes = self.uint64()
-            self.skip(n_bytes)
-            if i < MAX_KEPT and n_bytes <= MAX_STRING_BYTES:
-                kept.append(self.data[self.position - n_bytes : self.position].decode(errors="replace"))
-        return kept
+        if element_type == STRING:
+            spans = self.string_spans(n)
+            kept = [self.text(*span) for span in itertools.islice(spans, MAX_KEPT)]
+            for _ in spans:
+                pass
+            return kept
+        if n <= MAX_KEPT_NUMBERS:
+            return self.numbers(SCALARS[element_type], n)
+        self.skip(n * struct.calcsize(f"<{SCALARS[element_type]}"))
+        return None
+
+    def string_spans(self, n: int) -> Iterator[tuple[int, int]]:
+        """Start and end of each of n strings, which begin here. A vocabulary has hundreds of thousands of them."""
+        data, size, position = self.data, self.size, self.position
+        for _ in range(n):
+            if position + 8 > size:
+                break
+            (n_bytes,) = _UINT64.unpack_from(data, position)
+            position += 8 + n_bytes
+            if position > size:
+                break
+            yield position - n_bytes, position
+        else:
+            self.position = position
+            return
+        raise UnsafeFileError(f"the file ends at byte {size}, inside its header")
+
+    def text(self, start: int, end: int) -> str:
+        """A string of an array; "": longer than any text that is needed."""
+        return self.data[start:end].decode(errors="replace") if end - start <= MAX_STRING_BYTES else ""
 
 
 # -- ONNX --------------------------------------------------------------------------------------------------------------

@@ -18,18 +18,19 @@ from edge_agent.errors import BundleError, fault_of
 BLOCK_BYTES = 4 << 20
 
 
-class BundleFile(msgspec.Struct, frozen=True, kw_only=True):
+class BundleFile(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Size and hash of one file."""
 
     bytes: Annotated[int, Meta(ge=0, le=1 << 48)]
     sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    linked: bool = False  # the file has another name outside the bundle: edge-agent bundle wrap --link
 
 
-def open_plain(path: Path) -> int:
+def open_plain(path: Path, linked: bool = False) -> int:
     """Open a regular file for reading; returns its descriptor.
 
-    Refuses links and files with a second name, so that the hashed file is the one that is loaded later. Raises
-    FileNotFoundError, or BundleError for anything else that cannot be opened as a plain file.
+    Refuses links and, unless `linked`, files with a second name, so that the hashed file is the one that is loaded
+    later. Raises FileNotFoundError, or BundleError for anything else that cannot be opened as a plain file.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -39,7 +40,7 @@ def open_plain(path: Path) -> int:
         fault = fault_of(error, "bundle")
         raise BundleError(f"{path}: cannot be opened as a plain file: {error.strerror}", fault) from None
     status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+    if not stat.S_ISREG(status.st_mode) or (status.st_nlink > 1 and not linked):
         os.close(descriptor)
         raise BundleError(f"{path}: expected a plain file with one name; found a special or hard-linked file")
     return descriptor

@@ -14,6 +14,7 @@ from edge_agent.bundle import signing
 from edge_agent.bundle.file_check import UnsafeFileError, check_gguf
 from edge_agent.bundle.files import BundleFile, hash_file, open_plain
 from edge_agent.bundle.manifest import LANGUAGE_ARCHITECTURES, Bundle
+from edge_agent.bundle.model_facts import ARCHITECTURES
 from edge_agent.errors import BundleError, ConfigError, FaultName, fault_of
 
 
@@ -42,7 +43,8 @@ def _verify_adapter(path: Path, bundle: Bundle, trusted_keys: tuple[str, ...]) -
         statement = signing.adapter_statement(hashed.sha256)
         with os.fdopen(open_plain(path.with_name(path.name + signing.ADAPTER_SUFFIX)), "rb") as file:
             signing.find_signer(statement, file.read(signing.MAX_SIGNATURE_BYTES), trusted_keys)
-    values, tensors = check_gguf(path, LANGUAGE_ARCHITECTURES)
+    wrapped = bundle.manifest.layout is not None
+    values, tensors = check_gguf(path, ARCHITECTURES if wrapped else LANGUAGE_ARCHITECTURES)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     for key, expected in (("general.type", "adapter"), ("adapter.type", "lora")):
         found = values.get(key)
@@ -52,7 +54,8 @@ def _verify_adapter(path: Path, bundle: Bundle, trusted_keys: tuple[str, ...]) -
         raise UnsafeFileError("an activated LoRA, which one token switches on; expected a LoRA that is always on")
     model = bundle.manifest.model
     bundle_model, adapter_model = f"{model.family} {model.size}", values.get("general.base_model.0.name", "")
-    if adapter_model and adapter_model != bundle_model:
+    # The names inside published GGUF files follow no rule; llama.cpp compares the shapes.
+    if adapter_model and adapter_model != bundle_model and not wrapped:
         raise UnsafeFileError(f"made for {adapter_model}, the bundle is {bundle_model}")
     for name, shape in shapes.items():
         stem, _, kind = name.rpartition(".")

@@ -1,9 +1,10 @@
 """The manifest of a model folder: `bundle.json`, which lists the other files with size and hash.
 
-This module owns the format; quantize writes it with `write_manifest`. bundle.json is written last, so a folder that has
-it is complete. Nothing here parses GGUF or ONNX.
+This module owns the format; edge-quantize and `edge-agent bundle wrap` write it with `write_manifest`. bundle.json is
+written last, so a folder that has it is complete. Nothing here parses GGUF or ONNX.
 
-    bundle/  language.gguf  vision.onnx  mmproj.gguf  report.json  bundle.json
+    bundle/  language.gguf  vision.onnx  mmproj.gguf  report.json  bundle.json     edge-quantize build
+    bundle/  language.gguf  [mmproj.gguf]  bundle.json                             edge-agent bundle wrap
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from msgspec import Meta
 
 from edge_agent.bundle import recognise, signing
 from edge_agent.bundle.files import BundleFile, open_plain, write_durably
+from edge_agent.bundle.layout import MISTRAL, MISTRAL_VISION, PromptLayout
 from edge_agent.errors import BundleError
 
 FORMAT = 1
@@ -42,6 +44,7 @@ SPECIAL_TOKENS = {
     "img_end": "[IMG_END]",
 }
 THINK_TOKENS = {"think": "[THINK]", "think_end": "[/THINK]"}  # around the reasoning of a reasoning model
+SPECIAL_NAMES = {text: name for name, text in (SPECIAL_TOKENS | THINK_TOKENS).items()}
 
 # Bounds far above any model, so that no sum overflows a fixed-size integer. The values are compared with the files.
 Size = Annotated[int, Meta(ge=1, le=1 << 20)]
@@ -69,7 +72,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     vocab: Size
     context: Size
     kv_bytes_per_token: Annotated[int, Meta(ge=1, le=1 << 40)]  # keys and values in 16 bit
-    special: dict[Text, Annotated[int, Meta(ge=0, le=1 << 20)]]  # names of SPECIAL_TOKENS and THINK_TOKENS -> token
+    # Names of SPECIAL_TOKENS and THINK_TOKENS -> token. A token without a name there has its text as its name.
+    special: dict[Text, Annotated[int, Meta(ge=0, le=1 << 20)]]
     embedding: EmbeddingInfo
 
 
@@ -81,7 +85,10 @@ class VisionInfo(msgspec.Struct, frozen=True, kw_only=True):
     image_size: Size  # longest edge, pixels
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    fixed: tuple[Size, Size] | None = None  # height and width in pixels, if vision.onnx takes no other size
+    fixed: tuple[Size, Size] | None = None  # height and width in pixels, if the encoder takes no other size
+    projector: Text = "pixtral"  # clip.projector_type, a name of model_facts.PROJECTORS
+    breaks: bool = True  # a row between two lines of image tokens
+    causal: bool = True  # false: every row of an image attends to all others, in a batch of their own
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,12 +99,21 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     files: dict[str, BundleFile]
     model: ModelInfo
     vision: VisionInfo | None  # None: a text-only model
+    layout: PromptLayout | None = None  # None: Mistral's, of a bundle that edge-quantize made
     recipe: Text
     bytes_by_type: dict[Text, Bytes]  # of the language model: ggml type -> bytes
     source_dtype: Text
     source_sha256: dict[str, str]
     licence: Text
     counter: Annotated[int, Meta(ge=0, le=1 << 31)] | None = None  # a device that had a higher one refuses this bundle
+
+    @property
+    def prompt_layout(self) -> PromptLayout:
+        return self.layout or (MISTRAL if self.vision is None else MISTRAL_VISION)
+
+    def token_id(self, text: str) -> int:
+        """Of a special token of the layout. Raises KeyError."""
+        return self.model.special[SPECIAL_NAMES.get(text, text)]
 
 
 class Bundle(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,7 +140,7 @@ def read_manifest(folder: str | Path) -> Bundle:
         what = recognise.describe(folder) or "no such folder"
         action = "install one: edge-agent bundle install BUNDLE"
         if folder.name != CURRENT:
-            action = "expected a bundle made by edge-quantize build"
+            action = "expected a bundle made by edge-quantize build or edge-agent bundle wrap"
         raise BundleError(f"{folder}: {what}; {action}")
     try:
         descriptor = open_plain(path)
@@ -143,7 +159,8 @@ def read_manifest(folder: str | Path) -> Bundle:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         what = recognise.describe(path) or f"damaged: {error}"
         raise BundleError(f"{path}: {what}; build or copy the bundle again") from None
-    for name in (LANGUAGE, *([VISION, MMPROJ] if manifest.vision else []), *manifest.files):
+    encoders = [] if manifest.vision is None else [MMPROJ] if manifest.layout is not None else [VISION, MMPROJ]
+    for name in (LANGUAGE, *encoders, *manifest.files):
         if name not in manifest.files:
             raise BundleError(f"{path}: files: {name} missing; build the bundle again")
         if Path(name).name != name or "\0" in name or name in (MANIFEST, ".", ".."):

@@ -8,16 +8,29 @@ from __future__ import annotations
 
 import math
 import struct
-from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from edge_agent.bundle.file_check import GgufHeader
-from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, SPECIAL_TOKENS, THINK_TOKENS, VISION, Manifest, VisionInfo
+from edge_agent.bundle.file_check import GgufHeader, Token, UnsafeFileError
+from edge_agent.bundle.layout import CONTROL
+from edge_agent.bundle.manifest import (
+    LANGUAGE,
+    MMPROJ,
+    SPECIAL_NAMES,
+    SPECIAL_TOKENS,
+    THINK_TOKENS,
+    VISION,
+    Manifest,
+    VisionInfo,
+)
+from edge_agent.bundle.model_facts import (
+    EMBEDDING,
+    bytes_by_type,
+    kv_bytes_per_token,
+    vision_info,
+)
 
-EMBEDDING = "token_embd.weight"
 MAX_MEAN, MIN_STD, MAX_STD = 100.0, 1e-3, 100.0  # of pixels, in units of the full range
-KV_VALUE_BYTES = 2
 
 
 class Fact(NamedTuple):
@@ -29,16 +42,29 @@ class Fact(NamedTuple):
     expected: object
 
 
-def wrong_fact(manifest: Manifest, language: GgufHeader, mmproj: GgufHeader, vision_input: list[int]) -> str:
-    """The first value of the manifest that the files contradict, as "key: expected ..., found ..."; "": none.
+class Headers(NamedTuple):
+    """What the files of a bundle say."""
 
-    vision_input: the input shape of vision.onnx, (1, 3, height, width); 0 is a side that can vary.
-    """
-    facts = [*_language_facts(manifest, language), *_special_facts(manifest, language)]
-    if manifest.vision is not None:
-        if wrong := _wrong_pixels(manifest.vision):
-            return wrong
-        facts += [*_vision_facts(manifest.vision, manifest.model.hidden, mmproj, vision_input)]
+    language: GgufHeader
+    tokens: list[Token]  # of the prompt layout; empty for a bundle without one
+    mmproj: GgufHeader | None
+    vision_input: list[int] | None  # input shape of vision.onnx, (1, 3, height, width); 0 is a side that can vary
+
+
+def wrong_fact(manifest: Manifest, headers: Headers) -> str:
+    """The first value of the manifest that the files contradict, as "key: expected ..., found ..."; "": none."""
+    language = headers.language
+    try:
+        facts = [*_language_facts(manifest, language), *_token_facts(manifest, headers)]
+        if manifest.vision is not None and headers.mmproj is not None:
+            if wrong := _wrong_pixels(manifest.vision):
+                return wrong
+            facts += _vision_facts(manifest, headers.language, headers.mmproj)
+            if headers.vision_input is not None:
+                sides = [1, 3, *(manifest.vision.fixed or (0, 0))]
+                facts.append(Fact("vision.fixed", sides, VISION, headers.vision_input))
+    except UnsafeFileError as error:
+        return str(error)
     for fact in facts:
         if fact.found != fact.expected:
             return f"{fact.key}: expected {fact.expected!r} by {fact.file}, found {fact.found!r}"
@@ -62,14 +88,15 @@ def _language_facts(manifest: Manifest, header: GgufHeader) -> Iterator[Fact]:
     yield Fact("model.embedding.offset", embedding.offset, LANGUAGE, table.offset)
     yield Fact("model.embedding.ggml_type", embedding.ggml_type, LANGUAGE, table.type_name)
     yield Fact("model.embedding.row_bytes", embedding.row_bytes, LANGUAGE, table.n_bytes // table.shape[1])
-    sizes = [values.get(f"{prefix}.attention.{key}") for key in ("head_count_kv", "key_length")]
-    per_layer = math.prod(size if isinstance(size, int) else 0 for size in sizes)
-    n_bytes = 2 * KV_VALUE_BYTES * model.layers * per_layer  # keys and values
+    n_bytes = kv_bytes_per_token(header, model.layers)
     yield Fact("model.kv_bytes_per_token", model.kv_bytes_per_token, LANGUAGE, n_bytes)
-    by_type: Counter[str] = Counter()
-    for tensor in header.tensors.values():
-        by_type[tensor.type_name] += tensor.n_bytes
-    yield Fact("bytes_by_type", manifest.bytes_by_type, LANGUAGE, dict(by_type))
+    yield Fact("bytes_by_type", manifest.bytes_by_type, LANGUAGE, bytes_by_type(header))
+
+
+def _token_facts(manifest: Manifest, headers: Headers) -> Iterator[Fact]:
+    if manifest.layout is None:
+        return _special_facts(manifest, headers.language)
+    return _layout_facts(manifest, headers.tokens)
 
 
 def _special_facts(manifest: Manifest, header: GgufHeader) -> Iterator[Fact]:
@@ -84,16 +111,34 @@ def _special_facts(manifest: Manifest, header: GgufHeader) -> Iterator[Fact]:
         yield Fact(f"model.special.{name}", found, LANGUAGE, text)
 
 
-def _vision_facts(vision: VisionInfo, hidden: int, mmproj: GgufHeader, vision_input: list[int]) -> Iterator[Fact]:
-    values = mmproj.values
+def _layout_facts(manifest: Manifest, tokens: list[Token]) -> Iterator[Fact]:
+    """Each special token of the layout is that token of the vocabulary, and text from outside cannot be it."""
+    by_text = {token.text: token for token in tokens}
+    names = {SPECIAL_NAMES.get(text, text): text for text in manifest.prompt_layout.special}
+    for name, text in names.items():
+        token = by_text.get(text, Token(-1, text, None))
+        yield Fact(f"model.special.{name}", manifest.model.special.get(name), LANGUAGE, token.id)
+        yield Fact(f"layout.special: {text}", CONTROL, LANGUAGE, token.type)
+    for name, token_id in manifest.model.special.items():
+        if name not in names:  # of a reasoning model, or the row between two lines of an image
+            text = (SPECIAL_TOKENS | THINK_TOKENS).get(name, name)
+            yield Fact(f"model.special.{name}", token_id, LANGUAGE, by_text.get(text, Token(-1, text, None)).id)
+
+
+def _vision_facts(manifest: Manifest, language: GgufHeader, mmproj: GgufHeader) -> Iterator[Fact]:
+    vision, values = manifest.vision, mmproj.values
+    assert vision is not None
+    if manifest.layout is not None:
+        yield Fact("vision", vision, MMPROJ, vision_info(language, mmproj))
+        return
     yield Fact("vision.patch", vision.patch, MMPROJ, values.get("clip.vision.patch_size"))
     yield Fact("vision.merge", vision.merge, MMPROJ, values.get("clip.vision.spatial_merge_size"))
     yield Fact("vision.image_size", vision.image_size, MMPROJ, values.get("clip.vision.image_size"))
-    yield Fact("model.hidden", hidden, MMPROJ, values.get("clip.vision.projection_dim"))
+    yield Fact("model.hidden", manifest.model.hidden, MMPROJ, values.get("clip.vision.projection_dim"))
     yield Fact("vision.mean", _float32(vision.mean), MMPROJ, values.get("clip.vision.image_mean"))
     yield Fact("vision.std", _float32(vision.std), MMPROJ, values.get("clip.vision.image_std"))
-    sides = [1, 3, *(vision.fixed or (0, 0))]
-    yield Fact("vision.fixed", sides, VISION, vision_input)
+    defaults = (vision.projector, vision.breaks, vision.causal)
+    yield Fact("vision.projector, vision.breaks, vision.causal", defaults, MMPROJ, ("pixtral", True, True))
 
 
 def _wrong_pixels(vision: VisionInfo) -> str:

@@ -93,9 +93,12 @@ def adapters_mib(config: Config) -> float:
 def _vision_mib(config: Config, manifest: Manifest, backend: str) -> float:
     if manifest.vision is None:
         return 0.0
-    patches = 4 * config.vision.max_image_tokens
+    vision = manifest.vision
+    patches = vision.merge**2 * config.vision.max_image_tokens
+    if vision.fixed is not None:
+        patches = math.prod(vision.fixed) // vision.patch**2
     scores_mib = 16 * patches * patches * FLOAT32_BYTES / MIB  # attention scores of one layer with 16 heads
-    if backend == "mtmd":
+    if backend == "mtmd" or VISION not in manifest.files:
         return manifest.files[MMPROJ].bytes / MIB + scores_mib
     stored_mib = manifest.files[VISION].bytes / MIB
     float32_mib = (manifest.model.parameters - _elements(manifest.bytes_by_type)) * FLOAT32_BYTES / MIB

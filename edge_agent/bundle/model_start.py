@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from edge_agent.bundle.files import BundleFile
-from edge_agent.bundle.manifest import Bundle, Manifest
+from edge_agent.bundle.manifest import VISION, Bundle, Manifest
 from edge_agent.config import Config
 from edge_agent.errors import ConfigError
 
@@ -37,8 +37,19 @@ class ModelStart(msgspec.Struct, frozen=True, kw_only=True):
         return {self.bundle.path(name): file for name, file in self.manifest.files.items()} | adapters
 
 
+def fit_to_bundle(config: Config, manifest: Manifest) -> Config:
+    """The configuration with the only vision backend that a bundle without vision.onnx has. Raises ConfigError."""
+    if VISION in manifest.files:
+        return config
+    if config.vision.backend == "onnxruntime":
+        raise ConfigError("vision.backend: expected mtmd or null for a bundle without vision.onnx, found 'onnxruntime'")
+    vision = msgspec.structs.replace(config.vision, backend="mtmd", tensorrt=False)
+    return msgspec.structs.replace(config, vision=vision)
+
+
 def encode_model_start(config: Config, bundle: Bundle, space: bytes) -> bytes:
-    """Raises ConfigError if the message would be too long."""
+    """Raises ConfigError if the message would be too long, or if the configuration does not fit the bundle."""
+    config = fit_to_bundle(config, bundle.manifest)
     start = ModelStart(
         config=config,
         space=space,

@@ -47,7 +47,7 @@ class VerifiedFiles:
     def open(self, path: Path) -> Path:
         """Open and hash a file. Returns the path to load it from. Raises BundleError if it is not the verified file."""
         try:
-            first = open_plain(path)
+            first = open_plain(path, self._expected[path].linked)
         except FileNotFoundError:
             raise BundleError(f"{path}: missing; it was there when it was verified; copy it again") from None
         try:

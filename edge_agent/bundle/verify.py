@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent.bundle import signing
-from edge_agent.bundle.file_check import UnsafeFileError, check_gguf, check_onnx
+from edge_agent.bundle.file_check import GgufHeader, Token, UnsafeFileError, check_gguf, check_onnx, read_tokens
 from edge_agent.bundle.files import BLOCK_BYTES, BundleFile, file_stamp, open_plain
 from edge_agent.bundle.manifest import (
     LANGUAGE,
@@ -17,11 +17,15 @@ from edge_agent.bundle.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
     MMPROJ,
+    SPECIAL_TOKENS,
+    THINK_TOKENS,
     VISION,
     Bundle,
+    Manifest,
     read_manifest,
 )
-from edge_agent.bundle.manifest_check import wrong_fact
+from edge_agent.bundle.manifest_check import Headers, wrong_fact
+from edge_agent.bundle.model_facts import ARCHITECTURES, check_family
 from edge_agent.errors import BundleError
 
 
@@ -30,7 +34,7 @@ def verify_bundle(
     trusted_keys: tuple[str, ...] = (),
     report: Callable[[int, int], None] = lambda n_done, n_total: None,
 ) -> Bundle:
-    """Verify a bundle with a vision encoder: manifest, signature, every hash, file headers. Raises BundleError.
+    """Verify a bundle: manifest, signature, every hash, file headers. Raises BundleError.
 
     trusted_keys: paths of public keys; if there are any, one of them must have signed the bundle.
     report: called with the bytes done and the bytes in total, after each block that was hashed.
@@ -38,8 +42,6 @@ def verify_bundle(
     bundle = read_manifest(folder)
     if trusted_keys:
         check_signature(bundle, trusted_keys)
-    if bundle.manifest.vision is None:
-        raise BundleError(f"{folder}: a text-only model; use a bundle of a model with a vision encoder")
     n_before = 0
 
     def advance(n_done: int) -> None:
@@ -49,14 +51,14 @@ def verify_bundle(
     for name, expected in sorted(bundle.manifest.files.items()):
         path = bundle.path(name)
         try:
-            descriptor = open_plain(path)
+            descriptor = open_plain(path, expected.linked)
         except FileNotFoundError:
             raise BundleError(f"{path}: missing; copy the bundle again") from None
         try:
             stamp = file_stamp(descriptor)
             check_hash(descriptor, path, expected, advance)
             if name in HEADER_CHECKS:
-                headers[name] = HEADER_CHECKS[name](Path(f"/proc/self/fd/{descriptor}"))
+                headers[name] = HEADER_CHECKS[name](Path(f"/proc/self/fd/{descriptor}"), bundle.manifest)
             if file_stamp(descriptor) != stamp:
                 raise BundleError(f"{path}: changed while it was verified; try again")
         except UnsafeFileError as error:
@@ -64,16 +66,26 @@ def verify_bundle(
         finally:
             os.close(descriptor)
         n_before += expected.bytes
-    if wrong := wrong_fact(bundle.manifest, headers[LANGUAGE], headers[MMPROJ], headers[VISION]):
+    language, tokens = headers[LANGUAGE]
+    if wrong := wrong_fact(bundle.manifest, Headers(language, tokens, headers.get(MMPROJ), headers.get(VISION))):
         raise BundleError(f"{bundle.path(MANIFEST)}: {wrong}; build the bundle again")
     return bundle
 
 
+def _check_language(path: Path, manifest: Manifest) -> tuple[GgufHeader, list[Token]]:
+    if manifest.layout is None:
+        return check_gguf(path, LANGUAGE_ARCHITECTURES), []
+    header = check_gguf(path, ARCHITECTURES)
+    check_family(header)
+    texts = {*manifest.layout.special, *(SPECIAL_TOKENS | THINK_TOKENS).values()}
+    return header, read_tokens(path, texts | manifest.model.special.keys())
+
+
 # The files that native code parses.
-HEADER_CHECKS: dict[str, Callable[[Path], object]] = {
-    LANGUAGE: lambda path: check_gguf(path, LANGUAGE_ARCHITECTURES),
-    MMPROJ: lambda path: check_gguf(path, ("clip",)),
-    VISION: check_onnx,
+HEADER_CHECKS: dict[str, Callable[[Path, Manifest], object]] = {
+    LANGUAGE: _check_language,
+    MMPROJ: lambda path, manifest: check_gguf(path, ("clip",)),
+    VISION: lambda path, manifest: check_onnx(path),
 }
 
 

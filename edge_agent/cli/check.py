@@ -90,6 +90,8 @@ def _check_bundle(config: Config) -> tuple[Bundle, str]:
     verified = verify_adapters(config.language.adapters, verified, config.trusted_keys)
     manifest = verified.manifest
     signed = ", signed" if config.trusted_keys else ""
+    if manifest.vision is None:
+        signed += "; a text-only model: it answers from the vehicle's state, and a frame only says when"
     return verified, (
         f"{verified.id}: {manifest.model.family} {manifest.model.size} {manifest.recipe}, "
         f"{verified.file_bytes / 1e6:.1f} MB, every hash is right{signed}"

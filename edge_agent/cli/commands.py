@@ -116,7 +116,7 @@ COMMANDS: dict[str, Command] = {
                       "else in it stays as it is"),
         ),
     ),
-    "bundle": Command("installed", "install, list, verify or roll back the bundles of this device", "", ()),
+    "bundle": Command("installed", "wrap, install, list, verify or roll back bundles", "", ()),
     "keygen": Command(
         "bundles",
         "make a pair of keys that sign bundles",
@@ -177,6 +177,21 @@ _DEVICE_CONFIG = _argument("--config", type=Path, metavar="FILE", help="configur
 
 # The commands below `edge-agent bundle`.
 BUNDLE_COMMANDS: dict[str, Command] = {
+    "wrap": Command(
+        "bundles",
+        "make a bundle of GGUF files that another tool made",
+        "Copies the files as they are, with their hashes and the facts of their headers. Frames need an mmproj; a "
+        "language model alone answers from the vehicle's state. docs/bundle.md lists the families that are served.",
+        (
+            _argument("files", nargs="+", type=Path, metavar="FILE", help="LANGUAGE.gguf [MMPROJ.gguf] OUT: the model, "
+                      "its vision encoder, and the folder to make"),
+            _argument("--layout", default="", metavar="LAYOUT", help="prompt layout: mistral, chatml, gemma, llama3 "
+                      "or a YAML file; default: found by the special tokens of the vocabulary"),
+            _argument("--link", action="store_true", help="share the files' bytes with the bundle instead of a copy; "
+                      "on one file system only"),
+            _argument("--sign", type=Path, metavar="KEY", help="private key (edge-agent keygen) that signs the bundle"),
+        ),
+    ),
     "install": Command(
         "installed",
         "copy a bundle into the store, verify it, and make it the current one",

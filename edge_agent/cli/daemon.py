@@ -6,16 +6,18 @@ The native code is not loaded here either: run starts it in processes of its own
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import sys
 
 import msgspec
 
+from edge_agent.bundle.manifest import VISION, read_manifest
 from edge_agent.bundle.verify import verify_bundle
 from edge_agent.cli.commands import EX_USAGE, CommandFailed, add_arguments
 from edge_agent.config import CameraConfig, Config, check_texts, load_config
-from edge_agent.errors import FAULTS, ConfigError, encodable
+from edge_agent.errors import FAULTS, BundleError, ConfigError, encodable
 from edge_agent.profile import resolve
 from edge_agent.strict_yaml import convert
 
@@ -55,6 +57,9 @@ def read_config(arguments: argparse.Namespace) -> Config:
 
 def require_onnxruntime(config: Config) -> None:
     backend = resolve(config, gpu=False).vision_backend  # a GPU does not change the backend
+    with contextlib.suppress(BundleError):  # reported later, with everything else about the bundle
+        if VISION not in read_manifest(config.bundle).manifest.files:
+            return
     if backend == "onnxruntime" and importlib.util.find_spec("onnxruntime") is None:
         raise CommandFailed(
             "vision.backend: onnxruntime is not installed; for a CPU: pip install 'edge-agent[cpu]', for an NVIDIA "

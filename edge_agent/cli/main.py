@@ -34,6 +34,7 @@ EPILOG = """examples:
   edge-agent tune --config /etc/edge-agent.yaml --write
   edge-agent bundle install bundles/3b
   edge-agent bundle rollback
+  edge-agent bundle wrap LANGUAGE.gguf MMPROJ.gguf bundles/3b
 
 exit status:
   0   success

@@ -20,9 +20,10 @@ import msgspec
 
 from edge_agent.board.control_groups import available_cores
 from edge_agent.bundle.lora_check import verify_adapters
+from edge_agent.bundle.model_start import fit_to_bundle
 from edge_agent.bundle.verify import verify_bundle
 from edge_agent.cli.check import probe_camera
-from edge_agent.cli.commands import EX_USAGE, CommandFailed
+from edge_agent.cli.commands import EX_CONFIG, EX_USAGE, CommandFailed
 from edge_agent.cli.daemon import read_config, require_onnxruntime
 from edge_agent.config import Config, TunedConfig, load_config_text
 from edge_agent.errors import ConfigError
@@ -40,6 +41,9 @@ def tune(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     require_onnxruntime(config)
     verified = verify_bundle(config.bundle, config.trusted_keys)
+    if verified.manifest.vision is None:
+        raise CommandFailed(f"{config.bundle}: a text-only model; tune measures answers to frames", EX_CONFIG)
+    config = fit_to_bundle(config, verified.manifest)
     verified = verify_adapters(config.language.adapters, verified, config.trusted_keys)
     folder = runtime_dir(config.runtime_dir)
     if is_listening(folder / "control"):

@@ -71,7 +71,8 @@ class LogLine(msgspec.Struct, frozen=True, tag_field="kind", tag="note"):
 
 
 # Why an answer to a frame is not complete; "": it is. cancelled: a pause or a new instruction came meanwhile.
-StopReason = Literal["", "late", "length", "grammar", "not-finite", "cancelled"]
+AnswerStopReason = Literal["", "late", "length", "grammar", "not-finite", "cancelled"]
+StopReason = Literal[AnswerStopReason, "no-state"]
 
 
 class InstructionApplied(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="instructed"):

@@ -1,9 +1,9 @@
 """The action lane: one frame in, one answer out, bound by the grammar.
 
-The frame, the closing text and the previous answer as a draft are evaluated in one batch behind the pinned prefix. Then
-the draft is verified step by step; where the model selects another token, the rest is decoded with what remains of a
-draft. If bit-exact reproducibility is off, or on a GPU, the text lane's next token is added to each batch: the weights
-are read once for both lanes.
+The frame, the closing text and the previous answer as a draft are evaluated in one batch behind the pinned prefix, or
+in two where the model needs an image in a batch of its own. Then the draft is verified step by step; where the model
+selects another token, the rest is decoded with what remains of a draft. If bit-exact reproducibility is off, or on a
+GPU, the text lane's next token is added to each batch: the weights are read once for both lanes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from edge_agent.actions import action_tokens
-from edge_agent.ipc.events import StopReason, TextDelta
+from edge_agent.ipc.events import AnswerStopReason, StopReason, TextDelta
 from edge_agent.model.constrained import DraftSteps, Grammar, GrammarError, NonFiniteError, flatten
 from edge_agent.model.events import NULL_EVENTS, Events
 from edge_agent.model.frame_buffer import FrameBuffer
@@ -79,10 +79,9 @@ class ActionLane:
         self._grammar.start()
         self._grammar.forced_tokens()  # the forced prefix, which is in the closing text
         draft = self.last_answer if self._speculative else []
-        frame.drop_text()
-        frame.append(self._prompt.closing_embeddings(vehicle_state))
-        position = len(self._cache.prefix_tokens) + len(frame)  # of the first step's first token
-        logits = self._prefill(frame, draft[:-1])
+        closing = self._close(frame, vehicle_state)
+        position = len(self._cache.prefix_tokens) + len(frame) + len(closing)  # of the first step's first token
+        logits = self._prefill(frame, closing, draft[:-1])
         self._remember_frame(frame, frame_id)
         prefilled_ns = self._clock()
         stream = _ActionText(self._llama, frame_id, events if self._stream_text else NULL_EVENTS)
@@ -97,24 +96,43 @@ class ActionLane:
             stream.text, stop_reason, (prefilled_ns - start_ns) / NS_PER_MS, (decoded_ns - prefilled_ns) / NS_PER_MS
         )
 
-    def prefill_only(self, frame: FrameBuffer, frame_id: int) -> None:
-        """Evaluate a frame without an answer, for a question while the daemon is paused."""
+    def prefill_only(self, frame: FrameBuffer, frame_id: int) -> bool:
+        """Evaluate a frame without an answer, for a question. Returns whether there was anything to evaluate: a
+        text-only model has no rows of a frame."""
         self._cache.frame_end_position = 0
         frame.drop_text()
-        frame.append(self._prompt.image_end_embedding())
-        logits = self._prefill(frame, [])
+        end = self._prompt.image_end_tokens
+        if self._prompt.text_as_rows:
+            frame.append(self._llama.embed(end))
+            end = []
+        has_rows = len(frame) > 0 or len(end) > 0
+        if has_rows:
+            logits = self._prefill(frame, end, [])
+            self._accept_text(logits)
         self._remember_frame(frame, frame_id)
-        self._accept_text(logits)
+        return has_rows
+
+    def _close(self, frame: FrameBuffer, vehicle_state: str) -> list[int]:
+        """Append the closing text to the rows of a frame -> the tokens that have to follow them; none: they are
+        rows."""
+        frame.drop_text()
+        if not self._prompt.text_as_rows:
+            return self._prompt.closing_tokens(vehicle_state)
+        frame.append(self._prompt.closing_embeddings(vehicle_state))
+        return []
 
     def _remember_frame(self, frame: FrameBuffer, frame_id: int) -> None:
         self._cache.frame_id = frame_id
-        self._cache.frame_end_position = len(self._cache.prefix_tokens) + frame.n_image_rows + 1  # after [IMG_END]
+        n_rows = frame.n_image_rows + len(self._prompt.image_end_tokens)
+        self._cache.frame_end_position = len(self._cache.prefix_tokens) + n_rows
 
-    def _stop_check(self, deadline_ns: int, should_cancel: Callable[[], bool]) -> Callable[[DraftSteps], StopReason]:
+    def _stop_check(
+        self, deadline_ns: int, should_cancel: Callable[[], bool]
+    ) -> Callable[[DraftSteps], AnswerStopReason]:
         """A function of the answer so far: why to stop before its next step, or empty."""
         n_forced = len(self._prompt.forced_prefix)
 
-        def stop_reason(answer: DraftSteps) -> StopReason:
+        def stop_reason(answer: DraftSteps) -> AnswerStopReason:
             if should_cancel():
                 return "cancelled"
             if self._clock() > deadline_ns:
@@ -129,12 +147,12 @@ class ActionLane:
         draft: DraftSteps,
         position: int,
         stream: _ActionText,
-        stop_check: Callable[[DraftSteps], StopReason],
-    ) -> tuple[StopReason, DraftSteps]:
+        stop_check: Callable[[DraftSteps], AnswerStopReason],
+    ) -> tuple[AnswerStopReason, DraftSteps]:
         """Verify the draft and decode until the answer is complete -> (why it stopped early, the answer's steps)."""
         grammar, known = self._grammar, draft
         answer: DraftSteps = []
-        stop_reason: StopReason = ""
+        stop_reason: AnswerStopReason = ""
         stream.add(self._prompt.forced_prefix)
         while not grammar.complete:
             if stop_reason := stop_check(answer):
@@ -161,7 +179,7 @@ class ActionLane:
         self._accept_text(logits)
         return stop_reason, answer
 
-    def _verify(self, step_logits: list[np.ndarray], draft: DraftSteps, answer: DraftSteps) -> StopReason:
+    def _verify(self, step_logits: list[np.ndarray], draft: DraftSteps, answer: DraftSteps) -> AnswerStopReason:
         try:
             self._grammar.verify_draft(step_logits, draft, answer)
         except NonFiniteError:
@@ -170,7 +188,7 @@ class ActionLane:
             return "grammar"
         return ""
 
-    def _finish(self, stream: _ActionText, answer: DraftSteps, stop_reason: StopReason) -> None:
+    def _finish(self, stream: _ActionText, answer: DraftSteps, stop_reason: AnswerStopReason) -> None:
         """End the stream and remember a complete answer as a draft."""
         space = self._prompt.action_space
         if space.codec == "action_tokens" and not stop_reason:
@@ -179,17 +197,25 @@ class ActionLane:
         if self._speculative and answer and not stop_reason:
             self.last_answer = self.last_answer_by_type[answer[0][0]] = answer
 
-    def _prefill(self, frame: FrameBuffer, draft: DraftSteps) -> BatchLogits:
-        """Evaluate the frame, its closing text and a draft."""
-        output_rows = _output_rows(len(frame), draft)
-        tokens = flatten(draft)
-        self.n_draft_tokens += len(tokens)
-        tokens, output_rows, text_position = self._append_text_token(tokens, output_rows, len(frame))
-        if tokens:
-            frame.append(self._llama.embed(tokens))
+    def _prefill(self, frame: FrameBuffer, closing: list[int], draft: DraftSteps) -> BatchLogits:
+        """Evaluate the frame with its rows of text, tokens that follow them, and a draft."""
+        draft_tokens = flatten(draft)
+        self.n_draft_tokens += len(draft_tokens)
         start = len(self._cache.prefix_tokens)
         self._llama.truncate(ACTION_SEQ, start)
-        logits = self._llama.logits_at(frame, start, output_rows, text_position=text_position)
+        if closing and len(frame):
+            self._llama.evaluate_image(frame.image_rows, start)
+            start += len(frame)
+        n_before = len(closing) or len(frame)
+        tokens, output_rows, text_position = self._append_text_token(
+            [*closing, *draft_tokens], _output_rows(n_before, draft), n_before - len(closing)
+        )
+        batch: list[int] | FrameBuffer = tokens
+        if not closing:
+            batch = frame
+            if tokens:
+                frame.append(self._llama.embed(tokens))
+        logits = self._llama.logits_at(batch, start, output_rows, text_position=text_position)
         return BatchLogits(logits, None) if text_position is None else BatchLogits(logits[:-1], logits[-1])
 
     def _continue(self, new: list[int], draft: DraftSteps, position: int) -> BatchLogits:
@@ -235,7 +261,7 @@ class _ActionText:
         if text:
             self._events.text(TextDelta(lane="action", frame_id=self._frame_id, text=text))
 
-    def finish(self, stop_reason: StopReason) -> None:
+    def finish(self, stop_reason: AnswerStopReason) -> None:
         self._events.text(
             TextDelta(lane="action", frame_id=self._frame_id, text="", final=True, stop_reason=stop_reason)
         )

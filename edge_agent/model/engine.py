@@ -62,5 +62,5 @@ class Engine:
         """One real decode step behind the frame, dropped afterwards. The frame stays: a question may still come."""
         start = self.cache.frame_end_position or len(self.cache.prefix_tokens)
         self.llama.truncate(ACTION_SEQ, start)
-        self.llama.logits_after_last([self.prompt.special["inst_end"]], start)
+        self.llama.logits_after_last(self.prompt.question_tokens("")[-1:], start)
         self.llama.truncate(ACTION_SEQ, start)

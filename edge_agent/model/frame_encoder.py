@@ -22,7 +22,7 @@ from edge_agent.ipc.events import StopReason
 from edge_agent.ipc.frame_slot import Frame, Slot
 from edge_agent.model.constrained import NonFiniteError
 from edge_agent.model.frame_buffer import FrameBuffer
-from edge_agent.model.image_encoder import ImageEncoder
+from edge_agent.model.image_encoder import ImageEncoder, NoImages
 from edge_agent.model.token_budget import EMA_WEIGHT, TokenBudget
 from edge_agent.time_units import NS_PER_MS, NS_PER_S
 
@@ -58,7 +58,7 @@ class FrameEncoder:
     def __init__(
         self,
         slot: Slot,
-        images: ImageEncoder,
+        images: ImageEncoder | NoImages,
         deadline_ms: float,
         *,
         overlap: bool,

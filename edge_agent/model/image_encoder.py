@@ -49,7 +49,8 @@ class ImageEncoder:
         """
         buffer, self._next = self._buffers[self._next], 1 - self._next
         unit = self._preprocessor.unit
-        rows = buffer.embeddings(n_embedding_rows(image.shape[0] // unit, image.shape[1] // unit))
+        breaks = self._preprocessor.vision.breaks
+        rows = buffer.embeddings(n_embedding_rows(image.shape[0] // unit, image.shape[1] // unit, breaks))
         self.encoder.encode(image, rows)
         if not np.isfinite(rows.sum()):  # one element that is not finite makes the sum so: one pass checks all
             raise NonFiniteError("the vision encoder gave NaN or infinity")
@@ -61,3 +62,38 @@ class ImageEncoder:
 
     def close(self) -> None:
         self.encoder.close()
+
+
+class NoImages:
+    """In place of an ImageEncoder for a text-only model: a frame says when to answer, and its pixels are not read."""
+
+    asked = runs = ""  # execution providers are onnxruntime's
+    backend = "none: a text-only model"
+    max_tokens = 1
+
+    def __init__(self, buffer_rows: int, n_embd: int) -> None:
+        self._buffers = [FrameBuffer(buffer_rows, n_embd) for _ in range(2)]
+        self._next = 0
+
+    @property
+    def encoder(self) -> NoImages:
+        return self
+
+    def resize(self, frame: np.ndarray, max_tokens: int | None = None) -> np.ndarray:
+        return np.empty((0, 0, 3), np.uint8)
+
+    def n_tokens(self, image: np.ndarray) -> int:
+        """At least 1: the token budget divides by it."""
+        return 1
+
+    def encode(self, image: np.ndarray) -> FrameBuffer:
+        """A buffer without rows, as for ImageEncoder.encode."""
+        buffer, self._next = self._buffers[self._next], 1 - self._next
+        buffer.embeddings(0)
+        return buffer
+
+    def embed(self, frame: np.ndarray, max_tokens: int | None = None) -> FrameBuffer:
+        return self.encode(self.resize(frame, max_tokens))
+
+    def close(self) -> None:
+        pass

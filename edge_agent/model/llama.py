@@ -34,6 +34,7 @@ from edge_agent.bundle.gguf_package import gguf
 from edge_agent.bundle.manifest import EmbeddingInfo
 from edge_agent.errors import ConfigError, FaultName, UserError
 from edge_agent.model.fallbacks import language_facts
+from edge_agent.model.families import not_served
 from edge_agent.model.frame_buffer import FrameBuffer
 
 LLAMA_CPP_PYTHON = "0.3.36"
@@ -179,6 +180,7 @@ class LlamaContext:
                 return
             # Before the context, which reserves its graph for adapters. They are freed with the model.
             self._adapters = {name: _load_adapter(self.model, name, file) for name, file in options.adapters.items()}
+            self._n_ubatch = min(ROWS_PER_STEP, options.context)
             self.context = _make_context(self.model, path, options, n_cells, unified=self.can_batch_text)
         except BaseException:
             self.close()
@@ -279,6 +281,18 @@ class LlamaContext:
         """
         return self._evaluate(batch, start, sequence, output_rows, text_position)
 
+    def evaluate_image(self, rows: np.ndarray, start: int) -> None:
+        """Evaluate the rows of one image, (n, n_embd) float32, on ACTION_SEQ; each attends to all others.
+
+        Raises LlamaError."""
+        if len(rows) > self._n_ubatch:  # llama.cpp would abort
+            raise LlamaError(f"an image of {len(rows)} rows; this family needs language.context of {len(rows)} or more")
+        ll.llama_set_causal_attn(self.context, False)
+        try:
+            self._evaluate(rows, start, ACTION_SEQ, [len(rows) - 1], None, alignment=1)  # padding would be attended to
+        finally:
+            ll.llama_set_causal_attn(self.context, True)
+
     def _evaluate(
         self,
         batch: list[int] | np.ndarray | FrameBuffer,
@@ -286,12 +300,13 @@ class LlamaContext:
         sequence: int,
         output_rows: list[int],
         text_position: int | None,
+        alignment: int = 0,  # 0: the sequence's own
     ) -> list[np.ndarray]:
         n = len(batch)
         stop = max(start + n - (text_position is not None), 1 + (text_position or 0))
         if not 0 < n <= self.n_ctx or stop > self.n_ctx:
             raise LlamaError(f"positions {start} to {stop} do not fit a context of {self.n_ctx} tokens")
-        alignment = self._alignment if sequence == ACTION_SEQ else 1
+        alignment = alignment or (self._alignment if sequence == ACTION_SEQ else 1)
         n_padded = n + -n % alignment
         arrays = self._batch
         native = arrays.describe(n, n_padded, start, sequence, output_rows, text_position, alignment)
@@ -443,6 +458,9 @@ def _load_model(path: Path, options: LlamaOptions, progress: Callable[[float], N
     log_to(None)
     if not model:
         raise LlamaError(f"{path}: llama.cpp cannot load it: {_first_error(lines)}")
+    if why := not_served(model):
+        ll.llama_model_free(model)
+        raise LlamaError(f"{path}: {why}")
     return model, lines
 
 

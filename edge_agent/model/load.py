@@ -16,18 +16,19 @@ from edge_agent.actions import action_tokens
 from edge_agent.actions.grammar import json_schema
 from edge_agent.actions.space import ActionSpace
 from edge_agent.board.control_groups import available_cores
-from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, VISION, Bundle, Manifest, ModelInfo, VisionInfo
+from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, VISION, Bundle, Manifest, ModelInfo
+from edge_agent.bundle.model_start import fit_to_bundle
 from edge_agent.config import CameraConfig, Config
-from edge_agent.errors import BundleError, ConfigError
+from edge_agent.errors import ConfigError
 from edge_agent.ipc.events import Heartbeat
 from edge_agent.model.constrained import Grammar, NonFiniteError, grammar_from_lark, grammar_from_schema
 from edge_agent.model.engine import Engine
 from edge_agent.model.events import NULL_EVENTS, Events
-from edge_agent.model.image_encoder import ImageEncoder
+from edge_agent.model.image_encoder import ImageEncoder, NoImages
 from edge_agent.model.llama import LlamaContext, LlamaOptions, uses_gpu
 from edge_agent.model.preprocess import Preprocessor
 from edge_agent.model.prompt import ACTION_QUESTION, MAX_ANSWER_TOKENS, Prompt
-from edge_agent.model.vision_encoder import EncoderOptions, check_tensorrt, open_encoder
+from edge_agent.model.vision_encoder import EncoderOptions, MtmdEncoder, OnnxEncoder, check_tensorrt, open_encoder
 from edge_agent.profile import ResolvedSwitches, resolve
 from edge_agent.time_units import NS_PER_MS
 
@@ -38,7 +39,7 @@ WARM_UP_SIZE = (480, 640)  # height, width in pixels, if the configuration does 
 class LoadedModel(NamedTuple):
     """A frame goes through `images`, its embeddings through `engine.actions`."""
 
-    images: ImageEncoder
+    images: ImageEncoder | NoImages
     engine: Engine
     switches: ResolvedSwitches
 
@@ -74,6 +75,7 @@ def load_model(
 
     open_file: called with each file before it is loaded; returns the path to load it from (VerifiedFiles.open).
     """
+    config = fit_to_bundle(config, bundle.manifest)
     cv2.setNumThreads(config.cpu_threads or available_cores())  # OpenCV takes every core of the machine otherwise
     gpu = uses_gpu(config.language.gpu_layers)
     switches, model = resolve(config, gpu), bundle.manifest.model
@@ -88,10 +90,13 @@ def load_model(
         events.send(Heartbeat("grammar"))
         grammar = _compile_grammar(llama, space)
         events.send(Heartbeat("vision"))
-        encoder_file = MMPROJ if switches.vision_backend == "mtmd" else VISION
-        return _add_vision(
-            config, bundle.manifest, open_file(bundle.path(encoder_file)), switches, llama, grammar, space
-        )
+        encoder = _open_encoder(config, bundle, switches, llama, open_file)
+        try:
+            return _assemble(config, bundle.manifest, switches, llama, encoder, grammar, space)
+        except BaseException:
+            if encoder is not None:
+                encoder[1].close()
+            raise
     except BaseException:
         llama.close()
         raise
@@ -102,30 +107,24 @@ def check_start(config: Config, bundle: Bundle, space: ActionSpace) -> str:
 
     One line about the context. Raises LlamaError, VisionError, BundleError, ConfigError, InstructionRefused.
     """
+    config = fit_to_bundle(config, bundle.manifest)
     switches, model = resolve(config, uses_gpu(config.language.gpu_layers)), bundle.manifest.model
     _check_reasoning(config, model)
     if config.vision.tensorrt and switches.vision_backend == "onnxruntime":
         from edge_agent.model.onnx_runtime import onnxruntime
 
         check_tensorrt(onnxruntime.get_available_providers())
-    vision = _vision_of(config, bundle.manifest)
     options = msgspec.structs.replace(llama_options(config, switches), adapters={}, vocabulary_only=True)
     with LlamaContext(bundle.path(LANGUAGE), options, model.embedding) as llama:
         grammar = _compile_grammar(llama, space)
         grammar.start()
-        prompt = Prompt(llama, model.special, space, grammar.forced_tokens(), vision, config)
+        prompt = Prompt(llama, bundle.manifest, space, grammar.forced_tokens(), config)
         return prompt.describe_fit(config.task.instruction)
 
 
 def _check_reasoning(config: Config, model: ModelInfo) -> None:
     if config.language.max_reasoning_tokens and "think" not in model.special:
         raise ConfigError("language.max_reasoning_tokens: expected 0 for a model without [THINK]")
-
-
-def _vision_of(config: Config, manifest: Manifest) -> VisionInfo:
-    if manifest.vision is None:
-        raise BundleError(f"{config.bundle}: a text-only model; expected a bundle with a vision encoder")
-    return manifest.vision
 
 
 def _compile_grammar(llama: LlamaContext, space: ActionSpace) -> Grammar:
@@ -142,36 +141,45 @@ def _compile_grammar(llama: LlamaContext, space: ActionSpace) -> Grammar:
     return grammar
 
 
-def _add_vision(
+def _open_encoder(
     config: Config,
-    manifest: Manifest,
-    encoder_file: Path,
+    bundle: Bundle,
     switches: ResolvedSwitches,
     llama: LlamaContext,
+    open_file: Callable[[Path], Path],
+) -> tuple[Preprocessor, OnnxEncoder | MtmdEncoder] | None:
+    """None: a text-only model."""
+    manifest, vision = bundle.manifest, bundle.manifest.vision
+    if vision is None:
+        return None
+    options = EncoderOptions(
+        backend=switches.vision_backend,
+        threads=config.cpu_threads,
+        tensorrt=config.vision.tensorrt,
+        gpu=config.language.gpu_layers != 0,
+    )
+    preprocessor = Preprocessor(vision, config.vision.max_image_tokens)
+    path = open_file(bundle.path(MMPROJ if switches.vision_backend == "mtmd" else VISION))
+    break_row = llama.embed([manifest.token_id("[IMG_BREAK]")])[0] if vision.breaks else None
+    return preprocessor, open_encoder(path, options, preprocessor, llama.model, break_row)
+
+
+def _assemble(
+    config: Config,
+    manifest: Manifest,
+    switches: ResolvedSwitches,
+    llama: LlamaContext,
+    encoder: tuple[Preprocessor, OnnxEncoder | MtmdEncoder] | None,
     grammar: Grammar,
     space: ActionSpace,
 ) -> LoadedModel:
-    vision, special = _vision_of(config, manifest), manifest.model.special
-    preprocessor = Preprocessor(vision, config.vision.max_image_tokens)
-    encoder = open_encoder(
-        encoder_file,
-        EncoderOptions(
-            backend=switches.vision_backend,
-            threads=config.cpu_threads,
-            tensorrt=config.vision.tensorrt,
-            gpu=config.language.gpu_layers != 0,
-        ),
-        preprocessor,
-        llama.model,
-        break_row=llama.embed([special["img_break"]])[0],
-    )
     grammar.start()
-    prompt = Prompt(llama, special, space, grammar.forced_tokens(), vision, config)
-    return LoadedModel(
-        ImageEncoder(preprocessor, encoder, prompt.buffer_rows),
-        Engine(llama, grammar, prompt, config.language, speculative=switches.speculative),
-        switches,
-    )
+    prompt = Prompt(llama, manifest, space, grammar.forced_tokens(), config)
+    images: ImageEncoder | NoImages = NoImages(prompt.buffer_rows, llama.n_embd)
+    if encoder is not None:
+        images = ImageEncoder(*encoder, prompt.buffer_rows)
+    engine = Engine(llama, grammar, prompt, config.language, speculative=switches.speculative)
+    return LoadedModel(images, engine, switches)
 
 
 def warm_up(model: LoadedModel, camera: CameraConfig, clock: Callable[[], int] = time.monotonic_ns) -> float:

@@ -15,7 +15,7 @@ from typing import cast
 import msgspec
 
 from edge_agent.actions.space import ActionSpace
-from edge_agent.actions.vehicle_state import render_vehicle_state
+from edge_agent.actions.vehicle_state import render_vehicle_state, unknown_values
 from edge_agent.ipc.events import (
     CancelQuestion,
     Heartbeat,
@@ -126,27 +126,30 @@ class ModelLoop:
         """
         frame_id = encoded.frame.frame_id
         if self.paused:
-            if encoded.embeddings is not None:  # else the question waits for a better frame
-                self.engine.actions.prefill_only(encoded.embeddings, frame_id)
-            return encoded.embeddings is not None
+            # Without embeddings the question waits for a better frame.
+            return encoded.embeddings is not None and self.engine.actions.prefill_only(encoded.embeddings, frame_id)
         started_ns, events = self._clock(), self.supervisor.events
         decision = Decision("", encoded.stop_reason, 0.0, 0.0)
-        is_in_time = encoded.embeddings is not None and started_ns <= encoded.deadline_ns
-        if encoded.embeddings is not None and not is_in_time:
+        was_evaluated = encoded.embeddings is not None and started_ns <= encoded.deadline_ns
+        if encoded.embeddings is not None and not was_evaluated:
             decision = Decision("", "late", 0.0, 0.0)
             self.frames.record_late(encoded)
         elif encoded.embeddings is not None:
-            state = self._vehicle_state(started_ns)
-            decision = self.engine.actions.decide(
-                encoded.embeddings, frame_id, encoded.deadline_ns, state, self.supervisor.has_urgent, events
-            )
-            self.frames.record(encoded, decision.prefill_ms, decision.decode_ms)
+            state, missing = self._vehicle_state(started_ns)
+            if missing and not self.engine.prompt.has_images:  # the model would know nothing about the vehicle
+                was_evaluated = self.engine.actions.prefill_only(encoded.embeddings, frame_id)
+                decision = Decision(missing, "no-state", 0.0, 0.0)
+            else:
+                decision = self.engine.actions.decide(
+                    encoded.embeddings, frame_id, encoded.deadline_ns, state, self.supervisor.has_urgent, events
+                )
+                self.frames.record(encoded, decision.prefill_ms, decision.decode_ms)
         events.span(f"frame {frame_id} waits", "slot", encoded.frame.t_capture_ns, encoded.taken_ns)
         events.span("resize", "encoder", encoded.taken_ns, encoded.resized_ns)
         if encoded.embeddings is not None:
             events.span("encode", "encoder", encoded.resized_ns, encoded.done_ns)
         self.supervisor.send(self._proposal(encoded, started_ns, decision))
-        return is_in_time
+        return was_evaluated
 
     def _proposal(self, encoded: EncodedFrame, started_ns: int, decision: Decision) -> Proposal:
         frame = encoded.frame
@@ -168,15 +171,17 @@ class ModelLoop:
             ),
         )
 
-    def _vehicle_state(self, now_ns: int) -> str:
-        """The newest values that the controller sent of its vehicle, in the words of the action space."""
+    def _vehicle_state(self, now_ns: int) -> tuple[str, str]:
+        """The newest values that the controller sent of its vehicle, in the words of the action space; what of them is
+        missing, for people, or empty."""
         space: ActionSpace = self.engine.prompt.action_space
         if space.vehicle_state is None:
-            return ""
+            return "", "the action space has no vehicle_state"
         values = _decode_vehicle_state(self.slot.read_vehicle_state() or encode({}))
         resumed_ns = self.suspend.resumed_ns()  # CLOCK_MONOTONIC, by which their age is counted, stood still
         known = {key: (value, arrival_ns) for key, (value, arrival_ns) in values.items() if arrival_ns >= resumed_ns}
-        return render_vehicle_state(space, known, now_ns)
+        missing = ", ".join(unknown_values(space, known, now_ns))
+        return render_vehicle_state(space, known, now_ns), missing and f"no fresh value of {missing}"
 
     def _start_text(self) -> bool:
         """Start the next question or description, if the lane is free -> whether there is a text to continue."""

@@ -45,9 +45,17 @@ def image_grid(height: int, width: int, max_tokens: int, vision: VisionInfo) -> 
     return min((n for n in sides if MIN_TOKENS <= n[0] * n[1] <= max_tokens), key=distance)
 
 
-def n_embedding_rows(lines: int, columns: int) -> int:
-    """Rows of the encoder's output: the image tokens and the breaks between lines."""
-    return lines * columns + lines - 1
+def n_embedding_rows(lines: int, columns: int, breaks: bool = True) -> int:
+    """Rows of the encoder's output: the image tokens, and the breaks between lines of an encoder that has them."""
+    return lines * columns + (lines - 1 if breaks else 0)
+
+
+def max_embedding_rows(vision: VisionInfo, max_tokens: int) -> int:
+    """An upper bound for n_embedding_rows of a frame."""
+    unit = vision.patch * vision.merge
+    if vision.fixed is not None:
+        return n_embedding_rows(vision.fixed[0] // unit, vision.fixed[1] // unit, vision.breaks)
+    return max_tokens + (vision.image_size // unit if vision.breaks else 0)
 
 
 class Preprocessor:

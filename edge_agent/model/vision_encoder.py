@@ -1,8 +1,8 @@
 """Image -> embeddings for the language model, by onnxruntime or by llama.cpp's mtmd.
 
 Both encoders take the same image, already on the 28-pixel grid, and give the same rows: one per 28x28 pixels, line by
-line, with an [IMG_BREAK] row between lines and none after the last. An encoder keeps only its buffers from one frame to
-the next.
+line, with an [IMG_BREAK] row between lines and none after the last. Gemma's encoder has no such rows. An encoder keeps
+only its buffers from one frame to the next.
 """
 
 from __future__ import annotations
@@ -116,10 +116,12 @@ class MtmdEncoder:
     gives NaN whenever that memory holds a NaN.
     """
 
-    def __init__(self, path: Path, model: int, break_row: np.ndarray, unit: int, threads: int, gpu: bool) -> None:
+    def __init__(
+        self, path: Path, model: int, break_row: np.ndarray | None, unit: int, threads: int, gpu: bool
+    ) -> None:
         """model: llama.cpp's handle of the language model, whose width the projector must match. break_row: (n_embd,)
-        float32, the [IMG_BREAK] embedding. unit: side of an image token, pixels. threads: 0 for available_cores().
-        Raises VisionError."""
+        float32, the [IMG_BREAK] embedding; None: the encoder has no such rows. unit: side of an image token, pixels.
+        threads: 0 for available_cores(). Raises VisionError."""
         self._break_row, self._unit = break_row, unit
         self.asked = self.runs = ""  # execution providers are onnxruntime's
         params = mtmd.mtmd_context_params_default()
@@ -152,7 +154,8 @@ class MtmdEncoder:
                     n = mtmd.mtmd_input_chunk_get_n_tokens(chunk)
                     rows, columns = _output_rows(out, n, self.n_embd), width // self._unit
                     rows[:] = np.ctypeslib.as_array(mtmd.mtmd_get_output_embd(self._context), rows.shape)
-                    rows[columns :: columns + 1] = self._break_row
+                    if self._break_row is not None:
+                        rows[columns :: columns + 1] = self._break_row
                     return rows
             raise VisionError(f"mtmd found no image in a frame of {width}x{height}")
         finally:
@@ -186,15 +189,16 @@ mtmd.mtmd_helper_log_set(_on_log, ctypes.c_void_p(0))
 
 
 def open_encoder(
-    path: Path, options: EncoderOptions, preprocessor: Preprocessor, model: int, break_row: np.ndarray
+    path: Path, options: EncoderOptions, preprocessor: Preprocessor, model: int, break_row: np.ndarray | None
 ) -> OnnxEncoder | MtmdEncoder:
     """The encoder that the options name, from its file. model, break_row: as for MtmdEncoder. Raises VisionError."""
     if options.backend == "mtmd":
         return MtmdEncoder(path, model, break_row, preprocessor.unit, options.threads, options.gpu)
     encoder = OnnxEncoder(path, preprocessor, options.threads, options.tensorrt)
-    if encoder.n_embd != len(break_row):  # mtmd checks this by itself
+    n_embd = ll.llama_model_n_embd(model)
+    if encoder.n_embd != n_embd:  # mtmd checks this by itself
         raise VisionError(
-            f"{path}: rows of {encoder.n_embd} numbers, but the language model takes {len(break_row)}; the two belong "
-            "to different models: build the bundle again"
+            f"{path}: rows of {encoder.n_embd} numbers, but the language model takes {n_embd}; the two belong to "
+            "different models: build the bundle again"
         )
     return encoder

@@ -60,6 +60,8 @@ class Gate:
             return self._late(proposal, now_ns)
         if stop_reason == "not-finite":
             return Rejection("not-finite", _quote(proposal.text))
+        if stop_reason == "no-state":
+            return Rejection("no-state", proposal.text[:MAX_QUOTED_CHARS])
         if stop_reason:
             return Rejection("truncated", _quote(proposal.text))
         return parse_answer(proposal.text, self.space)

@@ -223,10 +223,11 @@ def _speed(bench: Bench, timings: list[FrameTiming]) -> dict[str, Any]:
 def _resources(bench: Bench, joules: list[float], meter: PowerMeter, idle_gpu_mib: float | None) -> dict[str, Any]:
     """idle_gpu_mib: memory of the cards in use before the model was loaded."""
     files, gpu_mib = bench.bundle.manifest.files, meter.gpu_memory_used_mib()
+    used = (LANGUAGE, VISION if VISION in files else MMPROJ)
     is_known = gpu_mib is not None and idle_gpu_mib is not None
     return {
         "peak_rss_mib": health.peak_rss_mib(os.getpid()),
-        "file_mib": round((files[LANGUAGE].bytes + files[VISION].bytes) / 2**20, 1),
+        "file_mib": round(sum(files[name].bytes for name in used if name in files) / 2**20, 1),
         "language": bench.model.engine.llama.facts.backend,
         "gpu_memory_mib": round(max(0.0, (gpu_mib or 0.0) - (idle_gpu_mib or 0.0)), 1) if is_known else None,
         "energy_j_per_frame": round(float(np.median(joules)), 3) if joules else None,

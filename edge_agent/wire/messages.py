@@ -76,6 +76,7 @@ RefusalReason = Literal[
     "invalid",  # the model's text is not an action of this action space
     "truncated",  # the answer ended before it was complete
     "not-finite",  # the model's numbers were NaN or infinite
+    "no-state",  # a text-only model, and a value of the vehicle's state is missing or too old
     "paused",  # control paused the daemon while the model worked on this frame
     "stale-instruction",  # the model answered under an instruction that has since been replaced
     "future-timestamp",  # t_capture_ns is later than the present

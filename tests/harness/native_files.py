@@ -56,6 +56,7 @@ LANGUAGE_KEYS = [
     number(b"llama.context_length", 4096),
     number(b"llama.attention.head_count_kv", 2),
     number(b"llama.attention.key_length", 16),
+    number(b"llama.attention.value_length", 16),
     strings(b"tokenizer.ggml.tokens", TOKENS),
 ]
 TABLE_BYTES = 4 * HIDDEN * len(TOKENS)

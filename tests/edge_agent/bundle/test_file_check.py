@@ -50,10 +50,12 @@ def test_the_allowed_operators_are_those_that_are_written(toy_bundle: Path):
     assert OPS - used == {"DequantizeLinear"}  # of --vision int8
 
 
+ARRAY = file([ARCHITECTURE, key(b"x", 9, struct.pack("<IQ", 8, 9) + string(b"aaaa"))], [tensor()])
 BAD = {
     "empty": (b"", "empty"),
     "a ZIP file": (b"PK\3\4" + bytes(100), "GGUF version 3"),
-    "another version": (file([ARCHITECTURE], [tensor()], version=2), "GGUF version 3"),
+    "another version": (file([ARCHITECTURE], [tensor()], version=4), "GGUF version 4: expected version 3"),
+    "the other endianness": (file([ARCHITECTURE], [tensor()], version=3 << 24), "big-endian; convert it"),
     "no tensors": (file([ARCHITECTURE], []), "0 tensors"),
     "a billion tensors": (file([ARCHITECTURE], [tensor()], n_tensors=2**60), "tensors and 1 keys"),
     "a billion keys": (file([ARCHITECTURE], [tensor()], n_keys=2**63), "expected at most"),
@@ -64,8 +66,12 @@ BAD = {
     "a key too long": (file([key(b"k" * 300, 4, bytes(4))], [tensor()]), "a name of 300 bytes"),
     "a key of 2^64 bytes": (file([struct.pack("<Q", 2**64 - 1)], [tensor()]), "a name of 18446744073709551615"),
     "a key not UTF-8": (file([key(b"\xff\xfe", 4, bytes(4))], [tensor()]), "not UTF-8"),
-    "a split file": (file([ARCHITECTURE, key(b"split.count", 2, b"\2\0")], [tensor()]), "split GGUF files are not"),
-    "a value of no type": (file([ARCHITECTURE, key(b"x", 13, bytes(8))], [tensor()]), "x: unknown value type 13"),
+    "a split file": (file([ARCHITECTURE, key(b"split.count", 2, b"\2\0")], [tensor()]), "one of 2 parts of"),
+    "a value of no type": (file([ARCHITECTURE, key(b"x", 13, bytes(8))], [tensor()]), "x: value type 13 is unknown"),
+    "texts of an array that end early": (ARRAY[: ARRAY.index(b"aaaa") + 4], "inside its header"),
+    "a text of an array that is too long": (
+        file([ARCHITECTURE, key(b"x", 9, struct.pack("<IQQ", 8, 9, 2**60))], [tensor()]), "inside its header",
+    ),
     "a string too long": (file([ARCHITECTURE, key(b"x", 8, b"\0" * 7 + b"\1")], [tensor()]), "inside its header"),
     "an array of arrays": (file([ARCHITECTURE, key(b"x", 9, struct.pack("<IQ", 9, 1))], [tensor()]), "of type 9"),
     "an array too long": (file([ARCHITECTURE, key(b"x", 9, struct.pack("<IQ", 0, 2**62))], [tensor()]), "an array of"),
@@ -78,7 +84,7 @@ BAD = {
     "a side of zero": (file([ARCHITECTURE], [tensor(shape=(32, 0))]), "shape [32, 0]"),
     "sides that overflow": (file([ARCHITECTURE], [tensor(shape=(2**32, 2**32))]), "shape"),
     "a side that is negative": (file([ARCHITECTURE], [tensor(shape=(32, 2**64 - 1))]), "shape"),
-    "an unknown type": (file([ARCHITECTURE], [tensor(kind=39)]), "type 39"),
+    "an unknown type": (file([ARCHITECTURE], [tensor(kind=99)]), "type 99 is unknown"),
     "half a block": (file([ARCHITECTURE], [tensor(shape=(48,), kind=2)]), "rows of 48 elements; expected"),
     "an unaligned offset": (file([ARCHITECTURE], [tensor(offset=8)]), "offset 8"),
     "an offset far away": (file([ARCHITECTURE], [tensor(offset=2**40)]), "after the end of the file"),
@@ -101,20 +107,23 @@ def test_a_crafted_gguf_is_named(raw: bytes, words: str, tmp_path: Path):
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_strings_and_unsigned_integers_are_returned_and_other_values_skipped(tmp_path: Path):
+def test_numbers_and_short_values_are_returned_and_long_ones_skipped(tmp_path: Path):
     path, string_array = tmp_path / "x.gguf", struct.pack("<IQ", 8, 2) + string(b"a") + string(b"bc")
     values = {
         "text": (8, string(b"llama"), "llama"),
         "long": (8, string(b"x" * 4097), None),
         "uint32": (4, struct.pack("<I", 7), 7),
         "uint64": (10, struct.pack("<Q", 2**40), 2**40),
-        "float32": (6, struct.pack("<f", 1.5), None),
-        "bool": (7, b"\1", None),
+        "int8": (1, b"\xff", -1),
+        "float32": (6, struct.pack("<f", 1.5), 1.5),
+        "float64": (12, struct.pack("<d", -2.5), -2.5),
+        "bool": (7, b"\1", True),
         "strings": (9, string_array, ["a", "bc"]),
         "floats": (9, struct.pack("<IQ3f", 6, 3, 0.5, 1, 2), [0.5, 1.0, 2.0]),
-        "many floats": (9, struct.pack("<IQ", 6, 17) + bytes(68), None),
+        "many floats": (9, struct.pack("<IQ", 6, 1025) + bytes(4100), None),
         "many strings": (9, struct.pack("<IQ", 8, 1025) + 1025 * string(b"a"), 1024 * ["a"]),
-        "integers": (9, struct.pack("<IQ", 4, 3) + bytes(12), None),
+        "integers": (9, struct.pack("<IQ", 4, 3) + bytes(12), [0, 0, 0]),
+        "a long string among short ones": (9, struct.pack("<IQ", 8, 2) + string(b"x" * 4097) + string(b"b"), ["", "b"]),
     }
     keys = [key(name.encode(), value_type, raw) for name, (value_type, raw, _) in values.items()]
     path.write_bytes(file([ARCHITECTURE, *keys], [tensor(shape=(32, 2)), tensor(b"q", (64,), kind=8, offset=256)]))

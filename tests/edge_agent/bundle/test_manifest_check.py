@@ -7,14 +7,13 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 
 from edge_agent.bundle.manifest import MANIFEST, Manifest, read_manifest
-from edge_agent.bundle.manifest_check import wrong_fact
+from edge_agent.bundle.manifest_check import Headers, wrong_fact
 from edge_agent.bundle.memory_plan import plan_memory
 from edge_agent.bundle.verify import HEADER_CHECKS, verify_bundle
 from edge_agent.config import CameraConfig, Config
@@ -44,8 +43,11 @@ def changed(fields: dict, path: tuple, value: object) -> dict:
 
 
 @pytest.fixture(scope="module")
-def headers(toy_bundle: Path) -> list[Any]:
-    return [HEADER_CHECKS[name](toy_bundle / name) for name in ("language.gguf", "mmproj.gguf", "vision.onnx")]
+def headers(toy_bundle: Path) -> Headers:
+    manifest = read_manifest(toy_bundle).manifest
+    names = ("language.gguf", "mmproj.gguf", "vision.onnx")
+    (language, tokens), mmproj, vision = (HEADER_CHECKS[name](toy_bundle / name, manifest) for name in names)
+    return Headers(language, tokens, mmproj, vision)
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +55,13 @@ def fields(toy_bundle: Path) -> dict:
     return json.loads((toy_bundle / MANIFEST).read_text())
 
 
-def why_refused(raw: bytes, headers: list[Any]) -> str:
+def why_refused(raw: bytes, headers: Headers) -> str:
     """One line; "": it is accepted."""
     try:
         manifest = msgspec.json.decode(raw, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         return str(error)
-    return wrong_fact(manifest, *headers) if manifest.vision is not None else "a text-only model"
+    return wrong_fact(manifest, headers) if manifest.vision is not None else "a text-only model"
 
 
 def use(manifest: Manifest) -> None:
@@ -69,7 +71,7 @@ def use(manifest: Manifest) -> None:
     assert np.isfinite(preprocessor.pixels(preprocessor.image(np.zeros((48, 64, 3), np.uint8)))).all()
 
 
-def test_every_field_of_a_manifest_with_every_odd_value(fields: dict, headers: list[Any]):
+def test_every_field_of_a_manifest_with_every_odd_value(fields: dict, headers: Headers):
     assert why_refused(json.dumps(fields).encode(), headers) == ""
     accepted = set()
     paths = [path for path in leaves(fields) if path and path[0] not in ("files", "source_sha256", "format")]
@@ -108,25 +110,28 @@ def test_every_field_of_a_manifest_with_every_odd_value(fields: dict, headers: l
         (("vision", "fixed"), [28, 28], "vision.fixed: expected [1, 3, 0, 0] by vision.onnx, found [1, 3, 28, 28]"),
     ],
 )
-def test_an_odd_value_is_named_with_both_files(fields: dict, headers: list[Any], path: tuple, value: object, line: str):
+def test_an_odd_value_is_named_with_both_files(fields: dict, headers: Headers, path: tuple, value: object, line: str):
     assert why_refused(json.dumps(changed(fields, path, value)).encode(), headers).startswith(line)
 
 
-def test_one_of_the_two_reasoning_tokens_is_not_enough(fields: dict, headers: list[Any]):
+def test_one_of_the_two_reasoning_tokens_is_not_enough(fields: dict, headers: Headers):
     special = {name: token for name, token in fields["model"]["special"].items() if name != "think_end"}
     raw = json.dumps(changed(fields, ("model", "special"), special)).encode()
     assert why_refused(raw, headers).startswith("model.special.think_end: expected '[/THINK]'")
 
 
-def test_a_language_model_without_an_embedding_table(toy_bundle: Path, headers: list[Any]):
-    language = headers[0]._replace(tensors={"output_norm.weight": headers[0].tensors["output_norm.weight"]})
+def test_a_language_model_without_an_embedding_table(toy_bundle: Path, headers: Headers):
+    old = headers.language
+    language = old._replace(tensors={"output_norm.weight": old.tensors["output_norm.weight"]})
     manifest = read_manifest(toy_bundle).manifest
-    assert wrong_fact(manifest, language, *headers[1:]).startswith("model.embedding: expected 'no matrix token_embd")
+    assert wrong_fact(manifest, headers._replace(language=language)).startswith(
+        "model.embedding: expected 'no matrix token_embd"
+    )
 
 
-def test_a_text_only_manifest_is_compared_with_its_language_model(toy_bundle: Path, headers: list[Any]):
+def test_a_text_only_manifest_is_compared_with_its_language_model(toy_bundle: Path, headers: Headers):
     manifest = msgspec.structs.replace(read_manifest(toy_bundle).manifest, vision=None)
-    assert wrong_fact(manifest, *headers) == ""
+    assert wrong_fact(manifest, headers) == ""
 
 
 def test_verifying_a_bundle_refuses_a_manifest_that_contradicts_its_files(toy_bundle: Path, tmp_path: Path, fields):
@@ -139,7 +144,7 @@ def test_verifying_a_bundle_refuses_a_manifest_that_contradicts_its_files(toy_bu
 def test_a_file_that_is_written_to_while_it_is_verified_is_refused(toy_bundle: Path, tmp_path: Path, monkeypatch):
     folder = shutil.copytree(toy_bundle, tmp_path / "bundle")
 
-    def write(path: Path) -> None:
+    def write(path: Path, _manifest: Manifest) -> None:
         (folder / "vision.onnx").write_bytes(path.read_bytes())
 
     monkeypatch.setitem(HEADER_CHECKS, "vision.onnx", write)

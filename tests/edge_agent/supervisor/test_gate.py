@@ -48,6 +48,7 @@ def test_a_number_outside_the_envelope_is_clamped_and_reported(gate):
         ({"stop_reason": "length"}, "truncated"),
         ({"stop_reason": "grammar"}, "truncated"),
         ({"stop_reason": "not-finite"}, "not-finite"),
+        ({"stop_reason": "no-state", "text": "no fresh value of altitude_m"}, "no-state"),
         ({"stop_reason": "late"}, "late"),
         ({"stop_reason": "cancelled"}, "stale-instruction"),
         ({"instruction_id": 3}, "stale-instruction"),
@@ -61,6 +62,10 @@ def test_a_number_outside_the_envelope_is_clamped_and_reported(gate):
 def test_everything_else_is_refused_with_its_reason(gate, changes, reason):
     rejection = check(gate, **changes)
     assert isinstance(rejection, Rejection) and rejection.reason == reason
+
+
+def test_a_missing_state_is_named(gate):
+    assert check(gate, stop_reason="no-state", text="no fresh value of mode").detail == "no fresh value of mode"
 
 
 @pytest.mark.parametrize("age_ms", [0.0, DEADLINE_MS])

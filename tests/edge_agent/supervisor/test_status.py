@@ -108,6 +108,7 @@ REFUSED = {
     "invalid": {"text": "not json"},
     "truncated": {"stop_reason": "length"},
     "not-finite": {"stop_reason": "not-finite"},
+    "no-state": {"stop_reason": "no-state"},
 }
 
 

@@ -1,0 +1,352 @@
+"""GGUF files that another tool made -> a bundle: `edge-agent bundle wrap`.
+
+The files are copied, or linked, as they are; nothing is converted. Every fact of the manifest comes from the files' own
+headers. No native code reads the files here, and no chat template is run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+import edge_agent
+from edge_agent.bundle import recognise, signing
+from edge_agent.bundle.file_check import GgufHeader, UnsafeFileError, check_gguf, read_gguf_keys, read_tokens
+from edge_agent.bundle.files import BLOCK_BYTES, BundleFile, file_stamp, sync_folder, write_durably
+from edge_agent.bundle.layout import CONTROL, LAYOUTS, SPECIAL_TEXTS, PromptLayout, read_layout
+from edge_agent.bundle.layout import recognise as recognise_layout
+from edge_agent.bundle.manifest import (
+    FORMAT,
+    LANGUAGE,
+    MANIFEST,
+    MMPROJ,
+    SPECIAL_NAMES,
+    THINK_TOKENS,
+    Manifest,
+    VisionInfo,
+    write_manifest,
+)
+from edge_agent.bundle.model_facts import (
+    ARCHITECTURES,
+    EMBEDDING,
+    adds_bos,
+    bytes_by_type,
+    check_family,
+    embedding_table,
+    model_info,
+    quantisation,
+    refused_architecture,
+    vision_info,
+)
+from edge_agent.errors import BundleError, ConfigError
+
+IMG_BREAK = "[IMG_BREAK]"
+FICLONE = 0x40049409  # ioctl: a copy that shares its blocks, on btrfs and XFS
+SPARE_BYTES = 1 << 20  # of free space: the manifest and the folder
+
+Report = Callable[[int, int], None]  # bytes done, bytes in total
+
+
+class _Source(NamedTuple):
+    """A file that is wrapped. It is opened once: what was checked is what is copied."""
+
+    path: Path
+    name: str  # in the bundle
+    descriptor: int
+    stamp: tuple[int, ...]
+
+    @property
+    def opened(self) -> Path:
+        return Path(f"/proc/self/fd/{self.descriptor}")
+
+    @property
+    def n_bytes(self) -> int:
+        return os.fstat(self.descriptor).st_size
+
+
+def wrap(
+    language: Path,
+    mmproj: Path | None,
+    out: Path,
+    *,
+    layout: str = "",
+    link: bool = False,
+    signing_key: Path | None = None,
+    report: Report = lambda n_done, n_total: None,
+) -> Manifest:
+    """Make the bundle `out`, a new folder: complete, or absent. Raises BundleError, ConfigError.
+
+    layout: a name of LAYOUTS, or the path of a YAML file; "": found by the vocabulary. link: the bundle shares the
+    files' bytes, on the same file system. signing_key: a private key; bundle.sig is written with it.
+    """
+    if signing_key is not None:
+        signing.load_private_key(signing_key)  # an invalid key is reported before any work
+    out = Path(os.path.abspath(out))
+    if out.is_symlink() or out.exists():
+        raise BundleError(f"{out}: exists; give the name of a new folder")
+    if not out.parent.is_dir():
+        raise BundleError(f"{out.parent}: no such folder; make it first")
+    with contextlib.ExitStack() as opened:
+        sources = [opened.enter_context(_open_source(language, LANGUAGE))]
+        if mmproj is not None:
+            sources.append(opened.enter_context(_open_source(mmproj, MMPROJ)))
+        manifest = describe(sources, layout)
+        _check_space(sources, out, link)
+        try:
+            with _new_folder(out) as folder:
+                files = _fill(sources, folder, link, report)
+                manifest = msgspec.structs.replace(
+                    manifest, files=files, source_sha256={s.path.name: files[s.name].sha256 for s in sources}
+                )
+                write_manifest(folder, manifest)
+                if signing_key is not None:
+                    signature = signing.sign((folder / MANIFEST).read_bytes(), signing_key)
+                    write_durably(folder / signing.SIGNATURE, signature)
+        except OSError as error:
+            raise BundleError(f"{out}: {error.strerror} while writing it; nothing is left of it") from None
+    return manifest
+
+
+@contextlib.contextmanager
+def _open_source(path: Path, name: str) -> Iterator[_Source]:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise BundleError(f"{path}: {error.strerror}") from None
+    try:
+        is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
+        if not is_file or os.pread(descriptor, 4, 0) != b"GGUF":
+            raise BundleError(f"{path}: {recognise.describe(path) or 'not a GGUF file'}; expected a GGUF file")
+        yield _Source(path, name, descriptor, file_stamp(descriptor))
+    finally:
+        os.close(descriptor)
+
+
+# -- describe ----------------------------------------------------------------------------------------------------------
+
+
+def describe(sources: list[_Source], layout: str) -> Manifest:
+    """The manifest without hashes. Raises BundleError, ConfigError."""
+    language = _check_language(sources[0])
+    vision, mmproj_header = None, None
+    if len(sources) > 1:
+        mmproj_header = _check_mmproj(sources[1])
+        try:
+            vision = vision_info(language, mmproj_header)
+        except UnsafeFileError as error:
+            raise BundleError(f"{sources[1].path}: {error}") from None
+    try:
+        chosen, special = _choose_layout(sources[0], language, vision, layout)
+        n_vision = sum(tensor.n_elements for tensor in mmproj_header.tensors.values()) if mmproj_header else 0
+        model = model_info(language, special, n_vision)
+    except (UnsafeFileError, BundleError) as error:
+        raise BundleError(f"{sources[0].path}: {error}") from None
+    return Manifest(
+        format=FORMAT,
+        created_by=f"edge-agent bundle wrap {edge_agent.__version__}",
+        files={},
+        model=model,
+        vision=vision,
+        layout=chosen,
+        recipe=quantisation(language),
+        bytes_by_type=bytes_by_type(language),
+        source_dtype="GGUF",
+        source_sha256={},
+        licence=str(language.values.get("general.license") or "unknown")[:200],
+    )
+
+
+def _check_language(source: _Source) -> GgufHeader:
+    try:
+        if refused := refused_architecture(read_gguf_keys(source.opened).get("general.architecture")):
+            raise UnsafeFileError(refused)
+        header = check_gguf(source.opened, ARCHITECTURES)
+        check_family(header)
+    except UnsafeFileError as error:
+        raise BundleError(f"{source.path}: {error}") from None
+    return header
+
+
+def _check_mmproj(source: _Source) -> GgufHeader:
+    try:
+        return check_gguf(source.opened, ("clip",))
+    except UnsafeFileError as error:
+        raise BundleError(f"{source.path}: {error}; expected an mmproj of the language model") from None
+
+
+def _choose_layout(
+    source: _Source, header: GgufHeader, vision: VisionInfo | None, layout: str
+) -> tuple[PromptLayout, dict[str, int]]:
+    """The layout, and its special tokens by their names in the manifest. Raises UnsafeFileError, BundleError,
+    ConfigError."""
+    written = read_layout(layout) if layout and layout not in LAYOUTS else None
+    texts = {*SPECIAL_TEXTS, *SPECIAL_NAMES, *(written.special if written is not None else ())}
+    bos, n_embeddings = header.values.get("tokenizer.ggml.bos_token_id"), embedding_table(header).shape[1]
+    tokens = read_tokens(source.opened, texts, [bos if isinstance(bos, int) else -1, n_embeddings - 1, n_embeddings])
+    if {token.id for token in tokens} & {n_embeddings - 1, n_embeddings} != {n_embeddings - 1}:
+        raise UnsafeFileError(
+            f"{EMBEDDING}: {n_embeddings} rows, but tokenizer.ggml.tokens has another number of tokens"
+        )
+    chosen = written or _ready_layout(layout or recognise_layout(tokens), vision)
+    if vision is not None and vision.projector not in chosen.projectors:
+        raise BundleError(f"prompt layout {chosen.name}: has no place for the rows of a projector {vision.projector}")
+    bos_text = next((token.text for token in tokens if token.id == bos), "")
+    if written is None and bos_text and adds_bos(header.values) and not chosen.before_system.startswith(bos_text):
+        special = (bos_text, *(text for text in chosen.special if text != bos_text))
+        chosen = msgspec.structs.replace(chosen, special=special, before_system=bos_text + chosen.before_system)
+    control = {token.text: token.id for token in reversed(tokens) if token.type == CONTROL}
+    needed = [*chosen.special, *([IMG_BREAK] if vision is not None and vision.breaks else [])]
+    for text in needed:
+        if text not in control:
+            found = next((f"type {token.type}" for token in tokens if token.text == text), "no such token")
+            raise UnsafeFileError(
+                f"tokenizer.ggml.tokens: {text!r}: expected a control token for the layout {chosen.name}, found {found}"
+            )
+    _check_plain_texts(source, chosen)
+    if chosen.name == "mistral" and all(text in control for text in THINK_TOKENS.values()):
+        needed += THINK_TOKENS.values()
+    return chosen, {SPECIAL_NAMES.get(text, text): control[text] for text in needed}
+
+
+def _ready_layout(name: str, vision: VisionInfo | None) -> PromptLayout:
+    """The layout of the table with this name that can hold frames of this encoder; the one of text if none can."""
+    variants = LAYOUTS[name]
+    if vision is None:
+        return variants[0]
+    return next((each for each in variants if vision.projector in each.projectors), variants[0])
+
+
+class _Inside:
+    """A set of all texts that are inside one of these."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self.texts = texts
+
+    def __contains__(self, text: object) -> bool:
+        return isinstance(text, str) and len(text) > 1 and any(text in each for each in self.texts)
+
+
+def _check_plain_texts(source: _Source, layout: PromptLayout) -> None:
+    """Raises ConfigError: a special token of the vocabulary stands in the layout and would be read as letters."""
+    keys = ("before_system", "before_user", "before_image", "after_image", "before_answer")
+    plain = [part for key in keys for part in layout.parts(getattr(layout, key)) if part not in layout.special]
+    for token in read_tokens(source.opened, _Inside(plain)):
+        if token.type == CONTROL:
+            raise ConfigError(
+                f"layout {layout.name}: {token.text!r} is a special token of this model; add it to `special`"
+            )
+
+
+# -- write -------------------------------------------------------------------------------------------------------------
+
+
+def _check_space(sources: list[_Source], out: Path, link: bool) -> None:
+    needed = SPARE_BYTES + (0 if link else sum(source.n_bytes for source in sources))
+    free = shutil.disk_usage(out.parent).free
+    if free < needed:
+        raise BundleError(f"{out.parent}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; make room")
+
+
+@contextlib.contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out` that becomes `out` at the end. What a killed run has left is removed first."""
+    folder = out.with_name(f".{out.name}.wrap")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # anything else: a server without a lock service
+            if isinstance(error, BlockingIOError):
+                raise BundleError(f"{out}: another edge-agent bundle wrap is writing it; wait for it") from None
+        for left in folder.iterdir():
+            left.unlink()
+        try:
+            yield folder
+            folder.chmod(0o755)
+            sync_folder(folder)
+            os.rename(folder, out)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        sync_folder(out.parent)
+    finally:
+        os.close(lock)
+
+
+def _fill(sources: list[_Source], folder: Path, link: bool, report: Report) -> dict[str, BundleFile]:
+    """Copy or link the files, and hash them. Raises BundleError, OSError."""
+    n_total, n_before = sum(source.n_bytes for source in sources), 0
+    files: dict[str, BundleFile] = {}
+    for source in sources:
+        target = folder / source.name
+        is_linked = link and _link(source, target)
+
+        def advance(n_done: int, n_before: int = n_before) -> None:
+            report(n_before + n_done, n_total)
+
+        files[source.name] = _copy(source, None if link else target, advance)
+        if is_linked:
+            files[source.name] = msgspec.structs.replace(files[source.name], linked=True)
+        elif file_stamp(source.descriptor) != source.stamp:
+            raise BundleError(f"{source.path}: changed while it was read; try again")
+        n_before += source.n_bytes
+    return files
+
+
+def _link(source: _Source, target: Path) -> bool:
+    """Make `target` share the source's bytes. Returns whether it is a second name of the same file (a hard link); else
+    only the blocks on the disk are shared. Raises BundleError, OSError."""
+    descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.ioctl(descriptor, FICLONE, source.descriptor)
+            os.fsync(descriptor)
+            return False
+    finally:
+        os.close(descriptor)
+    target.unlink()
+    try:
+        os.link(source.path, target, follow_symlinks=True)
+    except OSError as error:
+        raise BundleError(
+            f"{source.path}: cannot be linked to {target.parent.parent}: {error.strerror}; leave out --link"
+        ) from None
+    if os.stat(target).st_ino != source.stamp[1]:
+        raise BundleError(f"{source.path}: changed while it was read; try again")
+    return True
+
+
+def _copy(source: _Source, target: Path | None, report: Callable[[int], None]) -> BundleFile:
+    """Copy a file durably, and hash it at the same time. target: None: hash only. Raises OSError."""
+    digest, n_done = hashlib.sha256(), 0
+    out = open(target, "xb", buffering=0) if target is not None else None  # noqa: SIM115
+    hashed: Future[None] | None = None
+    with out or contextlib.nullcontext(), ThreadPoolExecutor(1) as pool:  # hashing takes as long as writing
+        while block := os.pread(source.descriptor, BLOCK_BYTES, n_done):
+            if hashed is not None:
+                hashed.result()
+            hashed = pool.submit(digest.update, block)
+            if out is not None:
+                _write_all(out.fileno(), block)
+            n_done += len(block)
+            report(n_done)
+        if out is not None:
+            os.fsync(out.fileno())
+    return BundleFile(bytes=n_done, sha256=digest.hexdigest())
+
+
+def _write_all(descriptor: int, block: bytes) -> None:
+    view = memoryview(block)
+    while view:
+        view = view[os.write(descriptor, view) :]
