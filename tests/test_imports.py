@@ -30,7 +30,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "board": (set(), set()),
     "actions": ({"errors", "strict_yaml", "time_units", "wire"}, {"msgspec"}),
     "bundle": ({"errors", "config", "profile"}, {"msgspec", "gguf", "cryptography"}),
-    "ipc": ({"time_units", "wire"}, {"msgspec", "numpy"}),
+    "ipc": ({"time_units", "wire"}, {"cv2", "msgspec", "numpy"}),
     "camera": (
         {"ipc", "config", "errors", "suspend", "time_units", "wire", "zmtp"},
         {"cv2", "msgspec", "numpy", "simplejpeg"},
@@ -70,7 +70,7 @@ ORDER: dict[str, list[str]] = {
         "store", "verified_files", "lora_check", "model_start", "memory_plan",
     ],
     "board": ["control_groups", "health", "sensors", "cuda_code", "nvml"],
-    "ipc": ["backoff", "token_sizes", "frame_slot", "events", "worker"],
+    "ipc": ["backoff", "token_sizes", "image_grid", "frame_slot", "events", "worker"],
     "camera": [
         "__init__", "clock", "source", "picture", "recording", "v4l2", "gstreamer", "files", "pushed", "process",
         "__main__",
