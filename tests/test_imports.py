@@ -61,7 +61,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
 }  # fmt: skip
 # Room -> its files; each imports only files before it. Files not named here stand beside each other and import none.
 ORDER: dict[str, list[str]] = {
-    "wire": ["codec", "messages", "control", "streams", "endpoints", "pushed_frame"],
+    "wire": ["codec", "messages", "control", "streams", "endpoints", "pushed_frame", "information_age"],
     "zmtp": ["frames", "listener", "endpoint"],
     "client": ["control_connection", "values", "client", "chunk_player", "pusher", "__init__"],
     "actions": ["decimals", "space", "prompt", "grammar", "action_tokens", "vehicle_state", "envelope"],
@@ -76,9 +76,10 @@ ORDER: dict[str, list[str]] = {
         "__main__",
     ],
     "model": [
-        "__init__", "onnx_runtime", "preprocess", "token_budget", "vision_encoder", "fallbacks", "frame_buffer",
-        "llama", "constrained", "events", "prompt", "text_lane", "action_lane", "engine", "image_encoder",
-        "frame_encoder", "load", "gpu_sensor", "supervisor_channel", "loop", "native_probe", "__main__",
+        "__init__", "ceilings", "onnx_runtime", "preprocess", "token_budget", "vision_encoder", "fallbacks",
+        "frame_buffer", "llama", "constrained", "events", "prompt", "text_lane", "action_lane", "engine",
+        "image_encoder", "frame_encoder", "load", "gpu_sensor", "supervisor_channel", "loop", "native_probe",
+        "__main__",
     ],
     "supervisor": [
         "shutdown", "log", "child_log", "pause_file", "systemd", "trace", "runtime_folder", "publisher",

@@ -67,12 +67,13 @@ def read_v4l2(config: CameraConfig, slot: Slot, clock: Clock) -> SourceItems:
             raise SourceError(
                 "unreadable", f"{device}: opens, but is not a V4L2 camera with a pixel format that OpenCV can read"
             )
-        remark = "; ".join(filter(None, (configure(capture, config), stable_name(device))))
+        not_granted, remark = configure(capture, config), ""
         if fourcc_of(capture) in COMPRESSED:
             # OpenCV's own decoder takes half a JPEG for a whole one. So retrieve() shall return the JPEG's bytes.
             capture.set(cv2.CAP_PROP_CONVERT_RGB, 0)
         for item in read_frames(capture, device, config, slot, clock):
             if isinstance(item, CapturedFrame):
+                remark = remark or first_frame_remark(capture, not_granted, item.size, stable_name(device))
                 if identity is not None:
                     check_identity(device, identity, item.size, slot)
                     identity = None  # an open device cannot become another one
@@ -155,6 +156,20 @@ def configure(capture: cv2.VideoCapture, config: CameraConfig) -> str:
     width, height = (capture.get(number) for number in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
     given = (f"{width:g}x{height:g}", f"{capture.get(cv2.CAP_PROP_FPS):g} fps", fourcc_of(capture))
     return f"asked for {' '.join(filter(None, wishes))}, the camera gives {' '.join(given)}"
+
+
+def first_frame_remark(
+    capture: cv2.VideoCapture, not_granted: str, size: tuple[int, int], stable_name_line: str
+) -> str:
+    """What the log and `edge-agent check` say about the open device. size: height and width of its first frame, which
+    can be another one than the driver claims."""
+    fourcc = fourcc_of(capture)
+    in_use = f"pixel format {fourcc}" if fourcc.strip().isalnum() and not not_granted else ""
+    claimed = [round(capture.get(number)) for number in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT)]
+    wrong_claim = ""
+    if min(claimed) > 0 and claimed != [size[1], size[0]]:
+        wrong_claim = f"the driver claims {claimed[0]}x{claimed[1]}, the frames have {size[1]}x{size[0]}"
+    return "; ".join(filter(None, (in_use, not_granted, wrong_claim, stable_name_line)))
 
 
 def ask(capture: cv2.VideoCapture, config: CameraConfig, fourcc: str | None) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import tracemalloc
 
+import cv2
 import numpy as np
 import pytest
 
 from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, VISION, VisionInfo, read_manifest
-from edge_agent.ipc.image_grid import image_grid
+from edge_agent.camera.picture import decode_jpeg, decode_jpeg_for
+from edge_agent.camera.source import WantedImage
+from edge_agent.ipc.image_grid import image_grid, image_size, resize
 from edge_agent.model.llama import LlamaContext, LlamaOptions
 from edge_agent.model.onnx_runtime import onnxruntime
 from edge_agent.model.preprocess import Preprocessor, image_request, n_embedding_rows
@@ -22,6 +25,7 @@ from edge_agent.model.vision_encoder import (
     open_encoder,
 )
 from tests.harness import toy
+from tests.harness.pictures import encoded, scene
 
 UNIT = 28  # pixels a side of one token
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -145,6 +149,26 @@ def test_buffers_are_reused_while_the_size_stays():
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+
+
+@pytest.mark.parametrize("frame_size", [(2160, 3840), (1512, 2688), (1920, 2560)])
+@pytest.mark.parametrize("is_jpeg", [False, True])
+def test_a_frame_that_was_reduced_first_gives_the_same_rows(onnx, frame_size, is_jpeg):
+    """Pairs of pixels averaged first, or a JPEG decoded at a half of its size, against one average over exact areas."""
+    request = image_request(FACTS, 25)
+    bgr = cv2.resize(scene(480, 640), frame_size[::-1], interpolation=cv2.INTER_CUBIC)
+    decoded = reduced = bgr
+    if is_jpeg:
+        jpeg = encoded(".jpg", bgr)
+        decoded, reduced = decode_jpeg(jpeg), decode_jpeg_for(WantedImage(1, request), jpeg).bgr
+        assert len(reduced) <= len(decoded) // 2
+    height, width = image_size(*frame_size, request)
+    image = np.empty((height, width, 3), np.uint8)
+    resize(reduced, image)
+    exact = cv2.resize(decoded, (width, height), interpolation=cv2.INTER_AREA)
+    assert not np.array_equal(image, exact)
+    cosine = cosines(onnx.encode(image).copy(), onnx.encode(exact))
+    assert cosine.mean() >= 0.9999 and cosine.min() >= 0.999, "one row of a dark, even place feels a rounding"
 
 
 @pytest.mark.parametrize("tokens", [(1, 8), (8, 1), (3, 3), (4, 5), (16, 16), (12, 21), (1, 55), (55, 1)])
