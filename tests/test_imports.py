@@ -30,7 +30,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "board": (set(), set()),
     "actions": ({"errors", "strict_yaml", "time_units", "wire"}, {"msgspec"}),
     "bundle": ({"errors", "config", "profile", "strict_yaml"}, {"msgspec", "gguf", "cryptography"}),
-    "ipc": ({"time_units", "wire"}, {"msgspec", "numpy"}),
+    "ipc": ({"time_units", "wire"}, {"cv2", "msgspec", "numpy"}),
     "camera": (
         {"ipc", "config", "errors", "suspend", "time_units", "wire", "zmtp"},
         {"cv2", "msgspec", "numpy", "simplejpeg"},
@@ -61,7 +61,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
 }  # fmt: skip
 # Room -> its files; each imports only files before it. Files not named here stand beside each other and import none.
 ORDER: dict[str, list[str]] = {
-    "wire": ["codec", "messages", "control", "streams", "endpoints", "pushed_frame"],
+    "wire": ["codec", "messages", "control", "streams", "endpoints", "pushed_frame", "information_age"],
     "zmtp": ["frames", "listener", "endpoint"],
     "client": ["control_connection", "values", "client", "chunk_player", "pusher", "__init__"],
     "actions": ["decimals", "space", "prompt", "grammar", "action_tokens", "vehicle_state", "envelope"],
@@ -70,13 +70,13 @@ ORDER: dict[str, list[str]] = {
         "manifest_check", "verify", "store", "verified_files", "lora_check", "model_start", "memory_plan", "wrap",
     ],
     "board": ["control_groups", "health", "sensors", "cuda_code", "nvml"],
-    "ipc": ["backoff", "token_sizes", "frame_slot", "events", "worker"],
+    "ipc": ["backoff", "token_sizes", "image_grid", "frame_slot", "events", "worker"],
     "camera": [
         "__init__", "clock", "source", "picture", "recording", "v4l2", "gstreamer", "files", "pushed", "process",
         "__main__",
     ],
     "model": [
-        "__init__", "onnx_runtime", "preprocess", "token_budget", "vision_encoder", "fallbacks", "families",
+        "__init__", "ceilings", "onnx_runtime", "preprocess", "token_budget", "vision_encoder", "fallbacks", "families",
         "frame_buffer", "llama", "constrained", "events", "prompt", "text_lane", "action_lane", "engine",
         "image_encoder", "frame_encoder", "load", "gpu_sensor", "supervisor_channel", "loop", "native_probe",
         "__main__",

@@ -78,6 +78,8 @@ def _status_rows(status: Status | None) -> list[tuple[str, Text]]:
     if status is None:
         return []
     model = status.model_worker
+    mean_ms = status.information_age_ms
+    age = "unknown" if mean_ms is None else f"mean age {mean_ms:.0f} ms"
     memory = "unknown" if model.rss_mib is None else f"{model.rss_mib:.0f} MiB"
     governor = status.governor.reason if status.governor is not None else ""
     return [
@@ -85,5 +87,6 @@ def _status_rows(status: Status | None) -> list[tuple[str, Text]]:
         *([("governor", Text(printable(governor), style="yellow"))] if governor else []),
         ("vision", Text(printable(status.vision_backend))),
         ("language", Text(printable(status.language_backend))),
+        ("information", Text(age)),
         ("model", Text(f"{memory}, restarts {model.restarts}")),
     ]

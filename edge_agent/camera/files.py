@@ -7,7 +7,15 @@ from pathlib import Path
 from edge_agent.camera.clock import Clock
 from edge_agent.camera.picture import picture_paths, read_picture
 from edge_agent.camera.recording import USUAL_FPS, Playback, Recording
-from edge_agent.camera.source import CapturedFrame, FaultReport, SourceError, SourceItems, into_slot, wait_for_reader
+from edge_agent.camera.source import (
+    CapturedFrame,
+    FaultReport,
+    SourceError,
+    SourceItems,
+    into_slot,
+    wait_for_reader,
+    wanted_image,
+)
 from edge_agent.config import CameraConfig
 from edge_agent.ipc.events import CameraFault
 from edge_agent.ipc.frame_slot import Slot
@@ -28,7 +36,9 @@ def read_video(config: CameraConfig, slot: Slot, clock: Clock) -> SourceItems:
                 while pacer.next() if config.realtime else playback.grab() is not None:
                     captured_ns = clock.now_ns()
                     try:
-                        image = into_slot(playback.image(), slot, config)
+                        wanted = wanted_image(slot)
+                        bgr, size = playback.image_for(wanted)
+                        image = into_slot(bgr, slot, config, wanted=wanted, full_size=size)
                     except SourceError as error:
                         if error.reason == "too-large":
                             raise
@@ -38,7 +48,7 @@ def read_video(config: CameraConfig, slot: Slot, clock: Clock) -> SourceItems:
                     n_frames += 1
                     if not config.realtime:
                         captured_ns = wait_for_reader(slot, clock)
-                    yield CapturedFrame(image, captured_ns, "arrival", fps)
+                    yield CapturedFrame(image, captured_ns, "arrival", fps, captured=bgr, full_size=size)
                 start_ns = pacer.end_ns
             if n_frames == 0:
                 raise recording.no_frame()
@@ -104,7 +114,8 @@ def read_folder(config: CameraConfig, slot: Slot, clock: Clock) -> SourceItems:
             if config.realtime:
                 clock.sleep_until(due_ns)
             try:
-                image = into_slot(read_picture(path, config.max_pixels), slot, config)
+                bgr = read_picture(path, config.max_pixels)
+                image = into_slot(bgr, slot, config)
             except SourceError as error:
                 problem = problem or error.detail
                 if path not in reported:
@@ -114,7 +125,8 @@ def read_folder(config: CameraConfig, slot: Slot, clock: Clock) -> SourceItems:
             n_frames += 1
             captured_ns = clock.now_ns() if config.realtime else wait_for_reader(slot, clock)
             due_ns = max(due_ns + period_ns, captured_ns)
-            yield CapturedFrame(image, captured_ns, "arrival", fps if config.realtime else None)
+            rate = fps if config.realtime else None
+            yield CapturedFrame(image, captured_ns, "arrival", rate, captured=bgr)
         if n_frames == 0:
             detail = f"{folder}: none of its {len(paths)} images can be used; the first: {problem}"
             raise SourceError("unreadable", detail, "source-file")

@@ -11,8 +11,18 @@ import shlex
 import subprocess
 from fractions import Fraction
 
+import numpy as np
+
 from edge_agent.camera.clock import Clock
-from edge_agent.camera.source import FRAME_POLL_MS, STALL_S, CapturedFrame, SourceError, SourceItems, check_size
+from edge_agent.camera.source import (
+    FRAME_POLL_MS,
+    STALL_S,
+    CapturedFrame,
+    SourceError,
+    SourceItems,
+    check_size,
+    into_slot,
+)
 from edge_agent.config import CameraConfig
 from edge_agent.errors import fault_of
 from edge_agent.ipc.frame_slot import Slot
@@ -37,11 +47,12 @@ def read_gstreamer(config: CameraConfig, slot: Slot, clock: Clock) -> SourceItem
     try:
         output = PipelineOutput(process, frames_fd, clock)
         timeout_s = GST_START_S
+        pixels = np.empty((height, width, 3), np.uint8)
         while True:
-            image = slot.write(height, width)
-            output.read_frame(image.data.cast("B"), timeout_s)
-            timeout_s = STALL_S
-            yield CapturedFrame(image, clock.now_ns(), "arrival", config.fps)
+            output.read_frame(pixels.data.cast("B"), timeout_s)
+            timeout_s, arrival_ns = STALL_S, clock.now_ns()
+            image = into_slot(pixels, slot, config, conversion=None)
+            yield CapturedFrame(image, arrival_ns, "arrival", config.fps, captured=pixels)
     finally:
         os.close(frames_fd)
         stop_pipeline(process)

@@ -16,19 +16,22 @@ import re
 import struct
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 import simplejpeg
 
-from edge_agent.camera.source import MAX_PIXELS, SourceError, check_size
+from edge_agent.camera.source import MAX_PIXELS, SourceError, WantedImage, check_size
 from edge_agent.errors import fault_of
 from edge_agent.ipc.frame_slot import MAX_IMAGE_BYTES
+from edge_agent.ipc.image_grid import jpeg_reduction
 
 PICTURE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 MAX_FILE_BYTES = 2 * MAX_IMAGE_BYTES  # more than the largest picture takes in any of the formats
 # Some encoders leave a few bytes before the end marker. A damaged picture leaves hundreds there.
 MAX_STRAY_BYTES = 16
+WHOLE = WantedImage(0, None)
 _STRAY_BYTES = re.compile(r"(\d+) extraneous bytes before marker 0xd9$")
 
 JPEG, PNG, BMP, RIFF, WEBP = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"RIFF", b"WEBP"
@@ -93,18 +96,34 @@ def decode_jpeg(data: bytes | np.ndarray, max_pixels: int = MAX_PIXELS) -> np.nd
 
     Raises SourceError if libjpeg warns of damage.
     """
+    return decode_jpeg_for(WHOLE, data, max_pixels).bgr
+
+
+class DecodedFrame(NamedTuple):
+    bgr: np.ndarray  # (H, W, 3) uint8
+    size: tuple[int, int]  # height and width as stored, pixels; `bgr` may be a half, a quarter or an eighth of it
+
+
+def decode_jpeg_for(wanted: WantedImage, data: bytes | np.ndarray, max_pixels: int = MAX_PIXELS) -> DecodedFrame:
+    """As decode_jpeg(), at the smallest size that has enough pixels for the image that is wanted.
+
+    libjpeg reads all of the data in each case, and finds the same damage.
+    """
     try:
         height, width, *_ = simplejpeg.decode_jpeg_header(data)
         check_size(height, width, max_pixels)
+        n = jpeg_reduction(height, width, wanted.size(height, width))
+        smallest = {"min_height": -(-height // n), "min_width": -(-width // n)} if n > 1 else {}
         try:
-            return simplejpeg.decode_jpeg(data, "BGR")
+            bgr = simplejpeg.decode_jpeg(data, "BGR", **smallest)
         except ValueError as error:
             stray = _STRAY_BYTES.search(str(error))
             if stray is None or int(stray[1]) > MAX_STRAY_BYTES:
                 raise
-            return simplejpeg.decode_jpeg(data, "BGR", strict=False)
+            bgr = simplejpeg.decode_jpeg(data, "BGR", strict=False, **smallest)
     except ValueError as error:
         raise SourceError("unreadable", f"not one whole JPEG: {error}") from None
+    return DecodedFrame(bgr, (height, width))
 
 
 def _opencv(data: bytes, flags: int) -> np.ndarray:

@@ -83,8 +83,8 @@ def open_source(
     items = SOURCES[kind](config, slot, clock)
     with contextlib.closing(detect_frozen(items, slot, clock, config) if kind in LIVE_KINDS else items) as items:
         for item in items:
-            if isinstance(item, CapturedFrame) and item.image.shape[:2] != height_width:
-                height, width = height_width = item.image.shape[:2]
+            if isinstance(item, CapturedFrame) and item.size != height_width:
+                height, width = height_width = item.size
                 description = f"{kind} {config.source}{item.remark and f' ({item.remark})'}"
                 yield CameraOpened(width=width, height=height, fps=item.fps, description=description)
             yield item
@@ -119,7 +119,7 @@ def probe(config: CameraConfig, timeout_s: float = PROBE_TIMEOUT_S, clock: Clock
             elif source_kind(config.source) not in LIVE_KINDS or clock.now_ns() > end_ns:
                 return Probed(found, item.capture_clock)
             else:
-                this = fingerprint(item.image)
+                this = fingerprint(item.pixels)
                 if first not in (b"", this):
                     return Probed(found, item.capture_clock)
                 first = this

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from edge_agent.camera.clock import Clock
-from edge_agent.camera.picture import decode_jpeg
+from edge_agent.camera.picture import WHOLE, decode_jpeg_for
 from edge_agent.camera.source import (
     FRAME_POLL_MS,
     STALL_NS,
@@ -22,8 +22,10 @@ from edge_agent.camera.source import (
     FaultReport,
     SourceError,
     SourceItems,
+    WantedImage,
     check_size,
     into_slot,
+    wanted_image,
 )
 from edge_agent.config import CameraConfig
 from edge_agent.errors import FaultName
@@ -83,13 +85,17 @@ def read_pushed_frames(config: CameraConfig, slot: Slot, clock: Clock) -> Source
             last_data_ns = now_ns
             try:
                 frame = check_pushed_frame(message, last_captured_ns, now_ns, config.max_pixels)
-                image = into_slot(pushed_pixels(frame), slot, config, PUSHED_FORMATS[frame.format][1])
+                wanted, size = wanted_image(slot), (frame.height, frame.width)
+                pixels = pushed_pixels(frame, wanted)
+                image = into_slot(pixels, slot, config, PUSHED_FORMATS[frame.format][1], wanted, size)
             except SourceError as error:
                 if fault := refusals.add(error, now_ns):
                     yield fault
                 continue
             last_captured_ns = frame.t_capture_ns
-            yield CapturedFrame(image, frame.t_capture_ns, "sender", frame_id=frame.frame_id)
+            yield CapturedFrame(
+                image, frame.t_capture_ns, "sender", frame_id=frame.frame_id, captured=pixels, full_size=size
+            )
 
 
 def max_message_bytes(max_pixels: int) -> int:
@@ -160,18 +166,20 @@ def check_pushed_frame(message: Message, last_captured_ns: int, now_ns: int, max
     return frame
 
 
-def pushed_pixels(frame: PushedFrame) -> np.ndarray:
-    """(H, W, 3) or (H, W) uint8, in the format's own channel order. Raises SourceError."""
+def pushed_pixels(frame: PushedFrame, wanted: WantedImage = WHOLE) -> np.ndarray:
+    """(H, W, 3) or (H, W) uint8, in the format's own channel order. Raises SourceError.
+
+    wanted: a JPEG that is larger than this needs may be decoded at a part of its size.
+    """
     data = np.frombuffer(frame.data, np.uint8)
     if frame.format == "gray8":
         return data.reshape(frame.height, frame.width)
     if frame.format != "jpeg":
         return data.reshape(frame.height, frame.width, 3)
     try:
-        bgr = decode_jpeg(data, frame.width * frame.height)
+        bgr, (height, width) = decode_jpeg_for(wanted, data, frame.width * frame.height)
     except SourceError as error:
         raise SourceError("unreadable", f"frame {frame.frame_id}: {error.detail}") from None
-    height, width = bgr.shape[:2]
     if (height, width) != (frame.height, frame.width):
         expected = f"{frame.width}x{frame.height}"
         raise SourceError("unreadable", f"frame {frame.frame_id}: JPEG: expected {expected}, found {width}x{height}")

@@ -18,8 +18,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from edge_agent.camera.picture import decode_jpeg
-from edge_agent.camera.source import MAX_PIXELS, SourceError, check_size
+from edge_agent.camera.picture import WHOLE, DecodedFrame, decode_jpeg_for
+from edge_agent.camera.source import MAX_PIXELS, SourceError, WantedImage, check_size
 from edge_agent.errors import fault_of
 from edge_agent.time_units import NS_PER_MS, NS_PER_S
 
@@ -116,6 +116,10 @@ class Playback:
 
     def image(self) -> np.ndarray:
         """The frame that was grabbed, (H, W, 3) uint8, BGR. Raises SourceError if it is damaged."""
+        return self.image_for(WHOLE).bgr
+
+    def image_for(self, wanted: WantedImage) -> DecodedFrame:
+        """The same, of MJPG at the smallest size that has enough pixels for the image that is wanted."""
         where = f"{self.recording.path}: frame {self.n_grabbed}"
         check_size(self._height, self._width, self.recording.max_pixels)
         ok, found = self._capture.retrieve(None if self._is_jpeg else self._bgr)
@@ -123,12 +127,12 @@ class Playback:
             raise SourceError("unreadable", f"{where}: cannot be decoded")
         if not self._is_jpeg:
             self._bgr = found
-            return found
+            return DecodedFrame(found, found.shape[:2])
         try:
-            bgr = decode_jpeg(found.reshape(-1), self.recording.max_pixels)
+            decoded = decode_jpeg_for(wanted, found.reshape(-1), self.recording.max_pixels)
         except SourceError as error:
             raise SourceError(error.reason, f"{where}: {error.detail}") from None
-        if bgr.shape[:2] != (self._height, self._width):
-            found_size, size = f"{bgr.shape[1]}x{bgr.shape[0]}", f"{self._width}x{self._height}"
+        if decoded.size != (self._height, self._width):
+            found_size, size = f"{decoded.size[1]}x{decoded.size[0]}", f"{self._width}x{self._height}"
             raise SourceError("unreadable", f"{where}: expected {size}, found {found_size}")
-        return bgr
+        return decoded

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from edge_agent.camera.clock import Clock
-from edge_agent.camera.picture import decode_jpeg
+from edge_agent.camera.picture import decode_jpeg_for
 from edge_agent.camera.source import (
     STALL_NS,
     STALL_S,
@@ -23,6 +23,7 @@ from edge_agent.camera.source import (
     SourceError,
     SourceItems,
     into_slot,
+    wanted_image,
 )
 from edge_agent.config import CameraConfig
 from edge_agent.errors import encodable
@@ -66,14 +67,15 @@ def read_v4l2(config: CameraConfig, slot: Slot, clock: Clock) -> SourceItems:
             raise SourceError(
                 "unreadable", f"{device}: opens, but is not a V4L2 camera with a pixel format that OpenCV can read"
             )
-        remark = "; ".join(filter(None, (configure(capture, config), stable_name(device))))
+        not_granted, remark = configure(capture, config), ""
         if fourcc_of(capture) in COMPRESSED:
             # OpenCV's own decoder takes half a JPEG for a whole one. So retrieve() shall return the JPEG's bytes.
             capture.set(cv2.CAP_PROP_CONVERT_RGB, 0)
         for item in read_frames(capture, device, config, slot, clock):
             if isinstance(item, CapturedFrame):
+                remark = remark or first_frame_remark(capture, not_granted, item.size, stable_name(device))
                 if identity is not None:
-                    check_identity(device, identity, item.image, slot)
+                    check_identity(device, identity, item.size, slot)
                     identity = None  # an open device cannot become another one
                 item = msgspec.structs.replace(item, remark=remark)
             yield item
@@ -106,7 +108,9 @@ def read_frames(capture: cv2.VideoCapture, device: str, config: CameraConfig, sl
             ok, pixels = capture.retrieve(None if is_jpeg(pixels) else pixels)
             if not ok:
                 raise SourceError("unreadable", "buffers without an image")
-            bgr = decode_jpeg(pixels.reshape(-1), config.max_pixels) if is_jpeg(pixels) else pixels
+            wanted, bgr, size = wanted_image(slot), pixels, None
+            if is_jpeg(pixels):
+                bgr, size = decode_jpeg_for(wanted, pixels.reshape(-1), config.max_pixels)
         except SourceError as error:
             if not error.retryable:
                 raise
@@ -119,7 +123,8 @@ def read_frames(capture: cv2.VideoCapture, device: str, config: CameraConfig, sl
         last_driver_ns, last_image_ns = (driver_ns if driver_is_plausible else 0), arrival_ns
         capture_clock: CaptureClock = "driver" if driver_is_plausible else "arrival"
         captured_ns = driver_ns if driver_is_plausible else arrival_ns
-        yield CapturedFrame(into_slot(bgr, slot, config), captured_ns, capture_clock, fps)
+        image = into_slot(bgr, slot, config, wanted=wanted, full_size=size)
+        yield CapturedFrame(image, captured_ns, capture_clock, fps, captured=bgr, full_size=size)
 
 
 def is_jpeg(pixels: np.ndarray | None) -> bool:
@@ -151,6 +156,20 @@ def configure(capture: cv2.VideoCapture, config: CameraConfig) -> str:
     width, height = (capture.get(number) for number in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
     given = (f"{width:g}x{height:g}", f"{capture.get(cv2.CAP_PROP_FPS):g} fps", fourcc_of(capture))
     return f"asked for {' '.join(filter(None, wishes))}, the camera gives {' '.join(given)}"
+
+
+def first_frame_remark(
+    capture: cv2.VideoCapture, not_granted: str, size: tuple[int, int], stable_name_line: str
+) -> str:
+    """What the log and `edge-agent check` say about the open device. size: height and width of its first frame, which
+    can be another one than the driver claims."""
+    fourcc = fourcc_of(capture)
+    in_use = f"pixel format {fourcc}" if fourcc.strip().isalnum() and not not_granted else ""
+    claimed = [round(capture.get(number)) for number in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT)]
+    wrong_claim = ""
+    if min(claimed) > 0 and claimed != [size[1], size[0]]:
+        wrong_claim = f"the driver claims {claimed[0]}x{claimed[1]}, the frames have {size[1]}x{size[0]}"
+    return "; ".join(filter(None, (in_use, not_granted, wrong_claim, stable_name_line)))
 
 
 def ask(capture: cv2.VideoCapture, config: CameraConfig, fourcc: str | None) -> None:
@@ -195,12 +214,12 @@ def stable_name(device: str) -> str:
     return f"{device} may be another camera after a replug: use {encodable(str(link))}" if link else ""
 
 
-def check_identity(device: str, identity: CameraIdentity, image: np.ndarray, slot: Slot) -> None:
+def check_identity(device: str, identity: CameraIdentity, size: tuple[int, int], slot: Slot) -> None:
     """Raise SourceError if another camera than before is behind the same name; otherwise remember this one.
 
     A name in /dev/v4l/by-id follows a camera to another port.
     """
-    found = msgspec.structs.replace(identity, height=image.shape[0], width=image.shape[1])
+    found = msgspec.structs.replace(identity, height=size[0], width=size[1])
     if remembered := slot.read_source_identity():
         expected = _decode_identity(remembered)
         if Path(device).parent == LINKS / "by-id":

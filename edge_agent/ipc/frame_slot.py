@@ -18,8 +18,9 @@ Three buffers take turns: frame `seq` is in buffer `seq % 3`. The writer fills t
 sets `latest`, so it never touches the newest frame and the frame before it. A writer that is killed in the middle of a
 frame leaves a half filled buffer that nobody reads. Everything that must outlive the writer is in the shared memory.
 
-Beside the frames is the vehicle state: one record that the supervisor writes and the model process reads. Only the
-newest record counts.
+Beside the frames are two records of which only the newest counts: the vehicle state, from the supervisor to the model
+process, and the image request (image_grid.py), from the model process to the camera process. A frame tells which
+request its image was made for.
 
 Memory order: the writer writes pixels and record first and `latest` last. A reader reads in the opposite order, and
 reads `latest` again at the end. x86 makes stores visible in the order of the program. ARM does not, so `_fence()`
@@ -55,13 +56,12 @@ TOTAL_BYTES = HEADER_BYTES + N_BUFFERS * MAX_IMAGE_BYTES
 MAGIC = int.from_bytes(b"EDGEFR01", "big")
 
 # Indices of the header words. Each has 64 bits: the processor loads and stores an aligned word in one piece.
-_MAGIC, _LATEST, _DONE, _VEHICLE_STATES, _RECORDS = 0, 1, 2, 3, 8
-_RECORD_WORDS = 8  # per buffer: frame_id, t_capture_ns, clock, height, width
-MAX_VEHICLE_STATE_BYTES = 16384
-_VEHICLE_STATE = 1024  # index of the first of two vehicle state records, written in turn: length, then bytes
-_VEHICLE_STATE_WORDS = (8 + MAX_VEHICLE_STATE_BYTES) // 8
-_SOURCE_IDENTITY = 6144  # index of one record: length, then bytes; only the camera process uses it
-MAX_SOURCE_IDENTITY_BYTES = 4096
+_MAGIC, _LATEST, _DONE, _RECORDS = 0, 1, 2, 8
+_RECORD_WORDS = 8  # per buffer: frame_id, t_capture_ns, clock, height, width, image request
+MAX_VEHICLE_STATE_BYTES, MAX_IMAGE_REQUEST_BYTES = 16384, 256
+# Only the camera process uses these two records: length, then bytes.
+_SOURCE_IDENTITY, _FINGERPRINT = 6144, 6784  # index of the first word
+MAX_SOURCE_IDENTITY_BYTES, MAX_FINGERPRINT_BYTES = 4096, 64
 
 _lock = threading.Lock()
 
@@ -86,6 +86,45 @@ class Frame(NamedTuple):
     t_capture_ns: int  # CLOCK_MONOTONIC
     capture_clock: str  # who set t_capture_ns: one of CLOCKS
     image: Image  # (H, W, 3) uint8, RGB, read-only, in shared memory: call was_not_overwritten() after using it
+    image_request: int = 0  # number of the image request that gave the image its size; 0: it is as captured
+
+
+class _NewestRecord(NamedTuple):
+    """Bytes of which only the newest count. There are two places, written in turn, so that a reader has one that is
+    whole. One process writes it."""
+
+    counter: int  # index of the word that counts the records
+    first: int  # index of the first of the two places: length, then bytes
+    max_bytes: int
+
+    def write(self, header: memoryview, payload: bytes) -> int:
+        """Replace the record. Returns its number."""
+        n: int = header[self.counter] + 1
+        place = self._place(n)
+        header[place] = len(payload)
+        header.cast("B")[8 * (place + 1) : 8 * (place + 1) + len(payload)] = payload
+        _fence()
+        header[self.counter] = n
+        return n
+
+    def read(self, header: memoryview) -> tuple[int, bytes]:
+        """Number and bytes of the newest record; (0, b"") before the first."""
+        while n := header[self.counter]:
+            _fence()
+            place = self._place(n)
+            n_bytes = min(max(header[place], 0), self.max_bytes)
+            payload = bytes(header.cast("B")[8 * (place + 1) : 8 * (place + 1) + n_bytes])
+            _fence()
+            if header[self.counter] == n:  # the writer has not begun to write this place again
+                return n, payload
+        return 0, b""
+
+    def _place(self, n: int) -> int:
+        return self.first + n % 2 * (8 + self.max_bytes) // 8
+
+
+_VEHICLE_STATE = _NewestRecord(3, 1024, MAX_VEHICLE_STATE_BYTES)
+_IMAGE_REQUEST = _NewestRecord(4, 6912, MAX_IMAGE_REQUEST_BYTES)
 
 
 class Slot:
@@ -102,6 +141,7 @@ class Slot:
         self._bytes: Image = np.frombuffer(memory, np.uint8)  # (TOTAL_BYTES,)
         self._header = memoryview(memory)[:HEADER_BYTES].cast("q")
         self._shape = (0, 0)
+        self._image_request = 0
 
     @classmethod
     def create(cls) -> Slot:
@@ -139,21 +179,22 @@ class Slot:
 
     # -- the writer ---------------------------------------------------------------------------------------------------
 
-    def write(self, height: int, width: int) -> Image:
+    def write(self, height: int, width: int, image_request: int = 0) -> Image:
         """The free buffer as (height, width, 3) uint8 RGB: fill it in place, then publish it.
 
-        Raises ValueError when the image is larger than MAX_IMAGE_BYTES, or empty.
+        image_request: the number of the request that the image is made for; 0: it is as captured. Raises ValueError
+        when the image is larger than MAX_IMAGE_BYTES, or empty.
         """
         if height < 1 or width < 1 or height * width * 3 > MAX_IMAGE_BYTES:
             raise ValueError(f"frame slot: {width}x{height} does not fit, the limit is {MAX_IMAGE_BYTES} bytes")
-        self._shape = (height, width)
+        self._shape, self._image_request = (height, width), image_request
         _fence()  # no pixel may be written before the publication that freed this buffer
         return self._image(self._header[_LATEST] + 1, height, width)
 
     def publish(self, frame_id: int, t_capture_ns: int, capture_clock: str) -> int:
         """Make the image that was filled since write() the newest frame. Returns its sequence number."""
         seq = self._header[_LATEST] + 1
-        record = (frame_id, t_capture_ns, CLOCKS.index(capture_clock), *self._shape)
+        record = (frame_id, t_capture_ns, CLOCKS.index(capture_clock), *self._shape, self._image_request)
         for word, value in enumerate(record, _RECORDS + seq % N_BUFFERS * _RECORD_WORDS):
             self._header[word] = value
         _fence()
@@ -166,47 +207,56 @@ class Slot:
         waits for this, so that the model gets every frame and none grows old in the slot."""
         return self._header[_DONE] >= self._header[_LATEST]
 
-    # -- the camera that was opened: it outlives the camera process ---------------------------------------------------
+    # -- what outlives the camera process: only the camera process calls these ----------------------------------------
 
     def write_source_identity(self, payload: bytes) -> None:
-        """Only the camera process calls this. Raises ValueError when the record is too large."""
-        if len(payload) > MAX_SOURCE_IDENTITY_BYTES:
-            raise ValueError(f"source identity of {len(payload)} bytes, the limit is {MAX_SOURCE_IDENTITY_BYTES}")
-        start = (_SOURCE_IDENTITY + 1) * 8
-        self._header[_SOURCE_IDENTITY] = 0  # a process that is killed here leaves no record, not half of one
-        self._bytes[start : start + len(payload)] = np.frombuffer(payload, np.uint8)
-        self._header[_SOURCE_IDENTITY] = len(payload)
+        """Which camera was opened. Raises ValueError when the record is too large."""
+        self._write_own_record(_SOURCE_IDENTITY, "source identity", payload, MAX_SOURCE_IDENTITY_BYTES)
 
     def read_source_identity(self) -> bytes:
         """What was written; empty before."""
-        start = (_SOURCE_IDENTITY + 1) * 8
-        return self._bytes[start : start + self._header[_SOURCE_IDENTITY]].tobytes()
+        return self._read_own_record(_SOURCE_IDENTITY)
 
-    # -- the vehicle state --------------------------------------------------------------------------------------------
+    def write_fingerprint(self, payload: bytes) -> None:
+        """Of the newest image as captured: the image in the slot may be smaller. Raises ValueError as above."""
+        self._write_own_record(_FINGERPRINT, "fingerprint", payload, MAX_FINGERPRINT_BYTES)
+
+    def read_fingerprint(self) -> bytes:
+        """What was written; empty before."""
+        return self._read_own_record(_FINGERPRINT)
+
+    def _write_own_record(self, first: int, name: str, payload: bytes, max_bytes: int) -> None:
+        _check_length(name, payload, max_bytes)
+        start = (first + 1) * 8
+        self._header[first] = 0  # a process that is killed here leaves no record, not half of one
+        self._bytes[start : start + len(payload)] = np.frombuffer(payload, np.uint8)
+        self._header[first] = len(payload)
+
+    def _read_own_record(self, first: int) -> bytes:
+        start = (first + 1) * 8
+        return self._bytes[start : start + self._header[first]].tobytes()
+
+    # -- records of which only the newest counts ----------------------------------------------------------------------
 
     def write_vehicle_state(self, payload: bytes) -> None:
         """Replace the record. Only the supervisor calls this. Raises ValueError when the record is too large."""
-        if len(payload) > MAX_VEHICLE_STATE_BYTES:
-            raise ValueError(f"vehicle state of {len(payload)} bytes, the limit is {MAX_VEHICLE_STATE_BYTES}")
-        n = self._header[_VEHICLE_STATES] + 1
-        first = _VEHICLE_STATE + n % 2 * _VEHICLE_STATE_WORDS
-        self._header[first] = len(payload)
-        start = (first + 1) * 8
-        self._bytes[start : start + len(payload)] = np.frombuffer(payload, np.uint8)
-        _fence()
-        self._header[_VEHICLE_STATES] = n
+        _check_length("vehicle state", payload, MAX_VEHICLE_STATE_BYTES)
+        _VEHICLE_STATE.write(self._header, payload)
 
     def read_vehicle_state(self) -> bytes:
         """The newest record; empty before the first."""
-        while n := self._header[_VEHICLE_STATES]:
-            _fence()
-            first = _VEHICLE_STATE + n % 2 * _VEHICLE_STATE_WORDS
-            start, size = (first + 1) * 8, self._header[first]
-            payload = self._bytes[start : start + min(max(size, 0), MAX_VEHICLE_STATE_BYTES)].tobytes()
-            _fence()
-            if self._header[_VEHICLE_STATES] == n:  # the writer has not begun to write this record again
-                return payload
-        return b""
+        return _VEHICLE_STATE.read(self._header)[1]
+
+    def request_images(self, payload: bytes) -> int:
+        """Ask for images of another size. Only the model process calls this. Returns the number of the request; the
+        same request again keeps its number. Raises ValueError when the request is too large."""
+        _check_length("image request", payload, MAX_IMAGE_REQUEST_BYTES)
+        number, newest = _IMAGE_REQUEST.read(self._header)
+        return number if number and newest == payload else _IMAGE_REQUEST.write(self._header, payload)
+
+    def read_image_request(self) -> tuple[int, bytes]:
+        """Number and bytes of the newest request; (0, b"") before the first."""
+        return _IMAGE_REQUEST.read(self._header)
 
     # -- the readers --------------------------------------------------------------------------------------------------
 
@@ -226,11 +276,11 @@ class Slot:
         while (seq := self._header[_LATEST]) > after_seq:
             _fence()
             first = _RECORDS + seq % N_BUFFERS * _RECORD_WORDS
-            frame_id, t_capture_ns, clock, height, width = self._header[first : first + 5]
+            frame_id, t_capture_ns, clock, height, width, image_request = self._header[first : first + 6]
             if self._is_intact(seq):  # otherwise the record may belong in part to a newer frame
                 image = self._image(seq, height, width)
                 image.flags.writeable = False
-                return Frame(seq, frame_id, t_capture_ns, CLOCKS[clock], image)
+                return Frame(seq, frame_id, t_capture_ns, CLOCKS[clock], image, image_request)
         return None
 
     def newest_capture_ns(self) -> int:
@@ -260,3 +310,8 @@ class Slot:
     def _image(self, seq: int, height: int, width: int) -> Image:
         start = HEADER_BYTES + seq % N_BUFFERS * MAX_IMAGE_BYTES
         return self._bytes[start : start + height * width * 3].reshape(height, width, 3)
+
+
+def _check_length(name: str, payload: bytes, max_bytes: int) -> None:
+    if len(payload) > max_bytes:
+        raise ValueError(f"{name} of {len(payload)} bytes, the limit is {max_bytes}")

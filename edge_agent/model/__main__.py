@@ -73,6 +73,8 @@ def main() -> int:
         supervisor.send(LogLine(line))
     gc.collect()
     _libc.malloc_trim(0)  # memory that loading no longer needs, 10 MB with a full vocabulary
+    # Before the supervisor hears that the model is ready: it asks the camera process for images of the right size.
+    frames = FrameEncoder(slot, model.images, config.task.deadline_ms, overlap=model.switches.overlap)
     supervisor.send(
         ModelReady(
             vision=model.images.backend,
@@ -82,7 +84,6 @@ def main() -> int:
             language=facts.backend,
         )
     )
-    frames = FrameEncoder(slot, model.images, config.task.deadline_ms, overlap=model.switches.overlap)
     loop = ModelLoop(model.engine, frames, slot, supervisor, config.language.describe_prompt)
     start_gpu_sensor(supervisor.events, Nvml(), threading.Event())
     while True:

@@ -1,4 +1,8 @@
-"""Newest frame -> image embeddings, in the model process: takes it from the slot, resizes, encodes. It answers nothing.
+"""Newest frame -> image embeddings, in the model process: takes it from the slot and encodes it. It answers nothing.
+
+It tells the camera process the size of the images that it wants, so that a frame is resized before it is published. A
+frame from before the request, or of another number of image tokens, is resized here. A frame that was resized for a
+model process that has ended is not used.
 
 With `overlap`, a thread of its own encodes while the main thread answers the previous frame. It starts as late as
 possible, so that the embeddings are ready exactly when the previous answer is done and are as fresh as they can be.
@@ -25,6 +29,7 @@ from edge_agent.model.frame_buffer import FrameBuffer
 from edge_agent.model.image_encoder import ImageEncoder, NoImages
 from edge_agent.model.token_budget import EMA_WEIGHT, TokenBudget
 from edge_agent.time_units import NS_PER_MS, NS_PER_S
+from edge_agent.wire.codec import encode
 
 IDLE_S = 1.0  # a job without a frame ends after this time
 
@@ -44,7 +49,7 @@ class EncodedFrame(NamedTuple):
 
     @property
     def encode_ms(self) -> float:
-        """Resize and encode."""
+        """Resize, which is a copy where the camera process has done it, and encode."""
         return (self.done_ns - self.taken_ns) / NS_PER_MS
 
 
@@ -72,6 +77,7 @@ class FrameEncoder:
         self.expected_answer_ms = 0.0  # running estimate of prefill and decode
         self._taken_seq = 0  # of the last frame that was taken
         self._min_interval_ns = self._not_before_ns = 0  # the governor's pause: from one frame's beginning to the next
+        self._first_request = self._request_images(self.budget.tokens)
         self._pool = ThreadPoolExecutor(1, "frame-encoder") if overlap else None
         self._job: Future[EncodedFrame | None] | None = None
         self._done_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -154,8 +160,13 @@ class FrameEncoder:
         frame, taken_ns = self._slot.take_newest(self._taken_seq), self._clock()
         if frame is None:
             return None
+        if 0 < frame.image_request < self._first_request:  # for a process that has ended
+            self._taken_seq = frame.seq
+            return None
         deadline_ns = frame.t_capture_ns + round(self._deadline_ms * NS_PER_MS)
         max_tokens = budget.select((deadline_ns - taken_ns) / NS_PER_MS).tokens
+        if max_tokens != self._requested_tokens:
+            self._request_images(max_tokens)
         image = self._images.resize(frame.image, max_tokens)
         resized_ns = self._clock()
         if not self._slot.was_not_overwritten(frame):
@@ -166,6 +177,11 @@ class FrameEncoder:
             frame, deadline_ns, embeddings, stop_reason, self._images.n_tokens(image), max_tokens,
             taken_ns, resized_ns, self._clock(),
         )  # fmt: skip
+
+    def _request_images(self, max_tokens: int) -> int:
+        """Ask the camera process for images of at most max_tokens image tokens. Returns the number of the request."""
+        self._requested_tokens = max_tokens
+        return self._slot.request_images(encode(self._images.request(max_tokens)))
 
     def _encode(self, image: np.ndarray) -> tuple[FrameBuffer | None, StopReason]:
         try:

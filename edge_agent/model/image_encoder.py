@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from edge_agent.ipc.image_grid import ImageRequest
 from edge_agent.model.constrained import NonFiniteError
 from edge_agent.model.frame_buffer import FrameBuffer
 from edge_agent.model.preprocess import Preprocessor, n_embedding_rows
@@ -31,6 +32,10 @@ class ImageEncoder:
     def max_tokens(self) -> int:
         """Image tokens of a frame, as configured."""
         return self._preprocessor.max_tokens
+
+    def request(self, max_tokens: int) -> ImageRequest:
+        """What resize() makes of a frame: the camera process can do it before."""
+        return self._preprocessor.request(max_tokens)
 
     def resize(self, frame: np.ndarray, max_tokens: int | None = None) -> np.ndarray:
         """frame: (H, W, 3) uint8 RGB -> an image on the grid, (28 * lines, 28 * columns, 3) uint8 RGB, a buffer that

@@ -1,48 +1,22 @@
-"""Frame -> image on the 28-pixel grid -> normalised pixels. Pure but for reused buffers."""
+"""Frame -> image on the grid of image tokens -> normalised pixels. Pure but for reused buffers.
+
+The camera process has resized a frame already, if it knew the request (edge_agent/ipc/image_grid.py): then image() is a
+copy.
+"""
 
 from __future__ import annotations
 
-import functools
-import itertools
-import math
-
-import cv2
 import numpy as np
 
 from edge_agent.bundle.manifest import VisionInfo
+from edge_agent.ipc.image_grid import ImageRequest, image_size, resize
 
-MIN_TOKENS = 8  # mtmd enlarges a smaller image by itself; we do the same, so that both encoders get the same image
 
-
-@functools.lru_cache(64)
-def image_grid(height: int, width: int, max_tokens: int, vision: VisionInfo) -> tuple[int, int]:
-    """Lines and columns of image tokens for a frame of height x width pixels. The grid covers the frame. It has at most
-    max_tokens tokens, and each side is at most vision.image_size pixels.
-
-    Sides are rounded up, as the reference processor (transformers' Pixtral) does. Where that is more than max_tokens,
-    the result is the grid within max_tokens that is nearest to the frame's shape.
-    """
-    unit = vision.patch * vision.merge
-    if vision.fixed is not None:
-        return vision.fixed[0] // unit, vision.fixed[1] // unit
-    longest = vision.image_size // unit
-    scale = min(1.0, vision.image_size / max(height, width))
-    lines, columns = height * scale / unit, width * scale / unit
-    up = min(longest, math.ceil(lines)), min(longest, math.ceil(columns))
-    if MIN_TOKENS <= up[0] * up[1] <= max_tokens:
-        return up
-    if up[0] * up[1] > max_tokens:
-        fit = min(1.0, math.sqrt(max_tokens / (lines * columns)))
-    else:
-        fit = max(1.0, math.sqrt(MIN_TOKENS / (lines * columns)))
-    lines, columns = lines * fit, columns * fit
-
-    def distance(sides: tuple[int, int]) -> tuple[bool, float]:
-        apart = [(n, side) for n, side in zip(sides, (lines, columns), strict=True)]
-        return any(abs(n - side) >= 1 for n, side in apart), sum(abs(math.log(n / side)) for n, side in apart)
-
-    sides = itertools.product(range(1, longest + 1), range(1, longest + 1))
-    return min((n for n in sides if MIN_TOKENS <= n[0] * n[1] <= max_tokens), key=distance)
+def image_request(vision: VisionInfo, max_tokens: int) -> ImageRequest:
+    """The images that this encoder takes, of at most max_tokens image tokens."""
+    return ImageRequest(
+        unit=vision.patch * vision.merge, longest_side=vision.image_size, max_tokens=max_tokens, fixed=vision.fixed
+    )
 
 
 def n_embedding_rows(lines: int, columns: int, breaks: bool = True) -> int:
@@ -70,15 +44,17 @@ class Preprocessor:
         self._image = np.empty((0, 0, 3), np.uint8)
         self._pixels = np.empty((1, 3, 0, 0), np.float32)
 
+    def request(self, max_tokens: int | None = None) -> ImageRequest:
+        """What image() makes of a frame. max_tokens: as for image()."""
+        return image_request(self.vision, max_tokens or self.max_tokens)
+
     def image(self, frame: np.ndarray, max_tokens: int | None = None) -> np.ndarray:
         """frame: (H, W, 3) uint8 RGB -> (28 * lines, 28 * columns, 3) uint8 RGB, a buffer that is valid until the next
         call. max_tokens: for this frame; None: the configured number."""
-        lines, columns = image_grid(*frame.shape[:2], max_tokens or self.max_tokens, self.vision)
-        size = (lines * self.unit, columns * self.unit)
+        size = image_size(frame.shape[0], frame.shape[1], self.request(max_tokens))
         if self._image.shape[:2] != size:
             self._image = np.empty((*size, 3), np.uint8)
-        shrinking = frame.shape[0] > size[0] or frame.shape[1] > size[1]
-        cv2.resize(frame, size[::-1], dst=self._image, interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC)
+        resize(frame, self._image)
         return self._image
 
     def pixels(self, image: np.ndarray) -> np.ndarray:

@@ -360,7 +360,7 @@ class Supervisor:
             chunk_step_ms=self.space.chunk_step_ms,
             **fields,
         )
-        self.counters.count_action(now_ns)
+        self.counters.count_action(fields["t_capture_ns"], now_ns)
 
     def _on_model_ready(self, event: ModelReady) -> None:
         first_ms, by = event.warmup_ms, f"language by {event.language}, vision by {event.vision}"

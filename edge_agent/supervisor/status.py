@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,14 +17,18 @@ from edge_agent.supervisor.managed_worker import Clock, Reason, ReasonKind
 from edge_agent.supervisor.model_worker import ModelWorker
 from edge_agent.supervisor.publisher import Publisher
 from edge_agent.time_units import NS_PER_MS, NS_PER_S
+from edge_agent.wire.information_age import PublishedAction, mean_information_age_ms
 from edge_agent.wire.messages import DaemonState, Status
 
 STATUS_INTERVAL_NS = 200_000_000
+# A status takes 1 to 2 ms. Right after an answer it is the furthest from the next one, which must not wait for it.
+STATUS_AFTER_ANSWER_NS = 150_000_000
 MAX_REASON_CHARS = 1000
 PAUSED = Reason("", ReasonKind.PAUSED, "by control; `edge-agent resume` ends it")
 NO_ACTION_NS = 2 * NS_PER_S  # refusals alone for this time are a reason, although the daemon is running
 
 
+RECENT_NS, MAX_RECENT_ACTIONS = 30 * NS_PER_S, 512  # of the mean age of information
 ORDERED_REFUSALS = ("paused", "stale-instruction")  # they follow from a request
 
 
@@ -40,6 +44,7 @@ class Counters:
     last_action_ns: int = 0  # when the last action was published; 0: none yet
     refused_since_ns: int = 0  # the first of the refusals since the last action; 0: there is none
     last_refusal: str = ""  # its reason
+    recent_actions: deque[PublishedAction] = field(default_factory=lambda: deque(maxlen=MAX_RECENT_ACTIONS))
 
     @property
     def answers(self) -> int:
@@ -53,9 +58,16 @@ class Counters:
         self.dropped_frames += dropped
         return dropped
 
-    def count_action(self, now_ns: int) -> None:
+    def count_action(self, t_capture_ns: int, now_ns: int) -> None:
         self.actions += 1
+        self.recent_actions.append(PublishedAction(t_capture_ns, now_ns))
         self.last_action_ns, self.refused_since_ns = now_ns, 0
+
+    def information_age_ms(self, now_ns: int) -> float | None:
+        """Mean age of information over the last RECENT_NS; None: unknown."""
+        while self.recent_actions and now_ns - self.recent_actions[0].t_pub_ns > RECENT_NS:
+            self.recent_actions.popleft()
+        return mean_information_age_ms(self.recent_actions)
 
     def count_refusal(self, reason: str, now_ns: int) -> None:
         self.refusals[reason] += 1
@@ -67,7 +79,8 @@ class Counters:
 
 
 class StatusReporter:
-    """Knows everything that status needs, and publishes it: five times a second, on change, and to a new subscriber."""
+    """Knows everything that status needs, and publishes it: five times a second or more, on change, and to a new
+    subscriber."""
 
     def __init__(
         self,
@@ -87,6 +100,7 @@ class StatusReporter:
         self._started_ns = clock()
         self._boot_id = health.boot_id()
         self._published_ns = 0
+        self._last_frame_seq = 0
         self._published_key: tuple[DaemonState, str] | None = None
 
     def state(self) -> tuple[DaemonState, Reason | None]:
@@ -134,12 +148,17 @@ class StatusReporter:
         if changed:
             self._published_key = key
             log_line(f"state {state}" + (f": {reason.text}" if reason is not None else ""))
-        is_due = self.clock() - self._published_ns >= STATUS_INTERVAL_NS
+        was_answered = self.counters.last_frame_seq != self._last_frame_seq
+        self._last_frame_seq = self.counters.last_frame_seq
+        interval_ns = STATUS_AFTER_ANSWER_NS if was_answered else STATUS_INTERVAL_NS
+        is_due = self.clock() - self._published_ns >= interval_ns
         if changed or is_due or publisher.has_new_subscriber():
             self.publish(publisher, state, reason.text if reason is not None else "")
 
     def publish(self, publisher: Publisher, state: DaemonState, reason: str) -> None:
         now_ns = self._published_ns = self.clock()
+        if self.control_state.paused:
+            self.counters.recent_actions.clear()  # the time until the next action is the controller's choice
         publisher.send(
             "status",
             Status,
@@ -156,6 +175,7 @@ class StatusReporter:
             last_action_age_ms=_age_ms(self.counters.last_action_ns, now_ns),
             vision_backend=self.model.vision_backend,
             language_backend=self.model.language_backend,
+            information_age_ms=self.counters.information_age_ms(now_ns),
             mem_available_mib=health.mem_available_mib(),
             temperature_c=self.board.temperature_c,
             board=self.board.board_status(),

@@ -2,9 +2,9 @@
 
 Measured: frame to first text, frame to action, time of each stage, tokens per second, llama_decode calls and rows,
 accepted draft tokens, peak memory, memory of the GPU, and energy where a card or the board tells its power. Beside
-them, the ceilings of the processor (memory bandwidth, float32 arithmetic) and the share of each that is reached. If the
-language model runs on a GPU, the ceilings are null: the processor's say nothing about it. Not measured: camera, sockets
-and supervisor, a few milliseconds; the `stages_ms` of a running daemon show those.
+them, the ceilings of the device that runs the language model (memory bandwidth, arithmetic) and the share of each that
+is reached. Not measured: camera, sockets and supervisor, a few milliseconds; the `stages_ms` of a running daemon show
+those.
 """
 
 from __future__ import annotations
@@ -27,12 +27,15 @@ from edge_agent.board.control_groups import available_cores
 from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, VISION, read_manifest
 from edge_agent.config import Config
 from edge_agent.ipc.events import ModelEvent, TextDelta
+from edge_agent.model.ceilings import GPU, INTEGRATED_GPU, CeilingsError, measure_device
 from edge_agent.model.events import NULL_EVENTS, Events
+from edge_agent.model.fallbacks import LanguageFacts
 from edge_agent.model.llama import ACTION_SEQ
 from edge_agent.model.load import NO_DEADLINE_NS, load_model, warm_up
 from edge_agent.time_units import NS_PER_MS
 from edge_agent.tools.power_meter import PowerMeter
 from edge_agent.tools.stills import Stills
+from edge_agent.wire.information_age import PublishedAction, mean_information_age_ms
 
 MAX_TEXT_TOKENS = 48  # of a text, to measure tokens per second
 QUESTION = "Describe what you see."
@@ -68,8 +71,9 @@ class TextTiming(msgspec.Struct):
 class Ceilings(msgspec.Struct):
     """What the device that runs the language model can do at most. None: it was not measured."""
 
-    copy_gb_s: float | None = None  # bytes read plus bytes written, all cores
-    gflops: float | None = None  # float32 matrix product, all cores
+    copy_gb_s: float | None = None  # bytes read plus bytes written
+    gflops: float | None = None  # matrix product: float32 on the processor's cores, float16 on a GPU
+    device: str = "the processor"
 
 
 class Bench:
@@ -152,7 +156,7 @@ def run(config: Config, frames_from: Path | None, n: int, report: Report = lambd
     frames: Stills | list[np.ndarray] = (
         synthetic_frames(min(n, MAX_SYNTHETIC_FRAMES)) if frames_from is None else Stills(frames_from, n)
     )
-    ceilings, meter = measure_ceilings(), PowerMeter()
+    meter = PowerMeter()
     try:
         idle_gpu_mib = meter.gpu_memory_used_mib()
         bench = Bench(config, config.task.instruction)
@@ -170,9 +174,8 @@ def run(config: Config, frames_from: Path | None, n: int, report: Report = lambd
                 timing = bench.time_text()
                 text = TextTiming(text.steps + timing.steps, text.ms + timing.ms)
             report(i + 1, n)
+        ceilings = ceilings_of(bench.model.engine.llama.facts)
         repeat_ms, floor_ms = bench.repeat_floor(next(iter(frames)))
-        if bench.model.engine.llama.facts.gpu_layers:
-            ceilings = Ceilings()  # those of the processor say nothing about a GPU
         figures = _speed(bench, timings) | _resources(bench, joules, meter, idle_gpu_mib)
         return (
             figures
@@ -212,12 +215,21 @@ def _speed(bench: Bench, timings: list[FrameTiming]) -> dict[str, Any]:
         "frame_to_first_text_ms": percentiles("first_text_ms"),
         "stages_ms": {stage: percentiles(stage) for stage in STAGES},
         "actions_per_s": round(1000 * len(timings) / sum(timing.ms for timing in timings), 3),
+        "information_age_ms": _information_age_ms(timings),
         "decode_calls": percentiles("calls"),
         "rows": percentiles("rows"),
         "draft_accepted": round(actions.n_accepted_tokens / actions.n_draft_tokens, 3)
         if actions.n_draft_tokens
         else None,
     }
+
+
+def _information_age_ms(timings: list[FrameTiming]) -> float | None:
+    """The mean age of information if a camera always had a new frame: each frame is captured when the answer to the one
+    before it is published. None: a single frame."""
+    published_ns = itertools.accumulate((round(timing.ms * NS_PER_MS) for timing in timings), initial=0)
+    mean_ms = mean_information_age_ms(itertools.starmap(PublishedAction, itertools.pairwise(published_ns)))
+    return None if mean_ms is None else round(mean_ms, 2)
 
 
 def _resources(bench: Bench, joules: list[float], meter: PowerMeter, idle_gpu_mib: float | None) -> dict[str, Any]:
@@ -249,6 +261,7 @@ def _shares(bench: Bench, timings: list[FrameTiming], text: TextTiming, ceilings
         "text_tok_per_s": round(1 / step_s, 2) if step_s else None,
         "copy_gb_s": ceilings.copy_gb_s,
         "gflops": ceilings.gflops,
+        "ceilings_of": ceilings.device,
         "decode_share_of_bandwidth": round(bandwidth_gb_s / ceilings.copy_gb_s, 3)
         if bandwidth_gb_s and ceilings.copy_gb_s
         else None,
@@ -272,8 +285,20 @@ def synthetic_frames(n: int) -> list[np.ndarray]:
     return frames
 
 
+def ceilings_of(facts: LanguageFacts) -> Ceilings:
+    """Of the device that runs the language model. Unknown if a GPU and the processor share its layers."""
+    if not facts.gpu_layers:
+        return measure_ceilings()
+    if facts.gpu_layers < facts.layers:
+        return Ceilings(device=facts.backend)
+    try:
+        return Ceilings(*measure_device(GPU, INTEGRATED_GPU))
+    except CeilingsError as error:
+        return Ceilings(device=str(error))
+
+
 def measure_ceilings() -> Ceilings:
-    """The best of a few runs each: a copy by all cores at once, and numpy's float32 matrix product."""
+    """The processor's. The best of a few runs each: a copy by all cores at once, and numpy's float32 matrix product."""
     n_cores = available_cores()
     source = np.ones(64 << 20, np.uint8)
     targets = [np.empty_like(source) for _ in range(n_cores)]
@@ -309,14 +334,14 @@ def _share(value: float | None) -> str:
 
 
 def _ceiling_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
-    copy_gb_s, gflops = figures["copy_gb_s"], figures["gflops"]
+    copy_gb_s, gflops, device = figures["copy_gb_s"], figures["gflops"], figures["ceilings_of"]
     if copy_gb_s is None or gflops is None:
-        return [("  of the ceilings", f"unknown: they are not measured on a GPU ({figures['language']})")]
+        return [("  of the ceilings", f"unknown: {device}")]
     bandwidth, arithmetic = (_share(figures[name]) for name in (
         "decode_share_of_bandwidth", "prefill_share_of_arithmetic"))  # fmt: skip
     return [
-        ("  of the bandwidth", f"{bandwidth} of a copy's {copy_gb_s:g} GB/s"),
-        ("  of the arithmetic", f"{arithmetic} of a float32 product's {gflops:g} Gflop/s, in prefill"),
+        ("  of the bandwidth", f"{bandwidth} of a copy's {copy_gb_s:g} GB/s, {device}"),
+        ("  of the arithmetic", f"{arithmetic} of a matrix product's {gflops:g} Gflop/s, in prefill"),
     ]
 
 
@@ -335,6 +360,8 @@ def table(figures: dict[str, Any]) -> list[tuple[str, str]]:
         ("repeated answer", f"{figures['repeat_ms']:g} ms; encoding and one decode of the same rows "
                             f"{figures['repeat_floor_ms']:g} ms"),
         ("actions", f"{figures['actions_per_s']:g} per second"),
+        ("mean age of information", "unknown" if figures["information_age_ms"] is None
+                                    else f"{figures['information_age_ms']:g} ms"),
         ("text", f"{figures['text_tok_per_s'] or 0:g} tokens per second"),
         *_ceiling_rows(figures),
         ("llama_decode calls", spread(figures["decode_calls"], "")),

@@ -10,7 +10,6 @@ process that started it ends, in whatever way.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import signal
 import subprocess
@@ -19,7 +18,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import cv2
 import msgspec
@@ -30,6 +28,7 @@ from edge_agent.config import Config
 from edge_agent.ipc.worker import die_with_parent
 from edge_agent.time_units import NS_PER_MS, NS_PER_S
 from edge_agent.tools.bench import synthetic_frames
+from edge_agent.wire.information_age import PublishedAction, mean_information_age_ms
 from edge_agent.wire.messages import Action, Refusal, Status
 
 SETTLE_ANSWERS = 3  # the first answers after the start are slower
@@ -41,13 +40,6 @@ MAX_LATE_SHARE = 0.02  # of the answers
 
 
 _interrupted = threading.Event()
-
-
-class Published(NamedTuple):
-    """One action, CLOCK_MONOTONIC in nanoseconds."""
-
-    t_capture_ns: int
-    t_pub_ns: int
 
 
 class Measured(msgspec.Struct, frozen=True):
@@ -67,20 +59,6 @@ class Measured(msgspec.Struct, frozen=True):
         """More answers than chance explains were refused as late."""
         n_late = self.refused.get("late", 0)
         return n_late > MAX_LATE_SHARE * (n_late + self.n_actions)
-
-
-def mean_age_ms(actions: list[Published]) -> float | None:
-    """Mean age of information: how old the newest action's picture is, on average over time. Milliseconds.
-
-    Between one action and the next, the age grows from (published - captured) by the time that passes. Source: Kaul,
-    Yates, Gruteser, "Real-time status: How often should one update?", INFOCOM 2012. None: fewer than two actions.
-    """
-    area_ns2 = span_ns = 0
-    for this, following in itertools.pairwise(actions):
-        interval_ns = following.t_pub_ns - this.t_pub_ns
-        area_ns2 += interval_ns * (this.t_pub_ns - this.t_capture_ns) + interval_ns * interval_ns // 2
-        span_ns += interval_ns
-    return area_ns2 / span_ns / NS_PER_MS if span_ns else None
 
 
 def measure(config: Config, folder: Path, seconds: float) -> Measured:
@@ -106,7 +84,7 @@ def measure(config: Config, folder: Path, seconds: float) -> Measured:
             return Measured(problem=_last_line(folder / "stderr") or f"not running after {limit_s:g} s")
         actions, refused, measured_s = _collect(client, process, seconds)
         status = client.status(1.0) or status
-    age_ms = mean_age_ms(actions)
+    age_ms = mean_information_age_ms(actions)
     if age_ms is None:
         why = ", ".join(f"{n} {reason}" for reason, n in refused.items())
         return Measured(refused=refused, problem=f"no valid actions: {why or status.reason or 'no answer'}")
@@ -205,9 +183,9 @@ def _wait_until_running(client: Client, process: subprocess.Popen[bytes], limit_
 
 def _collect(
     client: Client, process: subprocess.Popen[bytes], seconds: float
-) -> tuple[list[Published], dict[str, int], float]:
+) -> tuple[list[PublishedAction], dict[str, int], float]:
     """Actions, refusals by reason, and the seconds that were measured."""
-    actions: list[Published] = []
+    actions: list[PublishedAction] = []
     refused: dict[str, int] = {}
     n_settled, start_ns = 0, time.monotonic_ns()
     while process.poll() is None:
@@ -220,7 +198,7 @@ def _collect(
         if answer is not None and n_settled < SETTLE_ANSWERS:
             n_settled, start_ns = n_settled + 1, time.monotonic_ns()
         elif isinstance(answer, Action):
-            actions.append(Published(answer.t_capture_ns, answer.t_pub_ns))
+            actions.append(PublishedAction(answer.t_capture_ns, answer.t_pub_ns))
         elif isinstance(answer, Refusal):
             refused[answer.reason] = refused.get(answer.reason, 0) + 1
     return actions, refused, (time.monotonic_ns() - start_ns) / NS_PER_S

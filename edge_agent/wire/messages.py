@@ -200,3 +200,6 @@ class Status(Header, frozen=True, kw_only=True, tag_field="kind", tag="status"):
     language_backend: str = ""  # for example "llama.cpp CPU"; "" until the model is ready
     board: BoardStatus | None = None
     governor: GovernorStatus | None = None
+    # Mean age of information: how old the picture behind the newest action is, on average over the last 30 s. None:
+    # fewer than two actions in that time, or paused.
+    information_age_ms: float | None = None

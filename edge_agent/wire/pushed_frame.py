@@ -22,7 +22,7 @@ class PushedFrame(msgspec.Struct, frozen=True, kw_only=True):
     width: Annotated[int, msgspec.Meta(ge=1, le=65535)]  # pixels
     height: Annotated[int, msgspec.Meta(ge=1, le=65535)]  # pixels
     format: PixelFormat
-    data: bytes  # rows from the top, pixels from the left, no padding; or one JPEG file
+    data: memoryview  # rows from the top, pixels from the left, no padding; or one JPEG file; in the message's memory
 
 
 def pack_pushed_frame(

@@ -25,7 +25,7 @@ class Stream(msgspec.Struct, frozen=True):
 STREAMS = {
     "actions": Stream(b"A", "PUB", "SUB", "one message for each answered frame", newest=True),
     "text": Stream(b"T", "PUB", "SUB", "one message for each decoded piece", newest=False),
-    "status": Stream(b"S", "PUB", "SUB", "5 Hz, at every change, and once after you subscribe", newest=True),
+    "status": Stream(b"S", "PUB", "SUB", "5 Hz or more, at every change, and once after you subscribe", newest=True),
     "control": Stream(b"", "ROUTER", "DEALER", "one reply for each request", newest=False),
 }
 _DECODERS: dict[str, Callable[[memoryview], Any]] = {

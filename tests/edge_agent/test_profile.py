@@ -23,7 +23,7 @@ DEFAULT = {  # on a CPU, as before there were profiles
     "kv_cache_type": "f16",
     "flash_attention": False,
 }
-GPU = {"reproducible": False, "overlap": True, "mmap": True, "flash_attention": None}
+GPU = {"vision_backend": "mtmd", "reproducible": False, "mmap": True, "flash_attention": None}
 SMALL = {"vision_backend": "mtmd", "reproducible": False, "kv_cache_type": "q8_0", "flash_attention": True}
 
 
@@ -65,6 +65,17 @@ def test_no_profile_is_reproducible_on_a_cpu_and_fast_on_a_gpu():
 )
 def test_a_single_switch_replaces_the_profiles(profile, gpu, switch, value):
     assert getattr(switches(profile, gpu, **{switch: value}), switch) == value
+
+
+def test_overlap_is_off_until_it_is_set():
+    """It buys rate and costs freshness: only a measurement on the board can say whether it is worth it."""
+    for profile, gpu in itertools.product((None, "reproducible", "fast", "small"), (False, True)):
+        assert not switches(profile, gpu).overlap and switches(profile, gpu, overlap=True).overlap
+
+
+def test_tensorrt_is_used_by_onnxruntime():
+    config = msgspec.structs.replace(CONFIG, vision=VisionConfig(tensorrt=True))
+    assert resolve(config, gpu=True).vision_backend == "onnxruntime"
 
 
 def test_the_backend_replaces_the_profiles():

@@ -82,6 +82,7 @@ STATUS = Status(
     language_backend="llama.cpp GPU, 33 of 33 layers",
     board=BoardStatus(power_w=14.5, energy_j_per_action=0.75, throttle_reasons=["temperature"], gpu_temperature_c=61.5),
     governor=GovernorStatus(level=2, max_image_tokens=128, max_rate_hz=12.5, reason="at most 128 image tokens"),
+    information_age_ms=51.25,
 )
 TEXT = TextMessage(**HEADER, seq=3, lane="answer", frame_id=4711, text="ein Würfel ", request="9f3a61c2d07be845")
 VECTORS: dict[str, bytes] = {

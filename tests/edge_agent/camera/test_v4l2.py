@@ -333,6 +333,22 @@ def test_the_log_tells_what_was_not_granted(play, clock):
     assert "asked for anyxany 30 fps, the camera gives" in items[0].description
 
 
+@pytest.mark.parametrize("fourcc", ["YUYV", "MJPG", "Y16 "])
+def test_the_log_tells_the_pixel_format_that_is_in_use(play, clock, fourcc):
+    """Also if all was granted: `edge-agent check` prints the same line."""
+    capture = FakeCapture([np.frombuffer(encoded(".jpg"), np.uint8).reshape(1, -1)] * 2, clock)
+    capture.granted[cv2.CAP_PROP_FOURCC] = cv2.VideoWriter.fourcc(*fourcc)
+    (opened, *_), _ = play(capture, fourcc=fourcc, fps=30)
+    assert opened.description == f"v4l2 /dev/video0 (pixel format {fourcc})"
+
+
+def test_the_log_tells_frames_of_another_size_than_the_driver_claims(play, clock):
+    """Asked for and granted, by its word."""
+    items, _ = play(FakeCapture(noise(2), clock), width=1920, height=1080)
+    assert "(the driver claims 1920x1080, the frames have 64x48)" in items[0].description
+    assert (items[0].width, items[0].height) == (64, 48)
+
+
 # -- which camera it is ------------------------------------------------------------------------------------------------
 
 WEBCAM = CameraIdentity("uvcvideo", "HD Webcam", "usb-0000:00:14.0-1")
@@ -387,10 +403,10 @@ def test_a_driver_that_tells_no_identity_is_accepted(reopen):
 
 
 def test_the_identity_outlives_the_camera_process(slot):
-    check_identity("/dev/video0", WEBCAM, LARGE, slot)
+    check_identity("/dev/video0", WEBCAM, LARGE.shape[:2], slot)
     attached = Slot.attach(os.dup(slot.fd), os.dup(slot.wake_fd))
     with closing(attached), pytest.raises(SourceError, match="PureThermal"):
-        check_identity("/dev/video0", THERMAL, LARGE, attached)
+        check_identity("/dev/video0", THERMAL, LARGE.shape[:2], attached)
 
 
 def test_the_answer_of_the_driver_is_read(slot, clock, monkeypatch):

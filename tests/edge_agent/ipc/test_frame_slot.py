@@ -16,7 +16,9 @@ import pytest
 
 from edge_agent.ipc import frame_slot
 from edge_agent.ipc.frame_slot import (
+    MAX_FINGERPRINT_BYTES,
     MAX_IMAGE_BYTES,
+    MAX_IMAGE_REQUEST_BYTES,
     MAX_SOURCE_IDENTITY_BYTES,
     MAX_VEHICLE_STATE_BYTES,
     TOTAL_BYTES,
@@ -158,6 +160,61 @@ def test_the_identity_of_the_source_is_kept_beside_frames_and_vehicle_state(slot
     assert slot.read_vehicle_state() == b"w" * MAX_VEHICLE_STATE_BYTES and slot.peek(0).image.max() == 9
     with pytest.raises(ValueError, match="source identity of 4097 bytes, the limit is 4096"):
         slot.write_source_identity(bytes(4097))
+
+
+def test_a_request_for_images_gets_a_number_that_comes_back_with_the_frames(slot):
+    assert slot.read_image_request() == (0, b"")
+    publish(slot, 1)
+    assert slot.take_newest(0).image_request == 0, "as captured"
+    assert slot.request_images(b"small") == 1 and slot.read_image_request() == (1, b"small")
+    slot.write(4, 4, image_request=1)[:] = 2
+    assert slot.request_images(b"large") == 2 and slot.read_image_request() == (2, b"large")
+    slot.publish(2, 2, "driver")
+    assert slot.take_newest(1).image_request == 1, "the request that the image was made for, not the newest"
+    publish(slot, 3)
+    assert slot.take_newest(2).image_request == 0
+    with pytest.raises(ValueError, match="image request of 257 bytes, the limit is 256"):
+        slot.request_images(bytes(257))
+
+
+def test_the_same_request_again_keeps_its_number(slot):
+    """A model process that was started again can use the frames of the one before it."""
+    assert [slot.request_images(payload) for payload in (b"a", b"a", b"b", b"b", b"a", b"a")] == [1, 1, 2, 2, 3, 3]
+    with closing(Slot.attach(os.dup(slot.fd), os.dup(slot.wake_fd))) as other:
+        assert other.read_image_request() == (3, b"a") and other.request_images(b"a") == 3
+
+
+def test_the_records_do_not_touch_each_other(slot):
+    slot.write_vehicle_state(b"v" * MAX_VEHICLE_STATE_BYTES)
+    slot.write_vehicle_state(b"w" * MAX_VEHICLE_STATE_BYTES)
+    slot.write_source_identity(b"i" * MAX_SOURCE_IDENTITY_BYTES)
+    slot.write_fingerprint(b"f" * MAX_FINGERPRINT_BYTES)
+    slot.request_images(b"r" * MAX_IMAGE_REQUEST_BYTES)
+    slot.request_images(b"s" * MAX_IMAGE_REQUEST_BYTES)
+    publish(slot, 9)
+    assert slot.read_vehicle_state() == b"w" * MAX_VEHICLE_STATE_BYTES
+    assert slot.read_source_identity() == b"i" * MAX_SOURCE_IDENTITY_BYTES
+    assert slot.read_fingerprint() == b"f" * MAX_FINGERPRINT_BYTES
+    assert slot.read_image_request() == (2, b"s" * MAX_IMAGE_REQUEST_BYTES)
+    assert slot.peek(0).image.min() == 9
+    with pytest.raises(ValueError, match="fingerprint of 65 bytes"):
+        slot.write_fingerprint(bytes(65))
+
+
+def test_no_torn_request_is_read(slot):
+    child = writer(
+        slot,
+        "import itertools\nfor n in itertools.cycle(range(1, 251)): slot.request_images(bytes([n]) * n)",
+    )
+    seen: set[int] = set()
+    until_s = time.monotonic() + 120
+    while len(seen) < 100 and time.monotonic() < until_s:
+        number, payload = slot.read_image_request()
+        if number:
+            assert len(set(payload)) == 1 and len(payload) == payload[0] == (number - 1) % 250 + 1
+            seen.add(number)
+    kill(child)
+    assert len(seen) >= 100
 
 
 def test_the_largest_vehicle_state_that_control_accepts_fits():

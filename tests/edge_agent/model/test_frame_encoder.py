@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
+import msgspec
 import numpy as np
 import pytest
 
 from edge_agent.ipc.frame_slot import Slot
+from edge_agent.ipc.image_grid import ImageRequest
 from edge_agent.model.constrained import NonFiniteError
 from edge_agent.model.frame_buffer import FrameBuffer
 from edge_agent.model.frame_encoder import EncodedFrame, FrameEncoder
+from edge_agent.wire.codec import encode
 
 DEADLINE_MS = 2000
 MS = 1_000_000  # nanoseconds
@@ -52,6 +55,9 @@ class FakeImages:
         self.sizes: list[int] = []
         self.encoded: list[tuple[str, int, int]] = []  # thread, first pixel, time
 
+    def request(self, max_tokens: int) -> ImageRequest:
+        return ImageRequest(unit=28, longest_side=1540, max_tokens=max_tokens)
+
     def resize(self, picture: np.ndarray, max_tokens: int) -> np.ndarray:
         self.before_resize()
         self.sizes.append(max_tokens)
@@ -71,15 +77,19 @@ class FakeImages:
 
 
 class Rig:
-    def __init__(self, slot: Slot, *, overlap: bool, encode_ms: float = 0.0) -> None:
+    def __init__(
+        self, slot: Slot, *, overlap: bool, encode_ms: float = 0.0, earlier_requests: Sequence[bytes] = ()
+    ) -> None:
         self.slot, self.clock = slot, FakeClock()
+        for payload in earlier_requests:
+            slot.request_images(payload)
         self.images = FakeImages(self.clock, encode_ms)
         self.frames = FrameEncoder(
             slot, self.images, DEADLINE_MS, overlap=overlap, clock=self.clock, sleep=self.clock.sleep
         )
 
-    def publish(self, frame_id: int, age_ms: float = 0.0) -> None:
-        self.slot.write(56, 28)[:] = frame_id
+    def publish(self, frame_id: int, image_request: int = 0, age_ms: float = 0.0) -> None:
+        self.slot.write(56, 28, image_request)[:] = frame_id
         self.slot.publish(frame_id, self.clock.now_ns - round(age_ms * MS), "driver")
 
     def next(self) -> EncodedFrame:
@@ -90,6 +100,14 @@ class Rig:
                 return encoded
             time.sleep(0.001)
         raise AssertionError("no frame")
+
+    def next_or_none(self) -> EncodedFrame | None:
+        """The result of one job, or of one call without overlap."""
+        encoded = self.frames.next()
+        if encoded is None and self.frames._job is not None:
+            self.wait_for_job()
+            encoded = self.frames.next()
+        return encoded
 
     def wait_for_job(self) -> EncodedFrame | None:
         return self.frames._job.result(HANG_S)
@@ -245,6 +263,64 @@ def test_the_encoder_thread_uses_the_budget_of_its_job_and_writes_none(make):
     assert rig.next().frame.frame_id == 2
     rig.publish(3)
     assert rig.next().max_tokens == 64 and rig.frames.budget.tokens == 64
+
+
+# -- images of the size that was asked for ---------------------------------------------------------------------------
+
+
+def request_of(slot: Slot) -> ImageRequest:
+    return msgspec.msgpack.decode(slot.read_image_request()[1], type=ImageRequest)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_size_of_the_images_is_asked_for_before_the_first_frame(make, overlap):
+    rig = make(overlap=overlap)
+    assert request_of(rig.slot) == ImageRequest(unit=28, longest_side=1540, max_tokens=256)
+    rig.publish(1)  # as captured: the camera process did not know the request yet
+    assert rig.next().frame.image_request == 0
+    rig.publish(2, image_request=1)
+    assert rig.next().frame.frame_id == 2
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_frame_that_was_resized_for_a_process_that_has_ended_is_not_used(make, overlap):
+    """The other model may take other images. Its last request had this number, or one before."""
+    rig = make(overlap=overlap, earlier_requests=[b"of another model", b"of the same one"])
+    for frame_id, image_request in ((1, 1), (2, 2)):
+        rig.publish(frame_id, image_request)
+        assert rig.next_or_none() is None and rig.images.encoded == []
+    rig.publish(3, image_request=3)
+    assert rig.next().frame.frame_id == 3
+    rig.publish(4)
+    assert rig.next().frame.frame_id == 4
+
+
+def test_a_frame_that_is_not_used_does_not_stop_a_file_that_waits_for_the_model(make):
+    rig = make(overlap=False, earlier_requests=[b"of another model"])
+    rig.publish(1, image_request=1)
+    assert rig.frames.next() is None and not rig.slot.reader_is_idle()
+    assert rig.frames.next() is None and rig.slot.reader_is_idle()
+
+
+def test_a_process_that_asks_for_the_same_images_uses_the_frames_of_the_one_before_it(make):
+    same = encode(ImageRequest(unit=28, longest_side=1540, max_tokens=256))
+    rig = make(overlap=False, earlier_requests=[b"of another model", same])
+    rig.publish(1, image_request=2)
+    assert rig.next().frame.frame_id == 1
+    rig.publish(2, image_request=1)
+    assert rig.next_or_none() is None
+
+
+def test_another_number_of_image_tokens_is_asked_for_and_earlier_frames_of_this_process_are_used(make):
+    rig = make(overlap=False)
+    rig.publish(1, image_request=1)
+    encoded = rig.next()
+    rig.frames.record(encoded._replace(n_tokens=256), 1e6, 1e6)  # everything is late from now on
+    rig.publish(2, image_request=1)  # the camera process cannot know yet
+    assert rig.next().max_tokens == 64 and rig.images.sizes == [256, 64]
+    assert request_of(rig.slot).max_tokens == 64 and rig.slot.read_image_request()[0] == 2
+    rig.publish(3, image_request=2)
+    assert rig.next().max_tokens == 64 and rig.slot.read_image_request()[0] == 2, "asked for once"
 
 
 def test_the_expected_answer_time_follows_the_measured_one(make):

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from edge_agent.config import AdvancedConfig
@@ -25,6 +26,7 @@ from edge_agent.ipc.events import (
     decode_model_event,
 )
 from edge_agent.ipc.frame_slot import Slot
+from edge_agent.ipc.image_grid import ImageRequest
 from edge_agent.ipc.worker import Worker
 from edge_agent.wire.codec import encode
 from tests.harness import ROOT, toy
@@ -95,6 +97,8 @@ def test_it_reports_loading_then_ready_and_answers_after_an_instruction(start, o
     assert stages[0].startswith("weights") and stages[-3:] == ["grammar", "vision", "warm-up"]
     assert (ready.vision, ready.language) == ("onnxruntime CPUExecutionProvider", "llama.cpp CPU")
     assert ready.load_s > 0 and ready.warmup_ms > 0
+    wanted = msgspec.msgpack.decode(process.slot.read_image_request()[1], type=ImageRequest)
+    assert (wanted.unit, wanted.max_tokens) == (28, 64), "what the camera process shall resize frames to"
     process.publish(1)
     process.wait(Heartbeat)  # a turn without work: the frame was not answered
     assert not any(isinstance(event, Proposal) for event in process.events)

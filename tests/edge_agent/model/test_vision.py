@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import tracemalloc
 
+import cv2
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, VISION, VisionInfo, read_manifest
+from edge_agent.camera.picture import decode_jpeg, decode_jpeg_for
+from edge_agent.camera.source import WantedImage
+from edge_agent.ipc.image_grid import image_grid, image_size, resize
 from edge_agent.model.llama import LlamaContext, LlamaOptions
 from edge_agent.model.onnx_runtime import onnxruntime
-from edge_agent.model.preprocess import MIN_TOKENS, Preprocessor, image_grid, n_embedding_rows
+from edge_agent.model.preprocess import Preprocessor, image_request, n_embedding_rows
 from edge_agent.model.token_budget import TokenBudget
 from edge_agent.model.vision_encoder import (
     TENSORRT,
@@ -24,13 +25,11 @@ from edge_agent.model.vision_encoder import (
     open_encoder,
 )
 from tests.harness import toy
+from tests.harness.pictures import encoded, scene
 
 UNIT = 28  # pixels a side of one token
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 FACTS = VisionInfo(patch=14, merge=2, image_size=1540, mean=MEAN, std=STD)
-LONGEST = 1540 // UNIT
-side = st.integers(1, 8000)
-budget = st.integers(8, 1024)
 
 
 @pytest.fixture(scope="module")
@@ -70,50 +69,6 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
 # -- sizes ------------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=600)
-@given(height=side, width=side, max_tokens=budget)
-@example(height=1, width=1, max_tokens=8)
-@example(height=8000, width=10, max_tokens=1024)
-@example(height=10, width=8000, max_tokens=8)
-@example(height=4320, width=7680, max_tokens=1024)
-@example(height=448, width=448, max_tokens=8)
-@example(height=480, width=640, max_tokens=9)
-def test_a_grid_is_within_the_budget_the_model_and_what_mtmd_leaves_alone(height, width, max_tokens):
-    lines, columns = image_grid(height, width, max_tokens, FACTS)
-    assert type(lines) is int and type(columns) is int
-    assert 1 <= lines <= LONGEST and 1 <= columns <= LONGEST
-    assert lines * columns <= max_tokens
-    assert lines * columns >= MIN_TOKENS
-
-
-@settings(deadline=None, max_examples=300)
-@given(height=st.integers(1, 1540), width=st.integers(1, 1540))
-def test_a_frame_that_fits_gets_what_the_reference_processor_gives_it(height, width):
-    """transformers' Pixtral processor: (side - 1) // unit + 1, nothing shrunk below the longest edge."""
-    reference = (height - 1) // UNIT + 1, (width - 1) // UNIT + 1
-    if MIN_TOKENS <= math.prod(reference) <= 1024:
-        assert image_grid(height, width, 1024, FACTS) == reference
-
-
-@settings(deadline=None, max_examples=500)
-@given(height=side, width=side, max_tokens=st.integers(16, 1024))
-def test_a_frame_keeps_its_aspect_ratio_to_a_line_and_a_column(height, width, max_tokens):
-    """Against the exact size in real numbers: the largest of the same shape within budget, edge and frame."""
-    scale = min(1, 1540 / max(height, width), UNIT * math.sqrt(max_tokens / (height * width)))
-    exact = height * scale / UNIT, width * scale / UNIT
-    if math.prod(exact) >= MIN_TOKENS and min(exact) >= 1:
-        for n, x in zip(image_grid(height, width, max_tokens, FACTS), exact, strict=True):
-            assert x - 1 - 1e-9 < n < x + 1 + 1e-9
-
-
-@settings(deadline=None, max_examples=200)
-@given(height=side, width=side, max_tokens=st.integers(16, 1024))
-def test_turning_the_frame_turns_the_grid(height, width, max_tokens):
-    lines, columns = image_grid(height, width, max_tokens, FACTS)
-    turned = image_grid(width, height, max_tokens, FACTS)
-    assert abs(turned[0] - columns) <= 1 and abs(turned[1] - lines) <= 1
-
-
 def test_rows_are_tokens_and_the_breaks_between_lines():
     assert n_embedding_rows(5, 7) == 5 * 7 + 4  # 140x196 pixels: 39 rows
     assert n_embedding_rows(1, 8) == 8 and n_embedding_rows(8, 1) == 15
@@ -131,7 +86,7 @@ def test_an_image_on_the_grid_is_left_as_it_is(size):
 @pytest.mark.parametrize("size", [(1, 1), (480, 640), (8000, 10), (10, 8000), (4320, 7680), (37, 1540)])
 def test_any_frame_is_resized_to_the_grid(size):
     image = Preprocessor(FACTS, 256).image(noise(*size))
-    lines, columns = image_grid(*size, 256, FACTS)
+    lines, columns = image_grid(*size, image_request(FACTS, 256))
     assert image.shape == (lines * UNIT, columns * UNIT, 3) and image.dtype == np.uint8
     assert lines * columns <= 256
 
@@ -196,6 +151,26 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
 
 
+@pytest.mark.parametrize("frame_size", [(2160, 3840), (1512, 2688), (1920, 2560)])
+@pytest.mark.parametrize("is_jpeg", [False, True])
+def test_a_frame_that_was_reduced_first_gives_the_same_rows(onnx, frame_size, is_jpeg):
+    """Pairs of pixels averaged first, or a JPEG decoded at a half of its size, against one average over exact areas."""
+    request = image_request(FACTS, 25)
+    bgr = cv2.resize(scene(480, 640), frame_size[::-1], interpolation=cv2.INTER_CUBIC)
+    decoded = reduced = bgr
+    if is_jpeg:
+        jpeg = encoded(".jpg", bgr)
+        decoded, reduced = decode_jpeg(jpeg), decode_jpeg_for(WantedImage(1, request), jpeg).bgr
+        assert len(reduced) <= len(decoded) // 2
+    height, width = image_size(*frame_size, request)
+    image = np.empty((height, width, 3), np.uint8)
+    resize(reduced, image)
+    exact = cv2.resize(decoded, (width, height), interpolation=cv2.INTER_AREA)
+    assert not np.array_equal(image, exact)
+    cosine = cosines(onnx.encode(image).copy(), onnx.encode(exact))
+    assert cosine.mean() >= 0.9999 and cosine.min() >= 0.999, "one row of a dark, even place feels a rounding"
+
+
 @pytest.mark.parametrize("tokens", [(1, 8), (8, 1), (3, 3), (4, 5), (16, 16), (12, 21), (1, 55), (55, 1)])
 def test_both_encoders_give_the_same_rows(onnx, mtmd, tokens):
     lines, columns = tokens
@@ -245,7 +220,10 @@ def test_every_frame_gives_the_rows_of_its_grid(opened, language, break_row, bac
     encoder = open_encoder(file, options, preprocessor, language.model, break_row)
     try:
         rows = encoder.encode(preprocessor.image(noise(*size)))
-        assert rows.shape == (n_embedding_rows(*image_grid(*size, max_tokens, opened.manifest.vision)), 256)
+        assert rows.shape == (
+            n_embedding_rows(*image_grid(*size, image_request(opened.manifest.vision, max_tokens))),
+            256,
+        )
         assert np.isfinite(rows).all()
     finally:
         encoder.close()

@@ -45,6 +45,20 @@ def test_status_is_published_five_times_a_second(running):
     assert n_published(running) - before == 5
 
 
+def test_while_frames_are_answered_the_status_comes_right_after_an_answer(running):
+    """Then the next answer does not wait for it: a status takes longer than the check of an answer."""
+    beside_an_answer, alone = 0, 0
+    for _ in range(25):
+        before = n_published(running)
+        running.answer()
+        beside_an_answer += n_published(running) - before
+        for _ in range(4):
+            before = n_published(running)
+            running.turn(0.01)
+            alone += n_published(running) - before
+    assert alone == 0 and 5 <= beside_an_answer <= 7, "in a second"
+
+
 def test_a_change_and_a_new_subscriber_are_published_at_once(running):
     running.turn(1.0)
     before = n_published(running)
@@ -86,6 +100,63 @@ def test_status_has_the_counters_and_the_ages(running):
     assert (status.vision_backend, status.language_backend) == ("fake", "fake too")
     assert status.camera_worker.alive and status.model_worker.pid == running.model.pid
     assert status.mem_available_mib is None or status.mem_available_mib > 0
+
+
+def information_age(running: InProcess) -> float | None:
+    running.turn(0.2)
+    return running.publisher.stream("status")[-1].information_age_ms
+
+
+def wait(running: InProcess, seconds: float) -> None:
+    """The processes are well, and no action is published."""
+    for _ in range(round(seconds)):
+        running.push_frame()
+        running.supervisor.model.note_progress()
+        running.turn(1.0)
+
+
+def answer_after(running: InProcess, seconds: float, age_ms: float) -> None:
+    running.push_frame()
+    captured_ns = running.clock()
+    running.clock.advance(age_ms / 1000)
+    running.answer(t_capture_ns=captured_ns)
+    running.clock.advance(seconds - age_ms / 1000)
+
+
+def test_the_mean_age_of_information_is_age_and_half_the_time_to_the_next_action(running):
+    assert information_age(running) is None, "there was one action"
+    wait(running, 31.0)  # the action at the start is forgotten
+    for _ in range(5):
+        answer_after(running, 0.1, age_ms=40.0)
+    assert information_age(running) == pytest.approx(40 + 50)
+    for _ in range(300):
+        answer_after(running, 0.1, age_ms=20.0)
+    assert information_age(running) == pytest.approx(20 + 50), "the last 30 s count"
+    wait(running, 31.0)
+    assert information_age(running) is None
+
+
+def test_a_refusal_makes_the_time_to_the_next_action_longer(running):
+    wait(running, 31.0)  # the action at the start is forgotten
+    for _ in range(6):
+        answer_after(running, 0.1, age_ms=40.0)
+        running.answer(text="not json")
+        running.clock.advance(0.1)
+    assert information_age(running) == pytest.approx(40 + 100)
+
+
+def test_a_pause_is_no_time_to_the_next_action(running):
+    wait(running, 31.0)  # the action at the start is forgotten
+    for _ in range(3):
+        answer_after(running, 0.1, age_ms=40.0)
+    running.publisher.request("pause")
+    assert information_age(running) is None
+    wait(running, 5.0)
+    running.publisher.request("resume")
+    running.turn()
+    for _ in range(3):
+        answer_after(running, 0.1, age_ms=40.0)
+    assert information_age(running) == pytest.approx(40 + 50)
 
 
 def test_before_the_first_frame_the_ages_are_unknown():

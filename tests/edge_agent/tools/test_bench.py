@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from edge_agent.config import CameraConfig, Config, VisionConfig
+from edge_agent.model.ceilings import CPU, GPU, INTEGRATED_GPU, DeviceCeilings, measure_device
+from edge_agent.model.fallbacks import LanguageFacts
 from edge_agent.tools import bench
 from tests.harness import ROOT, toy
 
@@ -57,6 +59,8 @@ def test_the_figures_are_those_of_the_measured_times(toy_bundle: Path, frames: P
     assert figures["frame_to_action_ms"] == {"p50": 3.0, "p95": 3.0, "p99": 3.0}
     assert figures["frame_to_first_text_ms"]["p50"] == 2.0 and figures["stages_ms"]["encode"]["p50"] == 1.0
     assert figures["actions_per_s"] == round(1000 / 3, 3)
+    assert figures["information_age_ms"] == 3.0 + 1.5  # each answer is 3 ms old, and 3 ms later comes the next
+    assert figures["ceilings_of"] == "the processor"
     # Two texts of MAX_TEXT_TOKENS steps, one millisecond each.
     assert figures["text_tok_per_s"] == 1000 * bench.MAX_TEXT_TOKENS
     language_bytes = (toy_bundle / "language.gguf").stat().st_size
@@ -72,9 +76,36 @@ def test_the_figures_are_those_of_the_measured_times(toy_bundle: Path, frames: P
     assert [name for name, _ in bench.table(figures)][:2] == ["bundle", "frame to action"]
 
 
+def facts_of(gpu_layers: int) -> LanguageFacts:
+    return LanguageFacts(gpu_layers, 33, is_gpu_build=gpu_layers > 0, has_openmp=True, mlock_failed=False)
+
+
 def test_the_ceilings_are_measured():
-    ceilings = bench.measure_ceilings()
-    assert ceilings.copy_gb_s > 0 and ceilings.gflops > 0
+    ceilings = bench.ceilings_of(facts_of(0))
+    assert ceilings.copy_gb_s > 0 and ceilings.gflops > 0 and ceilings.device == "the processor"
+
+
+def test_the_ceilings_are_those_of_the_device_that_runs_the_model(monkeypatch):
+    """A GPU with all layers is measured itself; of a model that it shares with the processor no share can be told."""
+    monkeypatch.setattr(bench, "measure_ceilings", lambda: pytest.fail("the processor's"))
+    monkeypatch.setattr(bench, "measure_device", lambda *kinds: DeviceCeilings(4000.0, 900_000.0, "a card"))
+    assert bench.ceilings_of(facts_of(33)) == bench.Ceilings(4000.0, 900_000.0, "a card")
+    monkeypatch.setattr(bench, "measure_device", lambda *kinds: pytest.fail("the GPU's"))
+    shared = bench.ceilings_of(facts_of(20))
+    assert shared == bench.Ceilings(None, None, "llama.cpp GPU, 20 of 33 layers")
+
+
+def test_ceilings_that_cannot_be_measured_are_unknown():
+    """llama.cpp here has no GPU."""
+    unknown = bench.ceilings_of(facts_of(33))
+    assert (unknown.copy_gb_s, unknown.gflops) == (None, None)
+    assert unknown.device == "the ceilings cannot be measured: llama.cpp cannot open the device (none)"
+
+
+def test_a_device_is_measured_by_ggml():
+    """The same code as on a GPU, on the processor."""
+    found = measure_device(GPU, INTEGRATED_GPU, CPU)
+    assert found.copy_gb_s > 0 and found.gflops > 0 and found.device
 
 
 def test_the_command(toy_bundle: Path, tmp_path: Path):

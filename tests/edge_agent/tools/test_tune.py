@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from edge_agent.config import CameraConfig, Config
 from edge_agent.errors import ConfigError
-from edge_agent.tools.measure_daemon import Measured, Published, mean_age_ms
+from edge_agent.tools.measure_daemon import Measured
 from edge_agent.tools.tune import Board, Values, search, values_in_force
 
 CONFIG = Config(bundle="/b", camera=CameraConfig(source="x"), profile="fast", cpu_threads=4)
@@ -147,34 +147,3 @@ def test_the_choices_depend_on_whether_the_first_run_used_a_gpu() -> None:
         board = FakeBoard(COST, gpu=gpu)
         search(CONFIG, lambda gpu: seen.append(gpu) or BOARD, board.run, lambda *progress: None)
     assert seen == [True, False]
-
-
-# -- the mean age of information --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("actions", "mean_ms"),
-    [
-        ([], None),
-        ([(0, 10)], None),
-        ([(0, 10), (100, 110), (200, 210)], 60.0),  # age 10 at publication, 110 just before the next
-        ([(0, 50), (50, 100), (100, 150)], 75.0),  # twice the rate with five times the age
-        ([(0, 10), (20, 30), (300, 310)], ((10 + 10) * 20 + (10 + 140) * 280) / 300),  # a long silence weighs more
-    ],
-)
-def test_mean_age_of_information(actions: list[tuple[int, int]], mean_ms: float | None) -> None:
-    measured = mean_age_ms([Published(captured * 10**6, published * 10**6) for captured, published in actions])
-    assert measured == (None if mean_ms is None else pytest.approx(mean_ms))
-
-
-@given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 50)), min_size=2, max_size=8))
-def test_mean_age_is_the_mean_over_every_moment(steps: list[tuple[int, int]]) -> None:
-    published, actions = 0, []
-    for age, interval in steps:
-        published += interval
-        actions.append(Published((published - age) * 10**6, published * 10**6))
-    moments = [
-        t - 0.5 - max((a for a in actions if a.t_pub_ns < t * 10**6), key=lambda a: a.t_pub_ns).t_capture_ns / 10**6
-        for t in range(actions[0].t_pub_ns // 10**6 + 1, actions[-1].t_pub_ns // 10**6 + 1)
-    ]
-    assert mean_age_ms(actions) == pytest.approx(sum(moments) / len(moments))

@@ -249,6 +249,7 @@ def test_control_and_worker_messages_ignore_unknown_keys_too():
 def test_a_missing_key_is_an_error(stream, message):
     optional = {"request", "final", "stop_reason", "adapter", "chunk", "chunk_step_ms"}
     optional |= {"wall_clock_ns", "boot_id", "paused", "language_backend", "board", "governor"}
+    optional |= {"information_age_ms"}
     for name in {"kind", *message.__struct_fields__} - optional:
         fields = msgspec.to_builtins(message)
         if name == "kind" and stream != "actions":
@@ -389,6 +390,7 @@ any_status = st.builds(
     mem_available_mib=st.none() | number,
     temperature_c=st.none() | number,
     language_backend=text,
+    information_age_ms=st.none() | number,
 )
 
 
@@ -406,3 +408,12 @@ def test_decoding_any_encoded_message_gives_the_message(stream, messages, data):
     assert msgspec.msgpack.decode(payload[1:]) == {"kind": KIND[type(message)]} | {
         key: value for key, value in msgspec.to_builtins(message).items() if key != "kind"
     }
+
+
+def test_the_pixels_of_a_pushed_frame_are_not_copied():
+    """A frame has megabytes."""
+    message = bytearray(pack_pushed_frame(1, 2, 2, 1, "rgb8", b"abcdef"))
+    frame = decode_pushed_frame(memoryview(message)[1:])
+    assert frame.data == b"abcdef"
+    message[-1:] = b"g"
+    assert frame.data == b"abcdeg"

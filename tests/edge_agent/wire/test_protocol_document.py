@@ -63,6 +63,7 @@ TYPES: list[tuple[Any, str]] = [
     (bool, "bool"),
     (str, "str"),
     (bytes, "bin"),
+    (memoryview, "bin"),
     (StageTimes, "Stage times"),
     (WorkerStatus, "Worker"),
     (BoardStatus, "Board"),

@@ -1,0 +1,146 @@
+"""The size of the images that the encoder takes, and the resize to it, which camera and model process share."""
+
+from __future__ import annotations
+
+import math
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from edge_agent.ipc.image_grid import MIN_TOKENS, ImageRequest, image_grid, image_size, jpeg_reduction, resize
+from tests.harness.pictures import scene
+
+UNIT = 28  # pixels a side of one token
+LONGEST = 1540 // UNIT
+side = st.integers(1, 8000)
+budget = st.integers(8, 1024)
+
+
+def wanted(max_tokens: int, **changes: object) -> ImageRequest:
+    return ImageRequest(**({"unit": UNIT, "longest_side": 1540, "max_tokens": max_tokens} | changes))
+
+
+# -- sizes ------------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=600)
+@given(height=side, width=side, max_tokens=budget)
+@example(height=1, width=1, max_tokens=8)
+@example(height=8000, width=10, max_tokens=1024)
+@example(height=10, width=8000, max_tokens=8)
+@example(height=4320, width=7680, max_tokens=1024)
+@example(height=448, width=448, max_tokens=8)
+@example(height=480, width=640, max_tokens=9)
+def test_a_grid_is_within_the_budget_the_model_and_what_mtmd_leaves_alone(height, width, max_tokens):
+    lines, columns = image_grid(height, width, wanted(max_tokens))
+    assert type(lines) is int and type(columns) is int
+    assert 1 <= lines <= LONGEST and 1 <= columns <= LONGEST
+    assert lines * columns <= max_tokens
+    assert lines * columns >= MIN_TOKENS
+
+
+@settings(deadline=None, max_examples=300)
+@given(height=st.integers(1, 1540), width=st.integers(1, 1540))
+def test_a_frame_that_fits_gets_what_the_reference_processor_gives_it(height, width):
+    """transformers' Pixtral processor: (side - 1) // unit + 1, nothing shrunk below the longest edge."""
+    reference = (height - 1) // UNIT + 1, (width - 1) // UNIT + 1
+    if MIN_TOKENS <= math.prod(reference) <= 1024:
+        assert image_grid(height, width, wanted(1024)) == reference
+
+
+@settings(deadline=None, max_examples=500)
+@given(height=side, width=side, max_tokens=st.integers(16, 1024))
+def test_a_frame_keeps_its_aspect_ratio_to_a_line_and_a_column(height, width, max_tokens):
+    """Against the exact size in real numbers: the largest of the same shape within budget, edge and frame."""
+    scale = min(1, 1540 / max(height, width), UNIT * math.sqrt(max_tokens / (height * width)))
+    exact = height * scale / UNIT, width * scale / UNIT
+    if math.prod(exact) >= MIN_TOKENS and min(exact) >= 1:
+        for n, x in zip(image_grid(height, width, wanted(max_tokens)), exact, strict=True):
+            assert x - 1 - 1e-9 < n < x + 1 + 1e-9
+
+
+@settings(deadline=None, max_examples=200)
+@given(height=side, width=side, max_tokens=st.integers(16, 1024))
+def test_turning_the_frame_turns_the_grid(height, width, max_tokens):
+    lines, columns = image_grid(height, width, wanted(max_tokens))
+    turned = image_grid(width, height, wanted(max_tokens))
+    assert abs(turned[0] - columns) <= 1 and abs(turned[1] - lines) <= 1
+
+
+@settings(deadline=None, max_examples=300)
+@given(height=side, width=side, max_tokens=budget)
+def test_an_image_that_is_on_a_grid_keeps_its_size(height, width, max_tokens):
+    """So the model process leaves an image as the camera process made it."""
+    request = wanted(max_tokens)
+    size = image_size(height, width, request)
+    assert image_size(*size, request) == size
+
+
+@pytest.mark.parametrize("size", [(1, 1), (480, 640), (8000, 10), (224, 448)])
+def test_an_encoder_with_one_size_gets_that_size(size):
+    assert image_size(*size, wanted(256, fixed=(224, 448))) == (224, 448)
+
+
+# -- the resize -------------------------------------------------------------------------------------------------------
+
+
+def resized(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    image = np.empty((*size, *frame.shape[2:]), np.uint8)
+    resize(frame, image)
+    return image
+
+
+@pytest.mark.parametrize("frame_size", [(480, 640), (1080, 1920), (300, 900), (337, 589)])
+@pytest.mark.parametrize("max_tokens", [64, 144, 256])
+def test_a_frame_that_shrinks_is_averaged_over_exact_areas(frame_size, max_tokens):
+    """In one step, as when the model was trained: an average of averages is another picture."""
+    frame = scene(*frame_size)
+    size = image_size(*frame_size, wanted(max_tokens))
+    assert np.array_equal(resized(frame, size), cv2.resize(frame, size[::-1], interpolation=cv2.INTER_AREA))
+
+
+@pytest.mark.parametrize("frame_size", [(2160, 3840), (2159, 3838), (2400, 1437)])
+def test_where_many_pixels_remain_pairs_are_averaged_first(frame_size):
+    frame = cv2.GaussianBlur(scene(*frame_size), (0, 0), 3)
+    size = image_size(*frame_size, wanted(25))
+    difference = resized(frame, size).astype(int) - cv2.resize(frame, size[::-1], interpolation=cv2.INTER_AREA)
+    assert np.abs(difference).max() <= 2 and abs(difference.mean()) < 0.5
+
+
+@pytest.mark.parametrize("frame_size", [(20, 30), (84, 112), (100, 200)])
+def test_a_small_frame_grows(frame_size):
+    frame = scene(*frame_size)
+    size = image_size(*frame_size, wanted(256))
+    assert np.array_equal(resized(frame, size), cv2.resize(frame, size[::-1], interpolation=cv2.INTER_CUBIC))
+
+
+def test_grey_frames_are_resized_like_each_channel_of_a_colour_frame():
+    frame = scene(480, 640)
+    assert np.array_equal(resized(frame[..., 1].copy(), (252, 336)), resized(frame, (252, 336))[..., 1])
+
+
+def test_an_image_on_the_grid_is_copied():
+    frame = scene(252, 336)
+    assert np.array_equal(resized(frame, (252, 336)), frame)
+
+
+@pytest.mark.parametrize(
+    ("frame_size", "image", "n"),
+    [
+        ((1080, 1920), (336, 588), 1),  # 3.2 pixels for each side of a pixel
+        ((1080, 1920), (112, 168), 1),  # 9.6: too few at a half
+        ((2160, 3840), (224, 420), 1),
+        ((2160, 3840), (112, 168), 2),
+        ((4320, 7680), (112, 168), 4),
+        ((4320, 7680), (56, 84), 8),
+        ((480, 640), (480, 640), 1),
+        ((2160, 3840), (112, 588), 1),  # the nearer side decides
+        ((2161, 3841), (112, 168), 1),  # no whole number of pixels
+        ((2162, 3842), (112, 168), 2),
+    ],
+)
+def test_a_jpeg_is_decoded_smaller_only_where_enough_pixels_remain(frame_size, image, n):
+    assert jpeg_reduction(*frame_size, image) == n
