@@ -84,6 +84,10 @@ class NoImages:
     def encoder(self) -> NoImages:
         return self
 
+    def request(self, max_tokens: int) -> ImageRequest:
+        """The smallest image there is: the camera process need not copy more."""
+        return ImageRequest(unit=1, longest_side=1, max_tokens=1)
+
     def resize(self, frame: np.ndarray, max_tokens: int | None = None) -> np.ndarray:
         return np.empty((0, 0, 3), np.uint8)
 

@@ -151,7 +151,8 @@ def figures_of(**changes: object) -> dict:
     figures = {
         "bundle": "b", "model": "m", "vision": "mtmd GPU", "language": "llama.cpp GPU, 27 of 27 layers",
         "frame_to_action_ms": spread, "frame_to_first_text_ms": spread, "stages_ms": {"encode": spread},
-        "repeat_ms": 1.0, "repeat_floor_ms": 1.0, "actions_per_s": 9.0, "text_tok_per_s": 5.0, "copy_gb_s": 2.0,
+        "repeat_ms": 1.0, "repeat_floor_ms": 1.0, "actions_per_s": 9.0, "information_age_ms": 2.5,
+        "text_tok_per_s": 5.0, "copy_gb_s": 2.0, "ceilings_of": "the processor",
         "gflops": 50.0, "decode_share_of_bandwidth": 0.5, "prefill_share_of_arithmetic": None, "decode_calls": spread,
         "rows": spread, "draft_accepted": None, "peak_rss_mib": 9.0, "file_mib": 1.0, "gpu_memory_mib": None,
         "energy_j_per_frame": None, "energy_of": None, "different_answers": 1, "example": "{}",
@@ -160,9 +161,10 @@ def figures_of(**changes: object) -> dict:
 
 
 def test_the_ceilings_of_a_processor_are_not_shown_for_a_gpu():
-    assert dict(bench.table(figures_of()))["  of the bandwidth"] == "50% of a copy's 2 GB/s"
-    rows = dict(bench.table(figures_of(copy_gb_s=None, gflops=None, decode_share_of_bandwidth=None)))
-    assert "not measured on a GPU (llama.cpp GPU, 27 of 27 layers)" in rows["  of the ceilings"]
+    assert dict(bench.table(figures_of()))["  of the bandwidth"] == "50% of a copy's 2 GB/s, the processor"
+    unknown = figures_of(copy_gb_s=None, gflops=None, decode_share_of_bandwidth=None, ceilings_of="GPU, not measured")
+    rows = dict(bench.table(unknown))
+    assert rows["  of the ceilings"] == "unknown: GPU, not measured"
     assert "  of the bandwidth" not in rows
 
 
