@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Annotated
 
 import cv2
@@ -36,6 +37,19 @@ class ImageRequest(msgspec.Struct, frozen=True):
     longest_side: Side  # pixels
     max_tokens: Annotated[int, msgspec.Meta(ge=1, le=1024)]
     fixed: tuple[Side, Side] | None = None  # height and width, if the encoder takes no other size
+
+    def __post_init__(self) -> None:
+        if self.fixed is None and next(self.grids(), None) is None:
+            raise ValueError(f"no grid of at least {MIN_TOKENS} tokens fits")
+        if self.fixed is not None and min(self.fixed) < self.unit:
+            raise ValueError("fixed: smaller than an image token")
+
+    def grids(self) -> Iterator[tuple[int, int]]:
+        """Every (lines, columns) within the limits."""
+        longest, most = self.longest_side // self.unit, self.max_tokens
+        for lines in range(1, min(longest, most) + 1):
+            for columns in range(-(-MIN_TOKENS // lines), min(longest, most // lines) + 1):
+                yield lines, columns
 
 
 @functools.lru_cache(64)
@@ -65,9 +79,7 @@ def image_grid(height: int, width: int, request: ImageRequest) -> tuple[int, int
         apart = [(n, side) for n, side in zip(sides, (lines, columns), strict=True)]
         return any(abs(n - side) >= 1 for n, side in apart), sum(abs(math.log(n / side)) for n, side in apart)
 
-    most = request.max_tokens
-    sides = ((n, m) for n in range(1, min(longest, most) + 1) for m in range(1, min(longest, most // n) + 1))
-    return min((n for n in sides if n[0] * n[1] >= MIN_TOKENS), key=distance)
+    return min(request.grids(), key=distance)
 
 
 def image_size(height: int, width: int, request: ImageRequest) -> tuple[int, int]:

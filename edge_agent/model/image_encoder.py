@@ -86,7 +86,7 @@ class NoImages:
 
     def request(self, max_tokens: int) -> ImageRequest:
         """The smallest image there is: the camera process need not copy more."""
-        return ImageRequest(unit=1, longest_side=1, max_tokens=1)
+        return ImageRequest(unit=1, longest_side=1, max_tokens=1, fixed=(1, 1))
 
     def resize(self, frame: np.ndarray, max_tokens: int | None = None) -> np.ndarray:
         return np.empty((0, 0, 3), np.uint8)

@@ -171,10 +171,12 @@ def test_the_same_bytes_give_the_same_image(slot, clock):
         encode({"unit": 28, "longest_side": 1540, "max_tokens": 10**6}),
         encode({"unit": 28, "longest_side": 1540, "max_tokens": 256, "fixed": [14, 448]}),
         encode({"unit": 28, "longest_side": 1540, "max_tokens": 256, "fixed": [8192, 8192]}),
+        encode({"unit": 28, "longest_side": 1540, "max_tokens": 7}),
+        encode({"unit": 28, "longest_side": 84, "max_tokens": 8}),
         encode({"unit": "28", "longest_side": 1540, "max_tokens": 256}),
     ],
     ids=["empty", "noise", "cut", "unit 0", "unit too large", "endless side", "too many tokens", "fixed too small",
-         "fixed larger than the slot", "text"],
+         "fixed larger than the slot", "too few tokens", "no grid", "text"],
 )  # fmt: skip
 def test_a_request_that_makes_no_sense_leaves_the_frame_as_captured(slot, payload):
     """The model process resizes it then. The camera process goes on."""

@@ -23,6 +23,33 @@ def wanted(max_tokens: int, **changes: object) -> ImageRequest:
     return ImageRequest(**({"unit": UNIT, "longest_side": 1540, "max_tokens": max_tokens} | changes))
 
 
+@given(
+    unit=st.integers(1, 128),
+    longest_side=st.integers(1, 8192),
+    max_tokens=st.integers(1, 1024),
+    height=side,
+    width=side,
+)
+@example(unit=28, longest_side=1540, max_tokens=7, height=480, width=640)
+@example(unit=28, longest_side=28, max_tokens=1024, height=480, width=640)
+@example(unit=28, longest_side=84, max_tokens=8, height=480, width=640)
+@example(unit=128, longest_side=127, max_tokens=1024, height=480, width=640)
+def test_a_request_without_a_grid_is_no_request_and_every_other_has_one(unit, longest_side, max_tokens, height, width):
+    try:
+        request = ImageRequest(unit=unit, longest_side=longest_side, max_tokens=max_tokens)
+    except ValueError:
+        longest = longest_side // unit
+        assert not any(MIN_TOKENS <= n * m <= max_tokens for n in range(1, longest + 1) for m in range(1, longest + 1))
+    else:
+        lines, columns = image_grid(height, width, request)
+        assert MIN_TOKENS <= lines * columns <= max_tokens and max(lines, columns) * unit <= longest_side
+
+
+def test_a_fixed_image_has_room_for_a_token():
+    with pytest.raises(ValueError, match="smaller than an image token"):
+        ImageRequest(unit=28, longest_side=1540, max_tokens=256, fixed=(896, 27))
+
+
 # -- sizes ------------------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from edge_agent.bundle.wrap import wrap
+from edge_agent.camera.source import wanted_image
 from edge_agent.config import LanguageConfig
 from edge_agent.ipc.events import AskQuestion, SetPaused
 from edge_agent.wire.codec import encode
@@ -52,6 +53,10 @@ def test_a_fresh_state_gives_an_action_and_no_state_gives_its_reason(rig: LoopRi
     assert answered.stop_reason == "" and answered.text in ('{"action":"up"}', '{"action":"down"}')
     rig.clock.pass_ms(201)
     assert (rig.propose(4).stop_reason, rig.proposals()[-1].text) == ("no-state", "no fresh value of altitude_m")
+
+
+def test_the_camera_process_is_asked_for_one_pixel(rig: LoopRig):
+    assert wanted_image(rig.slot).size(1080, 1920) == (1, 1)
 
 
 def test_an_action_space_without_state_gives_no_action(bundle: Path):
