@@ -1,4 +1,4 @@
-"""Toy checkpoints, conversions and one bundle, made once for all workers of a test run. Read them, never write into them.
+"""Toy checkpoints, conversions and one bundle, made once for all workers of a test run. Read them, never write them.
 
 A test that needs a broken one copies it first: shutil.copytree(toy_bf16, tmp_path / "checkpoint").
 Native code is imported inside the fixtures: the tests of the light modules must not load it.
@@ -43,6 +43,15 @@ def pytest_configure(config: pytest.Config) -> None:
     other more than they compute; on a busy machine each wait may cost milliseconds. libgomp reads it while loaded."""
     if config.option.markexpr != "promise":
         os.environ.setdefault("OMP_THREAD_LIMIT", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under coverage Python needs twice the time. It is not measured in tests with random examples, because what only
+    they reach would be covered in one run and not in the next; nor in tests of models/, which it does not count."""
+    for item in items:
+        is_random = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
+        if is_random or item.path.is_relative_to(TESTS / "models"):
+            item.add_marker(pytest.mark.no_cover)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 for it and read it.
 
     shared = SharedFolders(root)
-    folder = shared.folder("toy-bf16", write_checkpoint)     # write_checkpoint(folder) fills a folder that does not exist
+    folder = shared.folder("toy-bf16", write_checkpoint)     # write_checkpoint(folder) makes and fills the folder
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-import gguf
 import msgspec
 import pytest
 
@@ -24,6 +23,7 @@ from quantize.progress import SILENT
 from quantize.source.checkpoint import read_checkpoint
 from quantize.standard_recipes import bytes_by_type, plan_bundle
 from tests.harness import ROOT, toy
+from tests.harness.gguf_reading import Reader
 from tests.harness.language_model import opened
 from tests.harness.quantize_cli import refused
 
@@ -273,7 +273,7 @@ def test_a_fitted_bundle_records_the_chosen_types_and_the_reasons(
     assert manifest.recipe.startswith("fit 2.") and sum(manifest.bytes_by_type.values()) <= 2.4e6
     report = json.loads((out / REPORT).read_text())["allocation"]
     assert report["measured_kl"] > 0 and len(report["choices"]) == len(bit_allocation.matrices(pad.checkpoint))
-    stored = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(out / LANGUAGE).tensors}
+    stored = {tensor.name: tensor.tensor_type.name for tensor in Reader(out / LANGUAGE).tensors}
     assert all(stored[row["tensor"]] == row["type"] for row in report["choices"])
 
 
