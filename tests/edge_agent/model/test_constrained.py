@@ -66,6 +66,7 @@ def random_logits(language, pieces, seed: int):
 
 
 @pytest.mark.parametrize("name", READY)
+@pytest.mark.no_cover
 def test_every_answer_is_complete_inside_its_space_and_short(language, grammar, pieces, name):
     space = load_action_space(name)
     grammar.compile(grammar_from_schema(json_schema(space)))
@@ -88,6 +89,7 @@ def test_every_answer_is_complete_inside_its_space_and_short(language, grammar, 
     assert len(wordings) > 500 and 40 <= longest <= MAX_TOKENS
 
 
+@pytest.mark.no_cover
 def test_cached_states_give_the_answers_of_llguidance(language, grammar, pieces, monkeypatch):
     """The same answers from a grammar with a cache, one whose cache is emptied all the time, and one without."""
     schema = grammar_from_schema(json_schema(load_action_space("velocity_body")))
