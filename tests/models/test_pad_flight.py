@@ -256,7 +256,10 @@ def test_an_order_to_go_to_a_pad_ends_with_hold_over_it_and_a_landing_is_wrong()
     assert fly.fly(FakeLink(answer_of("hold")), calm(pad), goto, clock_s=no_time)[0].outcome == "right"
     assert fly.fly(FakeLink(answer_of("land")), calm(pad), goto, clock_s=no_time)[0].outcome == "beside"
     assert (
-        fly.fly(FakeLink(answer_of("hold")), calm(Pad("red", "disc", 3.0, 0.0, 0.5, 0.3)), goto, clock_s=no_time)[0].outcome == "beside"
+        fly.fly(FakeLink(answer_of("hold")), calm(Pad("red", "disc", 3.0, 0.0, 0.5, 0.3)), goto, clock_s=no_time)[
+            0
+        ].outcome
+        == "beside"
     )
 
 
@@ -264,7 +267,9 @@ def test_a_search_covers_the_area_of_the_pads():
     world = calm(Pad("red", "disc", 2.5, 2.0, 0.5, 0.3))
     world.position_m[2] = 2.0  # below the start height: the vehicle climbs first
     positions = []
-    fly.fly(FakeLink(answer_of("search")), world, LAND, lambda step: positions.append((*step.pose[:3],)), clock_s=no_time)
+    fly.fly(
+        FakeLink(answer_of("search")), world, LAND, lambda step: positions.append((*step.pose[:3],)), clock_s=no_time
+    )
     positions_m = np.array(positions)
     assert positions_m[-1, 2] == pytest.approx(START_HEIGHT_M, abs=0.1)
     reach_m = positions_m[:, 2] * 0.7 / np.sqrt(2)  # half of the camera's view, at any yaw
