@@ -1,6 +1,6 @@
 # make demo      the trained pilot flies, from checkpoint to landing, about a minute after the set-up
 # make check     lint, format, types, import rules, spelling: under a minute
-# make test      make check, then all tests in random order, with coverage
+# make test      the same, and all other tests in random order, with coverage
 # make promises  budgets of time, rate and memory; wants a quiet machine, prints each figure
 # make soak      the long form of the fault tests
 # make bench     slow figures: how well and how fast the demo model flies (minutes), conversion at the 3B's true shape
@@ -18,24 +18,31 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: venv demo check test promises bench soak docs aarch64 cuda clean
+# Python that may not keep its compiled files compiles this project again in each of the hundreds of processes of a test.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: venv demo lint check test promises bench soak docs aarch64 cuda clean
 
 demo: venv
 	@$(RUN)/python -m models.pad_pilot.demo
 
-check: venv
+lint: venv
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 	$(RUN)/codespell
+
+check: lint
 	$(RUN)/python -m pytest tests/test_imports.py tests/test_documents.py
 
 # Every line and branch of these is tested: the contract, its protocol, the client, the action envelope, the bundle, the
 # gate.
 COVERED := edge_agent/wire/*,edge_agent/zmtp/*,edge_agent/client/*,edge_agent/actions/*,edge_agent/bundle/*,edge_agent/supervisor/gate.py
 
-test: check
-	$(RUN)/python -m pytest -n 2 --cov --cov-report=
+# Three workers on two cores: tests that wait for a process leave room for another. worksteal keeps the tests of a file
+# together, so that what they share is loaded once.
+test: lint
+	$(RUN)/python -m pytest -n 3 --dist worksteal --cov --cov-report=
 	$(RUN)/coverage report
 	$(RUN)/coverage report --include="$(COVERED)" --fail-under=100
 

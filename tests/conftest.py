@@ -1,4 +1,4 @@
-"""Toy checkpoints, conversions and one bundle, made once a session and shared. Read them, never write into them.
+"""Toy checkpoints, conversions and one bundle, made once for all workers of a test run. Read them, never write them.
 
 A test that needs a broken one copies it first: shutil.copytree(toy_bf16, tmp_path / "checkpoint").
 Native code is imported inside the fixtures: the tests of the light modules must not load it.
@@ -6,12 +6,14 @@ Native code is imported inside the fixtures: the tests of the light modules must
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import pytest
 
 from tests.harness import toy
 from tests.harness.case import Case
+from tests.harness.shared import SharedFolders, of_this_run
 
 socket.has_ipv6 = False  # else urllib3, which mistral_common imports, makes an internet socket to see whether it can
 TESTS = Path(__file__).resolve().parent
@@ -42,29 +45,43 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("OMP_THREAD_LIMIT", "1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under coverage Python needs twice the time. It is not measured in tests with random examples, because what only
+    they reach would be covered in one run and not in the next; nor in tests of models/, which it does not count."""
+    for item in items:
+        is_random = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
+        if is_random or item.path.is_relative_to(TESTS / "models"):
+            item.add_marker(pytest.mark.no_cover)
+
+
 @pytest.fixture(scope="session")
-def toy_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> SharedFolders:
+    return of_this_run(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def toy_bf16(shared: SharedFolders) -> Path:
     """A BF16 checkpoint folder: tied embeddings, tekken.json, one file of weights, 4096 tokens."""
-    return toy.write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "toy-bf16")
+    return shared.folder("toy-bf16", toy.write_checkpoint)
 
 
 @pytest.fixture(scope="session")
-def toy_fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def toy_fp8(shared: SharedFolders) -> Path:
     """An FP8 checkpoint folder: an output head of its own, otherwise as toy_bf16."""
-    return toy.write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "toy-fp8", dtype="fp8", tied=False)
+    return shared.folder("toy-fp8", lambda folder: toy.write_checkpoint(folder, dtype="fp8", tied=False))
 
 
 @pytest.fixture(scope="session")
-def toy_full_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def toy_full_vocabulary(shared: SharedFolders) -> Path:
     """A BF16 checkpoint folder with all 131072 tokens of the releases. Seconds to make: for tests of the tokenizer."""
-    return toy.write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "toy-full", layers=1, vocab=131072)
+    return shared.folder("toy-full", lambda folder: toy.write_checkpoint(folder, layers=1, vocab=131072))
 
 
 @pytest.fixture(scope="session")
-def toy_small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def toy_small(shared: SharedFolders) -> Path:
     """As toy_fp8, with half the tokens and a single layer: for tests that build a lot."""
-    folder = tmp_path_factory.mktemp("checkpoints") / "toy-small"
-    return toy.write_checkpoint(folder, dtype="fp8", tied=False, vocab=2048, layers=1, vision_layers=1)
+    model = {"dtype": "fp8", "tied": False, "vocab": 2048, "layers": 1, "vision_layers": 1}
+    return shared.folder("toy-small", lambda folder: toy.write_checkpoint(folder, **model))
 
 
 @pytest.fixture(scope="session")
@@ -99,9 +116,8 @@ def switchable(plain: tuple[Path, dict], toy_bf16: Path, tmp_path_factory: pytes
 
 
 @pytest.fixture(scope="session")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def build(shared: SharedFolders) -> Callable[..., Path]:
     """build(checkpoint folder, recipe) -> a bundle; the same arguments, the same bundle."""
-    made: dict[tuple[Path, str], Path] = {}
 
     def make(folder: Path, recipe: str) -> Path:
         from quantize.build import build
@@ -109,19 +125,17 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         from quantize.source.checkpoint import read_checkpoint
         from quantize.standard_recipes import plan_bundle
 
-        if (folder, recipe) not in made:
-            out = tmp_path_factory.mktemp("bundles") / f"{folder.name}-{recipe}"
+        def fill(out: Path) -> None:
             build(plan_bundle(read_checkpoint(folder), recipe), out, SILENT)
-            made[folder, recipe] = out
-        return made[folder, recipe]
+
+        return shared.folder(name_of(folder, recipe), fill)
 
     return make
 
 
 @pytest.fixture(scope="session")
-def convert(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def convert(shared: SharedFolders) -> Callable[..., Path]:
     """convert(checkpoint folder, type) -> the folder with its three files; the same arguments, the same folder."""
-    made: dict[tuple[Path, str], Path] = {}
 
     def make(folder: Path, kind: str = "bf16") -> Path:
         from quantize.build import convert
@@ -129,28 +143,30 @@ def convert(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         from quantize.progress import SILENT
         from quantize.source.checkpoint import read_checkpoint
 
-        if (folder, kind) not in made:
-            out = tmp_path_factory.mktemp("converted") / f"{folder.name}-{kind}"
+        def fill(out: Path) -> None:
             convert(plan_conversion(read_checkpoint(folder), kind), out, SILENT)
-            made[folder, kind] = out
-        return made[folder, kind]
+
+        return shared.folder(name_of(folder, kind), fill)
 
     return make
 
 
-@pytest.fixture(scope="session")
-def case(convert: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
-    """case("bf16_tied") -> Case, made once."""
-    made: dict[str, Case] = {}
+def name_of(checkpoint: Path, kind: str) -> str:
+    """A name for what is made of a checkpoint. Checkpoints in different folders can have the same name."""
+    return f"{checkpoint.name}-{kind}-{zlib.crc32(bytes(checkpoint)):08x}"
 
+
+@pytest.fixture(scope="session")
+def case(convert: Callable[..., Path], shared: SharedFolders) -> Callable[[str], Case]:
+    """case("bf16_tied") -> Case, made once."""
+
+    @functools.cache
     def make(name: str) -> Case:
-        if name not in made:
-            with np.load(TESTS / "reference" / f"{name}.npz") as file:
-                arrays = dict(file)
-            folder = tmp_path_factory.mktemp("reference") / name
-            toy.write_checkpoint(folder, **json.loads(str(arrays["arguments"])))
-            made[name] = Case(arrays, folder, convert(folder))
-        return made[name]
+        with np.load(TESTS / "reference" / f"{name}.npz") as file:
+            arrays = dict(file)
+        model = json.loads(str(arrays["arguments"]))
+        folder = shared.folder(f"reference-{name}", lambda folder: toy.write_checkpoint(folder, **model))
+        return Case(arrays, folder, convert(folder))
 
     return make
 

@@ -7,6 +7,7 @@ A room is a folder of `edge_agent/` or `quantize/`, or a single file beside thos
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from tests.harness import ROOT
+
+pytestmark = pytest.mark.no_cover  # no code of the product runs in this process
 
 # Room -> (the other rooms of edge_agent that it may import, packages of others that it may import).
 ROOMS: dict[str, tuple[set[str], set[str]]] = {
@@ -160,6 +163,7 @@ def own_imports(tree: ast.AST, package: str) -> set[tuple[str, ...]]:
     return found
 
 
+@functools.cache
 def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
 
 from tests.harness import ROOT
+
+pytestmark = pytest.mark.no_cover  # no code of the product runs here
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 500, 60, 7
 # Path, or path:function -> why it may be longer.
@@ -29,6 +32,7 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+@functools.cache
 def too_large(path: Path) -> dict[str, str]:
     """What is over a limit: path or path:function -> by how much."""
     text, name = path.read_text(encoding="utf-8"), name_of(path)

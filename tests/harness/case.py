@@ -22,13 +22,12 @@ class Case(NamedTuple):
 
     def language(self) -> Any:
         """language.gguf in the runtime's own hands; close it."""
-        import gguf
-
         from edge_agent.bundle.manifest import LANGUAGE, EmbeddingInfo
         from edge_agent.model.llama import LlamaContext, LlamaOptions
+        from tests.harness.gguf_reading import reader
 
         path = self.converted / LANGUAGE
-        table = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "token_embd.weight")
+        table = next(tensor for tensor in reader(path).tensors if tensor.name == "token_embd.weight")
         embedding = EmbeddingInfo(
             offset=table.data_offset, ggml_type=table.tensor_type.name, row_bytes=table.n_bytes // int(table.shape[1])
         )

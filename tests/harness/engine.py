@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import gguf
 import msgspec
 import numpy as np
 
@@ -18,6 +17,7 @@ from edge_agent.model.action_lane import Decision, never
 from edge_agent.model.events import Events
 from edge_agent.model.load import NO_DEADLINE_NS, load_model
 from tests.harness import toy
+from tests.harness.gguf_reading import reader
 from tests.harness.rig import TASK, config_of
 
 
@@ -98,7 +98,7 @@ def full_precision_bundle(toy_bundle: Path, convert: Callable[..., Path], folder
     shutil.copytree(toy_bundle, bundle)
     for name in (LANGUAGE, VISION, MMPROJ):
         shutil.copy(convert(checkpoint, "f32") / name, bundle / name)
-    table = next(t for t in gguf.GGUFReader(bundle / LANGUAGE).tensors if t.name == "token_embd.weight")
+    table = next(t for t in reader(bundle / LANGUAGE).tensors if t.name == "token_embd.weight")
     manifest = read_manifest(bundle).manifest
     row_bytes = table.n_bytes // manifest.model.vocab
     embedding = EmbeddingInfo(offset=table.data_offset, ggml_type=table.tensor_type.name, row_bytes=row_bytes)

@@ -40,7 +40,14 @@ def values(folder: Path, name: str) -> np.ndarray:
     return toy_numbers.e4m3_value(np.frombuffer(raw, np.uint8)).reshape(shape) * scale
 
 
-reader = functools.cache(gguf.GGUFReader)  # slow to open; no file of a session's fixtures changes
+class Reader(gguf.GGUFReader):
+    """Makes each of the thousands of strings of a vocabulary a plain array, which takes a tenth of the time."""
+
+    def _get(self, offset, dtype, count=1, override_order=None):
+        return np.frombuffer(self.data, dtype, int(count), int(offset))
+
+
+reader = functools.cache(Reader)  # no file of a session's fixtures changes
 
 
 def tensors_of(path: Path) -> dict[str, np.ndarray]:

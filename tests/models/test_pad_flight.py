@@ -62,7 +62,7 @@ class PatientLink:
 
     def answer(self, picture: np.ndarray, timeout_s: float = 0.0) -> Action | Refusal | None:
         for _ in range(benchmark.PUSHES if self.is_patient else 1):
-            answer = self.link.answer(picture, benchmark.PUSH_TIMEOUT_S if self.is_patient else 0.3)
+            answer = self.link.answer(picture, benchmark.PUSH_TIMEOUT_S if self.is_patient else 0.05)
             if answer is not None or not self.is_patient:
                 return answer
         raise AssertionError("no answer")
@@ -81,10 +81,11 @@ def test_the_bundle_is_small(bundle: Path):
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "mtmd"])
-def test_it_answers_held_out_frames(bundle: Path, backend: str):
+def test_it_answers_held_out_frames(bundle: Path, request: pytest.FixtureRequest, backend: str):
     shown = benchmark.frames(40, benchmark.SEED + 1000, benchmark.held_out_photographs())
     assert len(shown) == 40
-    with benchmark.pilot(bundle, backend) as link:
+    running = contextlib.nullcontext(request.getfixturevalue("link")) if backend == "onnxruntime" else None
+    with running or benchmark.pilot(bundle, backend) as link:
         questions = [f.exercise.exchanges[0].question if f.exercise.exchanges else "" for f in shown]
         answers = [
             benchmark.answer(link, f.picture, f.exercise.instruction, question)
@@ -190,7 +191,7 @@ def answer_of(action: str, **values: float) -> Action:
 def test_without_an_answer_and_on_hold_the_vehicle_keeps_its_position(answer: Action | None):
     world = calm(Pad("red", "disc", 2.5, 2.0, 0.5, 0.3))
     before = world.position_m.copy()
-    (result,) = fly.fly(FakeLink(answer), world, LAND)
+    (result,) = fly.fly(FakeLink(answer), world, LAND, clock_s=no_time)
     assert np.abs(world.position_m - before).max() < 0.01
     assert result == fly.Result(LAND[0][0], "lost", 60, pytest.approx(3.2, abs=0.01))
 
@@ -199,7 +200,7 @@ def test_the_velocity_of_a_move_is_in_body_axes(monkeypatch: pytest.MonkeyPatch)
     world = calm(Pad("red", "disc", 2.5, 2.0, 0.5, 0.3))
     world.yaw_rad = np.pi / 2  # facing east
     monkeypatch.setattr(fly, "MAX_STEPS", 4)
-    fly.fly(FakeLink(answer_of("move", forward_m_s=1.0)), world, LAND)
+    fly.fly(FakeLink(answer_of("move", forward_m_s=1.0)), world, LAND, clock_s=no_time)
     north, east, height = world.position_m
     # In still air the speed is 1 / (1 + 0.15 * 0.35) = 0.95 m/s. It lasts 2 s, less a lag of 0.33 s.
     assert (north, east, height) == (pytest.approx(0, abs=0.01), pytest.approx(1.59, abs=0.03), START_HEIGHT_M)
@@ -227,13 +228,13 @@ def test_the_vehicle_follows_an_answer_only_while_it_is_valid(monkeypatch: pytes
 
 def test_the_autopilot_finishes_a_landing_and_ignores_later_answers():
     world = calm(Pad("red", "disc", 0.0, 0.0, 0.5, 0.3))
-    (result,) = fly.fly(FakeLink(answer_of("land"), answer_of("move", forward_m_s=2.0)), world, LAND)
+    (result,) = fly.fly(FakeLink(answer_of("land"), answer_of("move", forward_m_s=2.0)), world, LAND, clock_s=no_time)
     assert result.outcome == "right" and world.is_landed and result.off_m < 0.05
 
 
 def test_hold_is_a_pause_in_an_order_to_land():
     world = calm(Pad("red", "disc", 0.0, 0.0, 0.5, 0.3))
-    (result,) = fly.fly(FakeLink(*[answer_of("hold")] * 5, answer_of("land")), world, LAND)
+    (result,) = fly.fly(FakeLink(*[answer_of("hold")] * 5, answer_of("land")), world, LAND, clock_s=no_time)
     assert result.outcome == "right" and world.is_landed and result.steps > 5
 
 
@@ -245,17 +246,20 @@ def test_hold_is_a_pause_in_an_order_to_land():
     ],
 )
 def test_a_landing_that_is_not_on_the_right_pad_has_its_outcome(pads: list[Pad], outcome: str):
-    (result,) = fly.fly(FakeLink(answer_of("land")), calm(*pads), LAND)
+    (result,) = fly.fly(FakeLink(answer_of("land")), calm(*pads), LAND, clock_s=no_time)
     assert (result.outcome, result.off_m) == (outcome, pytest.approx(3.0, abs=0.05))
 
 
 def test_an_order_to_go_to_a_pad_ends_with_hold_over_it_and_a_landing_is_wrong():
     goto = [("Go to the red disc.", Order("goto", "red", "disc"))]
     pad = Pad("red", "disc", 0.4, 0.0, 0.5, 0.3)
-    assert fly.fly(FakeLink(answer_of("hold")), calm(pad), goto)[0].outcome == "right"
-    assert fly.fly(FakeLink(answer_of("land")), calm(pad), goto)[0].outcome == "beside"
+    assert fly.fly(FakeLink(answer_of("hold")), calm(pad), goto, clock_s=no_time)[0].outcome == "right"
+    assert fly.fly(FakeLink(answer_of("land")), calm(pad), goto, clock_s=no_time)[0].outcome == "beside"
     assert (
-        fly.fly(FakeLink(answer_of("hold")), calm(Pad("red", "disc", 3.0, 0.0, 0.5, 0.3)), goto)[0].outcome == "beside"
+        fly.fly(FakeLink(answer_of("hold")), calm(Pad("red", "disc", 3.0, 0.0, 0.5, 0.3)), goto, clock_s=no_time)[
+            0
+        ].outcome
+        == "beside"
     )
 
 
@@ -263,7 +267,9 @@ def test_a_search_covers_the_area_of_the_pads():
     world = calm(Pad("red", "disc", 2.5, 2.0, 0.5, 0.3))
     world.position_m[2] = 2.0  # below the start height: the vehicle climbs first
     positions = []
-    fly.fly(FakeLink(answer_of("search")), world, LAND, lambda step: positions.append((*step.pose[:3],)))
+    fly.fly(
+        FakeLink(answer_of("search")), world, LAND, lambda step: positions.append((*step.pose[:3],)), clock_s=no_time
+    )
     positions_m = np.array(positions)
     assert positions_m[-1, 2] == pytest.approx(START_HEIGHT_M, abs=0.1)
     reach_m = positions_m[:, 2] * 0.7 / np.sqrt(2)  # half of the camera's view, at any yaw
@@ -278,7 +284,7 @@ def test_a_search_continues_in_the_direction_of_the_last_move(monkeypatch: pytes
     for yaw_rad, expected in ((0.0, (0, 1)), (np.pi / 2, (-1, 0))):
         world = calm(Pad("red", "disc", 2.5, 2.0, 0.5, 0.3))
         world.yaw_rad = yaw_rad
-        fly.fly(FakeLink(answer_of("move", right_m_s=1.2), answer_of("search")), world, LAND)
+        fly.fly(FakeLink(answer_of("move", right_m_s=1.2), answer_of("search")), world, LAND, clock_s=no_time)
         away = world.position_m[:2] / np.hypot(*world.position_m[:2])
         assert away == pytest.approx(expected, abs=0.05) and np.hypot(*world.position_m[:2]) > 1.5
 

@@ -28,7 +28,7 @@ from quantize.progress import SILENT, Progress
 from quantize.source import checkpoint, hf_config
 from quantize.standard_recipes import RECIPES, bytes_by_type, plan_bundle, recipe_types
 from tests.harness import toy_layout
-from tests.harness.gguf_reading import reader, tensors_of
+from tests.harness.gguf_reading import Reader, reader, tensors_of
 from tests.harness.progress import RecordedProgress
 
 FILES = {"bundle.json", "language.gguf", "mmproj.gguf", "report.json", "vision.onnx"}
@@ -48,7 +48,7 @@ def converted(folder: Path, out: Path, kind: str, force: bool = False, progress:
 
 def matrix_type(folder: Path) -> str:
     """Of the weights in language.gguf."""
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(folder / manifest.LANGUAGE).tensors}
+    tensors = {tensor.name: tensor for tensor in Reader(folder / manifest.LANGUAGE).tensors}
     return tensors["blk.0.attn_q.weight"].tensor_type.name
 
 

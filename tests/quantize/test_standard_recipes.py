@@ -24,7 +24,7 @@ from quantize.source.checkpoint import read_checkpoint
 from quantize.source.tokenizer import Tokenizer
 from quantize.standard_recipes import RECIPES, bytes_by_type, plan_bundle, recipe_types
 from tests.harness import recipe_types as pinned
-from tests.harness.gguf_reading import reader, tensors_of
+from tests.harness.gguf_reading import Reader, reader, tensors_of
 from tests.harness.releases import RELEASES, shapes, write_release
 
 # No test here reads a tokenizer: the releases have 131072 tokens.
@@ -127,7 +127,7 @@ def test_a_bundle_holds_the_bytes_that_libllama_makes(
     full = convert(folder) / LANGUAGE
     assert ll.llama_model_quantize(bytes(full), bytes(theirs), ctypes.byref(params)) == 0
     ours = {tensor.name: tensor for tensor in reader(build(folder, name) / LANGUAGE).tensors}
-    expected = {tensor.name: tensor for tensor in gguf.GGUFReader(theirs).tensors}
+    expected = {tensor.name: tensor for tensor in Reader(theirs).tensors}
     assert ours.keys() == expected.keys()
     for tensor, found in ours.items():
         assert found.tensor_type == expected[tensor].tensor_type, tensor

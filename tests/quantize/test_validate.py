@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gguf
 import msgspec
 import numpy as np
 import pytest
@@ -16,13 +15,14 @@ import pytest
 from edge_agent.bundle.manifest import read_manifest
 from quantize.validate import ValidationRequest
 from tests.harness import ROOT
+from tests.harness.gguf_reading import Reader
 
 
 @pytest.fixture
 def validation_request(toy_bundle, tmp_path):
     work = shutil.copytree(toy_bundle, tmp_path / "work")
     manifest = read_manifest(work).manifest
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(work / "mmproj.gguf").tensors}
+    tensors = {tensor.name: tensor for tensor in Reader(work / "mmproj.gguf").tensors}
     row = np.array(tensors["v.token_embd.img_break"].data, np.float32)
     return ValidationRequest(
         folder=str(work),

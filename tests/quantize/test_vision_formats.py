@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import gguf
 import numpy as np
 import onnx
 import pytest
@@ -24,7 +23,7 @@ from quantize.source.checkpoint import read_checkpoint
 from quantize.standard_recipes import plan_bundle
 from quantize.validate import MIN_COSINE
 from tests.harness import toy
-from tests.harness.gguf_reading import values
+from tests.harness.gguf_reading import Reader, values
 from tests.harness.quantize_cli import refused
 
 
@@ -100,7 +99,7 @@ def test_int8_is_symmetric_with_a_scale_for_each_channel(made, toy_small: Path):
 def test_mmproj_in_other_types_gives_the_same_embeddings(made, kind: str):
     folder, report = made("bf16", kind)
     assert report["validation"]["mmproj_min_cosine"] >= MIN_COSINE[kind]
-    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(folder / MMPROJ).tensors}
+    types = {tensor.name: tensor.tensor_type.name for tensor in Reader(folder / MMPROJ).tensors}
     assert types["v.blk.0.ffn_up.weight"] == kind.upper()
     assert types["v.patch_embd.weight"] == ("F32" if kind == "f32" else "F16")
     assert types["v.pre_ln.weight"] == "F32"

@@ -167,6 +167,7 @@ def overwritten(raw: bytes, limit: int) -> SearchStrategy[bytes]:
     return st.builds(change, changes, st.just(len(raw)) | st.integers(0, len(raw)))
 
 
+@pytest.mark.no_cover
 def test_any_changed_gguf_is_accepted_or_refused(tmp_path: Path):
     found = outcomes(lambda path: check_gguf(path, ARCHITECTURES), tmp_path / "x.gguf", overwritten(GOOD, 200))
     assert found == {"accepted", "refused"}
@@ -313,6 +314,7 @@ def test_bytes_that_are_not_an_onnx_are_refused(raw: bytes, words: str, tmp_path
         check_onnx(path)
 
 
+@pytest.mark.no_cover
 def test_any_changed_onnx_is_accepted_or_refused(tmp_path: Path):
     raw = reshaped(2, 2).SerializeToString()
     assert outcomes(check_onnx, tmp_path / "x.onnx", overwritten(raw, len(raw))) == {"accepted", "refused"}

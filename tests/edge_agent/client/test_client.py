@@ -102,6 +102,7 @@ def test_no_stamps_make_an_expired_or_future_action_valid(published, captured, u
     assert is_valid(action, NOW_NS) == valid
 
 
+@pytest.mark.no_cover
 def test_over_the_wire_only_valid_actions_are_returned(daemon, subscribed, clock):
     clock.now_ns, seq = NOW_NS, 0
 

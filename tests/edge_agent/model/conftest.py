@@ -9,11 +9,12 @@ import pytest
 
 from tests.harness.engine import EngineRig, engine_of, full_precision_bundle
 from tests.harness.rig import TASK
+from tests.harness.shared import SharedFolders
 
 
 @pytest.fixture(scope="session")
-def exact_bundle(toy_bundle: Path, convert: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return full_precision_bundle(toy_bundle, convert, tmp_path_factory.mktemp("exact"))
+def exact_bundle(toy_bundle: Path, convert: Callable[..., Path], shared: SharedFolders) -> Path:
+    return shared.folder("exact", lambda folder: full_precision_bundle(toy_bundle, convert, folder)) / "bundle"
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gguf
 import llama_cpp.llama_cpp as ll
 import numpy as np
 import pytest
@@ -27,6 +26,7 @@ from edge_agent.model.llama import (
     usable_context,
 )
 from tests.harness import ROOT, toy_layout, toy_numbers
+from tests.harness.gguf_reading import reader
 
 CONTEXT = 512
 N_SPECIAL = 1000  # ids below are control tokens
@@ -34,7 +34,7 @@ N_SPECIAL = 1000  # ids below are control tokens
 
 def embedding_of(path: Path) -> EmbeddingInfo:
     """Where a GGUF file holds its table, as the gguf package sees it."""
-    table = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "token_embd.weight")
+    table = next(tensor for tensor in reader(path).tensors if tensor.name == "token_embd.weight")
     row_bytes = table.n_bytes // int(table.shape[1])
     return EmbeddingInfo(offset=table.data_offset, ggml_type=table.tensor_type.name, row_bytes=row_bytes)
 

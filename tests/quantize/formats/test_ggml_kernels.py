@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from quantize.formats import ggml_kernels
+from tests.harness.gguf_reading import Reader
 
 Type = gguf.GGMLQuantizationType
 
@@ -31,8 +32,7 @@ def test_dequantised_rows_are_close_to_the_original(kind):
 def test_the_table_is_that_of_the_gguf_package(toy_bundle):
     path = toy_bundle / "language.gguf"
     expected = [
-        (tensor.name, tensor.tensor_type.name, tensor.data_offset, tensor.n_bytes)
-        for tensor in gguf.GGUFReader(path).tensors
+        (tensor.name, tensor.tensor_type.name, tensor.data_offset, tensor.n_bytes) for tensor in Reader(path).tensors
     ]
     assert [(t.name, t.ggml_type, t.offset, t.n_bytes) for t in ggml_kernels.tensor_table(path)] == expected
 

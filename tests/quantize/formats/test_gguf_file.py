@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from quantize.formats.ggml_kernels import Type
-from quantize.formats.gguf_file import ALIGNMENT, GgufFile, State, WriterWithoutArchitecture
+from quantize.formats.gguf_file import ALIGNMENT, GgufFile, HeaderWriter, State, WriterWithoutArchitecture
 
 FIRST = np.arange(6, dtype=np.float32).reshape(2, 3)
 SECOND = np.arange(5, dtype=np.float32)
@@ -39,6 +39,37 @@ def test_a_file_is_read_by_the_gguf_package(tmp_path: Path):
     assert (first.name, second.name) == ("first", "second")
     np.testing.assert_array_equal(first.data, FIRST)
     np.testing.assert_array_equal(second.data, SECOND)
+
+
+LISTS = {
+    "words": ["", "a", "ĠÜber", "천천히 앞으로", "👍🏽"],
+    "one word": ["x"],
+    "whole numbers": [1, -3, 2**31 - 1],
+    "fractions": [0.5, 1.0],
+    "yes or no": [True, False],
+    "bytes of texts": [b"a", b"\xff"],
+}
+
+
+@pytest.mark.parametrize("values", LISTS.values(), ids=LISTS)
+def test_a_list_has_the_bytes_of_the_gguf_package(tmp_path: Path, values: list):
+    for writer in (gguf.GGUFWriter(tmp_path / "theirs", "llama"), HeaderWriter(tmp_path / "ours", "llama")):
+        writer.add_array("list", values)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+@pytest.mark.parametrize("values", [["a", 1], [1, "a"], [1, 0.5], [1, True]])
+def test_a_list_of_mixed_types_is_refused_as_by_the_gguf_package(tmp_path: Path, values: list):
+    for kind in (gguf.GGUFWriter, HeaderWriter):
+        writer = kind(tmp_path / "a.gguf", "llama")
+        writer.add_array("list", values)
+        writer.write_header_to_file()
+        with pytest.raises(ValueError, match="of the same type"):
+            writer.write_kv_data_to_file()
+        writer.close()
 
 
 def test_an_earlier_run_is_continued(tmp_path: Path):

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import cv2
-import gguf
 import llama_cpp.llama_cpp as ll
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ from quantize.progress import SILENT
 from quantize.source.checkpoint import read_checkpoint
 from quantize.standard_recipes import RECIPES, plan_bundle
 from tests.harness import toy
-from tests.harness.gguf_reading import tensors_of
+from tests.harness.gguf_reading import Reader, tensors_of
 from tests.harness.progress import RecordedProgress
 from tests.harness.quantize_cli import refused
 
@@ -172,7 +171,7 @@ def test_saved_sums_of_other_work_are_not_used(toy_bf16: Path, text: Path, tmp_p
 
 def test_the_file_is_llama_cpps(collected):
     found, path = collected
-    reader = gguf.GGUFReader(path)
+    reader = Reader(path)
     fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
     assert fields == {
         "general.type": "imatrix",
@@ -255,13 +254,13 @@ def test_the_bytes_are_those_of_libllama(name: str, collected, toy_bf16: Path, c
     plan = plan_bundle(read_checkpoint(toy_bf16), name, imatrix=weighed)
     manifest = build_bundle(plan, tmp_path / "ours", SILENT)
     assert manifest.recipe == name
-    ours = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "ours" / LANGUAGE).tensors}
-    expected = {tensor.name: tensor for tensor in gguf.GGUFReader(theirs).tensors}
+    ours = {tensor.name: tensor for tensor in Reader(tmp_path / "ours" / LANGUAGE).tensors}
+    expected = {tensor.name: tensor for tensor in Reader(theirs).tensors}
     assert ours.keys() == expected.keys()
     for key, found in ours.items():
         assert found.tensor_type == expected[key].tensor_type, key
         np.testing.assert_array_equal(found.data, expected[key].data, err_msg=key)
-    plain = {tensor.name: tensor for tensor in gguf.GGUFReader(build(toy_bf16, name) / LANGUAGE).tensors}
+    plain = {tensor.name: tensor for tensor in Reader(build(toy_bf16, name) / LANGUAGE).tensors}
     assert any(not np.array_equal(found.data, plain[key].data) for key, found in ours.items())
 
 

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 
@@ -26,7 +25,7 @@ from quantize.source.checkpoint import read_checkpoint
 from quantize.source.hf_config import CheckpointError
 from quantize.source.lora import merged, read_adapter, write_adapter
 from tests.harness import toy, toy_layout
-from tests.harness.gguf_reading import interleaved, tensors_of, values
+from tests.harness.gguf_reading import Reader, interleaved, tensors_of, values
 
 HIDDEN, FFN = 256, 512  # of toy_bf16
 TEXT = "model.language_model.layers.{n}."
@@ -95,7 +94,7 @@ def test_ranks_and_scales_may_differ_by_module(tmp_path: Path, toy_bf16: Path, c
     adapter = read_adapter(tmp_path / "adapter", found)
     assert adapter.ranks == (4, 9)
     write_adapter(adapter, found, tmp_path / "a.gguf", SILENT)
-    file = gguf.GGUFReader(tmp_path / "a.gguf")
+    file = Reader(tmp_path / "a.gguf")
     assert file.fields["adapter.lora.alpha"].contents() == 0  # llama.cpp would divide by the rank; ours are inside
     b = next(tensor.data for tensor in file.tensors if tensor.name == "blk.0.attn_q.weight.lora_b")
     np.testing.assert_allclose(b, interleaved(made[q][1], 4) * 8 / 3, rtol=1e-6)
@@ -141,7 +140,7 @@ def test_vision_and_embedding_adapters_are_merged_and_cannot_be_switched(tmp_pat
 
 def opened(folder: Path, **adapter_files: str) -> LlamaContext:
     path = folder / LANGUAGE
-    table = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "token_embd.weight")
+    table = next(tensor for tensor in Reader(path).tensors if tensor.name == "token_embd.weight")
     embedding = EmbeddingInfo(
         offset=table.data_offset, ggml_type=table.tensor_type.name, row_bytes=table.n_bytes // int(table.shape[1])
     )
@@ -155,7 +154,7 @@ def say(llm: LlamaContext, tokens: list[int]) -> np.ndarray:
 
 
 def test_the_file_is_what_llama_cpp_expects(plain, switchable: Path):
-    file = gguf.GGUFReader(switchable)
+    file = Reader(switchable)
     metadata = {key: field.contents() for key, field in file.fields.items()}
     assert (metadata["general.type"], metadata["adapter.type"]) == ("adapter", "lora")
     assert metadata["adapter.lora.alpha"] == 8.0

@@ -17,6 +17,7 @@ from quantize.source.hf_config import CheckpointError
 from quantize.source.tokenizer import read_tokenizer
 from tests.harness import toy, toy_tokenizer
 from tests.harness.case import Case
+from tests.harness.gguf_reading import Reader
 
 CORPUS = {
     "english": "The quick brown fox jumps over 13 lazy dogs, doesn't it? I'LL SEE. HelloWorld fooBarBAZ, don't WE'VE",
@@ -239,7 +240,7 @@ def test_a_release_lists_more_ranks_than_its_model_has_rows(tmp_path: Path):
 
 
 def test_the_gguf_holds_tokens_types_and_merges(toy_bf16: Path, convert: Callable[..., Path]):
-    fields = gguf.GGUFReader(convert(toy_bf16) / LANGUAGE).fields
+    fields = Reader(convert(toy_bf16) / LANGUAGE).fields
     tokens, types, merges = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type", "merges"))
     assert tokens[:1000] == [toy_tokenizer.special_name(i) for i in range(1000)]
     assert types == [gguf.TokenType.CONTROL] * 1000 + [gguf.TokenType.NORMAL] * 3096
