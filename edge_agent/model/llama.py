@@ -449,6 +449,10 @@ def _load_model(path: Path, options: LlamaOptions, progress: Callable[[float], N
     params = ll.llama_model_default_params()
     params.n_gpu_layers = options.gpu_layers
     params.vocab_only = options.vocabulary_only
+    if options.gpu_layers == 0:
+        # With any device in the list, llama.cpp still computes large batches on a GPU, with copies of the weights.
+        no_devices = ctypes.c_void_p(None)
+        params.devices = ctypes.addressof(no_devices)
     params.use_extra_bufts = options.repack
     params.load_mode = LOAD_MODES[options.mmap, options.mlock]
     params.progress_callback = on_progress
