@@ -36,6 +36,7 @@ from edge_agent.errors import ConfigError, FaultName, UserError
 from edge_agent.model.fallbacks import language_facts
 from edge_agent.model.families import not_served
 from edge_agent.model.frame_buffer import FrameBuffer
+from edge_agent.model.gpu import uses_gpu
 
 LLAMA_CPP_PYTHON = "0.3.36"
 ACTION_SEQ, TEXT_SEQ = 0, 1  # sequences of the cache
@@ -100,11 +101,6 @@ def log_to(receiver: Callable[[str], None] | None) -> None:
     """Send llama.cpp's log lines to `receiver`. None: only errors, to stderr."""
     global _log
     _log = receiver
-
-
-def uses_gpu(gpu_layers: int) -> bool:
-    """Whether a model with this setting runs on a GPU: only with a GPU build of llama.cpp and a GPU that it can use."""
-    return bool(ll.llama_supports_gpu_offload()) and gpu_layers != 0
 
 
 def cells_of(context: int) -> int:

@@ -24,8 +24,9 @@ from edge_agent.ipc.events import Heartbeat
 from edge_agent.model.constrained import Grammar, NonFiniteError, grammar_from_lark, grammar_from_schema
 from edge_agent.model.engine import Engine
 from edge_agent.model.events import NULL_EVENTS, Events
+from edge_agent.model.gpu import uses_gpu
 from edge_agent.model.image_encoder import ImageEncoder, NoImages
-from edge_agent.model.llama import LlamaContext, LlamaOptions, uses_gpu
+from edge_agent.model.llama import LlamaContext, LlamaOptions
 from edge_agent.model.preprocess import Preprocessor
 from edge_agent.model.prompt import ACTION_QUESTION, MAX_ANSWER_TOKENS, Prompt
 from edge_agent.model.vision_encoder import EncoderOptions, MtmdEncoder, OnnxEncoder, check_tensorrt, open_encoder
