@@ -7,8 +7,8 @@ A graphics card has memory of its own: then there are two sums, and each must fi
 shares the machine's memory: then there is one. If memory is short, options are reduced in this order until all fits:
 
 1. advanced.mmap, on a CPU: repacked weights are no longer mapped as well
-2. advanced.kv_cache_type: 8 bit instead of 16; with it, an answer can depend on the draft. Not where the configuration
-   asks for `profile: reproducible` or `advanced.reproducible: true`, or forbids flash attention
+2. advanced.kv_cache_type: 8 bit instead of 16, which no reproducible answer can have. Not where the configuration asks
+   for `profile: reproducible` or `advanced.reproducible: true`, or forbids flash attention
 3. vision.backend: mtmd instead of onnxruntime, which holds the encoder in float32; the same embeddings, slower on a CPU
 4. vision.max_image_tokens: in steps of a quarter, down to MIN_IMAGE_TOKENS; small objects are recognised less well
 5. language.context: in steps of a quarter, down to MIN_CONTEXT

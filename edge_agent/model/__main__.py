@@ -15,6 +15,8 @@ import sys
 import threading
 import time
 
+import msgspec
+
 from edge_agent.actions.space import decode_action_space
 from edge_agent.board import health
 from edge_agent.board.nvml import Nvml
@@ -78,7 +80,8 @@ def main() -> int:
             return 1
     encoder = model.images.encoder
     facts = model.engine.llama.facts
-    for line in find_fallbacks(config, model.switches, facts, encoder.asked, encoder.runs):
+    switches = msgspec.structs.replace(model.switches, reproducible=model.engine.llama.reproducible)  # as measured
+    for line in find_fallbacks(config, switches, facts, encoder.asked, encoder.runs):
         supervisor.send(LogLine(line))
     gc.collect()
     _libc.malloc_trim(0)  # memory that loading no longer needs, 10 MB with a full vocabulary

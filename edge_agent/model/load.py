@@ -191,7 +191,9 @@ def warm_up(model: LoadedModel, camera: CameraConfig, clock: Callable[[], int] =
     height, width = camera.height or WARM_UP_SIZE[0], camera.width or WARM_UP_SIZE[1]
     engine.instruct("")
     with contextlib.suppress(NonFiniteError):  # frames are checked one by one
-        engine.actions.decide(model.images.embed(np.full((height, width, 3), 128, np.uint8)), 0, NO_DEADLINE_NS)
+        frame = model.images.embed(np.full((height, width, 3), 128, np.uint8))
+        engine.actions.decide(frame, 0, NO_DEADLINE_NS)
+        engine.measure_batch_shapes(frame)
         engine.text.start("describe", "", ACTION_QUESTION, NULL_EVENTS)
         if not engine.text.idle:
             engine.text.stop("")

@@ -119,7 +119,6 @@ def test_a_cache_in_8_bit_is_not_offered_where_flash_attention_is_forbidden(toy)
     "changes", [{"profile": "reproducible"}, {"advanced": AdvancedConfig(reproducible=True)}], ids=["profile", "switch"]
 )
 def test_a_cache_in_8_bit_is_not_offered_where_reproducible_answers_are_requested(toy, changes):
-    """Without a request, answers are reproducible on a CPU as long as the memory allows it."""
     free_mib = plan_memory(CONFIG, shape_3b(toy), None).mib - 50
     assert plan_memory(CONFIG, shape_3b(toy), free_mib).reductions == {"advanced.kv_cache_type": "q8_0"}
     config = msgspec.structs.replace(CONFIG, **changes)
