@@ -64,8 +64,8 @@ class MemoryPlan(msgspec.Struct, frozen=True):
 
     config: Config
     parts_mib: dict[str, float]  # in the machine's memory
-    card_parts_mib: dict[str, float]  # in a graphics card's own memory
     reductions: dict[str, object]  # key of the configuration -> its reduced value
+    card_parts_mib: dict[str, float] = {}  # in a graphics card's own memory
 
     @property
     def mib(self) -> float:
@@ -173,7 +173,7 @@ def plan_memory(
         machine, card = _divided(config, manifest, adapters_mib, gpu)
         missing = _missing("memory", machine, free_mib) or _missing("GPU memory", card, card_free_mib)
         if not missing:
-            return MemoryPlan(config, machine, card, reductions)
+            return MemoryPlan(config, machine, reductions, card)
         reduced = _reduce_once(config, gpu)
         if reduced is None:
             raise NotEnoughMemoryError(
