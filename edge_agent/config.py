@@ -136,7 +136,7 @@ class TunedConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     bundle: str
     trusted_keys: tuple[str, ...] = ()  # paths of public keys (edge-agent keygen); with any, one must fit the bundle
-    profile: Profile | None = None  # None: reproducible on a CPU, fast on a GPU
+    profile: Profile | None = None  # None: fast
     cpu_threads: Annotated[int, Meta(ge=0, le=1024)] = 0  # of the model process; 0: one per core it may use
     camera: CameraConfig
     vision: VisionConfig = VisionConfig()

@@ -80,9 +80,9 @@ ORDER: dict[str, list[str]] = {
     ],
     "model": [
         "__init__", "ceilings", "onnx_runtime", "preprocess", "token_budget", "vision_encoder", "fallbacks", "families",
-        "frame_buffer", "llama", "constrained", "events", "prompt", "text_lane", "action_lane", "engine",
-        "image_encoder", "frame_encoder", "load", "gpu_sensor", "supervisor_channel", "loop", "native_probe",
-        "__main__",
+        "frame_buffer", "gpu", "batch", "llama", "batch_shape", "constrained", "events", "prompt", "text_lane",
+        "action_lane", "engine", "image_encoder", "frame_encoder", "load", "gpu_sensor", "supervisor_channel", "loop",
+        "native_probe", "__main__",
     ],
     "supervisor": [
         "shutdown", "log", "child_log", "pause_file", "systemd", "trace", "runtime_folder", "publisher",

@@ -1,17 +1,19 @@
 """The memory that serving a bundle needs, added up before anything is loaded, and what is reduced if it does not fit.
 
 The daemon, `edge-agent check`, `edge-quantize inspect` and `edge-quantize build --fit` use this one sum. The numbers
-are estimates from the manifest, rather too large than too small. If memory is short, options are reduced in this order
-until the sum fits:
+are estimates from the manifest, rather too large than too small.
 
-1. advanced.mmap: repacked weights are no longer mapped as well
-2. advanced.kv_cache_type: 8 bit instead of 16; with it, an answer can depend on the draft. Not where the configuration
-   asks for `profile: reproducible` or `advanced.reproducible: true`, or forbids flash attention
+A graphics card has memory of its own: then there are two sums, and each must fit. An integrated GPU, as on a Jetson,
+shares the machine's memory: then there is one. If memory is short, options are reduced in this order until all fits:
+
+1. advanced.mmap, on a CPU: repacked weights are no longer mapped as well
+2. advanced.kv_cache_type: 8 bit instead of 16, which no reproducible answer can have. Not where the configuration asks
+   for `profile: reproducible` or `advanced.reproducible: true`, or forbids flash attention
 3. vision.backend: mtmd instead of onnxruntime, which holds the encoder in float32; the same embeddings, slower on a CPU
 4. vision.max_image_tokens: in steps of a quarter, down to MIN_IMAGE_TOKENS; small objects are recognised less well
 5. language.context: in steps of a quarter, down to MIN_CONTEXT
 
-If that is not enough, NotEnoughMemoryError names the sum.
+If that is not enough, NotEnoughMemoryError names the sum and the memory that is short.
 """
 
 from __future__ import annotations
@@ -36,6 +38,9 @@ MIN_IMAGE_TOKENS, MIN_CONTEXT = 64, 640
 ROWS_PER_STEP = 512  # llama.cpp's physical batch
 REPACKED = {"Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "Q2_K"}  # by the kernels of x86-64 or of ARM
 FLOAT32_BYTES = 4
+# What CUDA takes for itself on each card: with it, the sum of a 3B on an H200 is 4.1 GiB, and 4.0 were measured.
+GPU_CONTEXT_MIB = 900
+ON_CARD = ("language model", "cache", "scores and logits", "vision encoder", "adapters", "the GPU's context")
 KV_CELL_ALIGNMENT = 256  # llama.cpp makes caches of a multiple of this
 Q8_0_SHARE = 34 / 64  # of 16 bit
 
@@ -46,25 +51,41 @@ class NotEnoughMemoryError(UserError):
     fault: FaultName | None = "memory"
 
 
+class Gpu(msgspec.Struct, frozen=True, kw_only=True):
+    """The GPU that serves the language model."""
+
+    free_mib: float | None  # of all its devices; None: unknown
+    own_memory: bool  # a graphics card; False: it shares the machine's memory
+    n_devices: int = 1
+
+
 class MemoryPlan(msgspec.Struct, frozen=True):
     """The configuration after the reductions, and the memory that it needs."""
 
     config: Config
-    parts_mib: dict[str, float]
+    parts_mib: dict[str, float]  # in the machine's memory
     reductions: dict[str, object]  # key of the configuration -> its reduced value
+    card_parts_mib: dict[str, float] = {}  # in a graphics card's own memory
 
     @property
     def mib(self) -> float:
         return sum(self.parts_mib.values())
 
+    @property
+    def card_mib(self) -> float:
+        return sum(self.card_parts_mib.values())
 
-def needed_mib(config: Config, manifest: Manifest, adapters_mib: float = 0.0) -> dict[str, float]:
-    """Part -> MiB, for this configuration as it is. adapters_mib: of the files of all LoRA adapters."""
+
+def needed_mib(
+    config: Config, manifest: Manifest, adapters_mib: float = 0.0, gpu: Gpu | None = None
+) -> dict[str, float]:
+    """Part -> MiB, for this configuration as it is, in whichever memory. adapters_mib: of the files of all LoRA
+    adapters. gpu: None: the model runs on the CPU."""
     model, size = manifest.model, {name: file.bytes / MIB for name, file in manifest.files.items()}
     language = config.language
-    switches = resolve(config, gpu=False)
+    switches = resolve(config, gpu=gpu is not None)
     repacked = sum(n for name, n in manifest.bytes_by_type.items() if name in REPACKED) / MIB
-    on_cpu = 0.0 if language.gpu_layers > 0 else 1.0
+    on_cpu = 1.0 - _share_on_gpu(config, manifest, gpu)
     cells = math.ceil(language.context / KV_CELL_ALIGNMENT) * KV_CELL_ALIGNMENT
     # Attention scores of one layer. 64: the narrowest head, which makes the most heads.
     scores_mib = model.hidden / 64 * language.context * ROWS_PER_STEP * FLOAT32_BYTES / MIB
@@ -75,9 +96,34 @@ def needed_mib(config: Config, manifest: Manifest, adapters_mib: float = 0.0) ->
         "scores and logits": scores_mib + 16 * model.vocab * FLOAT32_BYTES / MIB,
         "vision encoder": _vision_mib(config, manifest, switches.vision_backend),
         "adapters": adapters_mib,
+        "the GPU's context": 0.0 if gpu is None else gpu.n_devices * GPU_CONTEXT_MIB,
         "frames": _frames_mib(config.camera),
         "the process": PROCESS_MIB,
     }
+
+
+def _share_on_gpu(config: Config, manifest: Manifest, gpu: Gpu | None) -> float:
+    """Of the language model's layers. llama.cpp counts the head as one more layer, and -1 means all."""
+    layers, n_layers = config.language.gpu_layers, manifest.model.layers + 1
+    if gpu is None:
+        return 0.0
+    return 1.0 if layers < 0 else min(1.0, layers / n_layers)
+
+
+def _divided(
+    config: Config, manifest: Manifest, adapters_mib: float, gpu: Gpu | None
+) -> tuple[dict[str, float], dict[str, float]]:
+    """(parts in the machine's memory, parts in a card's own)."""
+    parts = needed_mib(config, manifest, adapters_mib, gpu)
+    if gpu is None or not gpu.own_memory:
+        return parts, {}
+    share = _share_on_gpu(config, manifest, gpu)
+    of_layers = {"language model", "cache", "adapters"}
+    card = {name: parts[name] * (share if name in of_layers else 1.0) for name in ON_CARD}
+    machine = {name: mib - card.get(name, 0.0) for name, mib in parts.items()}
+    if resolve(config, gpu=True).vision_backend == "onnxruntime":
+        machine["vision encoder"] = parts["vision encoder"]  # where onnxruntime cannot use the card, it is here
+    return machine, card
 
 
 def _frames_mib(camera: CameraConfig) -> float:
@@ -112,36 +158,49 @@ def _elements(bytes_by_type: dict[str, int]) -> int:
     return sum(n // sizes[name][1] * sizes[name][0] for name, n in bytes_by_type.items())
 
 
-def plan_memory(config: Config, manifest: Manifest, free_mib: float | None, adapters_mib: float = 0.0) -> MemoryPlan:
-    """The configuration, reduced until it fits into free_mib. Raises NotEnoughMemoryError.
+def plan_memory(
+    config: Config, manifest: Manifest, free_mib: float | None, adapters_mib: float = 0.0, gpu: Gpu | None = None
+) -> MemoryPlan:
+    """The configuration, reduced until it fits into free_mib and the memory of the GPU. Raises NotEnoughMemoryError.
 
-    free_mib: None if it is unknown; then nothing is reduced.
+    free_mib: of the machine. None, also for the GPU: unknown; then nothing is reduced for it.
     """
     reductions: dict[str, object] = {}
+    card_free_mib = gpu.free_mib if gpu is not None else None
+    if gpu is not None and not gpu.own_memory:  # one memory: the smaller of the two figures
+        free_mib = min((mib for mib in (free_mib, gpu.free_mib) if mib is not None), default=None)
     while True:
-        parts = needed_mib(config, manifest, adapters_mib)
-        if free_mib is None or sum(parts.values()) <= free_mib:
-            return MemoryPlan(config, parts, reductions)
-        reduced = _reduce_once(config)
+        machine, card = _divided(config, manifest, adapters_mib, gpu)
+        missing = _missing("memory", machine, free_mib) or _missing("GPU memory", card, card_free_mib)
+        if not missing:
+            return MemoryPlan(config, machine, reductions, card)
+        reduced = _reduce_once(config, gpu)
         if reduced is None:
-            summed = " + ".join(f"{name} {n:.0f}" for name, n in parts.items() if n >= 1)
             raise NotEnoughMemoryError(
-                f"memory: {sum(parts.values()):.0f} MiB needed ({summed}), {free_mib:.0f} MiB free; use a smaller "
-                "bundle, vision.backend mtmd, or a smaller camera.max_megapixels"
+                f"{missing}; use a smaller bundle, vision.backend mtmd, or a smaller camera.max_megapixels"
             )
         config, key, value = reduced
         reductions[key] = value
 
 
-def _reduce_once(config: Config) -> tuple[Config, str, object] | None:
+def _missing(memory: str, parts: dict[str, float], free_mib: float | None) -> str:
+    """Why these parts do not fit; "": they do."""
+    needed_mib = sum(parts.values())
+    if free_mib is None or needed_mib <= free_mib:
+        return ""
+    summed = " + ".join(f"{name} {mib:.0f}" for name, mib in parts.items() if mib >= 1)
+    return f"{memory}: {needed_mib:.0f} MiB needed ({summed}), {free_mib:.0f} MiB free"
+
+
+def _reduce_once(config: Config, gpu: Gpu | None) -> tuple[Config, str, object] | None:
     """(configuration with one more reduction, its key, its new value); None: nothing can be reduced."""
     language, vision, advanced = config.language, config.vision, config.advanced
-    switches = resolve(config, gpu=False)
+    switches = resolve(config, gpu=gpu is not None)
     keep_f16 = advanced.flash_attention is False or advanced.reproducible or config.profile == "reproducible"
     table: str
     key: str
     value: object
-    if switches.repack and switches.mmap:
+    if gpu is None and switches.repack and switches.mmap:
         table, key, value = "advanced", "mmap", False
     elif switches.kv_cache_type == "f16" and not keep_f16:
         table, key, value = "advanced", "kv_cache_type", "q8_0"

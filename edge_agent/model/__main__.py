@@ -15,17 +15,22 @@ import sys
 import threading
 import time
 
+import msgspec
+
 from edge_agent.actions.space import decode_action_space
 from edge_agent.board import health
 from edge_agent.board.nvml import Nvml
-from edge_agent.bundle.memory_plan import adapters_mib, plan_memory
+from edge_agent.bundle.manifest import Manifest
+from edge_agent.bundle.memory_plan import MemoryPlan, adapters_mib, plan_memory
 from edge_agent.bundle.model_start import decode_model_start
 from edge_agent.bundle.verified_files import VerifiedFiles
+from edge_agent.config import Config
 from edge_agent.errors import UserError
 from edge_agent.ipc.events import Heartbeat, LogLine, ModelReady, StartupFailed
 from edge_agent.ipc.worker import attach_to_supervisor
 from edge_agent.model.fallbacks import find_fallbacks
 from edge_agent.model.frame_encoder import FrameEncoder
+from edge_agent.model.gpu import gpu_in_use
 from edge_agent.model.gpu_sensor import start_gpu_sensor
 from edge_agent.model.load import check_start, load_model, warm_up
 from edge_agent.model.loop import ModelLoop
@@ -34,12 +39,18 @@ from edge_agent.model.supervisor_channel import SupervisorChannel
 _libc = ctypes.CDLL(None)
 
 
+def _plan_memory(config: Config, manifest: Manifest) -> MemoryPlan:
+    """For the memory that is free now. Raises NotEnoughMemoryError."""
+    gpu = gpu_in_use(config.language.gpu_layers)
+    return plan_memory(config, manifest, health.mem_available_mib(), adapters_mib(config), gpu)
+
+
 def check() -> int:
     """Print one line about the context, or the line with which the daemon would end. Nothing is loaded but the
     vocabulary."""
     start = decode_model_start(sys.stdin.buffer.read())
     try:
-        planned = plan_memory(start.config, start.manifest, health.mem_available_mib(), adapters_mib(start.config))
+        planned = _plan_memory(start.config, start.manifest)
         print(check_start(planned.config, start.bundle, decode_action_space(start.space)))
     except UserError as error:
         print(error, file=sys.stderr)
@@ -55,7 +66,7 @@ def main() -> int:
     start_s, is_reduced = time.monotonic(), False
     with VerifiedFiles(start.files, lambda path, n: supervisor.send(Heartbeat(f"verify {path.name} {n}"))) as files:
         try:
-            planned = plan_memory(config, start.manifest, health.mem_available_mib(), adapters_mib(config))
+            planned = _plan_memory(config, start.manifest)
             config, is_reduced = planned.config, bool(planned.reductions)
             for key, value in planned.reductions.items():
                 supervisor.send(LogLine(f"low memory: {key} is {value} instead of the configured value"))
@@ -69,7 +80,8 @@ def main() -> int:
             return 1
     encoder = model.images.encoder
     facts = model.engine.llama.facts
-    for line in find_fallbacks(config, model.switches, facts, encoder.asked, encoder.runs):
+    switches = msgspec.structs.replace(model.switches, reproducible=model.engine.llama.reproducible)  # as measured
+    for line in find_fallbacks(config, switches, facts, encoder.asked, encoder.runs):
         supervisor.send(LogLine(line))
     gc.collect()
     _libc.malloc_trim(0)  # memory that loading no longer needs, 10 MB with a full vocabulary

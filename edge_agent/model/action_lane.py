@@ -4,6 +4,9 @@ The frame, the closing text and the previous answer as a draft are evaluated in 
 in two where the model needs an image in a batch of its own. Then the draft is verified step by step; where the model
 selects another token, the rest is decoded with what remains of a draft. If bit-exact reproducibility is off, or on a
 GPU, the text lane's next token is added to each batch: the weights are read once for both lanes.
+
+There a batch with a draft or with text gives slightly other logits than plain decoding, one step after the other. A
+token whose lead is below `draft_margin` is therefore decided by plain decoding: its position is evaluated again alone.
 """
 
 from __future__ import annotations
@@ -13,10 +16,12 @@ import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 from edge_agent.actions import action_tokens
 from edge_agent.ipc.events import AnswerStopReason, StopReason, TextDelta
+from edge_agent.model.batch_shape import margin_of, shift_of_leads
 from edge_agent.model.constrained import DraftSteps, Grammar, GrammarError, NonFiniteError, flatten
 from edge_agent.model.events import NULL_EVENTS, Events
 from edge_agent.model.frame_buffer import FrameBuffer
@@ -34,11 +39,25 @@ class Decision(NamedTuple):
     decode_ms: float
 
 
-class BatchLogits(NamedTuple):
-    """Logits of one batch, (n_vocab,) float32 each; views that are valid until the next batch."""
+class Batch(msgspec.Struct):
+    """One batch that was evaluated. Logits are (n_vocab,) float32 each: views that are valid until the next batch."""
 
-    steps: list[np.ndarray]  # before each step of the draft, and after the last
-    text: np.ndarray | None  # after the text lane's token, if it was in the batch
+    steps: list[np.ndarray]  # logits before each step of the draft, and after the last
+    text: np.ndarray | None  # logits after the text lane's token, if it was in the batch
+    draft: DraftSteps
+    position: int  # of the draft's first token
+    before: list[int]  # tokens in front of the draft; none where they are rows of the frame
+    frame: FrameBuffer | None = None  # its rows are in front of the draft, in the same batch
+    n_frame_rows: int = 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether plain decoding evaluates the same rows."""
+        return not self.draft and self.text is None
+
+
+class _Stopped(Exception):
+    """The answer ends before its next step, for this reason."""
 
 
 def never() -> bool:
@@ -57,7 +76,9 @@ class ActionLane:
         self._speculative, self._stream_text = speculative, stream_text
         self.last_answer: DraftSteps = []
         self.last_answer_by_type: dict[int, DraftSteps] = {}  # keyed by the first token, which tells the action type
-        self.n_draft_tokens = self.n_accepted_tokens = 0
+        self.n_draft_tokens = self.n_accepted_tokens = self.n_steps_alone = 0
+        # Logits; 0: any batch gives the same bits; None: not measured yet, so that there are no drafts.
+        self.draft_margin: float | None = 0.0 if self._llama.reproducible else None
 
     def decide(
         self,
@@ -78,16 +99,12 @@ class ActionLane:
         self._cache.frame_end_position = 0
         self._grammar.start()
         self._grammar.forced_tokens()  # the forced prefix, which is in the closing text
-        draft = self.last_answer if self._speculative else []
-        closing = self._close(frame, vehicle_state)
-        position = len(self._cache.prefix_tokens) + len(frame) + len(closing)  # of the first step's first token
-        logits = self._prefill(frame, closing, draft[:-1])
+        draft = self.last_answer if self._speculative and self.draft_margin is not None else []
+        batch = self._prefill(frame, self._close(frame, vehicle_state), draft[:-1])
         self._remember_frame(frame, frame_id)
         prefilled_ns = self._clock()
         stream = _ActionText(self._llama, frame_id, events if self._stream_text else NULL_EVENTS)
-        stop_reason, answer = self._decode(
-            logits, draft, position, stream, self._stop_check(deadline_ns, should_cancel)
-        )
+        stop_reason, answer = self._decode(batch, draft, stream, self._stop_check(deadline_ns, should_cancel))
         self._finish(stream, answer, stop_reason)
         decoded_ns = self._clock()
         events.span("prefill", "language", start_ns, prefilled_ns)
@@ -107,8 +124,7 @@ class ActionLane:
             end = []
         has_rows = len(frame) > 0 or len(end) > 0
         if has_rows:
-            logits = self._prefill(frame, end, [])
-            self._accept_text(logits)
+            self._accept_text(self._prefill(frame, end, []))
         self._remember_frame(frame, frame_id)
         return has_rows
 
@@ -142,12 +158,7 @@ class ActionLane:
         return stop_reason
 
     def _decode(
-        self,
-        logits: BatchLogits,
-        draft: DraftSteps,
-        position: int,
-        stream: _ActionText,
-        stop_check: Callable[[DraftSteps], AnswerStopReason],
+        self, batch: Batch, draft: DraftSteps, stream: _ActionText, stop_check: Callable[[DraftSteps], AnswerStopReason]
     ) -> tuple[AnswerStopReason, DraftSteps]:
         """Verify the draft and decode until the answer is complete -> (why it stopped early, the answer's steps)."""
         grammar, known = self._grammar, draft
@@ -158,35 +169,63 @@ class ActionLane:
             if stop_reason := stop_check(answer):
                 break
             n = len(answer)
-            stop_reason = self._verify(logits.steps, draft, answer)
+            stop_reason = self._verify(batch, draft, answer, stop_check)
             new = answer[n:]
             n_accepted = len(flatten(new[:-1]))
             self.n_accepted_tokens += n_accepted
             stream.add(flatten(new))
-            logits = self._accept_text(logits)
+            self._accept_text(batch)
             if grammar.complete or stop_reason:  # a complete answer is not evaluated: nothing follows it
                 break
-            position += n_accepted  # these tokens were evaluated as the draft
             known = known[len(new) - 1 :]
             if len(answer) == 1 and self._speculative:
                 # The model chose a different action type: the last answer of that type is the draft.
                 known = self.last_answer_by_type.get(answer[0][0], known)
-            draft = grammar.usable_draft(known)
+            draft = grammar.usable_draft(known) if self.draft_margin is not None else []
             known = draft or known
+            position = batch.position + n_accepted  # these tokens were evaluated as the draft
             self._llama.truncate(ACTION_SEQ, position)
-            logits = self._continue(new[-1], draft[:-1], position)
-            position += len(new[-1])
-        self._accept_text(logits)
+            batch = self._continue(new[-1], draft[:-1], position)
+        self._accept_text(batch)
         return stop_reason, answer
 
-    def _verify(self, step_logits: list[np.ndarray], draft: DraftSteps, answer: DraftSteps) -> AnswerStopReason:
+    def _verify(
+        self, batch: Batch, draft: DraftSteps, answer: DraftSteps, stop_check: Callable[[DraftSteps], AnswerStopReason]
+    ) -> AnswerStopReason:
+        n = len(answer)
+
+        def evaluate_alone(i: int) -> tuple[np.ndarray, bool]:
+            if i and (reason := stop_check(answer)):
+                raise _Stopped(reason)
+            alone, is_draft_kept = self._evaluate_alone(batch, answer[n:], i)
+            # Both are known here, so the margin learns from real frames what warm-up did not meet.
+            self.draft_margin = max(self.draft_margin or 0.0, margin_of(shift_of_leads(alone, batch.steps[i])))
+            return alone, is_draft_kept
+
+        margin = 0.0 if batch.is_plain else self.draft_margin or 0.0
         try:
-            self._grammar.verify_draft(step_logits, draft, answer)
+            self._grammar.verify_draft(batch.steps, draft, answer, margin, evaluate_alone)
         except NonFiniteError:
             return "not-finite"
         except GrammarError:
             return "grammar"
+        except _Stopped as stopped:
+            return stopped.args[0]
         return ""
+
+    def _evaluate_alone(self, batch: Batch, accepted: DraftSteps, i: int) -> tuple[np.ndarray, bool]:
+        """(logits before step i of a batch's draft as plain decoding evaluates them, whether the draft is still in the
+        cache). accepted: the i steps before it."""
+        self._accept_text(batch)  # its logits would be overwritten
+        self.n_steps_alone += 1
+        if i == 0 and batch.frame is not None:  # plain decoding evaluates the frame in one batch, without a draft
+            batch.frame.shorten(batch.n_frame_rows)
+            start = len(self._cache.prefix_tokens)
+            self._llama.truncate(ACTION_SEQ, start)
+            return self._llama.logits_after_last(batch.frame, start), False
+        tokens = accepted[-1] if i else batch.before
+        start = batch.position + len(flatten(accepted)) - len(tokens)
+        return self._llama.logits_alone(tokens, start), True
 
     def _finish(self, stream: _ActionText, answer: DraftSteps, stop_reason: AnswerStopReason) -> None:
         """End the stream and remember a complete answer as a draft."""
@@ -197,36 +236,37 @@ class ActionLane:
         if self._speculative and answer and not stop_reason:
             self.last_answer = self.last_answer_by_type[answer[0][0]] = answer
 
-    def _prefill(self, frame: FrameBuffer, closing: list[int], draft: DraftSteps) -> BatchLogits:
+    def _prefill(self, frame: FrameBuffer, closing: list[int], draft: DraftSteps) -> Batch:
         """Evaluate the frame with its rows of text, tokens that follow them, and a draft."""
-        draft_tokens = flatten(draft)
-        self.n_draft_tokens += len(draft_tokens)
-        start = len(self._cache.prefix_tokens)
+        start, n_rows = len(self._cache.prefix_tokens), len(frame)
         self._llama.truncate(ACTION_SEQ, start)
-        if closing and len(frame):
+        if closing and n_rows:
             self._llama.evaluate_image(frame.image_rows, start)
-            start += len(frame)
-        n_before = len(closing) or len(frame)
+            start += n_rows
+        if closing:
+            return self._continue(closing, draft, start)
         tokens, output_rows, text_position = self._append_text_token(
-            [*closing, *draft_tokens], _output_rows(n_before, draft), n_before - len(closing)
+            flatten(draft), _output_rows(n_rows, draft), n_rows
         )
-        batch: list[int] | FrameBuffer = tokens
-        if not closing:
-            batch = frame
-            if tokens:
-                frame.append(self._llama.embed(tokens))
-        logits = self._llama.logits_at(batch, start, output_rows, text_position=text_position)
-        return BatchLogits(logits, None) if text_position is None else BatchLogits(logits[:-1], logits[-1])
+        if tokens:
+            frame.append(self._llama.embed(tokens))
+        logits = self._llama.logits_at(frame, start, output_rows, text_position=text_position)
+        batch = Batch([], None, draft, start + n_rows, [], frame, n_rows)
+        return self._with_logits(batch, logits, text_position)
 
-    def _continue(self, new: list[int], draft: DraftSteps, position: int) -> BatchLogits:
-        """Evaluate new tokens of the answer and a draft of what follows them."""
-        draft_tokens = flatten(draft)
-        self.n_draft_tokens += len(draft_tokens)
+    def _continue(self, new: list[int], draft: DraftSteps, position: int) -> Batch:
+        """Evaluate new tokens and a draft of what follows them."""
         tokens, output_rows, text_position = self._append_text_token(
-            [*new, *draft_tokens], _output_rows(len(new), draft), 0
+            [*new, *flatten(draft)], _output_rows(len(new), draft), 0
         )
         logits = self._llama.logits_at(tokens, position, output_rows, text_position=text_position)
-        return BatchLogits(logits, None) if text_position is None else BatchLogits(logits[:-1], logits[-1])
+        return self._with_logits(Batch([], None, draft, position + len(new), new), logits, text_position)
+
+    def _with_logits(self, batch: Batch, logits: list[np.ndarray], text_position: int | None) -> Batch:
+        self.n_draft_tokens += len(flatten(batch.draft))
+        batch.text = None if text_position is None else logits.pop()
+        batch.steps = logits
+        return batch
 
     def _append_text_token(
         self, tokens: list[int], output_rows: list[int], n_before: int
@@ -238,11 +278,11 @@ class ActionLane:
         token, position = self._text_lane.take_next_row()
         return [*tokens, token], [*output_rows, n_before + len(tokens)], position
 
-    def _accept_text(self, logits: BatchLogits) -> BatchLogits:
+    def _accept_text(self, batch: Batch) -> None:
         """Give the text lane its logits, once."""
-        if logits.text is not None:
-            self._text_lane.accept(logits.text)
-        return BatchLogits(logits.steps, None)
+        if batch.text is not None:
+            logits, batch.text = batch.text, None
+            self._text_lane.accept(logits)
 
 
 class _ActionText:

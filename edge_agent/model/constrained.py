@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 
 import llguidance
 import llguidance.llamacpp
@@ -116,31 +117,58 @@ class Grammar:
     def select_token(self, logits: np.ndarray) -> int:
         """The most likely allowed token. The grammar consumes it. logits: (n_vocab,) float32. Raises NonFiniteError,
         GrammarError."""
-        if self._current.allowed is None:
-            llguidance.numpy.fill_next_token_bitmask(self._matcher, self._mask, 0)
-            if self._matcher.is_error():
-                raise GrammarError(f"llguidance: {self._matcher.get_error()}")
-            bits = np.unpackbits(self._mask.view(np.uint8).ravel(), bitorder="little")
-            self._current.allowed = np.flatnonzero(bits[: len(logits)])
-        allowed = self._current.allowed
-        token = int(allowed[np.argmax(logits[allowed])])
+        allowed = self._allowed(len(logits))
+        token = int(allowed[logits[allowed].argmax()])
         if not np.isfinite(logits[token]):
             raise NonFiniteError("the language model gave NaN or infinity")
         self._matcher.consume_token(token)
         self._advance([token])
         return token
 
+    def lead(self, logits: np.ndarray) -> float:
+        """Of the most likely allowed token over the next allowed one, in logits; infinite if only one is allowed, NaN
+        if a logit is."""
+        values = logits[self._allowed(len(logits))]
+        best = values.argmax()
+        highest, values[best] = values[best], -np.inf
+        return float(highest - values.max())
+
+    def _allowed(self, n_vocab: int) -> np.ndarray:
+        """Ids of the tokens that may come next, (n,) int64. Raises GrammarError."""
+        if self._current.allowed is None:
+            llguidance.numpy.fill_next_token_bitmask(self._matcher, self._mask, 0)
+            if self._matcher.is_error():
+                raise GrammarError(f"llguidance: {self._matcher.get_error()}")
+            bits = np.unpackbits(self._mask.view(np.uint8).ravel(), bitorder="little")
+            self._current.allowed = np.flatnonzero(bits[:n_vocab])
+        return self._current.allowed
+
     def step(self, logits: np.ndarray) -> list[int]:
         """The most likely allowed token and the forced tokens after it. The grammar consumes them."""
         token = self.select_token(logits)
         return [token] if self.complete else [token, *self.forced_tokens()]
 
-    def verify_draft(self, logits: list[np.ndarray], draft: DraftSteps, answer: DraftSteps) -> None:
+    def verify_draft(
+        self,
+        logits: list[np.ndarray],
+        draft: DraftSteps,
+        answer: DraftSteps,
+        margin: float,
+        evaluate_alone: Callable[[int], tuple[np.ndarray, bool]],
+    ) -> None:
         """Append steps to the answer as long as each is the draft's; the first that differs, or that completes the
-        answer, is the last. logits[i]: (n_vocab,) float32 before step i, one more than the draft has steps."""
-        for i, step_logits in enumerate(logits):
+        answer, is the last. logits[i]: (n_vocab,) float32 before step i, one more than the draft has steps.
+
+        margin: a lead below it, in logits, is not trusted; 0: every lead is. Then evaluate_alone(i) -> (logits before
+        step i from a batch of plain decoding, whether the steps behind it are still evaluated) decides.
+        """
+        for i in range(len(logits)):
+            step_logits, is_rest_valid = logits[i], True
+            if margin and not self.lead(step_logits) >= margin:  # NaN is not trusted
+                logits[i:] = [kept.copy() for kept in logits[i:]]  # they are views that another batch overwrites
+                step_logits, is_rest_valid = evaluate_alone(i)
             answer.append(self.step(step_logits))
-            if self.complete or i >= len(draft) or answer[-1] != draft[i]:
+            if self.complete or i >= len(draft) or answer[-1] != draft[i] or not is_rest_valid:
                 break
 
     def usable_draft(self, draft: DraftSteps) -> DraftSteps:
@@ -162,7 +190,7 @@ class Grammar:
 
 def select_greedy(logits: np.ndarray) -> int:
     """The most likely token. logits: (n_vocab,) float32. Raises NonFiniteError."""
-    token = int(np.argmax(logits))
+    token = int(logits.argmax())
     if not np.isfinite(logits[token]):
         raise NonFiniteError("the language model gave NaN or infinity")
     return token

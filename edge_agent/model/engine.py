@@ -5,15 +5,24 @@ Owns the llama.cpp context, the instruction and the adapter. A frame reaches it 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
 from edge_agent.config import LanguageConfig
+from edge_agent.model import batch_shape
 from edge_agent.model.action_lane import ActionLane
 from edge_agent.model.constrained import Grammar
+from edge_agent.model.frame_buffer import FrameBuffer
 from edge_agent.model.llama import ACTION_SEQ, TEXT_SEQ, LlamaContext
 from edge_agent.model.prompt import CacheState, Prompt
 from edge_agent.model.text_lane import LaneContext, TextLane
+
+# Evaluated at warm-up to compare shapes of batches; any text of some 50 tokens will do.
+CALIBRATION_TEXT = (
+    'The road is clear. A person in a red coat stands 4.25 m ahead on the left. {"action":"move","forward_m_s":0.75,'
+    '"yaw_rate_rad_s":-0.125} Halte Abstand, fliege langsam nach rechts.'
+)
 
 
 class Engine:
@@ -57,6 +66,25 @@ class Engine:
         self.llama.logits_after_last(prefix_tokens, 0)
         self.cache.prefix_tokens, self.cache.frame_end_position = prefix_tokens, 0
         self.instruction, self.adapter = instruction, adapter
+
+    def measure_batch_shapes(self, frame: FrameBuffer) -> None:
+        """Learn how to evaluate drafts on this machine (batch_shape.py). frame: the one that the cache holds; it stays
+        there, without an answer."""
+        llama, start = self.llama, self.cache.frame_end_position
+        tokens = llama.tokens(CALIBRATION_TEXT)
+        if llama.reproducible:
+            alignment = batch_shape.row_alignment(llama, tokens, start)
+            llama.reproducible, llama.row_alignment = alignment > 0, max(alignment, 1)
+        if llama.reproducible:
+            self.actions.draft_margin = 0.0
+            return
+        if self.prompt.text_as_rows:  # then a draft is evaluated in the frame's batch
+            frame.drop_text()
+            frame.append(llama.embed(self.prompt.image_end_tokens))
+            shift = batch_shape.largest_shift(llama, tokens, len(self.cache.prefix_tokens), frame)
+        else:
+            shift = batch_shape.largest_shift(llama, tokens, start)
+        self.actions.draft_margin = batch_shape.margin_of(shift) if math.isfinite(shift) else None
 
     def keep_warm(self) -> None:
         """One real decode step behind the frame, dropped afterwards. The frame stays: a question may still come."""

@@ -66,6 +66,7 @@ def find_fallbacks(
     if not language.has_openmp:
         lines.append("llama.cpp was built without OpenMP: its threads keep the cores busy while they wait")
     if config.profile == "reproducible" and not switches.reproducible:
-        where = "on a GPU" if language.gpu_layers else "with flash attention"
-        lines.append(f"profile: reproducible is not possible {where}; answers may depend on the draft")
+        where = "with flash attention" if switches.flash_attention else "with the kernels of this CPU"
+        where = "on a GPU" if language.gpu_layers else where
+        lines.append(f"profile: reproducible is not possible {where}; ties between tokens may depend on the draft")
     return lines

@@ -40,6 +40,10 @@ class FrameBuffer:
         self._rows[self._n : stop] = rows
         self._n = stop
 
+    def shorten(self, n: int) -> None:
+        """Keep the first n rows, n <= len(self)."""
+        self._n = n
+
     def drop_text(self) -> None:
         """Keep the image rows and drop what was appended."""
         self._n = self.n_image_rows

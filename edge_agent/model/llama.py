@@ -5,12 +5,13 @@ copied from ACTION_SEQ. The cells are separate because with shared cells the pos
 in which the attention of the actions is summed. A llama.cpp batch holds tokens or embeddings; text in the same batch as
 image rows is therefore looked up in the token-embedding table (`embed`).
 
-On a CPU, llama.cpp uses other kernels for one row than for many, and others for the last few rows of a batch. The
-logits would depend on how a prompt is divided into batches. With `reproducible`, batches of ACTION_SEQ are padded to a
-multiple of 16 rows and 16 outputs, and the padding is dropped afterwards. Then the same rows give the same bits.
+llama.cpp uses other kernels for one row than for many, and on a CPU others for the last few rows of a batch. The logits
+depend on how a prompt is divided into batches. With `reproducible`, batches of ACTION_SEQ are padded to a multiple of
+`row_alignment` rows and outputs, and the padding is dropped afterwards: then the same rows give the same bits.
+batch_shape.py finds the multiple. Without `reproducible`, CHECK_SEQ evaluates a step alone (`logits_alone`).
 
 The ctypes structs follow llama.cpp's head and change with every release of llama-cpp-python. This file checks the exact
-version. Only this file and vision_encoder.py use them.
+version. Only this file, batch.py and vision_encoder.py use them.
 """
 
 from __future__ import annotations
@@ -33,12 +34,13 @@ from edge_agent.bundle.files import file_stamp
 from edge_agent.bundle.gguf_package import gguf
 from edge_agent.bundle.manifest import EmbeddingInfo
 from edge_agent.errors import ConfigError, FaultName, UserError
+from edge_agent.model.batch import ACTION_SEQ, CHECK_SEQ, N_SEQUENCES, TEXT_SEQ, BatchArrays, padded_copy
 from edge_agent.model.fallbacks import language_facts
 from edge_agent.model.families import not_served
 from edge_agent.model.frame_buffer import FrameBuffer
+from edge_agent.model.gpu import uses_gpu
 
 LLAMA_CPP_PYTHON = "0.3.36"
-ACTION_SEQ, TEXT_SEQ = 0, 1  # sequences of the cache
 ROW_ALIGNMENT = 16  # rows that the widest kernels (AVX-512) take at once; the others take 4 or 8
 LOAD_MODES = {  # by mmap and mlock
     (False, False): ll.LLAMA_LOAD_MODE_NONE,
@@ -100,11 +102,6 @@ def log_to(receiver: Callable[[str], None] | None) -> None:
     """Send llama.cpp's log lines to `receiver`. None: only errors, to stderr."""
     global _log
     _log = receiver
-
-
-def uses_gpu(gpu_layers: int) -> bool:
-    """Whether a model with this setting runs on a GPU: only with a GPU build of llama.cpp and a GPU that it can use."""
-    return bool(ll.llama_supports_gpu_offload()) and gpu_layers != 0
 
 
 def cells_of(context: int) -> int:
@@ -170,12 +167,13 @@ class LlamaContext:
             self.n_vocab: int = ll.llama_vocab_n_tokens(self.vocab)
             self.n_calls = self.n_rows = 0  # of llama_decode, and the rows it was given
             self.on_gpu = uses_gpu(options.gpu_layers)
-            self._alignment = ROW_ALIGNMENT if options.reproducible and not self.on_gpu else 1
-            self.can_batch_text = self._alignment == 1  # one row of TEXT_SEQ in a batch of ACTION_SEQ: shared cells
+            self.reproducible = options.reproducible and not self.on_gpu
+            self.row_alignment = ROW_ALIGNMENT if self.reproducible else 1  # of ACTION_SEQ; at most ROW_ALIGNMENT
+            self.can_batch_text = not self.reproducible  # one row of TEXT_SEQ in a batch of ACTION_SEQ: shared cells
             self.configured_context = options.context
             # llama.cpp would round a context up by itself, and use less of it for each sequence.
             n_cells = cells_of(options.context)
-            self.n_ctx = usable_context(options.context, self._alignment)
+            self.n_ctx = usable_context(options.context, self.row_alignment)
             if options.vocabulary_only:
                 return
             # Before the context, which reserves its graph for adapters. They are freed with the model.
@@ -186,7 +184,9 @@ class LlamaContext:
             self.close()
             raise
         self.memory = ll.llama_get_memory(self.context)
-        self._batch = _BatchArrays(n_cells)
+        self._batch = BatchArrays(n_cells)
+        self._logits_key, self._logits_view = (0, 0), np.empty((0, 0), np.float32)
+        self._piece = ctypes.create_string_buffer(MAX_TOKEN_BYTES)
 
     def close(self) -> None:
         if self.context:
@@ -212,7 +212,7 @@ class LlamaContext:
 
     def context_for(self, n_tokens: int) -> int:
         """The smallest `language.context` in which n_tokens fit."""
-        return context_for(n_tokens, self._alignment)
+        return context_for(n_tokens, ROW_ALIGNMENT if self.reproducible else 1)
 
     # -- text ---------------------------------------------------------------------------------------------------------
 
@@ -225,9 +225,8 @@ class LlamaContext:
 
     def token_bytes(self, token: int) -> bytes:
         """The UTF-8 bytes of a token, possibly a part of a letter; a special token has none."""
-        out = ctypes.create_string_buffer(MAX_TOKEN_BYTES)
-        n = ll.llama_token_to_piece(self.vocab, token, out, len(out), 0, False)
-        return out.raw[: max(n, 0)]
+        n = ll.llama_token_to_piece(self.vocab, token, self._piece, MAX_TOKEN_BYTES, 0, False)
+        return ctypes.string_at(self._piece, max(n, 0))
 
     def token_text(self, token: int) -> str:
         """The token's name in the vocabulary, also of special tokens; empty for an unknown id."""
@@ -252,6 +251,14 @@ class LlamaContext:
         self.truncate(TEXT_SEQ, 0)
         ll.llama_memory_seq_cp(self.memory, ACTION_SEQ, TEXT_SEQ, -1, -1)
         ll.llama_memory_seq_rm(self.memory, TEXT_SEQ, stop, -1)
+
+    def logits_alone(self, tokens: list[int], start: int) -> np.ndarray:
+        """Logits after tokens at start…, in a batch of their own behind what ACTION_SEQ holds before `start`: a view.
+        ACTION_SEQ keeps its cells, also those from `start` on. Only where can_batch_text is true."""
+        ll.llama_memory_seq_cp(self.memory, ACTION_SEQ, CHECK_SEQ, 0, start)
+        logits = self.logits_after_last(tokens, start, CHECK_SEQ)
+        self.truncate(CHECK_SEQ, 0)
+        return logits
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
@@ -306,87 +313,36 @@ class LlamaContext:
         stop = max(start + n - (text_position is not None), 1 + (text_position or 0))
         if not 0 < n <= self.n_ctx or stop > self.n_ctx:
             raise LlamaError(f"positions {start} to {stop} do not fit a context of {self.n_ctx} tokens")
-        alignment = alignment or (self._alignment if sequence == ACTION_SEQ else 1)
+        alignment = alignment or (self.row_alignment if sequence == ACTION_SEQ else 1)
         n_padded = n + -n % alignment
         arrays = self._batch
-        native = arrays.describe(n, n_padded, start, sequence, output_rows, text_position, alignment)
+        arrays.place(n_padded, start, sequence)
+        if text_position is not None:
+            arrays.place_last_in_text(n, text_position)
+        places, n_outputs = arrays.mark_outputs(n_padded, output_rows, alignment)
         if isinstance(batch, list):
-            native.token = arrays.tokens(batch, n_padded)
+            arrays.set_tokens(batch, n_padded)
         else:
-            rows = batch.padded(n_padded) if isinstance(batch, FrameBuffer) else _padded_copy(batch, n_padded)
-            native.embd = rows.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-        status = ll.llama_decode(self.context, native)
+            rows = batch.padded(n_padded) if isinstance(batch, FrameBuffer) else padded_copy(batch, n_padded)
+            arrays.set_rows(rows)
+        status = ll.llama_decode(self.context, arrays.native)
         if status:
             raise LlamaError(f"llama_decode returned {status} for {n_padded} rows (1: the cache is full)")
         self._table.check_unchanged()
         self.n_calls, self.n_rows = self.n_calls + 1, self.n_rows + n
         if n_padded > n:
             self.truncate(sequence, start + n)
-        places, n_outputs = arrays.output_places(n_padded)
-        logits = np.ctypeslib.as_array(ll.llama_get_logits(self.context), (n_outputs, self.n_vocab))
-        return [logits[places[row]] for row in output_rows]
+        logits = self._logits(n_outputs)
+        return [logits[place] for place in places]
 
-
-class _BatchArrays:
-    """The arrays behind a llama_batch: positions, sequences and output marks, rewritten in place for each call."""
-
-    def __init__(self, n: int) -> None:
-        self._token = np.zeros(n, np.int32)
-        self._pos = np.zeros(n, np.int32)
-        self._n_seq = np.ones(n, np.int32)
-        self._output = np.zeros(n, np.int8)
-        self._seq_values = np.arange(2, dtype=np.int32)
-        self._seq_pointers = [
-            np.full(n, self._seq_values.ctypes.data + 4 * sequence, np.uintp) for sequence in (ACTION_SEQ, TEXT_SEQ)
-        ]
-        self._mixed_pointers = self._seq_pointers[ACTION_SEQ].copy()
-
-    def describe(  # eight parameters: they are the fields of one llama_batch
-        self,
-        n: int,
-        n_padded: int,
-        start: int,
-        sequence: int,
-        output_rows: list[int],
-        text_position: int | None,
-        alignment: int,
-    ) -> ll.llama_batch:
-        """A batch without its tokens or embeddings. Outputs are padded to the alignment as rows are."""
-        self._pos[:n_padded] = np.arange(start, start + n_padded)
-        pointers = self._seq_pointers[sequence]
-        if text_position is not None:
-            self._pos[n - 1] = text_position
-            pointers = self._mixed_pointers
-            pointers[: n - 1], pointers[n - 1] = self._seq_pointers[sequence][0], self._seq_pointers[TEXT_SEQ][0]
-        output = self._output[:n_padded]
-        output[:] = 0
-        output[output_rows] = 1
-        n_more = -int(output.sum()) % alignment
-        if n_more:
-            output[np.flatnonzero(output == 0)[-n_more:]] = 1
-        return ll.llama_batch(
-            n_tokens=n_padded,
-            pos=self._pos.ctypes.data_as(ctypes.POINTER(ll.llama_pos)),
-            n_seq_id=self._n_seq.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
-            seq_id=pointers.ctypes.data_as(ctypes.POINTER(ctypes.POINTER(ll.llama_seq_id))),
-            logits=self._output.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
-        )
-
-    def tokens(self, tokens: list[int], n_padded: int) -> ctypes._Pointer:
-        self._token[: len(tokens)] = tokens
-        self._token[len(tokens) : n_padded] = tokens[-1]
-        return self._token.ctypes.data_as(ctypes.POINTER(ll.llama_token))
-
-    def output_places(self, n_padded: int) -> tuple[np.ndarray, int]:
-        """(the index of each row's logits among all outputs, number of outputs)."""
-        places = np.cumsum(self._output[:n_padded]) - 1
-        return places, int(places[-1]) + 1
-
-
-def _padded_copy(rows: np.ndarray, n_padded: int) -> np.ndarray:
-    if n_padded == len(rows):
-        return rows
-    return np.concatenate([rows, np.repeat(rows[-1:], n_padded - len(rows), 0)])
+    def _logits(self, n: int) -> np.ndarray:
+        """llama.cpp's own memory: (n, n_vocab) float32. The view is made once for each address and n."""
+        address = ctypes.addressof(ll.llama_get_logits(self.context).contents)
+        if self._logits_key != (address, n):
+            memory = (ctypes.c_float * (n * self.n_vocab)).from_address(address)
+            self._logits_view = np.ctypeslib.as_array(memory).reshape(n, self.n_vocab)
+            self._logits_key = (address, n)
+        return self._logits_view
 
 
 class _EmbeddingTable:
@@ -449,6 +405,10 @@ def _load_model(path: Path, options: LlamaOptions, progress: Callable[[float], N
     params = ll.llama_model_default_params()
     params.n_gpu_layers = options.gpu_layers
     params.vocab_only = options.vocabulary_only
+    if options.gpu_layers == 0:
+        # With any device in the list, llama.cpp still computes large batches on a GPU, with copies of the weights.
+        no_devices = ctypes.c_void_p(None)
+        params.devices = ctypes.addressof(no_devices)
     params.use_extra_bufts = options.repack
     params.load_mode = LOAD_MODES[options.mmap, options.mlock]
     params.progress_callback = on_progress
@@ -480,7 +440,7 @@ def _make_context(model: int, path: Path, options: LlamaOptions, n_cells: int, *
     params = ll.llama_context_default_params()
     params.n_ctx, params.n_batch = 2 * n_cells, n_cells
     params.n_ubatch = min(ROWS_PER_STEP, options.context)
-    params.n_seq_max = 2
+    params.n_seq_max = N_SEQUENCES if unified else 2
     params.kv_unified = unified
     params.n_threads = params.n_threads_batch = options.threads or available_cores()
     params.no_perf = True

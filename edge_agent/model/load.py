@@ -24,8 +24,9 @@ from edge_agent.ipc.events import Heartbeat
 from edge_agent.model.constrained import Grammar, NonFiniteError, grammar_from_lark, grammar_from_schema
 from edge_agent.model.engine import Engine
 from edge_agent.model.events import NULL_EVENTS, Events
+from edge_agent.model.gpu import uses_gpu
 from edge_agent.model.image_encoder import ImageEncoder, NoImages
-from edge_agent.model.llama import LlamaContext, LlamaOptions, uses_gpu
+from edge_agent.model.llama import LlamaContext, LlamaOptions
 from edge_agent.model.preprocess import Preprocessor
 from edge_agent.model.prompt import ACTION_QUESTION, MAX_ANSWER_TOKENS, Prompt
 from edge_agent.model.vision_encoder import EncoderOptions, MtmdEncoder, OnnxEncoder, check_tensorrt, open_encoder
@@ -190,7 +191,9 @@ def warm_up(model: LoadedModel, camera: CameraConfig, clock: Callable[[], int] =
     height, width = camera.height or WARM_UP_SIZE[0], camera.width or WARM_UP_SIZE[1]
     engine.instruct("")
     with contextlib.suppress(NonFiniteError):  # frames are checked one by one
-        engine.actions.decide(model.images.embed(np.full((height, width, 3), 128, np.uint8)), 0, NO_DEADLINE_NS)
+        frame = model.images.embed(np.full((height, width, 3), 128, np.uint8))
+        engine.actions.decide(frame, 0, NO_DEADLINE_NS)
+        engine.measure_batch_shapes(frame)
         engine.text.start("describe", "", ACTION_QUESTION, NULL_EVENTS)
         if not engine.text.idle:
             engine.text.stop("")

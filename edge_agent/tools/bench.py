@@ -221,6 +221,9 @@ def _speed(bench: Bench, timings: list[FrameTiming]) -> dict[str, Any]:
         "draft_accepted": round(actions.n_accepted_tokens / actions.n_draft_tokens, 3)
         if actions.n_draft_tokens
         else None,
+        "draft_margin": actions.draft_margin,
+        "row_alignment": bench.model.engine.llama.row_alignment,
+        "steps_alone": actions.n_steps_alone,
     }
 
 
@@ -323,6 +326,16 @@ def measure_ceilings() -> Ceilings:
     )
 
 
+def _describe_ties(figures: dict[str, Any]) -> str:
+    """How drafts and plain decoding come to the same answer here."""
+    margin, alone = figures["draft_margin"], figures["steps_alone"]
+    if margin is None:
+        return "no drafts: the shapes of batches were not compared"
+    if not margin:
+        return f"none: batches of a multiple of {figures['row_alignment']} rows give the same bits"
+    return f"{alone} steps evaluated alone; a drafted token needs a lead of {margin:.2g} logits"
+
+
 def _seconds(work: Callable[[], object]) -> float:
     start_s = time.monotonic()
     work()
@@ -367,6 +380,7 @@ def table(figures: dict[str, Any]) -> list[tuple[str, str]]:
         ("llama_decode calls", spread(figures["decode_calls"], "")),
         ("rows", spread(figures["rows"], "")),
         ("draft accepted", _share(figures["draft_accepted"])),
+        ("ties", _describe_ties(figures)),
         ("peak resident", f"{figures['peak_rss_mib']:.0f} MiB; files {figures['file_mib']:.0f} MiB"),
         ("memory of the GPU", "unknown" if gpu_mib is None else f"{gpu_mib:.0f} MiB"),
         ("energy", f"{energy_j:g} J per frame, of the {ENERGY_OF[figures['energy_of']]}" if energy_j else "unknown"),

@@ -30,7 +30,7 @@ from edge_agent.bundle.manifest import MMPROJ, VISION, Manifest
 from edge_agent.bundle.memory_plan import NotEnoughMemoryError, adapters_mib, plan_memory
 from edge_agent.config import Config
 from edge_agent.errors import ConfigError
-from edge_agent.profile import profile_in_force, resolve
+from edge_agent.profile import resolve
 from edge_agent.strict_yaml import convert
 from edge_agent.tools.measure_daemon import Measured, interrupts_at_safe_points, measure
 
@@ -110,7 +110,7 @@ def find_choices(config: Config, manifest: Manifest, gpu: bool) -> Board:
     ]
     n_cores = available_cores()
     threads = {n_cores, max(1, n_cores - 1), max(1, n_cores // 2), 1 if n_cores <= 4 else n_cores // 4}
-    is_exact = profile_in_force(config, gpu) == "reproducible" or bool(config.advanced.reproducible)
+    is_exact = config.profile == "reproducible" or bool(config.advanced.reproducible)
     return Board(
         backends=tuple(backends),
         threads=tuple(sorted(threads, reverse=True)),

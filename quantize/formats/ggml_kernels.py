@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -56,6 +57,15 @@ class GgmlTensor(ctypes.Structure):
         ("extra", ctypes.c_void_p),
         ("padding", ctypes.c_char * 8),
     ]
+
+
+COPY_NAME = re.compile(r"[^#]+#(.+)#\d+")  # backend#tensor#number: ggml's scheduler copies what another backend needs
+
+
+def original_name(name: str) -> str:
+    """A tensor's name in a graph without the backend that ggml's scheduler copied it to; the same name: no copy."""
+    copied = COPY_NAME.fullmatch(name)
+    return copied[1] if copied else name
 
 
 _handle, _index, _size = ctypes.c_void_p, ctypes.c_int64, ctypes.c_size_t

@@ -18,6 +18,7 @@ import bisect
 import contextlib
 import math
 import re
+from collections.abc import Collection, Container
 from pathlib import Path
 
 import msgspec
@@ -128,6 +129,39 @@ def groups(checkpoint: Checkpoint) -> dict[str, list[str]]:
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
+class WeightAddresses:
+    """A callback for every node of llama.cpp's graph: where the graph reads these weights.
+
+    With a GPU, ggml's scheduler can give the graph a copy of a weight, made anew for each batch. Overwriting a copy has
+    no effect, so only the weight itself counts.
+    """
+
+    def __init__(self, names: Container[str]) -> None:
+        self._names = names
+        self.found: dict[str, set[int]] = {}  # tensor -> ggml_tensors; a tied embedding table can be there twice
+        self.copied: set[str] = set()
+
+    def __call__(self, node: int, ask: bool) -> bool:
+        tensor = ggml_kernels.GgmlTensor.from_address(node)
+        if tensor.op in (ggml_kernels.MUL_MAT, ggml_kernels.GET_ROWS):
+            name = ggml_kernels.GgmlTensor.from_address(tensor.src[0]).name.decode()
+            if name in self._names:
+                self.found.setdefault(name, set()).add(tensor.src[0])
+            elif (original := ggml_kernels.original_name(name)) in self._names:
+                self.copied.add(original)
+        return not ask
+
+    def check(self, names: Collection[str]) -> None:
+        """Raises FitError: one of these cannot be overwritten."""
+        if self.copied:
+            raise FitError(
+                f"{min(self.copied)}: llama.cpp computes with a copy of it on another device; hide the GPU from this "
+                "command, for example with CUDA_VISIBLE_DEVICES="
+            )
+        if missing := set(names) - self.found.keys():
+            raise FitError(f"{min(missing)}: not found in llama.cpp's graph; please report this")
+
+
 class SensitivityProbe:
     """The model at bf16 in memory that can be written: weights are replaced by what a type leaves of them."""
 
@@ -137,19 +171,19 @@ class SensitivityProbe:
         Raises LlamaError, MeasureError, FitError.
         """
         self.checkpoint, self.imatrix = checkpoint, imatrix
-        self._addresses: dict[str, set[int]] = {}  # tensor -> ggml_tensors; a tied embedding table can be there twice
         model = bundle.manifest.model
         self.bos = model.special["bos"]
         self._specs = {spec.gguf: spec for spec in matrices(checkpoint)}
         self._quantised: Types = {}
         path = bundle.path("reference.kld")
-        observe_graph(self._record_address)
+        self._addresses = WeightAddresses(self._specs)
+        observe_graph(self._addresses)
         try:
             self.llm = LlamaContext(
                 bundle.path(LANGUAGE),
                 LlamaOptions(
                     context=perplexity.CHUNK,
-                    gpu_layers=0,
+                    gpu_layers=0,  # no GPU: the graph reads the weights themselves
                     flash_attention=True,
                     reproducible=False,
                     repack=False,
@@ -162,9 +196,7 @@ class SensitivityProbe:
         finally:
             observe_graph(None)
         self.reference = perplexity.Reference(path)
-        missing = self._specs.keys() - self._addresses.keys()
-        if missing:
-            raise FitError(f"{sorted(missing)[0]}: not found in llama.cpp's graph; please report this")
+        self._addresses.check(self._specs)
 
     def close(self) -> None:
         self.llm.close()
@@ -176,15 +208,6 @@ class SensitivityProbe:
                 self._replace(name, types.get(name))
         self._quantised = dict(types)
         return perplexity.compare(self.llm, self.bos, self.reference, SILENT).kl_mean
-
-    def _record_address(self, node: int, ask: bool) -> bool:
-        """A callback for every node of llama.cpp's graph."""
-        tensor = ggml_kernels.GgmlTensor.from_address(node)
-        if tensor.op in (ggml_kernels.MUL_MAT, ggml_kernels.GET_ROWS):
-            name = ggml_kernels.GgmlTensor.from_address(tensor.src[0]).name.decode()
-            if name in self._specs:
-                self._addresses.setdefault(name, set()).add(tensor.src[0])
-        return not ask
 
     def _replace(self, name: str, kind: Type | None) -> None:
         """Overwrite a matrix in memory: quantised to `kind` and back, or (None) as in the checkpoint."""
@@ -198,7 +221,7 @@ class SensitivityProbe:
                 block = ggml_kernels.dequantise_rows(raw, kind, width).astype(BFLOAT16)
             blocks.append(block.reshape(-1).view(np.uint16))
         data = np.concatenate(blocks)
-        for address in self._addresses[name]:
+        for address in self._addresses.found[name]:
             ggml_kernels.write_tensor_data(address, data)
 
 

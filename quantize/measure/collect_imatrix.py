@@ -67,8 +67,7 @@ class Collector:
         tensor = ggml_kernels.GgmlTensor.from_address(node)
         if tensor.op != ggml_kernels.MUL_MAT:
             return not ask
-        name = ggml_kernels.GgmlTensor.from_address(tensor.src[0]).name.decode()
-        name = name.split("#")[1] if "#" in name else name  # CUDA0#blk.0.attn_k.weight#0
+        name = ggml_kernels.original_name(ggml_kernels.GgmlTensor.from_address(tensor.src[0]).name.decode())
         inputs = ggml_kernels.GgmlTensor.from_address(tensor.src[1])
         if not (name in HEADS or (name.startswith("blk.") and name.endswith(".weight"))) or inputs.type:
             return not ask  # type 0 is float32

@@ -9,12 +9,12 @@ import pytest
 
 from edge_agent.config import AdvancedConfig, CameraConfig, Config, VisionConfig, load_config_text
 from edge_agent.errors import ConfigError
-from edge_agent.profile import ResolvedSwitches, profile_in_force, resolve
+from edge_agent.profile import ResolvedSwitches, resolve
 
 CONFIG = Config(bundle="b", camera=CameraConfig(source="none"))
-DEFAULT = {  # on a CPU, as before there were profiles
+DEFAULT = {  # on a CPU
     "vision_backend": "onnxruntime",
-    "reproducible": True,
+    "reproducible": False,
     "speculative": True,
     "overlap": False,
     "repack": True,
@@ -36,8 +36,8 @@ def switches(profile: str | None, gpu: bool, **advanced: object) -> ResolvedSwit
     ("profile", "gpu", "changes"),
     [
         (None, False, {}),
-        ("reproducible", False, {}),
-        ("fast", False, {"reproducible": False}),
+        ("reproducible", False, {"reproducible": True}),
+        ("fast", False, {}),
         ("small", False, SMALL),
         (None, True, GPU),
         ("reproducible", True, GPU),  # bits depend on the batch there; the model process logs it
@@ -47,10 +47,6 @@ def switches(profile: str | None, gpu: bool, **advanced: object) -> ResolvedSwit
 )
 def test_a_profile_is_a_group_of_switches(profile, gpu, changes):
     assert msgspec.to_builtins(switches(profile, gpu)) == DEFAULT | changes
-
-
-def test_no_profile_is_reproducible_on_a_cpu_and_fast_on_a_gpu():
-    assert [profile_in_force(CONFIG, gpu) for gpu in (False, True)] == ["reproducible", "fast"]
 
 
 @pytest.mark.parametrize("profile", [None, "reproducible", "fast", "small"])
@@ -87,12 +83,12 @@ def test_the_backend_replaces_the_profiles():
 @pytest.mark.parametrize(
     ("profile", "advanced", "changes"),
     [
-        (None, {"kv_cache_type": "q8_0"}, {"kv_cache_type": "q8_0", "flash_attention": True, "reproducible": False}),
-        (None, {"flash_attention": True}, {"flash_attention": True, "reproducible": False}),
+        (None, {"kv_cache_type": "q8_0"}, {"kv_cache_type": "q8_0", "flash_attention": True}),
+        ("reproducible", {"flash_attention": True}, {"flash_attention": True}),
         (None, {"repack": False}, {"repack": False, "mmap": True}),
         ("small", {"flash_attention": False}, SMALL | {"kv_cache_type": "f16", "flash_attention": False}),
         ("small", {"kv_cache_type": "f16"}, SMALL | {"kv_cache_type": "f16", "flash_attention": False}),
-        ("fast", {"reproducible": True}, {}),
+        ("fast", {"reproducible": True}, {"reproducible": True}),
     ],
 )
 def test_switches_follow_from_others(profile, advanced, changes):

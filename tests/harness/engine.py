@@ -59,6 +59,12 @@ class EngineRig:
         assert decision.stop_reason == ""
         return decision.text
 
+    def measure(self) -> None:
+        """As at the end of warm-up: drafts in the shapes of this machine."""
+        frame = self.images.encode(self.image(1))
+        self.engine.actions.decide(frame, 1, NO_DEADLINE_NS)
+        self.engine.measure_batch_shapes(frame)
+
     def start_text(self, question: str = "What?", lane: str = "answer", request: str = "r1") -> None:
         self.engine.text.start(lane, request, question, self.sink)
 

@@ -35,8 +35,9 @@ TASK = "Find the red box."
 
 
 def config_of(folder: Path, **changes) -> Config:
-    """For an engine or a model process on a toy."""
+    """For an engine or a model process on a toy. Reproducible: an answer has one right value."""
     defaults = {
+        "profile": "reproducible",
         "cpu_threads": 1,
         "vision": VisionConfig(max_image_tokens=64),
         "language": LanguageConfig(context=1024, gpu_layers=0, max_text_tokens=24),

@@ -9,7 +9,14 @@ import pytest
 
 from edge_agent.bundle.files import BundleFile
 from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, VISION, Manifest, read_manifest
-from edge_agent.bundle.memory_plan import NotEnoughMemoryError, adapters_mib, needed_mib, plan_memory
+from edge_agent.bundle.memory_plan import (
+    GPU_CONTEXT_MIB,
+    Gpu,
+    NotEnoughMemoryError,
+    adapters_mib,
+    needed_mib,
+    plan_memory,
+)
 from edge_agent.config import AdvancedConfig, CameraConfig, Config, LanguageConfig, VisionConfig
 from edge_agent.ipc.events import StartupFailed, decode_model_event
 from edge_agent.model.__main__ import main
@@ -112,7 +119,6 @@ def test_a_cache_in_8_bit_is_not_offered_where_flash_attention_is_forbidden(toy)
     "changes", [{"profile": "reproducible"}, {"advanced": AdvancedConfig(reproducible=True)}], ids=["profile", "switch"]
 )
 def test_a_cache_in_8_bit_is_not_offered_where_reproducible_answers_are_requested(toy, changes):
-    """Without a request, answers are reproducible on a CPU as long as the memory allows it."""
     free_mib = plan_memory(CONFIG, shape_3b(toy), None).mib - 50
     assert plan_memory(CONFIG, shape_3b(toy), free_mib).reductions == {"advanced.kv_cache_type": "q8_0"}
     config = msgspec.structs.replace(CONFIG, **changes)
@@ -127,9 +133,84 @@ def test_the_small_profile_needs_what_is_left_after_the_first_reductions(toy):
     assert needed_mib(small, shape_3b(toy)) == needed_mib(reduced, shape_3b(toy))
 
 
-def test_on_a_gpu_there_is_no_copy(toy):
-    config = msgspec.structs.replace(CONFIG, language=LanguageConfig(gpu_layers=26), advanced=AdvancedConfig(mmap=True))
-    assert needed_mib(config, shape_3b(toy))["its file's pages"] == 0
+# -- with a GPU -------------------------------------------------------------------------------------------------------
+
+
+CARD = Gpu(free_mib=24_000.0, own_memory=True)
+SHARED = Gpu(free_mib=None, own_memory=False)  # as on a Jetson
+MTMD = msgspec.structs.replace(CONFIG, vision=VisionConfig(backend="mtmd"))
+
+
+@pytest.mark.parametrize("gpu_layers", [-1, 27, 99])
+@pytest.mark.parametrize("gpu", [CARD, SHARED])
+def test_a_model_on_a_gpu_has_no_repacked_copy(toy, gpu, gpu_layers):
+    """-1, the default, means all layers. Weights are mapped there, and the file's pages can be dropped."""
+    language = LanguageConfig(gpu_layers=gpu_layers)
+    for advanced in (AdvancedConfig(), AdvancedConfig(mmap=True)):
+        config = msgspec.structs.replace(CONFIG, language=language, advanced=advanced)
+        assert needed_mib(config, shape_3b(toy), gpu=gpu)["its file's pages"] == 0
+        assert plan_memory(config, shape_3b(toy), 64_000.0, gpu=gpu).reductions == {}
+
+
+def test_a_part_of_the_layers_on_a_gpu_leaves_the_rest_on_the_cpu(toy):
+    """The 3B has 26 layers, and the head counts as one."""
+    config = msgspec.structs.replace(MTMD, language=LanguageConfig(gpu_layers=9))
+    planned = plan_memory(config, shape_3b(toy), 64_000.0, gpu=CARD)
+    assert planned.card_parts_mib["language model"] == pytest.approx(2047 / 3, abs=1)
+    assert planned.parts_mib["language model"] == pytest.approx(2047 * 2 / 3, abs=1)
+    mapped = needed_mib(config, shape_3b(toy), gpu=CARD)["its file's pages"]
+    assert mapped == pytest.approx((1_469_988_864 + 661_708_800) / 2**20 * 2 / 3)
+
+
+def test_a_cards_own_memory_is_a_sum_of_its_own(toy):
+    """Measured on an H200: 4,068 MiB with mtmd and 5,380 with onnxruntime."""
+    planned = plan_memory(MTMD, shape_3b(toy), 64_000.0, 12.0, CARD)
+    assert 4068 < planned.card_mib < 1.1 * 4068
+    assert planned.card_parts_mib["adapters"] == 12.0 and planned.card_parts_mib["the GPU's context"] == GPU_CONTEXT_MIB
+    assert {name for name, mib in planned.parts_mib.items() if mib >= 1} == {"frames", "the process"}
+    assert 5380 < plan_memory(CONFIG, shape_3b(toy), 64_000.0, gpu=CARD).card_mib < 1.1 * 5380
+    two = plan_memory(MTMD, shape_3b(toy), 64_000.0, 12.0, Gpu(free_mib=24_000.0, own_memory=True, n_devices=2))
+    assert two.card_mib - planned.card_mib == GPU_CONTEXT_MIB
+
+
+def test_onnxruntime_may_keep_the_encoder_in_the_machines_memory(toy):
+    """The plan does not know whether it can use the card: the encoder counts in both."""
+    planned = plan_memory(CONFIG, shape_3b(toy), 64_000.0, gpu=CARD)
+    assert planned.parts_mib["vision encoder"] == planned.card_parts_mib["vision encoder"] > 2000
+
+
+def test_a_card_that_is_short_of_memory_reduces_options_and_is_named(toy):
+    manifest, seen = shape_3b(toy), []
+    full_mib = plan_memory(CONFIG, manifest, None, gpu=CARD).card_mib
+    for free_mib in range(round(full_mib) + 100, 500, -50):
+        gpu = Gpu(free_mib=float(free_mib), own_memory=True)
+        try:
+            planned = plan_memory(CONFIG, manifest, 64_000.0, gpu=gpu)
+        except NotEnoughMemoryError as error:
+            assert str(error).startswith("GPU memory: ") and f"{free_mib} MiB free" in str(error)
+            break
+        assert planned.card_mib <= free_mib
+        seen += [planned.reductions] if planned.reductions not in seen else []
+    order = ["advanced.kv_cache_type", "vision.backend", "vision.max_image_tokens", "language.context"]
+    assert [list(reductions) for reductions in seen if len(reductions) < 3] == [[], order[:1], order[:2]]
+    assert list(seen[-1]) == order, "mmap costs nothing on a GPU"
+
+
+@pytest.mark.parametrize(
+    ("free_mib", "gpu_free_mib", "decides"), [(64e3, 3000.0, 3000), (3000.0, 64e3, 3000), (3000.0, None, 3000)]
+)
+def test_a_shared_memory_is_one_sum_and_the_smaller_figure_counts(toy, free_mib, gpu_free_mib, decides):
+    gpu = Gpu(free_mib=gpu_free_mib, own_memory=False)
+    with pytest.raises(NotEnoughMemoryError, match=rf"^memory: .* {decides} MiB free"):
+        plan_memory(CONFIG, shape_3b(toy), free_mib, gpu=gpu)
+    planned = plan_memory(CONFIG, shape_3b(toy), 64e3, gpu=Gpu(free_mib=64e3, own_memory=False))
+    assert planned.card_parts_mib == {} and planned.parts_mib["the GPU's context"] == GPU_CONTEXT_MIB
+
+
+def test_an_unknown_memory_of_a_card_reduces_nothing(toy):
+    assert plan_memory(CONFIG, shape_3b(toy), 64e3, gpu=Gpu(free_mib=None, own_memory=True)).reductions == {}
+    with pytest.raises(NotEnoughMemoryError, match=r"^memory: "):
+        plan_memory(CONFIG, shape_3b(toy), 200.0, gpu=Gpu(free_mib=None, own_memory=True))
 
 
 def test_adapters_are_added_to_the_sum(tmp_path):

@@ -14,7 +14,7 @@ from edge_agent.actions.space import ActionSpace, ActionType, ChoiceField, Numbe
 from edge_agent.bundle.manifest import LANGUAGE, read_manifest
 from edge_agent.errors import ConfigError
 from edge_agent.model import constrained
-from edge_agent.model.constrained import Grammar, NonFiniteError, grammar_from_schema, select_greedy
+from edge_agent.model.constrained import Grammar, NonFiniteError, grammar_from_lark, grammar_from_schema, select_greedy
 from edge_agent.model.llama import LlamaContext, LlamaOptions
 
 MAX_TOKENS = 60  # the longest answers of the ready spaces have 48
@@ -143,6 +143,88 @@ def test_the_most_likely_allowed_token_is_selected(language, grammar, pieces):
         answers.add(b"".join(pieces[t] for t in answer(grammar, lambda logits=logits: logits)).decode())
     assert answers <= {f'{{"action":"go","to":"{word}"}}' for word in words} | {'{"action":"hold"}'}
     assert len(answers) >= 3
+
+
+# -- drafts and ties --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def choosing(grammar, pieces):
+    """A grammar of three letters, each one of a, b, c -> (it at its start, the tokens of the letters)."""
+    grammar.compile(grammar_from_lark("start: L L L\nL: /[abc]/"))
+    grammar.start()
+    return grammar, {letter: pieces.index(letter.encode()) for letter in "abc"}
+
+
+def logits_of(language, letters: dict[str, int], **values: float) -> np.ndarray:
+    logits = np.full(language.n_vocab, -50.0, np.float32)  # also of tokens with several of the letters
+    logits[0] = 50.0  # a token that is never allowed does not matter
+    for letter, token in letters.items():
+        logits[token] = values.get(letter, 0.0)
+    return logits
+
+
+def test_a_lead_is_over_the_next_allowed_token(language, choosing):
+    grammar, letters = choosing
+    assert grammar.lead(logits_of(language, letters, a=2.0, b=1.25)) == 0.75
+    assert grammar.lead(logits_of(language, letters, a=1.0, c=1.0)) == 0.0
+    assert np.isnan(grammar.lead(logits_of(language, letters, b=np.nan)))
+    grammar.compile(grammar_from_lark('start: "a" D\nD: /[0-9]/'))
+    grammar.start()
+    assert grammar.lead(logits_of(language, letters)) == np.inf, "one token is allowed"
+
+
+def never_alone(i: int) -> tuple[np.ndarray, bool]:
+    raise AssertionError(f"step {i} was evaluated alone")
+
+
+def test_a_lead_above_the_margin_is_taken_from_the_draft_and_a_smaller_one_only_without_a_margin(language, choosing):
+    grammar, letters = choosing
+    a, b = ([letters[letter]] for letter in "ab")
+    steps = [logits_of(language, letters, **{best: 0.5}) for best in "aba"]
+    for margin in (0.0, 0.4, 0.5):
+        grammar.start()
+        answer: list = []
+        grammar.verify_draft(list(steps), [a, b], answer, margin, never_alone)
+        assert answer == [a, b, a] and grammar.complete
+
+
+@pytest.mark.parametrize(
+    ("alone", "rest_valid", "expected", "asked"),
+    [
+        ("bba", True, "bba", [0, 1, 2]),  # the plain step agrees with the draft, which goes on
+        ("aba", True, "a", [0]),  # it does not: what was drafted behind it is not used
+        ("bab", True, "ba", [0, 1]),
+        ("bba", False, "b", [0]),  # it agrees, but the draft is no longer in the cache
+    ],
+)
+def test_a_tie_is_decided_by_the_plain_step(language, choosing, alone, rest_valid, expected, asked):
+    """Every lead is 0.01 here: the drafted logits prefer b, b, a."""
+    grammar, letters = choosing
+    drafted, places = [logits_of(language, letters, **{best: 0.01}) for best in "bba"], []
+
+    def evaluate_alone(i: int) -> tuple[np.ndarray, bool]:
+        places.append(i)
+        for view in views:
+            view[:] = np.nan  # another batch overwrites llama.cpp's memory
+        return logits_of(language, letters, **{alone[i]: 0.01}), rest_valid
+
+    views = [logits.copy() for logits in drafted]
+    answer: list = []
+    draft = [[letters["b"]], [letters["b"]]]
+    grammar.verify_draft(list(views), draft, answer, 0.02, evaluate_alone)
+    assert answer == [[letters[letter]] for letter in expected] and places == asked
+
+
+def test_logits_that_are_not_finite_are_never_a_drafts(language, choosing):
+    grammar, letters = choosing
+    bad = logits_of(language, letters, a=np.nan)
+    with pytest.raises(NonFiniteError):
+        grammar.verify_draft([bad], [], [], 0.02, lambda i: (bad, True))
+    grammar.start()
+    answer: list = []
+    grammar.verify_draft([bad], [], answer, 0.02, lambda i: (logits_of(language, letters, c=1.0), True))
+    assert answer == [[letters["c"]]]
 
 
 def test_forced_tokens_need_no_logits(language, grammar, pieces):

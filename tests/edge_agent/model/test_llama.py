@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import subprocess
 import sys
@@ -334,6 +335,23 @@ def test_progress_is_reported_while_weights_are_read(toy_bundle):
     path, parts = toy_bundle / LANGUAGE, []
     LlamaContext(path, LlamaOptions(context=256), embedding_of(path), parts.append).close()
     assert parts == sorted(parts) and parts[-1] == 1.0
+
+
+@pytest.mark.parametrize(("gpu_layers", "hides_devices"), [(0, True), (-1, False), (5, False)])
+def test_without_gpu_layers_llama_cpp_gets_no_device(toy_bundle, monkeypatch, gpu_layers, hides_devices):
+    """Otherwise it computes large batches on a GPU that the configuration does not want."""
+    real, given = ll.llama_model_load_from_file, []
+
+    def load(path: bytes, params: ll.llama_model_params) -> int:
+        devices = params.devices
+        given.append(None if devices is None else ctypes.c_void_p.from_address(devices).value)
+        given.append(devices is not None)
+        return real(path, params)
+
+    monkeypatch.setattr(ll, "llama_model_load_from_file", load)
+    path = toy_bundle / LANGUAGE
+    LlamaContext(path, LlamaOptions(context=256, threads=1, gpu_layers=gpu_layers), embedding_of(path)).close()
+    assert given == [None, hides_devices]  # an empty list, which ends with null; or llama.cpp's own choice
 
 
 def test_closing_twice_is_closing_once(toy_bundle):

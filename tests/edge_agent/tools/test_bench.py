@@ -155,9 +155,25 @@ def figures_of(**changes: object) -> dict:
         "text_tok_per_s": 5.0, "copy_gb_s": 2.0, "ceilings_of": "the processor",
         "gflops": 50.0, "decode_share_of_bandwidth": 0.5, "prefill_share_of_arithmetic": None, "decode_calls": spread,
         "rows": spread, "draft_accepted": None, "peak_rss_mib": 9.0, "file_mib": 1.0, "gpu_memory_mib": None,
+        "draft_margin": 0.0, "row_alignment": 8, "steps_alone": 0,
         "energy_j_per_frame": None, "energy_of": None, "different_answers": 1, "example": "{}",
     }  # fmt: skip
     return figures | changes
+
+
+@pytest.mark.parametrize(
+    ("figures", "words"),
+    [
+        ({}, "none: batches of a multiple of 8 rows give the same bits"),
+        (
+            {"draft_margin": 0.4104, "row_alignment": 1, "steps_alone": 7},
+            "7 steps evaluated alone; a drafted token needs a lead of 0.41 logits",
+        ),
+        ({"draft_margin": None, "row_alignment": 1}, "no drafts: the shapes of batches were not compared"),
+    ],
+)
+def test_the_way_of_ties_is_shown(figures, words):
+    assert dict(bench.table(figures_of(**figures)))["ties"] == words
 
 
 def test_the_ceilings_of_a_processor_are_not_shown_for_a_gpu():

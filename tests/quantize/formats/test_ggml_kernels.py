@@ -43,3 +43,22 @@ def test_a_file_that_is_not_gguf_is_one_line(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ggml_kernels.NotGguf, match=r"^[^\n]*x\.gguf[^\n]*$"):
         ggml_kernels.tensor_table(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "original"),
+    [
+        ("blk.0.attn_k.weight", "blk.0.attn_k.weight"),
+        ("CUDA0#blk.0.attn_k.weight#0", "blk.0.attn_k.weight"),
+        ("CUDA1#token_embd.weight#3", "token_embd.weight"),
+        ("Vulkan0#blk.25.ffn_down.weight#12", "blk.25.ffn_down.weight"),
+        ("CPU#cache_k_l0 (view)#0", "cache_k_l0 (view)"),
+        ("attn_norm-0 (copy)", "attn_norm-0 (copy)"),
+        ("#1", "#1"),
+        ("a#b", "a#b"),
+        ("", ""),
+    ],
+)
+def test_a_copy_in_a_graph_is_known_by_the_name_of_its_original(name, original):
+    """As ggml-backend.cpp names the inputs of a split: backend#tensor#number."""
+    assert ggml_kernels.original_name(name) == original

@@ -14,6 +14,7 @@ import pytest
 from edge_agent.bundle.manifest import LANGUAGE
 from edge_agent.tools import stills
 from quantize.build import build as build_bundle
+from quantize.formats import ggml_kernels
 from quantize.formats.imatrix import Imatrix, ImatrixError, read_imatrix, write_imatrix
 from quantize.measure import collect_imatrix
 from quantize.progress import SILENT
@@ -117,6 +118,20 @@ def test_a_video_gives_frames_evenly(tmp_path: Path):
 def test_non_finite_activations_are_refused():
     with pytest.raises(ImatrixError, match="not finite"):
         Imatrix().add("blk.0.attn_q.weight", np.array([[1.0, np.nan]], np.float32))
+
+
+@pytest.mark.parametrize("name", ["blk.0.ffn_up.weight", "CUDA0#blk.0.ffn_up.weight#0", "CUDA1#blk.0.ffn_up.weight#2"])
+def test_inputs_of_a_weight_are_counted_also_where_the_graph_reads_a_copy_of_it(name, monkeypatch):
+    """As with a CUDA build, whose graphs cannot be made here."""
+    monkeypatch.setattr(ggml_kernels, "read_float32", lambda tensor: np.full((2, 4), 3.0, np.float32))
+    weight, inputs = ggml_kernels.GgmlTensor(name=name.encode()), ggml_kernels.GgmlTensor()
+    node = ggml_kernels.GgmlTensor(op=ggml_kernels.MUL_MAT)
+    node.src[0], node.src[1] = ctypes.addressof(weight), ctypes.addressof(inputs)
+    collector = collect_imatrix.Collector(Imatrix())
+    assert collector(ctypes.addressof(node), True) and collector(ctypes.addressof(node), False)
+    assert {name: sums.tolist() for name, sums in collector.into.sums.items()} == {"blk.0.ffn_up.weight": [18.0] * 4}
+    weight.name = b"CUDA0#cache_k_l0 (view)#0"
+    assert not collector(ctypes.addressof(node), True)
 
 
 # -- interrupted -------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 from pathlib import Path
@@ -14,6 +15,7 @@ from edge_agent.bundle.manifest import LANGUAGE, REPORT
 from edge_agent.bundle.verify import verify_bundle
 from quantize.build import build, convert, unverified_bundle
 from quantize.cli.parser import size_bytes
+from quantize.formats import ggml_kernels
 from quantize.formats.build_plan import plan_conversion
 from quantize.formats.ggml_kernels import Type, tensor_bytes
 from quantize.formats.imatrix import Imatrix, read_imatrix
@@ -179,6 +181,46 @@ def test_a_damaged_file_of_measurements_is_as_none(toy_bf16: Path, tmp_path: Pat
     probe = SimpleNamespace(checkpoint=read_checkpoint(toy_bf16), imatrix=Imatrix())
     with pytest.raises(Measured):
         bit_allocation.measure_sensitivity(probe, tmp_path / "sensitivity", "key", SILENT)
+
+
+def product_of(name: str, op: int = ggml_kernels.MUL_MAT) -> tuple[ggml_kernels.GgmlTensor, ggml_kernels.GgmlTensor]:
+    """(a node of a graph, the tensor of this name that it reads). Keep both: the node holds an address."""
+    weight = ggml_kernels.GgmlTensor(name=name.encode())
+    node = ggml_kernels.GgmlTensor(op=op)
+    node.src[0] = ctypes.addressof(weight)
+    return node, weight
+
+
+def test_the_weights_that_a_graph_reads_are_found():
+    """On a CPU: a product reads the weight itself; a tied table is read by a product and by a look-up."""
+    nodes = [
+        product_of("blk.0.attn_k.weight"),
+        product_of("token_embd.weight"),
+        product_of("token_embd.weight", ggml_kernels.GET_ROWS),
+        product_of("cache_k_l0 (view)"),
+        product_of("blk.0.attn_q.weight", op=0),  # not a product
+    ]
+    names = {"blk.0.attn_k.weight", "token_embd.weight"}
+    addresses = bit_allocation.WeightAddresses(names)
+    assert all(addresses(ctypes.addressof(node), True) is False for node, _ in nodes)
+    found = {name: {ctypes.addressof(weight) for _, weight in nodes[i:j]} for name, i, j in
+             (("blk.0.attn_k.weight", 0, 1), ("token_embd.weight", 1, 3))}  # fmt: skip
+    assert addresses.found == found
+    addresses.check(names)
+    with pytest.raises(bit_allocation.FitError, match=r"^blk\.1\.x: not found in llama\.cpp's graph"):
+        addresses.check({*names, "blk.1.x"})
+
+
+@pytest.mark.parametrize("copy", ["CUDA0#blk.0.attn_k.weight#0", "CUDA1#blk.0.attn_k.weight#3"])
+def test_a_copy_of_a_weight_is_never_overwritten_in_its_place(copy):
+    """With a GPU the graph can read copies: what is written to them is lost with the next batch."""
+    nodes = [product_of("blk.0.attn_q.weight"), product_of(copy)]
+    addresses = bit_allocation.WeightAddresses({"blk.0.attn_q.weight", "blk.0.attn_k.weight"})
+    for node, _ in nodes:
+        addresses(ctypes.addressof(node), True)
+    assert set(addresses.found) == {"blk.0.attn_q.weight"}
+    with pytest.raises(bit_allocation.FitError, match=r"^blk\.0\.attn_k\.weight: .* copy .* CUDA_VISIBLE_DEVICES="):
+        addresses.check({"blk.0.attn_q.weight", "blk.0.attn_k.weight"})
 
 
 def test_measurements_of_other_work_are_not_used(pad: Fixture, monkeypatch):
