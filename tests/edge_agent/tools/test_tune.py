@@ -102,6 +102,12 @@ def test_a_gain_within_the_noise_changes_nothing() -> None:
     assert tuned.best == tuned.start and tuned.best_ms == tuned.start_ms
 
 
+@pytest.mark.parametrize(("cost", "chosen"), [(0.995, "f16"), (0.8, "q8_0")])
+def test_what_changes_answers_must_be_faster_by_more_than_chance(cost: float, chosen: str) -> None:
+    tuned = run(FakeBoard(COST | {"q8_0": cost, "mtmd": 40.0}))
+    assert (tuned.best["vision.backend"], tuned.best["advanced.kv_cache_type"]) == ("mtmd", chosen)
+
+
 def test_a_best_that_is_late_when_it_is_measured_again_is_not_chosen() -> None:
     board = FakeBoard(COST | {"onnxruntime": 300.0})
     first = board.run
