@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,7 @@ def check(arguments: argparse.Namespace) -> int:
     """Print one line per part. Goes on after a fault, so that one run shows every fault."""
     config = read_config(arguments)
     require_onnxruntime(config)
-    status, bundle, raw_space = 0, None, b""
+    status, bundle, space, raw_space = 0, None, None, b""
     try:
         space = load_action_space(config.task.action_space)
         raw_space = encode_action_space(space)
@@ -53,9 +54,15 @@ def check(arguments: argparse.Namespace) -> int:
         status = _print_fault("bundle", str(error))
     except OSError as error:  # a disk that fails
         status = _print_fault("bundle", f"{error.filename or config.bundle}: {error.strerror or error}")
-    status = _check_camera(config) or status
+    camera_status, frames = _check_camera(config)
+    status = camera_status or status
+    if warning := config.tuned.difference(frames, bundle.id if bundle is not None else ""):
+        _print_warning("tuned", warning)
     _print_ok("cpu", _describe_threads(config))
     if bundle is not None:
+        if bundle.manifest.vision is None and space is not None and space.vehicle_state is None:
+            _print_warning("actions", f"{space.name} has no vehicle_state, and the bundle is a text-only model: every "
+                           "frame is refused (no-state); use an action space with a vehicle_state")  # fmt: skip
         has_memory = _check_memory(config, bundle.manifest) == 0
         status = status if has_memory else EX_CONFIG
         if raw_space and has_memory:
@@ -200,17 +207,23 @@ class Probe(NamedTuple):
     formats: tuple[str, ...] = ()  # pixel formats of a V4L2 device
     clock: str = ""  # who stamps the frames
 
+    @property
+    def frames(self) -> str:
+        """The size of the frames: "640x480"; "" if it is unknown."""
+        size = re.match(r"[0-9]+x[0-9]+(?= |$)", self.line) if self.is_open else None
+        return size[0] if size else ""
 
-def _check_camera(config: Config) -> int:
-    """Returns the exit status of check."""
+
+def _check_camera(config: Config) -> tuple[int, str]:
+    """The exit status of check, and the size of the frames: "640x480", or "" if it is unknown."""
     probe = probe_camera(config.camera)
     if probe.is_open:
         _print_ok("camera", f"{config.camera.source}: {probe.line}")
     elif warning := _why_no_pushed_frame(config, probe.line):
         _print_warning("camera", warning)
     else:
-        return _print_fault("camera", f"camera.source: {probe.line}")
-    return 0
+        return _print_fault("camera", f"camera.source: {probe.line}"), ""
+    return 0, probe.frames
 
 
 def probe_camera(config: CameraConfig) -> Probe:

@@ -7,7 +7,6 @@ import datetime
 import json
 import os
 import platform
-import re
 import shutil
 import sys
 import tempfile
@@ -26,6 +25,8 @@ from edge_agent.cli.check import probe_camera
 from edge_agent.cli.commands import EX_CONFIG, EX_USAGE, CommandFailed
 from edge_agent.cli.daemon import read_config, require_onnxruntime
 from edge_agent.config import Config, TunedConfig, load_config_text
+from edge_agent.doctor.hardware import model_name
+from edge_agent.doctor.machine import Answers, LocalFiles, Machine
 from edge_agent.errors import ConfigError
 from edge_agent.wire.endpoints import is_listening, runtime_dir
 from edge_agent.yaml_edit import set_keys
@@ -94,22 +95,14 @@ def _frame_size(config: Config) -> str:
     if camera.source.startswith("zmq:"):
         return f"{camera.width or 640}x{camera.height or 480}"
     probe = probe_camera(camera)
-    size = re.search(r"^([0-9]+x[0-9]+)( |$)", probe.line)
-    if not probe.is_open or size is None:
+    if not probe.frames:
         raise ConfigError(f"camera.source: {probe.line}")
-    return size[1]
+    return probe.frames
 
 
 def board_name() -> str:
     """What the board calls itself, for people."""
-    for file in ("/proc/device-tree/model", "/sys/class/dmi/id/product_name"):
-        try:
-            name = Path(file).read_text(errors="replace").strip(" \0\n")
-        except OSError:
-            continue
-        if name.isprintable() and name:
-            return name[:80]
-    return platform.machine()
+    return model_name(Machine(LocalFiles(), Answers(architecture=platform.machine())))[:80]
 
 
 def busy_cores(read: Callable[[], str] = lambda: Path("/proc/stat").read_text(), wait_s: float = 0.5) -> float:

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from edge_agent.bundle.wrap import wrap
 from edge_agent.cli import check as command
 from edge_agent.cli.check import Probe
 from edge_agent.supervisor.pause_file import keep_pause
 from edge_agent.supervisor.publisher import Publisher
 from edge_agent.supervisor.runtime_folder import EndpointError, check_folder
+from tests.harness import gguf_toys
 
 FRAME = Probe(True, "64x48 at 30 fps")
 
@@ -194,3 +196,27 @@ def test_the_real_probe_of_pushed_frames_ends_as_the_warning_expects(tmp_path, m
     probe = command.probe_camera(command.CameraConfig(source=f"zmq:ipc://{tmp_path}/frames"))
     assert not probe.is_open and probe.line.startswith("stalled: ")
     assert not (tmp_path / "frames").exists()
+
+
+# -- what was tuned, and what a model can answer to -------------------------------------------------------------------
+
+
+def test_a_configuration_that_was_tuned_for_other_frames_is_a_warning(checked, no_context):
+    tuned = {"date": "2026-11-27", "frames": "1280x720"}
+    status, lines = checked(tuned=tuned)
+    assert status == 0
+    assert lines["tuned"].startswith("WARN tuned on 2026-11-27 for frames of 1280x720, found 64x48: run")
+    assert "tuned" not in checked(tuned=tuned | {"frames": "64x48"})[1]
+    assert "tuned" not in checked(probe=Probe(False, "stalled: x"), source="zmq:ipc:///nowhere/x", tuned=tuned)[1]
+
+
+def test_a_text_only_model_without_a_state_to_answer_from_is_a_warning(checked, no_context, tmp_path):
+    wrap(gguf_toys.write_language(tmp_path / "language.gguf"), None, tmp_path / "text")
+    status, lines = checked(bundle=str(tmp_path / "text"))
+    assert status == 0 and lines["actions"].startswith("WARN velocity_body has no vehicle_state")
+    space = tmp_path / "climb.yaml"
+    space.write_text(
+        "name: climb\nvalid_for_ms: 500\nactions: {up: {}, down: {}}\n"
+        "vehicle_state:\n  text: 'At {altitude_m}. '\n  values: {altitude_m: {unit: m, max_age_ms: 200}}\n"
+    )
+    assert checked(bundle=str(tmp_path / "text"), task={"action_space": str(space)})[1]["actions"].startswith("ok")

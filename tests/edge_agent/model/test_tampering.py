@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from edge_agent.bundle.manifest import LANGUAGE, MANIFEST, MMPROJ, VISION, read_
 from edge_agent.config import LanguageConfig, VisionConfig
 from edge_agent.errors import BundleError
 from edge_agent.ipc.events import Heartbeat, ModelReady, StartupFailed, decode_model_event
+from edge_agent.ipc.frame_slot import Slot
 from edge_agent.model import __main__ as entry
 from edge_agent.model.llama import LlamaContext, LlamaError, LlamaOptions
 from tests.harness.rig import config_of, model_start
@@ -48,8 +50,10 @@ def start(monkeypatch, toy_bundle: Path, switchable: Path, tmp_path: Path):
                                         language=language))  # fmt: skip
         change(folder)
         events = Events()
-        monkeypatch.setattr(entry, "attach_to_supervisor", lambda: (None, events, message, False))
-        assert entry.main() == 1
+        slot = Slot.create()
+        monkeypatch.setattr(entry, "attach_to_supervisor", lambda: (slot, events, message, False))
+        with contextlib.closing(slot):
+            assert entry.main() == 1
         return events.sent
 
     return start
