@@ -139,6 +139,7 @@ def test_the_small_profile_needs_what_is_left_after_the_first_reductions(toy):
 CARD = Gpu(free_mib=24_000.0, own_memory=True)
 SHARED = Gpu(free_mib=None, own_memory=False)  # as on a Jetson
 MTMD = msgspec.structs.replace(CONFIG, vision=VisionConfig(backend="mtmd"))
+ONNX = msgspec.structs.replace(CONFIG, vision=VisionConfig(backend="onnxruntime"))
 
 
 @pytest.mark.parametrize("gpu_layers", [-1, 27, 99])
@@ -168,24 +169,24 @@ def test_a_cards_own_memory_is_a_sum_of_its_own(toy):
     assert 4068 < planned.card_mib < 1.1 * 4068
     assert planned.card_parts_mib["adapters"] == 12.0 and planned.card_parts_mib["the GPU's context"] == GPU_CONTEXT_MIB
     assert {name for name, mib in planned.parts_mib.items() if mib >= 1} == {"frames", "the process"}
-    assert 5380 < plan_memory(CONFIG, shape_3b(toy), 64_000.0, gpu=CARD).card_mib < 1.1 * 5380
+    assert 5380 < plan_memory(ONNX, shape_3b(toy), 64_000.0, gpu=CARD).card_mib < 1.1 * 5380
     two = plan_memory(MTMD, shape_3b(toy), 64_000.0, 12.0, Gpu(free_mib=24_000.0, own_memory=True, n_devices=2))
     assert two.card_mib - planned.card_mib == GPU_CONTEXT_MIB
 
 
 def test_onnxruntime_may_keep_the_encoder_in_the_machines_memory(toy):
     """The plan does not know whether it can use the card: the encoder counts in both."""
-    planned = plan_memory(CONFIG, shape_3b(toy), 64_000.0, gpu=CARD)
+    planned = plan_memory(ONNX, shape_3b(toy), 64_000.0, gpu=CARD)
     assert planned.parts_mib["vision encoder"] == planned.card_parts_mib["vision encoder"] > 2000
 
 
 def test_a_card_that_is_short_of_memory_reduces_options_and_is_named(toy):
     manifest, seen = shape_3b(toy), []
-    full_mib = plan_memory(CONFIG, manifest, None, gpu=CARD).card_mib
+    full_mib = plan_memory(ONNX, manifest, None, gpu=CARD).card_mib
     for free_mib in range(round(full_mib) + 100, 500, -50):
         gpu = Gpu(free_mib=float(free_mib), own_memory=True)
         try:
-            planned = plan_memory(CONFIG, manifest, 64_000.0, gpu=gpu)
+            planned = plan_memory(ONNX, manifest, 64_000.0, gpu=gpu)
         except NotEnoughMemoryError as error:
             assert str(error).startswith("GPU memory: ") and f"{free_mib} MiB free" in str(error)
             break
