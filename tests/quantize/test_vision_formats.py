@@ -12,8 +12,9 @@ from onnx import numpy_helper
 
 from edge_agent.bundle.manifest import MMPROJ, REPORT, VISION
 from edge_agent.bundle.verify import verify_bundle
+from edge_agent.ipc.image_grid import image_grid
 from edge_agent.model.onnx_runtime import onnxruntime
-from edge_agent.model.preprocess import Preprocessor, image_grid
+from edge_agent.model.preprocess import Preprocessor, image_request
 from edge_agent.model.vision_encoder import OnnxEncoder
 from quantize.build import build
 from quantize.build_folder import BuildError
@@ -112,7 +113,7 @@ def test_a_fixed_size_is_the_only_one(made):
     opened = verify_bundle(folder)
     assert opened.manifest.vision.fixed == (84, 140)
     for height, width in ((84, 140), (480, 640), (1080, 1920), (64, 64)):
-        assert image_grid(height, width, 1024, opened.manifest.vision) == (3, 5)
+        assert image_grid(height, width, image_request(opened.manifest.vision, 1024)) == (3, 5)
     image = toy.toy_image(84, 140, 3)
     np.testing.assert_allclose(rows(folder, image), rows(made()[0], image), atol=1e-4)
     assert report["validation"]["mmproj_min_cosine"] >= 0.999
