@@ -70,7 +70,8 @@ ORDER: dict[str, list[str]] = {
     "actions": ["decimals", "space", "prompt", "grammar", "action_tokens", "vehicle_state", "envelope"],
     "bundle": [
         "gguf_package", "files", "file_check", "recognise", "signing", "layout", "manifest", "model_facts",
-        "manifest_check", "verify", "store", "verified_files", "lora_check", "model_start", "memory_plan", "wrap",
+        "manifest_check", "verify", "store", "verified_files", "lora_check", "model_start", "memory_plan",
+        "gpu_memory", "wrap",
     ],
     "board": ["control_groups", "health", "sensors", "cuda_code", "nvml"],
     "ipc": ["backoff", "token_sizes", "image_grid", "frame_slot", "events", "worker"],

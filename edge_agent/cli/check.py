@@ -7,12 +7,11 @@ own, as in the daemon.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
@@ -26,10 +25,6 @@ from edge_agent.cli.daemon import read_config, require_onnxruntime
 from edge_agent.config import CameraConfig, Config
 from edge_agent.errors import ConfigError, UserError
 
-if TYPE_CHECKING:
-    from edge_agent.bundle.memory_plan import Gpu
-
-GPU_TIMEOUT_S = 30.0  # for the driver
 PROBE_S = 10.0  # for the first frame
 PROBE_EXIT_S = 2.0  # more, for the process
 PROMPT_TIMEOUT_S = 120.0  # a vocabulary of 131072 tokens takes two seconds; a slow disk more
@@ -124,10 +119,11 @@ def _check_memory(config: Config, manifest: Manifest) -> int:
     """Returns the exit status of check."""
     from edge_agent.board import health
     from edge_agent.board.control_groups import memory_left_mib
+    from edge_agent.bundle.gpu_memory import probe_gpu
     from edge_agent.bundle.memory_plan import NotEnoughMemoryError, adapters_mib, plan_memory
 
     free_mib = health.mem_available_mib()
-    gpu = _probe_gpu() if config.language.gpu_layers else None
+    gpu = probe_gpu(config)
     try:
         plan = plan_memory(config, manifest, free_mib, adapters_mib(config), gpu)
     except NotEnoughMemoryError as error:
@@ -145,30 +141,6 @@ def _describe_memory(parts_mib: dict[str, float], free_mib: float | None) -> str
     parts = ", ".join(f"{name} {mib:.0f}" for name, mib in parts_mib.items() if mib >= 1)
     free = "unknown" if free_mib is None else f"{free_mib:.0f}"
     return f"about {sum(parts_mib.values()):.0f} MiB needed ({parts}), {free} MiB available"
-
-
-def _probe_gpu() -> Gpu | None:
-    """The GPU of a GPU build of llama.cpp, asked in a child process: its libraries load a driver. None: there is none,
-    or it does not answer."""
-    from edge_agent.bundle.memory_plan import Gpu
-
-    if not has_gpu_library():
-        return None
-    command = [sys.executable, "-m", "edge_agent.model.gpu"]
-    try:
-        done = subprocess.run(command, capture_output=True, timeout=GPU_TIMEOUT_S, check=False)
-        return msgspec.json.decode(done.stdout, type=Gpu | None)
-    except (subprocess.TimeoutExpired, msgspec.DecodeError):
-        return None
-
-
-def has_gpu_library() -> bool:
-    """Whether the installed llama.cpp has a library for some kind of GPU, without loading it."""
-    package = importlib.util.find_spec("llama_cpp")
-    if package is None or package.origin is None:
-        return False
-    found = (Path(package.origin).parent / "lib").glob("libggml-*")
-    return any(not path.name.startswith(("libggml-base", "libggml-cpu")) for path in found)
 
 
 # -- the context -------------------------------------------------------------------------------------------------------

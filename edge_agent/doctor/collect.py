@@ -24,6 +24,7 @@ import msgspec
 from edge_agent.board import health
 from edge_agent.board.control_groups import allowed_cores
 from edge_agent.board.nvml import Nvml
+from edge_agent.bundle.gpu_memory import probe_gpu
 from edge_agent.bundle.manifest import read_manifest
 from edge_agent.bundle.memory_plan import NotEnoughMemoryError, adapters_mib, plan_memory
 from edge_agent.config import CameraConfig, Config, load_config, state_dir
@@ -170,7 +171,7 @@ def _bundle(config: Config | None) -> dict[str, Any]:
         missing = [name for name in bundle.manifest.files if not bundle.path(name).is_file()]
         if missing:
             return {"bundle_error": f"{bundle.path(missing[0])}: missing; copy the bundle again"}
-        plan = plan_memory(config, bundle.manifest, health.mem_available_mib(), adapters_mib(config))
+        plan = plan_memory(config, bundle.manifest, health.mem_available_mib(), adapters_mib(config), probe_gpu(config))
     except NotEnoughMemoryError as error:
         return {"memory_error": str(error).removeprefix("memory: ")}
     except (BundleError, ConfigError) as error:

@@ -26,8 +26,9 @@ import msgspec
 
 from edge_agent.board.control_groups import available_cores
 from edge_agent.board.health import mem_available_mib
+from edge_agent.bundle.gpu_memory import probe_gpu
 from edge_agent.bundle.manifest import MMPROJ, VISION, Manifest
-from edge_agent.bundle.memory_plan import NotEnoughMemoryError, adapters_mib, plan_memory
+from edge_agent.bundle.memory_plan import Gpu, NotEnoughMemoryError, adapters_mib, plan_memory
 from edge_agent.config import Config
 from edge_agent.errors import ConfigError
 from edge_agent.profile import resolve
@@ -77,13 +78,13 @@ class Board(NamedTuple):
 def tune(config: Config, manifest: Manifest, report: Report, measure_s: float = MEASURE_S) -> Tuned:
     """Measure on this machine. Nothing is written. Raises ConfigError if no candidate gives valid actions."""
     with tempfile.TemporaryDirectory(prefix="edge-tune-") as scratch, interrupts_at_safe_points():
-        n_runs = 0
+        n_runs, gpu = 0, probe_gpu(config)
 
         def run(values: Values) -> Measured:
             nonlocal n_runs
             n_runs += 1
             candidate = with_values(config, values)
-            if problem := _memory_problem(candidate, manifest):
+            if problem := _memory_problem(candidate, manifest, gpu):
                 return Measured(problem=problem)
             folder = Path(scratch, str(n_runs))
             folder.mkdir()
@@ -92,10 +93,10 @@ def tune(config: Config, manifest: Manifest, report: Report, measure_s: float = 
         return search(config, lambda gpu: find_choices(config, manifest, gpu), run, report)
 
 
-def _memory_problem(config: Config, manifest: Manifest) -> str:
+def _memory_problem(config: Config, manifest: Manifest, gpu: Gpu | None) -> str:
     """Why the daemon would not run this configuration as it is; "" if it would."""
     try:
-        plan = plan_memory(config, manifest, mem_available_mib(), adapters_mib(config))
+        plan = plan_memory(config, manifest, mem_available_mib(), adapters_mib(config), gpu)
     except NotEnoughMemoryError as error:
         return str(error)
     return f"not enough memory: the daemon would reduce {', '.join(plan.reductions)}" if plan.reductions else ""
@@ -230,7 +231,7 @@ def _axes(board: Board) -> list[Callable[[Values], list[Values]]]:
     def kv_cache(base: Values) -> list[Values]:
         return [{KV: name} for name in board.kv_cache_types]
 
-    return [backends, draft, kv_cache, threads, backends]  # the best backend depends on the threads
+    return [backends, draft, kv_cache, threads, backends, kv_cache]  # what is best depends on the threads
 
 
 def _confirm(found: _Search, start: Values) -> Tuned:

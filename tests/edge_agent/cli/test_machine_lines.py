@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import msgspec
 import pytest
 
+from edge_agent.bundle import gpu_memory
 from edge_agent.bundle.manifest import read_manifest
 from edge_agent.bundle.memory_plan import Gpu
-from edge_agent.cli import check
 from edge_agent.cli.check import _check_memory, _describe_threads
 from edge_agent.config import CameraConfig, Config
 
@@ -48,21 +46,11 @@ def test_the_limit_of_a_control_group_is_named(toy_bundle, monkeypatch, capsys, 
 def test_the_memory_of_a_card_has_a_line_of_its_own(toy_bundle, monkeypatch, capsys):
     manifest = read_manifest(toy_bundle).manifest
     monkeypatch.setattr("edge_agent.board.health.mem_available_mib", lambda: 9000.0)
-    monkeypatch.setattr(check, "_probe_gpu", lambda: Gpu(free_mib=2000.0, own_memory=True))
+    monkeypatch.setattr(gpu_memory, "probe_gpu", lambda config: Gpu(free_mib=2000.0, own_memory=True))
     assert _check_memory(CONFIG, manifest) == 0
     machine, card = capsys.readouterr().out.splitlines()
     assert machine.endswith("9000 MiB available") and "language model" not in machine
     assert "of the GPU: " in card and "language model" in card and card.endswith("2000 MiB available")
-    monkeypatch.setattr(check, "_probe_gpu", lambda: Gpu(free_mib=500.0, own_memory=True))
+    monkeypatch.setattr(gpu_memory, "probe_gpu", lambda config: Gpu(free_mib=500.0, own_memory=True))
     assert _check_memory(CONFIG, manifest) != 0
     assert "GPU memory: " in capsys.readouterr().out
-
-
-def test_a_build_for_a_cpu_is_asked_for_no_gpu(monkeypatch, tmp_path):
-    """And one with a library of some GPU is, in a child process; here its answer is that there is none."""
-    assert not check.has_gpu_library() and check._probe_gpu() is None
-    (tmp_path / "lib").mkdir()
-    (tmp_path / "lib" / "libggml-cuda.so").touch()
-    package = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: package)
-    assert check.has_gpu_library() and check._probe_gpu() is None
