@@ -184,8 +184,9 @@ def unverified_bundle(plan: BuildPlan, folder: Path) -> Bundle:
     for tensor in table:
         by_type[tensor.ggml_type] += tensor.n_bytes
     embedding = next(tensor for tensor in table if tensor.name == "token_embd.weight")
-    manifest = _manifest(plan, embedding.offset, dict(by_type), {})
-    return Bundle(folder=folder, manifest=manifest, id="")
+    sizes = {name: (folder / name).stat().st_size for name in (LANGUAGE, VISION, MMPROJ) if (folder / name).is_file()}
+    files = {name: BundleFile(bytes=n_bytes, sha256="0" * 64) for name, n_bytes in sizes.items()}
+    return Bundle(folder=folder, manifest=_manifest(plan, embedding.offset, dict(by_type), files), id="")
 
 
 def expected_manifest(plan: BuildPlan) -> Manifest:

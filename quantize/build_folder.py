@@ -114,8 +114,8 @@ def check_file_size(folder: Path, n_bytes: int, name: str) -> None:
     soft_limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     if soft_limit != resource.RLIM_INFINITY and n_bytes > soft_limit:
         raise BuildError(
-            f"{folder}: {name} has {n_bytes / 1e9:.2f} GB, but this process may write files of at most "
-            f"{soft_limit / 1e9:.2f} GB (ulimit -f); raise the limit"
+            f"{folder}: {name} has {n_bytes / 1e6:.1f} MB, but this process may write files of at most "
+            f"{soft_limit / 1e6:.1f} MB (ulimit -f); raise the limit"
         )
     with tempfile.TemporaryFile(dir=folder) as probe:
         try:

@@ -17,6 +17,7 @@ OTHERS = {
     "Shutdown": "a signal, carried through the supervisor's loop",
     "RequestRefused": "the client's: a controller catches it, and the client imports only the wire",
     "ProtocolError": "of one peer: its connection ends, and nobody sees a line",
+    "_Stopped": "a signal within one answer, which becomes the reason why it ended early",
     "PathError": "the publisher and the camera make their own error of it",
 }
 FILES = sorted([*(ROOT / "edge_agent").rglob("*.py"), *(ROOT / "quantize").rglob("*.py")])

@@ -166,7 +166,7 @@ def test_the_limit_of_this_process_counts(tmp_path: Path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
     try:
         check_file_size(tmp_path, 1 << 20, "vision.onnx")
-        with pytest.raises(BuildError, match=r"vision\.onnx has 0\.00 GB, .* \(ulimit -f\); raise the limit"):
+        with pytest.raises(BuildError, match=r"vision\.onnx has 1\.0 MB, .* \(ulimit -f\); raise the limit"):
             check_file_size(tmp_path, (1 << 20) + 1, "vision.onnx")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -14,6 +14,7 @@ import pytest
 
 from edge_agent.ipc.events import Heartbeat, LimitLoad, SetInstruction, decode_model_event
 from edge_agent.ipc.frame_slot import Slot
+from edge_agent.ipc.image_grid import ImageRequest
 from edge_agent.ipc.token_sizes import token_sizes
 from edge_agent.ipc.worker import MAX_EVENT_BYTES
 from edge_agent.model.frame_buffer import FrameBuffer
@@ -51,6 +52,9 @@ class FakeImages:
         self.clock = clock
         self.begun_ms: list[int] = []  # when a frame was taken
         self.sizes: list[int] = []
+
+    def request(self, max_tokens: int) -> ImageRequest:
+        return ImageRequest(unit=28, longest_side=1540, max_tokens=max_tokens)
 
     def resize(self, picture: np.ndarray, max_tokens: int) -> np.ndarray:
         self.sizes.append(max_tokens)
