@@ -46,16 +46,21 @@ class ControlConnection:
     def is_connected_within(self, timeout_ms: int) -> bool:
         """Wait until the daemon has accepted the connection and speaks the protocol."""
         end_s = time.monotonic() + timeout_ms / 1000
-        while True:
+        self._read_events(0)
+        while not self._is_connected:
             self._read_events(max(0, round(1000 * (end_s - time.monotonic()))))
-            if zmq.EVENT_HANDSHAKE_SUCCEEDED in self._events and zmq.EVENT_DISCONNECTED not in self._events:
-                return True
             left_s = end_s - time.monotonic()
-            if left_s <= 0:
-                return False
-            time.sleep(min(RETRY_S, left_s))  # nobody listens yet, or who listened has ended
-            self.close()
-            self._open()
+            if not self._is_connected:
+                if left_s <= 0:
+                    return False
+                time.sleep(min(RETRY_S, left_s))  # nobody listens yet, or who listened has ended
+                self.close()
+                self._open()
+        return True
+
+    @property
+    def _is_connected(self) -> bool:
+        return zmq.EVENT_HANDSHAKE_SUCCEEDED in self._events and zmq.EVENT_DISCONNECTED not in self._events
 
     @property
     def has_ended(self) -> bool:

@@ -14,6 +14,7 @@ import pytest
 import zmq
 
 from edge_agent.client import Client, ConnectionEnded, NotConnected
+from edge_agent.client.control_connection import ControlConnection
 from edge_agent.wire.control import Request, read_request
 from tests.harness.clock import FakeClock
 from tests.harness.fake_daemon import HANG_S, make_reply, make_text
@@ -144,3 +145,19 @@ def test_without_a_next_daemon_the_next_request_is_not_sent(tmp_path):
         (tmp_path / "control").unlink(missing_ok=True)
         with pytest.raises(NotConnected, match="nobody answers there, resume was not sent"):
             client.resume(0.1)
+
+
+def test_a_request_on_a_connection_that_stands_waits_for_nothing_but_its_reply(tmp_path, monkeypatch):
+    waits_ms: list[int] = []
+    read_events = ControlConnection._read_events
+
+    def read(connection: ControlConnection, timeout_ms: int) -> None:
+        waits_ms.append(timeout_ms)
+        read_events(connection, timeout_ms)
+
+    with ending_daemon(tmp_path, lambda request: [make_reply(request)], n_requests=3), Client(str(tmp_path)) as client:
+        client.pause(HANG_S)
+        monkeypatch.setattr(ControlConnection, "_read_events", read)
+        client.resume(HANG_S)
+        client.pause(HANG_S)
+    assert waits_ms and not any(waits_ms)
