@@ -46,6 +46,17 @@ def test_a_text_only_model_needs_no_memory_for_a_vision_encoder(toy):
     assert needed_mib(CONFIG, manifest)["vision encoder"] == 0.0
 
 
+def test_an_encoder_with_one_size_of_image_needs_the_same_memory_for_every_number_of_tokens(toy):
+    """896x896 pixels in patches of 14: 4096 patches, whose scores are a float32 each, of 16 heads."""
+    assert toy.vision is not None
+    manifest = shape_3b(toy)
+    manifest = msgspec.structs.replace(manifest, vision=msgspec.structs.replace(toy.vision, patch=14, fixed=(896, 896)))
+    for max_image_tokens in (64, 1024):
+        config = msgspec.structs.replace(CONFIG, vision=VisionConfig(backend="mtmd", max_image_tokens=max_image_tokens))
+        expected_mib = manifest.files[MMPROJ].bytes / 2**20 + 16 * 4096**2 * 4 / 2**20
+        assert needed_mib(config, manifest)["vision encoder"] == pytest.approx(expected_mib)
+
+
 @pytest.mark.parametrize(
     ("source", "max_megapixels", "n_frames"),
     [("/dev/video0", 0.9216, 4), ("clip.mp4", 33.1776, 4), ("gst:x", 2, 4), ("zmq:ipc:///x", 33.1776, 6)],

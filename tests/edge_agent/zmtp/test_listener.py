@@ -73,6 +73,18 @@ def test_a_socket_that_a_killed_process_left_is_replaced(path):
     assert not path.exists()
 
 
+def test_a_dead_socket_that_cannot_be_removed_is_one_line(path, monkeypatch):
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+
+    def refuse(_path: Path, missing_ok: bool) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(PathError, match=f"^{path}: cannot be bound: Permission denied$"):
+        Listener(path, 0o600)
+
+
 @pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_SEQPACKET, socket.SOCK_DGRAM])
 def test_a_socket_with_a_living_owner_is_not_replaced(path, kind):
     with socket.socket(socket.AF_UNIX, kind) as owner:
