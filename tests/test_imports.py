@@ -27,7 +27,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "yaml_edit": ({"errors", "strict_yaml"}, {"yaml"}),
     "config": ({"errors", "strict_yaml"}, {"msgspec"}),
     "profile": ({"config"}, {"msgspec"}),
-    "wire": (set(), {"msgspec"}),
+    "wire": ({"time_units"}, {"msgspec"}),
     "zmtp": ({"wire"}, set()),
     "client": ({"suspend", "time_units", "wire"}, {"msgspec", "zmq"}),
     "board": (set(), set()),

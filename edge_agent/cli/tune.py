@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from edge_agent.board.control_groups import available_cores
+from edge_agent.bundle.files import sync_folder
 from edge_agent.bundle.lora_check import verify_adapters
 from edge_agent.bundle.model_start import fit_to_bundle
 from edge_agent.bundle.verify import verify_bundle
@@ -90,7 +91,7 @@ def _config(arguments: argparse.Namespace) -> Config:
 
 
 def _frame_size(config: Config) -> str:
-    """ "1280x720". Raises ConfigError if the camera gives no frame."""
+    """For example 1280x720. Raises ConfigError if the camera gives no frame."""
     camera = config.camera
     if camera.source.startswith("zmq:"):
         return f"{camera.width or 640}x{camera.height or 480}"
@@ -193,8 +194,9 @@ def _write(file: Path, tuned: Any, figures: dict[str, Any]) -> None:
             os.chown(name, status.st_uid, status.st_gid)
             os.fsync(target.fileno())
         os.replace(name, file)
+        sync_folder(file.parent)
     except BaseException:
-        os.unlink(name)
+        Path(name).unlink(missing_ok=True)
         raise
     print(f"written: {file}", file=sys.stderr)
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 from typing import Generic, NamedTuple, TypeVar
 
 from edge_agent.ipc.events import SetInstruction
+from edge_agent.time_units import NS_PER_S
 
 MAX_CHANGES = 4  # without an answer between them. A controller that corrects itself is never delayed
-MAX_WAIT_NS = 5_000_000_000  # also if no frame is answered: then nothing is lost by another change
+MAX_WAIT_NS = 5 * NS_PER_S  # also if no frame is answered: then nothing is lost by another change
 
 Sender = TypeVar("Sender")
 

@@ -31,22 +31,20 @@ from edge_agent.bundle.manifest import MMPROJ, VISION, Manifest
 from edge_agent.bundle.memory_plan import Gpu, NotEnoughMemoryError, adapters_mib, plan_memory
 from edge_agent.config import Config
 from edge_agent.errors import ConfigError
+from edge_agent.ipc.token_sizes import token_sizes
 from edge_agent.profile import resolve
 from edge_agent.strict_yaml import convert
 from edge_agent.tools.measure_daemon import Measured, interrupts_at_safe_points, measure
 
 Values = dict[str, Any]  # "key" or "section.key" of the configuration -> value
 Measure = Callable[[Values], Measured]
-Report = Callable[
-    [str, Measured | None, int, int], None
-]  # candidate, its result (None: begins), number, about how many
+# Gets the candidate, its result (None: it begins), its number, and about how many there are.
+Report = Callable[[str, Measured | None, int, int], None]
 
 KV = "advanced.kv_cache_type"
 MEASURE_S = 4.0
 CONFIRM_TIMES = 2
 MIN_GAIN = 0.02  # of the mean age; less is noise of this measurement
-TOKEN_STEPS = (0.75, 0.5, 0.375, 0.25)  # of the configured image tokens
-MIN_IMAGE_TOKENS = 64
 
 
 class Tried(NamedTuple):
@@ -56,8 +54,10 @@ class Tried(NamedTuple):
 
 
 class Tuned(NamedTuple):
-    """start: the configuration as it is. best: what to set; {} if it is right as it is. start_ms, best_ms: mean age of
-    information of both, medians of all their measurements; None: no valid actions."""
+    """start: the configuration as it is. best: what to set; the start itself if nothing is better.
+
+    start_ms, best_ms: mean age of information of both, medians of all their measurements; None: no valid actions.
+    """
 
     tried: list[Tried]
     start: Values
@@ -207,11 +207,8 @@ def search(config: Config, choices: Callable[[bool], Board], run: Measure, repor
 
 def _fewer_tokens(start: Values) -> Iterable[Values]:
     """The start, then ever fewer image tokens, until the deadline is met."""
-    yield start
-    configured = start["vision.max_image_tokens"]
-    for share in TOKEN_STEPS:
-        if (tokens := round(configured * share)) >= min(MIN_IMAGE_TOKENS, configured):
-            yield start | {"vision.max_image_tokens": tokens}
+    for tokens in token_sizes(start["vision.max_image_tokens"]):
+        yield start | {"vision.max_image_tokens": tokens}
 
 
 def _axes(board: Board) -> list[Callable[[Values], list[Values]]]:

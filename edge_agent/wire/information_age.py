@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterable
 from typing import NamedTuple
 
-NS_PER_MS = 1_000_000
+from edge_agent.time_units import NS_PER_MS
 
 
 class PublishedAction(NamedTuple):

