@@ -102,6 +102,8 @@ class FramePusher:
                 f"found {view.nbytes}"
             )
         data = view if view.c_contiguous else memoryview(view.tobytes())
+        if self._file is None:  # the daemon started after this pusher
+            self._file = _file_at(self._endpoint)
         message = pack_pushed_frame(frame_id, t_capture_ns, width, height, format, data)
         try:
             self._socket.send(message, zmq.NOBLOCK)

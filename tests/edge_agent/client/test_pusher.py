@@ -106,6 +106,19 @@ def test_when_the_daemon_takes_no_frames_new_frames_are_dropped(pusher, receiver
     assert received(receiver).frame_id == 0
 
 
+@pytest.mark.parametrize("daemon_is_first", [True, False])
+def test_a_slow_daemon_does_not_lose_the_frames_that_wait_for_it(endpoint, request, daemon_is_first):
+    """Full queues alone are no reason to connect anew, which would drop what they hold."""
+    receiver = request.getfixturevalue("receiver") if daemon_is_first else None
+    with FramePusher(endpoint) as pusher:
+        receiver = receiver or request.getfixturevalue("receiver")
+        assert pusher._socket.poll(round(HANG_S * 1000), zmq.POLLOUT), "not connected"
+        big = np.zeros((1000, 1000, 3), np.uint8)
+        sent = [n for n in range(50) if pusher.push(big, frame_id=n, t_capture_ns=n)]
+        assert len(sent) < 10
+        assert [received(receiver).frame_id for _ in sent] == sent
+
+
 def test_closing_does_not_wait_for_frames_that_were_not_sent(endpoint, receiver):
     pusher = FramePusher(endpoint)
     big = np.zeros((1000, 1000, 3), np.uint8)
