@@ -35,8 +35,8 @@ lint: venv
 check: lint
 	$(RUN)/python -m pytest tests/test_imports.py tests/test_documents.py
 
-# Every line and branch of these is tested: the contract, its protocol, the client, the action envelope, the bundle, the
-# gate.
+# Every line and branch of these is tested by the tests of their own rooms: the contract, its protocol, the client, the
+# action envelope, the bundle, the gate.
 COVERED := edge_agent/wire/*,edge_agent/zmtp/*,edge_agent/client/*,edge_agent/actions/*,edge_agent/bundle/*,edge_agent/supervisor/gate.py
 
 # Three workers on two cores: tests that wait for a process leave room for another. worksteal keeps the tests of a file

@@ -13,7 +13,12 @@ from edge_agent.actions.space import (
     VehicleStatePrompt,
     load_action_space,
 )
-from edge_agent.actions.vehicle_state import check_vehicle_state, max_vehicle_state_tokens, render_vehicle_state
+from edge_agent.actions.vehicle_state import (
+    check_vehicle_state,
+    max_vehicle_state_tokens,
+    render_vehicle_state,
+    unknown_values,
+)
 from edge_agent.time_units import NS_PER_S
 
 SPACE = ActionSpace(
@@ -47,6 +52,19 @@ def test_values_are_written_into_the_text_and_an_old_or_missing_value_is_unknown
     text = render_vehicle_state(SPACE, values, now_ns + 30 * NS_PER_S)
     assert text == "Altitude unknown, armed unknown, mode unknown, battery 81 %.\n"
     assert "81" not in render_vehicle_state(SPACE, values, now_ns), "a time in the future"
+
+
+def test_the_keys_that_are_written_as_unknown():
+    now_ns = 100 * NS_PER_S
+    values = {"altitude_m": (12.0, now_ns - NS_PER_S), "armed": (True, now_ns), "battery": (80, now_ns - NS_PER_S)}
+    assert unknown_values(SPACE, values, now_ns) == ["altitude_m", "mode"]
+    assert unknown_values(WITHOUT_STATE, values, now_ns) == []
+
+
+def test_the_bound_of_a_text_counts_its_words_and_the_units():
+    spaceless = max_vehicle_state_tokens(SPACE, lambda text: 0)
+    assert spaceless > 0
+    assert max_vehicle_state_tokens(SPACE, len) == spaceless + len(SPACE.vehicle_state.text) + len("m") + len("%")
 
 
 def test_a_space_without_vehicle_state_has_no_text_and_takes_no_values():

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from edge_agent.bundle.files import BundleFile, hash_file, write_durably
+from edge_agent.bundle.files import BundleFile, hash_file, sync_folder, write_durably
 from edge_agent.bundle.manifest import (
     FORMAT,
     LANGUAGE,
@@ -25,8 +25,10 @@ from edge_agent.bundle.manifest import (
     read_manifest,
     write_manifest,
 )
+from edge_agent.bundle.model_start import fit_to_bundle
 from edge_agent.bundle.verify import verify_bundle
-from edge_agent.errors import BundleError
+from edge_agent.config import load_config_text
+from edge_agent.errors import BundleError, ConfigError
 from tests.harness import ROOT
 from tests.harness.small_bundle import CONTENT, NAMES, manifest_fields, sha256
 
@@ -243,6 +245,25 @@ def test_another_format_is_refused_by_number(folder, number):
     assert f"expected 1, found {number}" in refused(folder)
 
 
+def test_special_tokens_have_their_numbers_by_text_and_by_name(folder):
+    manifest = read_manifest(folder).manifest
+    numbers = manifest.model.special
+    assert manifest.token_id("[INST]") == numbers["inst"]
+    assert all(manifest.token_id(name) == number for name, number in numbers.items())
+    with pytest.raises(KeyError):
+        manifest.token_id("[NOTHING]")
+
+
+def test_without_its_own_encoder_a_bundle_is_served_by_mtmd(folder):
+    built = read_manifest(folder).manifest
+    manifest = msgspec.structs.replace(built, files={name: built.files[name] for name in built.files if name != VISION})
+    config = load_config_text("bundle: /b\ncamera: {source: clip.mp4}", "test")
+    assert fit_to_bundle(config, manifest).vision.backend == "mtmd"
+    asked = load_config_text("bundle: /b\ncamera: {source: clip.mp4}\nvision: {backend: onnxruntime}", "test")
+    with pytest.raises(ConfigError, match=r"vision\.backend: expected mtmd .* found 'onnxruntime'"):
+        fit_to_bundle(asked, manifest)
+
+
 def test_a_text_only_model_is_verified(folder):
     fields = manifest_fields() | {"vision": None}
     for name in (VISION, MMPROJ):
@@ -408,6 +429,16 @@ def test_a_failed_sync_of_the_folder_is_an_error(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="Input/output"):
         write_durably(tmp_path / "state", b"new")
     assert (tmp_path / "state").read_bytes() == b"new"
+
+
+def test_a_file_system_that_cannot_sync_a_folder_keeps_the_file(tmp_path, monkeypatch):
+    def fsync(descriptor: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_durably(tmp_path / "state", b"new")
+    assert (tmp_path / "state").read_bytes() == b"new" and not sync_folder(tmp_path)
 
 
 def test_the_order_of_a_durable_write(tmp_path, monkeypatch):

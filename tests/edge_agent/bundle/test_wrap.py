@@ -10,6 +10,7 @@ from pathlib import Path
 import gguf
 import pytest
 
+from edge_agent.bundle import signing
 from edge_agent.bundle import wrap as wrap_module
 from edge_agent.bundle.files import hash_file
 from edge_agent.bundle.layout import MISTRAL_VISION
@@ -64,6 +65,15 @@ def test_a_text_only_model(chatml: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert manifest.model.special == {"<|im_start|>": 1, "<|im_end|>": 2}
     assert manifest.source_sha256 == {chatml.name: hash_file(chatml).sha256}
     assert progress[-1] == (chatml.stat().st_size, chatml.stat().st_size)
+
+
+def test_a_signed_bundle(chatml: Path, tmp_path: Path):
+    public = signing.keygen(tmp_path / "key")
+    wrap(chatml, None, tmp_path / "out", signing_key=tmp_path / "key")
+    verify_bundle(tmp_path / "out", trusted_keys=(str(public),))
+    with pytest.raises(signing.SigningError):
+        wrap(chatml, None, tmp_path / "other", signing_key=public)
+    assert not (tmp_path / "other").exists()
 
 
 def test_another_family_of_vision(gemma: tuple[Path, Path], tmp_path: Path):
