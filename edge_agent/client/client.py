@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,6 +45,7 @@ CONTROL = "control"
 MAX_AHEAD_NS = 5 * NS_PER_MS  # a later stamp is from another machine's clock, or from another boot
 MAX_VALID_NS = 1 * NS_PER_S  # no action may be valid for longer: autopilots time out after about a second
 MAX_SKIPPED_MESSAGES = 2000  # read at once to find the newest; more than a socket's queue holds
+MAX_ENDED_SESSIONS = 1000  # remembered, so that none of their messages is returned
 POLL_S = 1.0  # one wait of an iterator that has no time-out
 REPLY_S = 5.0  # time-out of requests that the daemon answers at once
 CONNECT_S = 2.0  # to connect to a socket of this machine takes no time: after this, nobody is there
@@ -88,6 +90,7 @@ class Client:
         self._sockets: dict[str, zmq.Socket[bytes]] = {}  # stream -> its socket, opened at first use
         self._connections: dict[str, ControlConnection] = {}  # CONTROL, or the id of a question -> its connection
         self._newest: tuple[int, int] | None = None  # session and seq of the newest message of the actions stream
+        self._ended_sessions: deque[int] = deque(maxlen=MAX_ENDED_SESSIONS)
 
     def close(self) -> None:
         self._is_closed = True
@@ -419,22 +422,26 @@ class Client:
         socket = self._subscriber(stream)
         if not socket.poll(self._left_ms(deadline_ns)):
             return None
-        payload = socket.recv()
+        payload = _only_frame(socket.recv_multipart())
         self._check_reachable(stream)  # the folder may have been made since then, by anybody
         if not self.folder.exists():
             return None
         with contextlib.suppress(zmq.Again):
             for _ in range(MAX_SKIPPED_MESSAGES if STREAMS[stream].newest else 0):
-                payload = socket.recv(zmq.NOBLOCK)
+                payload = _only_frame(socket.recv_multipart(zmq.NOBLOCK))
         return payload
 
     def _is_new(self, message: Action | Refusal) -> bool:
         """Whether a message is newer than every message before it. Counts the ones between, which were not returned."""
+        if message.session in self._ended_sessions:
+            return False
         if self._newest is not None and self._newest[0] == message.session:
             gap = message.seq - self._newest[1]
             if gap <= 0:
                 return False
             self.missed += gap - 1
+        elif self._newest is not None:
+            self._ended_sessions.append(self._newest[0])
         self._newest = (message.session, message.seq)
         return True
 
@@ -454,6 +461,11 @@ class Client:
     def _left_ms(self, deadline_ns: int) -> int:
         """The time until a deadline for poll(), rounded up to a millisecond; 0: the deadline has passed."""
         return max(0, -((self._clock() - deadline_ns) // NS_PER_MS))
+
+
+def _only_frame(frames: list[bytes]) -> bytes:
+    """A message has one ZeroMQ frame. With more it is none; the empty bytes are no message either."""
+    return frames[0] if len(frames) == 1 else b""
 
 
 def _unpack(stream: str, payload: bytes) -> Any:

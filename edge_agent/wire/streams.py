@@ -69,8 +69,11 @@ def unpack(stream: Literal["status"], payload: bytes) -> Status: ...
 def unpack(stream: str, payload: bytes) -> Any: ...
 def unpack(stream: str, payload: bytes) -> Any:
     """One ZeroMQ frame -> its message. Raises msgspec.DecodeError (a ValueError) if the frame has another topic byte,
-    is not valid msgpack, lacks a required field, or has a field of another type."""
+    is not valid msgpack, lacks a required field, has a field of another type, or is an action with NaN or infinity."""
     topic = STREAMS[stream].topic
     if payload[:1] != topic:
         raise msgspec.DecodeError(f"{stream}: expected topic {topic!r}, found {payload[:1]!r}")
-    return _DECODERS[stream](memoryview(payload)[1:])
+    message = _DECODERS[stream](memoryview(payload)[1:])
+    if isinstance(message, Action) and not _is_finite(message):
+        raise msgspec.DecodeError(f"{stream}: action of frame {message.frame_id}: a number is not finite")
+    return message

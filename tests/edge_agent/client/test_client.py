@@ -13,7 +13,7 @@ from edge_agent.client.client import Client, is_valid
 from edge_agent.time_units import NS_PER_MS as MS
 from edge_agent.time_units import NS_PER_S as S
 from edge_agent.wire.messages import Action, Header, Refusal
-from edge_agent.wire.streams import STREAMS
+from edge_agent.wire.streams import STREAMS, pack
 from tests.harness.clock import FakeClock
 from tests.harness.fake_daemon import HANG_S, FakeDaemon, make_action, make_refusal, make_text
 
@@ -170,6 +170,22 @@ def test_after_a_restart_the_daemon_counts_from_the_beginning(daemon, subscribed
     assert subscribed.missed == 0
     assert exchange(daemon, subscribed, make_action(3, now_ns=clock.now_ns, session=77)).seq == 3
     assert subscribed.missed == 2
+
+
+def test_a_session_that_has_ended_does_not_come_back(daemon, subscribed, clock):
+    rows = [(1, 50, True), (2, 0, True), (1, 51, False), (2, 1, True), (3, 0, True), (2, 9, False), (1, 52, False)]
+    for session, seq, is_returned in rows:
+        sent = make_action(seq, now_ns=clock.now_ns, session=session)
+        assert exchange(daemon, subscribed, sent) == (sent if is_returned else None)
+
+
+def test_a_message_of_several_zeromq_frames_is_skipped(daemon, subscribed, clock):
+    frames = [pack("actions", make_action(seq, now_ns=clock.now_ns)) for seq in (1, 2)]
+    daemon.sockets["actions"].send_multipart(frames)
+    arrive(subscribed)
+    assert subscribed.next_answer(0.0) is None
+    sent = make_action(1, now_ns=clock.now_ns)
+    assert exchange(daemon, subscribed, sent) == sent
 
 
 def test_each_silence_is_reported_until_an_action_arrives(daemon, subscribed, clock):

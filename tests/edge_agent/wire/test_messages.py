@@ -143,7 +143,7 @@ def test_an_integer_in_the_place_of_a_float_is_read_as_a_float():
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", ["values", "clamped", "age_ms", "stages_ms", "chunk"])
-def test_an_action_with_a_number_that_is_not_finite_is_not_encoded(place, number):
+def test_an_action_with_a_number_that_is_not_finite_is_neither_encoded_nor_decoded(place, number):
     changed = {
         "values": {"forward_m_s": 0.0, "right_m_s": number},
         "clamped": {"forward_m_s": number},
@@ -151,8 +151,11 @@ def test_an_action_with_a_number_that_is_not_finite_is_not_encoded(place, number
         "age_ms": number,
         "stages_ms": StageTimes(queue=1.0, encode=number, prefill=3.0, decode=4.0, check=0.5),
     }[place]
+    action = msgspec.structs.replace(ACTION, **{place: changed})
     with pytest.raises(ValueError, match=r"frame 41.*not finite"):
-        pack("actions", msgspec.structs.replace(ACTION, **{place: changed}))
+        pack("actions", action)
+    with pytest.raises(msgspec.DecodeError, match=r"frame 41.*not finite"):
+        unpack("actions", b"A" + msgspec.msgpack.encode(action))
 
 
 def test_the_largest_message_has_64_kib():
