@@ -1,19 +1,30 @@
-"""The smallest controller: it prints what the robot should do, and "hold" when no valid action arrives.
+"""The smallest controller: it prints what the robot should do, and "hold" when there is no valid action.
 
 hold: stop, or keep the position; never repeat the last command.
 
 pip install .                                     # in a clone of this repository: msgspec and pyzmq, nothing else
 python examples/controller.py                     # beside a daemon; --runtime-dir DIR: its folder of sockets
+edge-agent rehearse all -- python examples/controller.py --runtime-dir {dir}          # proves that it holds
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import time
 
 from edge_agent.client import ChunkPlayer, Client
+from edge_agent.client.chunk_player import ChunkStep
 
 PERIOD_S = 0.05  # 20 turns per second, more than an autopilot needs
+SPEEDS = ("forward_m_s", "right_m_s", "down_m_s", "yaw_rate_rad_s")  # of `move` in the action space velocity_body
+
+
+def command_of(step: ChunkStep | None) -> str:
+    """What the vehicle is told: a complete `move`, or hold. A real controller may also search and land."""
+    if step is None or step.type != "move" or not all(isinstance(step.values.get(name), float) for name in SPEEDS):
+        return "hold"
+    return " ".join(["move", *(f"{name}={step.values[name]}" for name in SPEEDS)])
 
 
 def main() -> None:
@@ -23,14 +34,11 @@ def main() -> None:
     with Client(parser.parse_args().runtime_dir) as agent:
         player = ChunkPlayer(agent)
         while True:
-            player.take(agent.next_answer(timeout_s=PERIOD_S))
-            step = player.step()  # never after the action's expiry
-            if step is None:
-                command = "hold"  # no action, a refusal, or an expired action
-            else:
-                command = " ".join([step.type, *(f"{name}={value}" for name, value in step.values.items())])
+            player.take(agent.next_answer(timeout_s=PERIOD_S))  # a refusal ends the action before it
+            now_ns = time.monotonic_ns()
+            command = command_of(player.step())  # no step after the action's expiry
             if command != previous:  # a robot would get the command at every turn
-                print(command, flush=True)
+                print(f"@{now_ns} {command}", flush=True)
             previous = command
 
 

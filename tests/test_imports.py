@@ -45,6 +45,8 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "supervisor": (
         {"ipc", "config", "errors", "actions", "bundle", "board", "suspend", "time_units", "wire", "zmtp"}, {"msgspec"}
     ),
+    # The daemon's own endpoints, so that a controller under test finds what it will find in the field.
+    "rehearsal": ({"errors", "supervisor", "time_units", "wire", "zmtp"}, {"msgspec"}),
     "doctor": ({"board", "bundle", "config", "errors", "wire"}, {"msgspec"}),
     "apps": ({"client", "time_units", "wire"}, {"msgspec", "rich"}),
     "tools": (
@@ -56,8 +58,8 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "cli": (
         {
-            "actions", "apps", "board", "bundle", "client", "config", "doctor", "errors", "profile", "strict_yaml",
-            "supervisor", "tools", "wire", "yaml_edit",
+            "actions", "apps", "board", "bundle", "client", "config", "doctor", "errors", "profile", "rehearsal",
+            "strict_yaml", "supervisor", "time_units", "tools", "wire", "yaml_edit",
         },
         {"msgspec"},
     ),
@@ -90,13 +92,14 @@ ORDER: dict[str, list[str]] = {
         "managed_worker", "camera_worker", "model_worker", "gate", "governor", "board_monitor", "status",
         "waiting_changes", "control", "verification", "process",
     ],
+    "rehearsal": ["records", "judge", "control", "player", "scripts", "scenarios", "controller", "__init__"],
     "doctor": [
         "finding", "machine", "unit", "hardware", "accelerator", "memory", "storage", "service", "camera", "examine",
         "collect",
     ],
     "apps": ["wire_log", "screen", "terminal"],
     "tools": ["stills", "power_meter", "bench", "measure_daemon", "tune"],
-    "cli": ["commands", "bundles", "installed", "control", "daemon", "check", "tune", "doctor", "main"],
+    "cli": ["commands", "bundles", "installed", "control", "daemon", "check", "tune", "doctor", "rehearse", "main"],
 }  # fmt: skip
 # Packages that do harm when they are imported as they are -> the only file that imports them. Its docstring says why.
 SOLE_IMPORTERS = {"gguf": "edge_agent/bundle/gguf_package.py", "onnxruntime": "edge_agent/model/onnx_runtime.py"}

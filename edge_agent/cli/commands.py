@@ -35,7 +35,7 @@ class Argument(NamedTuple):
 
 class Command(NamedTuple):
     # The file of this room that runs the command.
-    file: Literal["daemon", "check", "doctor", "control", "bundles", "installed", "tune"]
+    file: Literal["daemon", "check", "doctor", "control", "bundles", "installed", "tune", "rehearse"]
     summary: str  # one line, in edge-agent --help
     details: str  # the following lines, in edge-agent COMMAND --help
     arguments: tuple[Argument, ...]
@@ -114,6 +114,23 @@ COMMANDS: dict[str, Command] = {
                       "seconds (default: 4)"),
             _argument("--write", action="store_true", help="set the chosen keys in the configuration file; everything "
                       "else in it stays as it is"),
+        ),
+    ),
+    "rehearse": Command(
+        "rehearse",
+        "play scripted streams to a controller, and say whether it holds when it must",
+        "Needs no camera, no model and no daemon: it publishes on the sockets itself. Without a scenario, it lists "
+        "them. After -- comes the command of the controller, in which {dir} stands for the folder of the sockets. The "
+        "controller prints one line for each command that it gives to its vehicle; docs/controller.md has the form. "
+        "Exit status 1 if it did something wrong. Without --, the scenarios move whatever controller is connected to "
+        "--runtime-dir: take the propellers off.",
+        (
+            _argument("scenarios", metavar="SCENARIO", nargs="*", help="names from the list, or all"),
+            _argument("--runtime-dir", default="", metavar="DIR", help="folder of the sockets; default, with a "
+                      "command: a temporary folder"),
+            _argument("--action-space", choices=("velocity_body", "waypoint"), default="velocity_body", help="of the "
+                      "actions (default: velocity_body)"),
+            _argument("--json", action="store_true", help="print one line of JSON per scenario, or per message"),
         ),
     ),
     "bundle": Command("installed", "wrap, install, list, verify or roll back bundles", "", ()),

@@ -31,6 +31,7 @@ EPILOG = """examples:
   edge-agent ask "What is in front of us?"
   edge-agent instruct "Land on the blue square."
   edge-agent bench --bundle bundles/3b --frames clip.mp4
+  edge-agent rehearse all -- python examples/controller.py --runtime-dir {dir}
   edge-agent tune --config /etc/edge-agent.yaml --write
   edge-agent bundle install bundles/3b
   edge-agent bundle rollback
@@ -38,7 +39,7 @@ EPILOG = """examples:
 
 exit status:
   0   success
-  1   failed, or refused by the daemon; doctor: there are warnings
+  1   failed, or refused by the daemon; doctor: there are warnings; rehearse: the controller failed
   2   wrong arguments
   69  the camera delivered no frame
   75  no daemon answers
@@ -49,7 +50,9 @@ DAEMON_MODULES = ("cryptography", "cv2", "gguf", "llama_cpp", "llguidance", "num
 
 
 def main() -> None:
-    arguments = make_parser().parse_args()
+    words, controller = split_controller(sys.argv[1:])
+    arguments = make_parser().parse_args(words)
+    arguments.controller = controller
     try:
         sys.exit(run_command(arguments))
     except UserError as error:
@@ -62,6 +65,14 @@ def main() -> None:
         sys.exit(0)
     except OSError as error:
         _fail(f"{error.filename or 'edge-agent'}: {error.strerror or error}", EX_FAILED)
+
+
+def split_controller(words: list[str]) -> tuple[list[str], list[str]]:
+    """The arguments of `rehearse`, and behind `--` the command of the controller. Every other command is unchanged."""
+    if words[:1] != ["rehearse"] or "--" not in words:
+        return words, []
+    i = words.index("--")
+    return words[:i], words[i + 1 :]
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -92,8 +103,12 @@ def run_command(arguments: argparse.Namespace) -> int:
         from edge_agent.cli import control
 
         return control.run_command(name, arguments)
-    _require_daemon(name)
     handlers: Mapping[str, Callable[[argparse.Namespace], int]]
+    if file == "rehearse":
+        from edge_agent.cli import rehearse
+
+        return rehearse.HANDLERS[name](arguments)
+    _require_daemon(name)
     if file == "daemon":
         from edge_agent.cli import daemon
 

@@ -59,30 +59,30 @@ class Publisher:
         self._clock = clock
         self._checked_ns = clock()
         self._folder_fd = lock_folder(folder)
-        self._endpoints: dict[str, Endpoint] = {}
+        self.endpoints: dict[str, Endpoint] = {}
         self._seq = dict.fromkeys(STREAMS, 0)
         self._requests: deque[tuple[Sender, bytes]] = deque()
         self._n_subscribed = 0  # to status, when has_new_subscriber() was called
         try:
             for stream, limits in LIMITS.items():
                 socket_type = STREAMS[stream].socket.encode()
-                self._endpoints[stream] = Endpoint(folder / stream, socket_type, limits, SOCKET_MODE, clock)
+                self.endpoints[stream] = Endpoint(folder / stream, socket_type, limits, SOCKET_MODE, clock)
         except PathError as error:
             self.close()
             raise endpoint_error(error) from None
 
     def close(self) -> None:
-        for endpoint in self._endpoints.values():
+        for endpoint in self.endpoints.values():
             endpoint.close()
         os.close(self._folder_fd)
 
     def filenos(self) -> list[int]:
         """For poll: one of them is readable when serve() has something to do."""
-        return [endpoint.fileno() for endpoint in self._endpoints.values()]
+        return [endpoint.fileno() for endpoint in self.endpoints.values()]
 
     def serve(self) -> None:
         """Once per turn: connections, subscriptions, requests, and what waits to leave. The work is bounded."""
-        for stream, endpoint in self._endpoints.items():
+        for stream, endpoint in self.endpoints.items():
             if stream != "control":
                 endpoint.serve()
             elif len(self._requests) < MAX_REQUESTS_PER_TURN:  # else they wait in the sockets of their senders
@@ -103,7 +103,7 @@ class Publisher:
             return f"runtime_dir: {self.folder}: {error.strerror}"
         if not is_ours:
             return f"runtime_dir: {self.folder}: another folder is in its place"
-        reasons = [endpoint.check() for endpoint in self._endpoints.values()]
+        reasons = [endpoint.check() for endpoint in self.endpoints.values()]
         return next((f"runtime_dir: {reason}" for reason in reasons if reason), "")
 
     # -- publishing ---------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ class Publisher:
         """Publish a complete message. It is dropped for a subscriber whose queue is full; nothing waits."""
         payload = pack(stream, message)
         self._seq[stream] += 1
-        self._endpoints[stream].publish(payload, pack_message(payload))
+        self.endpoints[stream].publish(payload, pack_message(payload))
 
     def next_seq(self, stream: str) -> int:
         """The number of the next message of a stream."""
@@ -137,7 +137,7 @@ class Publisher:
 
     def has_new_subscriber(self) -> bool:
         """Whether somebody subscribed to status since the last call."""
-        before, self._n_subscribed = self._n_subscribed, self._endpoints["status"].n_subscribed
+        before, self._n_subscribed = self._n_subscribed, self.endpoints["status"].n_subscribed
         return self._n_subscribed > before
 
     # -- control ------------------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ class Publisher:
         take it for the reply to a request of its own.
         """
         if self.is_connected(sender):
-            self._endpoints["control"].send(sender.connection, pack_message(*sender.envelope, payload))
+            self.endpoints["control"].send(sender.connection, pack_message(*sender.envelope, payload))
 
     @staticmethod
     def is_connected(sender: Sender) -> bool:

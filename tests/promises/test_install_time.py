@@ -30,9 +30,10 @@ def test_an_empty_environment_runs_a_controller_within_15_s(tmp_path: Path):
     with FakeDaemon(tmp_path) as daemon, subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         daemon.wait_for_subscriber("actions")
         for seq, line in enumerate(process.stdout, 1):
-            if line.startswith("move"):
+            if " move " in line:
                 break
-            daemon.publish("actions", make_action(seq, valid_ms=1000, type="move"))
+            values = dict.fromkeys(("forward_m_s", "right_m_s", "down_m_s", "yaw_rate_rad_s"), 0.0)
+            daemon.publish("actions", make_action(seq, valid_ms=1000, type="move", values=values))
         running_s = time.monotonic() - start_s
         process.kill()
     code = "from importlib.metadata import requires; print(sum('extra' not in r for r in requires('edge-agent')))"

@@ -100,7 +100,7 @@ def test_a_folder_that_is_free_or_is_not_there_is_left_as_it_is(runtime):
 def test_sockets_that_a_killed_daemon_left_are_no_fault_and_stay(runtime):
     publisher = Publisher(runtime)
     left = sorted(path.lstat().st_ino for path in runtime.iterdir())
-    for endpoint in publisher._endpoints.values():
+    for endpoint in publisher.endpoints.values():
         endpoint._listener.socket.close()  # the process was killed
         endpoint._epoll.close()
     os.close(publisher._folder_fd)

@@ -132,6 +132,9 @@ def test_commands_of_the_daemon_name_the_extra_to_install(environment, command):
         assert words in done.stderr
 
 
+VALUES = {"forward_m_s": 0.5, "right_m_s": 0.0, "down_m_s": 0.0, "yaw_rate_rad_s": -0.1}
+
+
 @contextlib.contextmanager
 def publishing_actions(daemon: FakeDaemon) -> Iterator[None]:
     """A new action every 20 ms: on a busy machine one may expire before it is read."""
@@ -141,7 +144,7 @@ def publishing_actions(daemon: FakeDaemon) -> Iterator[None]:
         seq = 0
         while not stop.wait(0.02):
             seq += 1
-            daemon.publish("actions", make_action(seq, type="move", values={"forward_m_s": 0.5, "right_m_s": 0.0}))
+            daemon.publish("actions", make_action(seq, type="move", values=VALUES))
 
     thread = threading.Thread(target=publish)
     thread.start()
@@ -169,7 +172,9 @@ def test_listen_prints_lines_without_rich(environment, daemon, tmp_path):
         daemon.publish("text", make_text(1, "A red box.", final=True))
         assert process.stdout.readline() == "A red box.\n"
         with publishing_actions(daemon):
-            assert "move forward_m_s=0.5 right_m_s=0 (age 20 ms)" in read_until(process, "frame ")
+            assert "move forward_m_s=0.5 right_m_s=0 down_m_s=0 yaw_rate_rad_s=-0.1 (age 20 ms)" in read_until(
+                process, "frame "
+            )
     assert process.returncode == 130
 
 
@@ -177,10 +182,11 @@ def test_the_example_controller_follows_actions_and_holds_on_silence(environment
     controller = (ROOT / "examples" / "controller.py", "--runtime-dir", tmp_path)
     with running(environment, "python", *controller) as process:
         daemon.wait_for_subscriber("actions")
-        assert process.stdout.readline() == "hold\n"
+        assert process.stdout.readline().endswith(" hold\n")
         with publishing_actions(daemon):
-            assert read_until(process, "move") == "move forward_m_s=0.5 right_m_s=0.0\n"
-        assert read_until(process, "hold") == "hold\n"  # the last action has expired
+            told = read_until(process, "move").partition(" ")[2]
+            assert told == "move forward_m_s=0.5 right_m_s=0.0 down_m_s=0.0 yaw_rate_rad_s=-0.1\n"
+        assert read_until(process, "hold").startswith("@")  # the last action has expired
     assert process.returncode == 0
 
 

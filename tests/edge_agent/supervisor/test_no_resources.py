@@ -138,7 +138,7 @@ def test_without_any_descriptor_the_daemon_goes_on_and_recovers(running, tmp_pat
         running.supervisor.model._launch = fake
         running.turn(6.0)
         running.load_model()
-        assert running.state[0] != "fault" and len(publisher._endpoints["control"]._connections) == 1
+        assert running.state[0] != "fault" and len(publisher.endpoints["control"]._connections) == 1
 
 
 def test_descriptors_are_raised_to_what_is_allowed(monkeypatch):
