@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 from edge_agent.errors import UserError
 from edge_agent.rehearsal.judge import hold_delays_ms, judge
-from edge_agent.rehearsal.player import PATIENCE_S
 from edge_agent.rehearsal.records import Command, Event, Note, Sent, parse_command
 from edge_agent.rehearsal.scenarios import SCENARIOS, play
 
@@ -97,13 +96,7 @@ def _folder_of(configured: str) -> Iterator[Path]:
         yield Path(folder)
 
 
-def rehearse(
-    name: str,
-    command: Sequence[str],
-    runtime_dir: str = "",
-    space: str = "velocity_body",
-    patience_s: float = PATIENCE_S,
-) -> Result:
+def rehearse(name: str, command: Sequence[str], runtime_dir: str = "", space: str = "velocity_body") -> Result:
     """Play a scenario to a new process of the controller. runtime_dir: empty: a temporary folder.
 
     Raises CommandError, EndpointError.
@@ -111,14 +104,8 @@ def rehearse(
     with _folder_of(runtime_dir) as folder:
         controller = Controller(command, folder)
         try:
-            events = play(
-                SCENARIOS[name],
-                folder,
-                controller.commands,
-                space=space,
-                patience_s=patience_s,
-                has_ended=controller.has_ended,
-            )
+            has_ended = controller.has_ended
+            events = play(SCENARIOS[name], folder, controller.commands, space=space, has_ended=has_ended)
             ended = controller.why_ended()
         finally:
             controller.end()

@@ -22,7 +22,7 @@ ROUNDING = 0.0006  # of a printed number
 
 def judge(events: Sequence[Event], commands: Sequence[Command]) -> list[str]:
     """What the controller did wrong, one line each; of many commands with the same fault, the first one."""
-    start_ns = events[0].t_ns if events else 0
+    start_ns = next((event.t_ns for event in events if isinstance(event, Sent)), 0)
     return _wrong_commands(events, commands, start_ns) + _what_is_missing(events, commands, start_ns)
 
 
@@ -54,7 +54,7 @@ def _first_hold(due: Due, commands: Sequence[Command]) -> Command | None:
 
 
 def _at(t_ns: int, start_ns: int) -> str:
-    return f"at {(t_ns - start_ns) / NS_PER_S:.3f} s"
+    return f"at {max(0, t_ns - start_ns) / NS_PER_S:.3f} s"
 
 
 def _what_is_missing(events: Sequence[Event], commands: Sequence[Command], start_ns: int) -> list[str]:

@@ -80,15 +80,17 @@ class Player:
         folder: Path,
         commands: Sequence[Command] | None,
         space: str = "velocity_body",
-        patience_s: float = PATIENCE_S,
+        patience_s: float | None = None,
         has_ended: Callable[[], bool] = lambda: False,
         report: Callable[[Event], None] = lambda event: None,
     ) -> None:
-        """commands: those of the controller, which grow while it runs; None: they are not known.
+        """commands: those of the controller, which grow while it runs; None: they are not known. patience_s: how long
+        the controller may need for what it has to do; None: PATIENCE_S.
 
         has_ended: whether the controller has ended. report: is called with each event. Raises EndpointError.
         """
-        self.folder, self.space, self.patience_s = folder, space, patience_s
+        self.folder, self.space = folder, space
+        self.patience_s = PATIENCE_S if patience_s is None else patience_s
         self.has_ended, self.report = has_ended, report
         self.commands: Sequence[Command] = commands if commands is not None else ()
         self.sees_commands = commands is not None

@@ -190,6 +190,12 @@ def test_the_example_controller_follows_actions_and_holds_on_silence(environment
     assert process.returncode == 0
 
 
+def test_a_controller_is_rehearsed_with_the_base_install(environment):
+    controller = (environment / "bin" / "python", ROOT / "examples" / "controller.py")
+    done = run(environment, "edge-agent", "rehearse", "clamped", "--", *controller)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("PASS  clamped")
+
+
 @pytest.fixture
 def receiver(tmp_path: Path) -> Iterator[zmq.Socket[bytes]]:
     """The daemon's end of a camera.source zmq:ipc:///…/frames."""

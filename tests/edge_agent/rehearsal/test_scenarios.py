@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from edge_agent.actions.space import load_action_space
 from edge_agent.rehearsal import SCENARIOS, judge, play
+from edge_agent.rehearsal.player import SPACES
 from edge_agent.rehearsal.records import Note
+from tests.harness import ROOT
 from tests.harness.plain_controller import PlainController
 
 AT_ONCE = 6  # scenarios that are played at the same time: most of their time is waiting
@@ -67,3 +71,16 @@ def test_a_controller_without_a_rule_fails_the_scenario_about_it(tmp_path, rule)
     scenario, said = RULES[rule]
     faults = faults_of(scenario, tmp_path, rule, patience_s=1.0)
     assert said in " ".join(faults)
+
+
+def test_the_page_for_writers_of_a_controller_lists_every_scenario():
+    page = (ROOT / "docs" / "controller.md").read_text(encoding="utf-8").split("\n## Rehearse\n")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `([a-z-]+)` \|", page, flags=re.MULTILINE) == list(SCENARIOS)
+
+
+def test_a_waypoint_controller_is_told_waypoints():
+    """Every scenario can be played in both spaces: the types and the names are those of the space."""
+    for space, (kind, forward, _, others) in SPACES.items():
+        actions = load_action_space(space).actions
+        assert {forward, *others} == {field.name or key for key, field in actions[kind].fields.items()}
+        assert {"search", "hold"} <= actions.keys()
