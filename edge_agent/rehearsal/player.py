@@ -243,7 +243,7 @@ class Player:
     # -- actions ------------------------------------------------------------------------------------------------------
 
     def follow(
-        self, text: str, alter: Callable[[Fields], Fields] = lambda fields: fields, **changes: Any
+        self, text: str = "a valid action", alter: Callable[[Fields], Fields] = lambda fields: fields, **changes: Any
     ) -> tuple[dict[str, Value], ...]:
         """Publish an action that may be followed; its values and those of its chunk. Nothing while paused.
 

@@ -115,9 +115,10 @@ def silent_control(p: Player) -> None:
 
 def old_actions(p: Player) -> None:
     """Judged only if the controller sends a request: `pause`, `instruct` or `adapter`."""
-    for _ in range(4):
-        if not p.control.replied_ns:
-            p.fly(5)
+    for _ in range(20):
+        p.fly()
+        if p.wait(0.1, lambda: p.control.replied_ns > 0):
+            break
     replied_ns = p.control.replied_ns
     if not replied_ns:
         p.note("not judged: the controller sent no `pause`, `instruct` or `adapter`")
