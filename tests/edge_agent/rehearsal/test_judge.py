@@ -75,6 +75,7 @@ ONE, TWO, BAD = sent(1), sent(2, 100), sent(3, 200, rule="discard")
         ([SEARCH], [Command(T0 + 10, "search", {}, T0 + 10)], ""),
         ([SEARCH], [Command(T0 + 300 * MS, "search", {}, 0)], "expired"),
         ([SEARCH], [Command(T0 - 10, "search", {}, T0 - 10)], "belongs to no action"),
+        ([SEARCH], [Command(T0 + 10, "land", {}, T0 + 10)], "belongs to no action"),
     ],
 )
 def test_each_command_is_judged_by_its_action(events, commands, said):
@@ -85,6 +86,11 @@ def test_each_command_is_judged_by_its_action(events, commands, said):
 def test_of_many_commands_with_the_same_fault_the_first_is_named():
     (fault,) = judge([ONE], [move(1, 301.5), move(1, 310), move(1, 320)])
     assert fault == "at 0.301 s: move forward_m_s=0.101: the action had expired by 1.5 ms (message: action 1)"
+
+
+def test_who_went_back_to_an_older_action_has_not_forgotten_the_newer_one():
+    faults = judge([ONE, TWO], [move(2, 110), move(1, 120), hold(130), move(2, 140)])
+    assert ["older action" in faults[0], "again after a hold" in faults[1]] == [True, True]
 
 
 HOLD_AT_1 = Due(T0 + 300 * MS, "hold", "expired", begin=1, end=2)
