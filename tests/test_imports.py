@@ -68,7 +68,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
 ORDER: dict[str, list[str]] = {
     "wire": ["codec", "messages", "control", "streams", "endpoints", "pushed_frame", "information_age"],
     "zmtp": ["frames", "listener", "endpoint"],
-    "client": ["control_connection", "values", "client", "chunk_player", "pusher", "__init__"],
+    "client": ["control_connection", "received", "values", "client", "chunk_player", "pusher", "__init__"],
     "actions": ["decimals", "space", "prompt", "grammar", "action_tokens", "vehicle_state", "envelope"],
     "bundle": [
         "gguf_package", "files", "file_check", "recognise", "signing", "layout", "manifest", "model_facts",

@@ -25,6 +25,7 @@ import msgspec
 import zmq
 
 from edge_agent.client.control_connection import ControlConnection
+from edge_agent.client.received import MAX_RECEIVED_BYTES, only_frame, unpack_or_none
 from edge_agent.client.values import plain_value
 from edge_agent.suspend import Clock, SuspendDetector
 from edge_agent.time_units import NS_PER_MS, NS_PER_S
@@ -39,7 +40,7 @@ from edge_agent.wire.messages import (
     Status,
     TextMessage,
 )
-from edge_agent.wire.streams import STREAMS, unpack
+from edge_agent.wire.streams import STREAMS
 
 CONTROL = "control"
 MAX_AHEAD_NS = 5 * NS_PER_MS  # a later stamp is from another machine's clock, or from another boot
@@ -118,7 +119,7 @@ class Client:
         """The newest message of the actions stream, if it is new and valid; None: none came within timeout_s."""
         deadline_ns = self._deadline_ns(timeout_s)
         while (payload := self._receive("actions", deadline_ns)) is not None:
-            message = _unpack("actions", payload)
+            message = unpack_or_none("actions", payload)
             if message is not None and self._is_new(message):
                 if isinstance(message, Refusal) or self.is_valid(message):
                     answer: Action | Refusal = message
@@ -390,7 +391,7 @@ class Client:
             self._check_reachable(stream)
             socket = self._context.socket(zmq.SUB)
             socket.setsockopt(zmq.LINGER, 0)
-            socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+            socket.setsockopt(zmq.MAXMSGSIZE, MAX_RECEIVED_BYTES)
             socket.setsockopt(zmq.SUBSCRIBE, STREAMS[stream].topic)
             socket.connect(endpoint(self.folder, stream))
             self._sockets[stream] = socket
@@ -407,7 +408,7 @@ class Client:
         """The next valid message of a stream, or None."""
         deadline_ns = self._deadline_ns(timeout_s)
         while (payload := self._receive(stream, deadline_ns)) is not None:
-            message = _unpack(stream, payload)
+            message = unpack_or_none(stream, payload)
             if message is not None:
                 return message
             if self._is_over(deadline_ns):
@@ -422,13 +423,13 @@ class Client:
         socket = self._subscriber(stream)
         if not socket.poll(self._left_ms(deadline_ns)):
             return None
-        payload = _only_frame(socket.recv_multipart())
+        payload = only_frame(socket.recv_multipart())
         self._check_reachable(stream)  # the folder may have been made since then, by anybody
         if not self.folder.exists():
             return None
         with contextlib.suppress(zmq.Again):
             for _ in range(MAX_SKIPPED_MESSAGES if STREAMS[stream].newest else 0):
-                payload = _only_frame(socket.recv_multipart(zmq.NOBLOCK))
+                payload = only_frame(socket.recv_multipart(zmq.NOBLOCK))
         return payload
 
     def _is_new(self, message: Action | Refusal) -> bool:
@@ -461,19 +462,6 @@ class Client:
     def _left_ms(self, deadline_ns: int) -> int:
         """The time until a deadline for poll(), rounded up to a millisecond; 0: the deadline has passed."""
         return max(0, -((self._clock() - deadline_ns) // NS_PER_MS))
-
-
-def _only_frame(frames: list[bytes]) -> bytes:
-    """A message has one ZeroMQ frame. With more it is none; the empty bytes are no message either."""
-    return frames[0] if len(frames) == 1 else b""
-
-
-def _unpack(stream: str, payload: bytes) -> Any:
-    """The message, or None if the bytes are not a message of this stream."""
-    try:
-        return unpack(stream, payload)
-    except msgspec.DecodeError:
-        return None
 
 
 def is_valid(action: Action, now_ns: int) -> bool:

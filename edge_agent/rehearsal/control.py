@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -27,13 +28,12 @@ class ControlState:
         self.is_paused = False
         self.instruction = "Land on the red disc."
         self.replied_ns = 0  # when a request that ends older actions was answered; 0: never
-        self.n_requests: dict[str, int] = {}  # operation -> how many were read
+        self.unanswered: set[str] = set()  # operations of requests that get no reply
 
     def answer(self, payload: bytes, now_ns: int, counters: dict[str, Any], ask: Callable[[Request], None]) -> bytes:
         """The reply to a request. counters: the result of `stats`. ask: publishes an answer to a question as text."""
         try:
             request = read_request(payload)
-            self.n_requests[request.op] = self.n_requests.get(request.op, 0) + 1
             result = self._carry_out(request, now_ns, counters)
         except BadRequest as bad:
             return encode(Reply(v=PROTOCOL_VERSION, id=bad.id, ok=False, error=str(bad)))
@@ -44,6 +44,15 @@ class ControlState:
         if request.op in ENDS_OLDER_ACTIONS:
             self.replied_ns = now_ns
         return encode(Reply(v=PROTOCOL_VERSION, id=request.id, ok=True, result=result))
+
+    def leave_unanswered(self, payload: bytes) -> None:
+        with contextlib.suppress(BadRequest):
+            self.unanswered.add(read_request(payload).op)
+
+    @property
+    def may_stay_still(self) -> bool:
+        """Whether a right controller need not follow: paused, or it waits for a reply without which it must not."""
+        return self.is_paused or not self.unanswered.isdisjoint(ENDS_OLDER_ACTIONS)
 
     def _carry_out(self, request: Request, now_ns: int, counters: dict[str, Any]) -> dict[str, Any]:
         """The result. Raises Refused."""

@@ -159,6 +159,8 @@ class Player:
                 now_ns = time.monotonic_ns()
                 reply = self.control.answer(payload, now_ns, self._counters(), self._publish_answer)
                 self._publisher.reply(sender, reply)
+            else:
+                self.control.leave_unanswered(payload)
             if self.control.is_paused != was_paused:
                 self._status_due_ns = 0
         if self._publisher.has_new_subscriber() or time.monotonic_ns() >= self._status_due_ns:
@@ -175,7 +177,7 @@ class Player:
         due = Due(since_ns, "follow", text, len(self.commands), 0)
         end_ns = since_ns + round(self.patience_s * NS_PER_S)
         n = n if self.sees_commands else max(n, N_UNSEEN if period_s <= PERIOD_S else 2)
-        while not self.control.is_paused and time.monotonic_ns() < end_ns:
+        while not (self.control.may_stay_still and n <= 0) and time.monotonic_ns() < end_ns:
             keys = keys_of(self.follow(text, **changes))
             n -= 1
             if n > 0:
@@ -184,7 +186,7 @@ class Player:
             due = due._replace(keys=due.keys | keys)
             if self.wait_for(due, period_s) or not self.sees_commands:
                 break
-        if not self.control.is_paused:
+        if not self.control.may_stay_still:
             self.demand(due._replace(end=len(self.commands)))
 
     def hold(self, why: str, since_ns: int | None = None) -> None:

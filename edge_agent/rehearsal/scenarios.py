@@ -75,7 +75,7 @@ SCENARIOS: dict[str, Scenario] = {
     "silent-control": Scenario(
         scripts.silent_control,
         "Requests get no reply.",
-        "follows and holds as always while a request waits",
+        "holds as always while a request waits; follows, unless it waits for `instruct` or `adapter`",
     ),
     "old-actions": Scenario(
         scripts.old_actions,
@@ -154,7 +154,7 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "not-messages": Scenario(
         scripts.not_messages,
-        "Other topics, two ZeroMQ frames, bytes that are no messages.",
+        "Other topics, two ZeroMQ frames, bytes that are no messages, more than 65 536 bytes.",
         "discards them, and follows the next action",
     ),
     "text": Scenario(

@@ -14,7 +14,7 @@ from edge_agent.rehearsal.player import LONG_MS, SETTLE_S, TRIES, VALID_MS, Fiel
 from edge_agent.rehearsal.records import Due, key_of, keys_of
 from edge_agent.time_units import NS_PER_MS, NS_PER_S
 from edge_agent.wire.codec import encode
-from edge_agent.wire.messages import RefusalReason
+from edge_agent.wire.messages import MAX_MESSAGE_BYTES, RefusalReason
 from edge_agent.zmtp.frames import pack_message
 
 KEPT_MS = 1500  # further in the future than a slow machine needs to read a message
@@ -108,6 +108,7 @@ def paused(p: Player) -> None:
 
 
 def silent_control(p: Player) -> None:
+    """Who has sent `instruct` or `adapter` need not follow anything before the reply."""
     p.answers_requests = False
     for _ in range(2):
         p.fly(3)
@@ -344,6 +345,7 @@ def not_messages(p: Player) -> None:
     for body in (b"", b"\xc1", b"\x80", bytes(1000), b"\x91" * 40_000, b"\xff" * 60_000):
         p.send_bytes("actions", b"A" + body)
     p.send_bytes("actions", b"")
+    p.discard("a message of more than 65 536 bytes", p.action() | {"note": "x" * MAX_MESSAGE_BYTES})
     p.fly()
 
 

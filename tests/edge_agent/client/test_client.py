@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ from edge_agent.client import client as client_module
 from edge_agent.client.client import Client, is_valid
 from edge_agent.time_units import NS_PER_MS as MS
 from edge_agent.time_units import NS_PER_S as S
-from edge_agent.wire.messages import Action, Header, Refusal
+from edge_agent.wire.messages import MAX_MESSAGE_BYTES, Action, Header, Refusal
 from edge_agent.wire.streams import STREAMS, pack
 from tests.harness.clock import FakeClock
 from tests.harness.fake_daemon import HANG_S, FakeDaemon, make_action, make_refusal, make_text
@@ -186,6 +187,16 @@ def test_a_message_of_several_zeromq_frames_is_skipped(daemon, subscribed, clock
     assert subscribed.next_answer(0.0) is None
     sent = make_action(1, now_ns=clock.now_ns)
     assert exchange(daemon, subscribed, sent) == sent
+
+
+def test_a_message_that_is_too_long_is_skipped_and_the_connection_stays(daemon, subscribed, clock):
+    payload = pack("actions", make_action(1, now_ns=clock.now_ns, instruction=""))
+    n_chars = MAX_MESSAGE_BYTES - len(payload) - 2  # a longer str has two more bytes of length
+    for extra, is_returned in ((1, False), (0, True)):
+        action = make_action(1, now_ns=clock.now_ns, instruction="x" * (n_chars + extra))
+        daemon.send("actions", b"A" + msgspec.msgpack.encode(action))
+        arrive(subscribed)
+        assert (subscribed.next_answer(0.0) == action) is is_returned
 
 
 def test_each_silence_is_reported_until_an_action_arrives(daemon, subscribed, clock):
