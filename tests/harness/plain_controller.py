@@ -107,6 +107,8 @@ class PlainController(threading.Thread):
         for frame in frames:
             with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError, TypeError):
                 message = msgspec.msgpack.decode(frame[1:])
+                if len(frame) > 65536 and self.without != "size":
+                    continue
                 if isinstance(message, dict) and (frame[:1] == b"A" or self.without == "topic"):
                     self._take_message(message)
 
@@ -150,7 +152,7 @@ class PlainController(threading.Thread):
             return False
         values = message.get("values")
         if message["type"] in ("search", "hold", "land"):
-            return True
+            return self.without != "types without values"
         if message["type"] != "move" and self.without != "action type":
             return False
         return isinstance(values, dict) and all(self._is_number(values.get(name)) for name in NUMBERS)

@@ -6,8 +6,6 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pytest
-
 from edge_agent.actions.space import load_action_space
 from edge_agent.rehearsal import SCENARIOS, judge, play
 from edge_agent.rehearsal.player import SPACES
@@ -15,7 +13,7 @@ from edge_agent.rehearsal.records import Note
 from tests.harness import ROOT
 from tests.harness.plain_controller import PlainController
 
-AT_ONCE = 6  # scenarios that are played at the same time: most of their time is waiting
+AT_ONCE = 8  # scenarios that are played at the same time: most of their time is waiting
 
 # Rule that is taken out of the controller -> the scenario that shows it, and a part of what is said.
 RULES = {
@@ -26,6 +24,7 @@ RULES = {
     "newest only": ("burst", "none of the valid actions"),
     "values, not clamped": ("clamped", "belongs to no action"),
     "times of a chunk": ("chunk", "too early"),
+    "types without values": ("action-types", "hold came only when the action had expired"),
     "action type": ("unknown-kinds", "had to be discarded"),
     "seq": ("replayed", "had to be discarded"),
     "sessions": ("stopped-daemon", "none of the valid actions was followed"),
@@ -41,12 +40,14 @@ RULES = {
     "types": ("wrong-types", "had to be discarded"),
     "finite": ("not-finite", "one of the values is nan"),
     "topic": ("not-messages", "topic"),
+    "size": ("not-messages", "65 536 bytes"),
     "one frame": ("not-messages", "belongs to no action"),
     "unknown keys": ("unknown-keys", "none of the valid actions was followed"),
     "text is no command": ("text", "belongs to no action"),
     "requests beside the flight": ("silent-control", "none of the valid actions was followed"),
     "actions before a reply": ("old-actions", "before the reply"),
 }
+ENDINGS = ("slow-rate", "hanging-daemon", "paused", "stopped-daemon", "killed-daemon", "half-message")
 REQUESTS = {"silent-control": ("stats",), "old-actions": ("pause", "resume")}
 
 
@@ -57,20 +58,33 @@ def faults_of(name: str, folder: Path, without: str = "", patience_s: float = 10
     return judge(events, controller.commands)
 
 
-def test_a_controller_that_keeps_every_rule_passes_every_scenario(tmp_path):
-    def faults(name: str) -> list[str]:
-        (tmp_path / name).mkdir()
-        return faults_of(name, tmp_path / name)
+def play_all(folder: Path, rows: list[tuple[str, str]], patience_s: float) -> list[list[str]]:
+    """The faults of each row: a scenario and the rule that is taken out."""
+
+    def faults(i: int) -> list[str]:
+        (folder / str(i)).mkdir()
+        return faults_of(rows[i][0], folder / str(i), rows[i][1], patience_s)
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        assert dict(zip(SCENARIOS, pool.map(faults, SCENARIOS), strict=True)) == {name: [] for name in SCENARIOS}
+        return list(pool.map(faults, range(len(rows))))
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_a_controller_without_a_rule_fails_the_scenario_about_it(tmp_path, rule):
-    scenario, said = RULES[rule]
-    faults = faults_of(scenario, tmp_path, rule, patience_s=1.0)
-    assert said in " ".join(faults)
+def test_a_controller_that_keeps_every_rule_passes_every_scenario(tmp_path):
+    found = play_all(tmp_path, [(name, "") for name in SCENARIOS], patience_s=10.0)
+    assert dict(zip(SCENARIOS, found, strict=True)) == {name: [] for name in SCENARIOS}
+
+
+def test_a_controller_without_a_rule_fails_the_scenario_about_it(tmp_path):
+    rows = [(scenario, rule) for rule, (scenario, _) in RULES.items()]
+    found = dict(zip(RULES, play_all(tmp_path, rows, patience_s=1.0), strict=True))
+    assert {rule: faults for rule, faults in found.items() if RULES[rule][1] not in " ".join(faults)} == {}
+
+
+def test_a_controller_that_repeats_its_last_command_fails_wherever_the_actions_end(tmp_path):
+    found = play_all(tmp_path, [(name, "expiry") for name in ENDINGS], patience_s=1.0)
+    for name, faults in zip(ENDINGS, found, strict=True):
+        assert "no hold" in " ".join(faults) and "the action had expired by" in " ".join(faults), name
+    assert {*ENDINGS, *(scenario for scenario, _ in RULES.values())} == set(SCENARIOS), "every scenario is about a rule"
 
 
 def test_the_page_for_writers_of_a_controller_lists_every_scenario():
