@@ -223,6 +223,11 @@ class LlamaContext:
         n = ll.llama_tokenize(self.vocab, raw, len(raw), out, len(out), False, False)
         return list(out[:n])
 
+    @property
+    def bos(self) -> int | None:
+        """What begins every text of this vocabulary; None: nothing does."""
+        return int(ll.llama_vocab_bos(self.vocab)) if ll.llama_vocab_get_add_bos(self.vocab) else None
+
     def token_bytes(self, token: int) -> bytes:
         """The UTF-8 bytes of a token, possibly a part of a letter; a special token has none."""
         n = ll.llama_token_to_piece(self.vocab, token, self._piece, MAX_TOKEN_BYTES, 0, False)

@@ -172,7 +172,6 @@ class SensitivityProbe:
         """
         self.checkpoint, self.imatrix = checkpoint, imatrix
         model = bundle.manifest.model
-        self.bos = model.special["bos"]
         self._specs = {spec.gguf: spec for spec in matrices(checkpoint)}
         self._quantised: Types = {}
         path = bundle.path("reference.kld")
@@ -191,8 +190,8 @@ class SensitivityProbe:
                 ),  # not mapped, because its weights are overwritten
                 model.embedding,
             )
-            chunks = perplexity.divide(self.llm, self.bos, text, max_chunks)
-            perplexity.write_reference(self.llm, self.bos, chunks, path, SILENT)
+            chunks = perplexity.divide(self.llm, text, max_chunks)
+            perplexity.write_reference(self.llm, chunks, path, SILENT)
         finally:
             observe_graph(None)
         self.reference = perplexity.Reference(path)
@@ -207,7 +206,7 @@ class SensitivityProbe:
             if self._quantised.get(name) != types.get(name):
                 self._replace(name, types.get(name))
         self._quantised = dict(types)
-        return perplexity.compare(self.llm, self.bos, self.reference, SILENT).kl_mean
+        return perplexity.compare(self.llm, self.reference, SILENT).kl_mean
 
     def _replace(self, name: str, kind: Type | None) -> None:
         """Overwrite a matrix in memory: quantised to `kind` and back, or (None) as in the checkpoint."""

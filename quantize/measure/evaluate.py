@@ -34,6 +34,7 @@ from quantize.source.checkpoint import read_checkpoint
 
 MAX_TOKENS = 256  # of an image
 N_WORST = 6  # frames that the report shows
+NOT_QUANTISED = ("BF16", "F16", "F32")  # recipes of a reference
 WITHIN = 0.05  # the largest difference of a field that counts as the same value
 
 
@@ -113,9 +114,8 @@ def evaluate(folders: list[Path], reference: Path, data: CalibrationData, progre
             _check_pair(bundle, full)
         path = folder / "reference.kld"
         with _language(full) as llm:
-            bos = full.manifest.model.special["bos"]
-            chunks = perplexity.divide(llm, bos, text, data.max_chunks)
-            perplexity.write_reference(llm, bos, chunks, path, progress)
+            chunks = perplexity.divide(llm, text, data.max_chunks)
+            perplexity.write_reference(llm, chunks, path, progress)
         expected = _frame_results(full, frames, data, progress, "reference frames") if frames else []
         evaluations = []
         for bundle in bundles:
@@ -130,10 +130,7 @@ def evaluate(folders: list[Path], reference: Path, data: CalibrationData, progre
 
 def _divergence(bundle: Bundle, reference: Path, progress: Progress) -> perplexity.Divergence:
     with _language(bundle) as llm:
-        bos = bundle.manifest.model.special["bos"]
-        return perplexity.compare(
-            llm, bos, perplexity.Reference(reference), progress, stage=f"{bundle.folder.name} text"
-        )
+        return perplexity.compare(llm, perplexity.Reference(reference), progress, stage=f"{bundle.folder.name} text")
 
 
 def _evaluation(
@@ -150,13 +147,13 @@ def _evaluation(
 
 
 def _reference(folder: Path, work: Path, progress: Progress) -> Bundle:
-    """The lossless model: a BF16 bundle as it is, or a checkpoint converted into `work`."""
+    """The model before quantisation: such a bundle as it is, or a checkpoint converted into `work`."""
     if (folder / MANIFEST).is_file():
         bundle = read_manifest(folder)
-        if bundle.manifest.recipe != "BF16":
+        if bundle.manifest.recipe not in NOT_QUANTISED:
             raise EvaluateError(
-                f"{folder}: recipe: expected BF16, found {bundle.manifest.recipe}; give the checkpoint, or a bundle of "
-                "it made with --recipe BF16"
+                f"{folder}: recipe: expected {', '.join(NOT_QUANTISED)}, found {bundle.manifest.recipe}; give the "
+                "checkpoint, a bundle of it made with --recipe BF16, or its wrapped F16 file"
             )
         return bundle
     plan = plan_conversion(read_checkpoint(folder), "bf16")

@@ -58,25 +58,31 @@ class ChunkScores(NamedTuple):
     same_top: np.ndarray
 
 
-def divide(llm: LlamaContext, bos: int, text: str, max_chunks: int = 0) -> np.ndarray:
-    """The text's tokens in chunks, (n, CHUNK) int32. `logits` replaces the first token of each by <s>.
+def divide(llm: LlamaContext, text: str, max_chunks: int = 0) -> np.ndarray:
+    """The text's tokens in chunks, (n, CHUNK) int32. `logits` replaces the first token of each by <s>, if
+    the vocabulary has one.
 
     max_chunks: 0: all. Raises MeasureError when the text is shorter than a chunk.
     """
-    tokens = [bos, *llm.tokens(text)]
+    tokens = [*_first(llm), *llm.tokens(text)]
     n = min(len(tokens) // CHUNK, max_chunks or len(tokens))
     if n < 1:
         raise MeasureError(f"the text has {len(tokens)} tokens; expected {CHUNK} or more")
     return np.array(tokens[: n * CHUNK], np.int32).reshape(n, CHUNK)
 
 
-def logits(llm: LlamaContext, bos: int, chunk: np.ndarray) -> np.ndarray:
+def logits(llm: LlamaContext, chunk: np.ndarray) -> np.ndarray:
     """(N_SCORED + 1, n_vocab) float32: the logits from position FIRST on."""
     llm.truncate(ACTION_SEQ, 0)
-    return np.stack(llm.logits_at([bos, *map(int, chunk[1:])], 0, list(range(FIRST, len(chunk)))))
+    tokens = [*_first(llm), *map(int, chunk[len(_first(llm)) :])]
+    return np.stack(llm.logits_at(tokens, 0, list(range(FIRST, len(chunk)))))
 
 
-def write_reference(llm: LlamaContext, bos: int, chunks: np.ndarray, path: Path, progress: Progress) -> None:
+def _first(llm: LlamaContext) -> list[int]:
+    return [] if llm.bos is None else [llm.bos]
+
+
+def write_reference(llm: LlamaContext, chunks: np.ndarray, path: Path, progress: Progress) -> None:
     """Write the reference's log-probabilities of every chunk. chunks: of `divide`."""
     row_bytes = _row_values(llm.n_vocab) * np.dtype(np.uint16).itemsize
     check_file_size(path.parent, len(chunks) * N_SCORED * row_bytes, path.name)
@@ -84,7 +90,7 @@ def write_reference(llm: LlamaContext, bos: int, chunks: np.ndarray, path: Path,
         file.write(MAGIC + np.array([CHUNK, llm.n_vocab, len(chunks)], np.int32).tobytes() + chunks.tobytes())
         for i, chunk in enumerate(chunks):
             progress.step("reference text", f"chunk {i + 1} of {len(chunks)}", i, len(chunks))
-            rows = logits(llm, bos, chunk)
+            rows = logits(llm, chunk)
             for start in range(0, N_SCORED, ROWS_AT_ONCE):
                 file.write(_stored(rows[start : min(start + ROWS_AT_ONCE, N_SCORED)]).tobytes())
     progress.step("reference text", "", len(chunks), len(chunks))
@@ -164,14 +170,14 @@ def score_chunk(
     return ChunkScores(*(np.concatenate(column).astype(np.float64) for column in zip(*parts, strict=True)))
 
 
-def compare(llm: LlamaContext, bos: int, reference: Reference, progress: Progress, stage: str = "text") -> Divergence:
+def compare(llm: LlamaContext, reference: Reference, progress: Progress, stage: str = "text") -> Divergence:
     """A model against the reference, on the chunks in the reference's file. Raises MeasureError."""
     if llm.n_vocab != reference.n_vocab:
         raise MeasureError(f"{reference.path}: of a vocabulary of {reference.n_vocab}, but the model has {llm.n_vocab}")
     n, scores = len(reference.chunks), []
     for i, chunk in enumerate(reference.chunks):
         progress.step(stage, f"chunk {i + 1} of {n}", i, n)
-        scores.append(score_chunk(logits(llm, bos, chunk), chunk, reference.rows(i)))
+        scores.append(score_chunk(logits(llm, chunk), chunk, reference.rows(i)))
     progress.step(stage, "", n, n)
     return summary(scores)
 

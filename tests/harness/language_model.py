@@ -9,8 +9,7 @@ from edge_agent.model.llama import LlamaContext, LlamaOptions
 from quantize.measure import perplexity
 
 
-def opened(folder: Path) -> tuple[LlamaContext, int]:
+def opened(folder: Path) -> LlamaContext:
     made = read_manifest(folder)
     config = LlamaOptions(context=perplexity.CHUNK, threads=1, gpu_layers=0, flash_attention=True, reproducible=False)
-    model = made.manifest.model
-    return LlamaContext(made.path(LANGUAGE), config, model.embedding), model.special["bos"]
+    return LlamaContext(made.path(LANGUAGE), config, made.manifest.model.embedding)

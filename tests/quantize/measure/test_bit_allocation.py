@@ -62,19 +62,19 @@ class Fixture:
 
     def write_reference(self) -> perplexity.Reference:
         build(plan_bundle(self.checkpoint, "BF16"), self.folder / "full", SILENT)
-        llm, bos = opened(self.folder / "full")
+        llm = opened(self.folder / "full")
         with llm:
-            chunks = perplexity.divide(llm, bos, TEXT, 1)
-            perplexity.write_reference(llm, bos, chunks, self.folder / "kld", SILENT)
+            chunks = perplexity.divide(llm, TEXT, 1)
+            perplexity.write_reference(llm, chunks, self.folder / "kld", SILENT)
         return perplexity.Reference(self.folder / "kld")
 
     def kl(self, name: str, types: dict[str, Type]) -> float:
         """Of a bundle's file, through the runtime's own loading."""
         out = self.folder / name
         build(msgspec.structs.replace(self.q4, name=name, types=types), out, SILENT)
-        llm, bos = opened(out)
+        llm = opened(out)
         with llm:
-            return perplexity.compare(llm, bos, self.reference, SILENT).kl_mean
+            return perplexity.compare(llm, self.reference, SILENT).kl_mean
 
 
 @pytest.fixture(scope="module")

@@ -55,13 +55,13 @@ def test_the_figures_of_a_4_bit_bundle_equal_a_direct_measurement(
 ):
     one = found[1]
     assert one.recipe == "Q4_K_M" and one.language_bytes == (toy_bundle / LANGUAGE).stat().st_size
-    llm, bos = opened(full)
+    llm = opened(full)
     with llm:
         text = CalibrationData().text.read_text(encoding="utf-8")
-        perplexity.write_reference(llm, bos, perplexity.divide(llm, bos, text, 1), tmp_path / "kld", SILENT)
-    llm, bos = opened(toy_bundle)
+        perplexity.write_reference(llm, perplexity.divide(llm, text, 1), tmp_path / "kld", SILENT)
+    llm = opened(toy_bundle)
     with llm:
-        again = perplexity.compare(llm, bos, perplexity.Reference(tmp_path / "kld"), SILENT)
+        again = perplexity.compare(llm, perplexity.Reference(tmp_path / "kld"), SILENT)
     assert one.text.kl_mean == pytest.approx(again.kl_mean, rel=1e-3) and one.text.n == again.n
     errors = {tensor.name: tensor for tensor in one.tensors}
     assert 0.04 < errors["blk.0.ffn_up.weight"].error < 0.12 and errors["blk.0.ffn_up.weight"].type == "Q4_K"
@@ -101,7 +101,7 @@ def test_agreement_is_counted_by_hand():
 def test_a_reference_of_another_model_is_refused(toy_bundle: Path, toy_small: Path, tmp_path: Path):
     with pytest.raises(EvaluateError, match=r"parameters: \d+, but the reference .* has \d+; they are not"):
         evaluate([toy_bundle], toy_small, CalibrationData(max_chunks=1), SILENT)
-    with pytest.raises(EvaluateError, match="recipe: expected BF16, found Q4_K_M"):
+    with pytest.raises(EvaluateError, match="recipe: expected BF16, F16, F32, found Q4_K_M"):
         evaluate([toy_bundle], toy_bundle, CalibrationData(max_chunks=1), SILENT)
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edge_agent.bundle.manifest import read_manifest
+from edge_agent.model.llama import ACTION_SEQ, LlamaContext
 from quantize.measure import perplexity
 from quantize.measure.collect_imatrix import TEXT
 from quantize.measure.perplexity import MeasureError
@@ -17,10 +19,10 @@ from tests.harness.language_model import opened
 @pytest.fixture(scope="module")
 def reference(full: Path, tmp_path_factory: pytest.TempPathFactory) -> perplexity.Reference:
     path = tmp_path_factory.mktemp("reference") / "kld"
-    llm, bos = opened(full)
+    llm = opened(full)
     with llm:
-        cut = perplexity.divide(llm, bos, TEXT.read_text(encoding="utf-8"), 2)
-        perplexity.write_reference(llm, bos, cut, path, SILENT)
+        cut = perplexity.divide(llm, TEXT.read_text(encoding="utf-8"), 2)
+        perplexity.write_reference(llm, cut, path, SILENT)
     return perplexity.Reference(path)
 
 
@@ -30,9 +32,9 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def test_a_model_has_no_divergence_from_itself(full: Path, reference: perplexity.Reference):
-    llm, bos = opened(full)
+    llm = opened(full)
     with llm:
-        found = perplexity.compare(llm, bos, reference, SILENT)
+        found = perplexity.compare(llm, reference, SILENT)
     assert found.n == 2 * 255 and found.same_top == 1.0
     assert abs(found.kl_mean) < 1e-5 and abs(found.kl_max) < 1e-3
     assert found.delta_p_rms < 1e-4
@@ -42,13 +44,13 @@ def test_the_figures_equal_a_float64_computation(full: Path, toy_bundle: Path, r
     """All of it again in float64, without the file."""
     rows = {}
     for name, folder in (("p", full), ("q", toy_bundle)):
-        llm, bos = opened(folder)
+        llm = opened(folder)
         with llm:
             rows[name] = np.concatenate(
-                [log_softmax(perplexity.logits(llm, bos, chunk)[:-1].copy()) for chunk in reference.chunks]
+                [log_softmax(perplexity.logits(llm, chunk)[:-1].copy()) for chunk in reference.chunks]
             )
             if name == "q":
-                found = perplexity.compare(llm, bos, reference, SILENT)
+                found = perplexity.compare(llm, reference, SILENT)
     p, q = rows["p"], rows["q"]
     right = np.concatenate([chunk[257:] for chunk in reference.chunks])
     at = np.arange(len(right))
@@ -76,22 +78,35 @@ def test_stored_log_probabilities_are_exact_to_one_step():
     assert np.abs(back - expected).max() <= 16 / 65535
 
 
+def test_a_vocabulary_without_bos_gets_none(full: Path, reference: perplexity.Reference, monkeypatch):
+    """As wrapped ChatML files: their first token is the text's own."""
+    with opened(full) as llm:
+        assert llm.bos == read_manifest(full).manifest.model.special["bos"]
+        monkeypatch.setattr(LlamaContext, "bos", None)
+        chunk = perplexity.divide(llm, TEXT.read_text(encoding="utf-8"), 1)[0]
+        assert list(chunk) == llm.tokens(TEXT.read_text(encoding="utf-8"))[: perplexity.CHUNK]
+        found = perplexity.logits(llm, chunk).copy()
+        llm.truncate(ACTION_SEQ, 0)
+        alone = llm.logits_at(list(map(int, chunk)), 0, [perplexity.CHUNK - 1])
+        np.testing.assert_allclose(found[-1], alone[0], atol=2e-3)
+
+
 def test_every_chunk_starts_with_bos_and_an_empty_cache(full: Path, reference: perplexity.Reference):
-    llm, bos = opened(full)
+    llm = opened(full)
     with llm:
-        one = perplexity.logits(llm, bos, reference.chunks[1]).copy()
-        perplexity.logits(llm, bos, reference.chunks[0])
-        again = perplexity.logits(llm, bos, reference.chunks[1])
+        one = perplexity.logits(llm, reference.chunks[1]).copy()
+        perplexity.logits(llm, reference.chunks[0])
+        again = perplexity.logits(llm, reference.chunks[1])
         np.testing.assert_array_equal(one, again)
         other = reference.chunks[1].copy()
         other[0] = 7  # the text's own token there is never read
-        np.testing.assert_array_equal(one, perplexity.logits(llm, bos, other))
+        np.testing.assert_array_equal(one, perplexity.logits(llm, other))
 
 
 def test_text_too_short_is_refused(full: Path):
-    llm, bos = opened(full)
+    llm = opened(full)
     with llm, pytest.raises(MeasureError, match="expected 512 or more"):
-        perplexity.divide(llm, bos, "Follow the road.")
+        perplexity.divide(llm, "Follow the road.")
 
 
 @pytest.mark.parametrize(
@@ -110,6 +125,6 @@ def test_a_damaged_reference_is_refused(reference: perplexity.Reference, tmp_pat
 
 
 def test_a_reference_of_another_vocabulary_is_refused(reference: perplexity.Reference, build, toy_small: Path):
-    llm, bos = opened(build(toy_small, "Q4_K_M"))
+    llm = opened(build(toy_small, "Q4_K_M"))
     with llm, pytest.raises(MeasureError, match="vocabulary of 4096, but the model has 2048"):
-        perplexity.compare(llm, bos, reference, SILENT)
+        perplexity.compare(llm, reference, SILENT)
