@@ -337,8 +337,9 @@ def not_finite(p: Player) -> None:
 def not_messages(p: Player) -> None:
     p.fly()
     p.hold("the action has expired")
-    for topic in (b"T", b"S", b"a", b"", b"AA"):
+    for topic in (b"AA", b"", b"a", b"S", b"T"):
         p.send("discard", f"topic {topic!r}", p.action(), topic)
+        p.wait(SETTLE_S / 3)
     p.wait(SETTLE_S)
     p.send("discard", "two ZeroMQ frames, of which each is an action", p.action(), more=(b"A" + encode(p.action()),))
     p.wait(SETTLE_S)

@@ -13,6 +13,7 @@ from edge_agent.rehearsal.records import Note
 from tests.harness import ROOT
 from tests.harness.plain_controller import PlainController
 
+TRIES = 3
 AT_ONCE = 8  # scenarios that are played at the same time: most of their time is waiting
 
 # Rule that is taken out of the controller -> the scenario that shows it, and a part of what is said.
@@ -75,9 +76,14 @@ def test_a_controller_that_keeps_every_rule_passes_every_scenario(tmp_path):
 
 
 def test_a_controller_without_a_rule_fails_the_scenario_about_it(tmp_path):
-    rows = [(scenario, rule) for rule, (scenario, _) in RULES.items()]
-    found = dict(zip(RULES, play_all(tmp_path, rows, patience_s=1.0), strict=True))
-    assert {rule: faults for rule, faults in found.items() if RULES[rule][1] not in " ".join(faults)} == {}
+    """On a busy machine a controller may not read a message before the next one: then it gets another try."""
+    left: dict[str, list[str]] = {rule: [] for rule in RULES}
+    for i in range(TRIES):
+        (tmp_path / f"try {i}").mkdir()
+        found = play_all(tmp_path / f"try {i}", [(RULES[rule][0], rule) for rule in left], patience_s=1.0)
+        found_of = dict(zip(left, found, strict=True))
+        left = {rule: faults for rule, faults in found_of.items() if RULES[rule][1] not in " ".join(faults)}
+    assert left == {}
 
 
 def test_a_controller_that_repeats_its_last_command_fails_wherever_the_actions_end(tmp_path):
