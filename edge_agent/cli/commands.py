@@ -35,7 +35,7 @@ class Argument(NamedTuple):
 
 class Command(NamedTuple):
     # The file of this room that runs the command.
-    file: Literal["daemon", "check", "doctor", "control", "bundles", "installed", "tune", "rehearse"]
+    file: Literal["daemon", "check", "doctor", "control", "bundles", "installed", "tune", "rehearse", "ros2"]
     summary: str  # one line, in edge-agent --help
     details: str  # the following lines, in edge-agent COMMAND --help
     arguments: tuple[Argument, ...]
@@ -184,6 +184,19 @@ COMMANDS: dict[str, Command] = {
     ),
     "pause": Command("control", "stop publishing actions", "", (_RUNTIME_DIR,)),
     "resume": Command("control", "publish actions again after a pause", "", (_RUNTIME_DIR,)),
+    "ros2": Command(
+        "ros2",
+        "put the daemon on a ROS 2 graph: velocities, text and diagnostics out, images in",
+        "Needs rclpy: source the setup.bash of ROS 2 first. Runs until SIGTERM or Ctrl-C, and ends with a hold. "
+        "docs/ros2.md lists the topics, services and parameters.",
+        (
+            _RUNTIME_DIR,
+            _argument("--dry-run", action="store_true", help="print each command as one line instead of publishing it: "
+                      "@CLOCK_MONOTONIC in ns, type, values"),
+            _argument("--ros-args", nargs=argparse.REMAINDER, default=[], metavar="ARG", help="the last option: what "
+                      "follows is for ROS, such as -r cmd_vel:=/drone/cmd_vel -p frames:=ipc:///run/edge-agent/frames"),
+        ),
+    ),
 }  # fmt: skip
 
 

@@ -103,6 +103,10 @@ def run_command(arguments: argparse.Namespace) -> int:
         from edge_agent.cli import control
 
         return control.run_command(name, arguments)
+    if file == "ros2":
+        from edge_agent.cli import ros2
+
+        return ros2.run_command(arguments)
     handlers: Mapping[str, Callable[[argparse.Namespace], int]]
     if file == "rehearse":
         from edge_agent.cli import rehearse
