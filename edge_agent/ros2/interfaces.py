@@ -18,17 +18,17 @@ class Topic(NamedTuple):
 
 
 class Parameter(NamedTuple):
-    default: str | float
+    default: str | int
     what: str
 
 
 PUBLISHED: dict[str, Topic] = {
     "cmd_vel": Topic("geometry_msgs/msg/TwistStamped", True, 1, "velocity of each action; zero at a hold"),
     "waypoint": Topic("geometry_msgs/msg/PoseStamped", True, 1, "waypoint of each action; zero at a hold"),
-    "~/action": Topic("std_msgs/msg/String", True, 10, "each command as a line: `move forward_m_s=0.25`, `land`, `hold`"),
+    "~/action": Topic("std_msgs/msg/String", True, 10, "each command, a line: `move forward_m_s=0.25`, `land`, `hold`"),
     "~/description": Topic("std_msgs/msg/String", True, 10, "each complete description"),
     "~/answer": Topic("std_msgs/msg/String", True, 10, "each complete answer to a question"),
-    "~/text": Topic("std_msgs/msg/String", True, 1000, "descriptions and answers piece by piece; a line feed ends each"),
+    "~/text": Topic("std_msgs/msg/String", True, 1000, "both piece by piece; a line feed ends each"),
     "/diagnostics": Topic("diagnostic_msgs/msg/DiagnosticArray", True, 10, "at 1 Hz, and at every change"),
 }
 IMAGE = "image"
@@ -49,5 +49,5 @@ PARAMETERS: dict[str, Parameter] = {
     "frames": Parameter("", "where images are pushed: `camera.source` of the daemon without `zmq:`; empty: no images"),
     "image_transport": Parameter("raw", "`raw`: subscribes to `image`; `compressed`: to `image/compressed`"),
     "base_frame": Parameter("base_link", "`frame_id` of velocities and waypoints"),
-    "max_age_ms": Parameter(0.0, "hold at an action whose image was older when it was published; 0: no limit"),
+    "max_age_ms": Parameter(0, "hold at an action whose image was older when it was published; 0: no limit"),
 }

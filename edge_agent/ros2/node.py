@@ -22,10 +22,9 @@ from rclpy.duration import Duration
 from rclpy.executors import ExternalShutdownException, MultiThreadedExecutor
 from rclpy.qos import (
     DurabilityPolicy,
-    QoSCompatibility,
+    LivelinessPolicy,
     QoSProfile,
     ReliabilityPolicy,
-    qos_check_compatible,
 )
 from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import String
@@ -61,6 +60,7 @@ TYPES = {
     "std_srvs/srv/Trigger": Trigger,
 }
 N_THREADS = 6  # images, diagnostics, three services that wait for the daemon, and the node's own services
+NO_LIMIT_NS = 10**9 * NS_PER_S
 WARN_EVERY_S = 5.0
 LAST_COMMAND_S = 0.5  # at the end: how long to wait until every subscriber has the last hold
 
@@ -136,6 +136,8 @@ class RosNode:
             raise ConfigError(f"parameter {name}: expected raw or compressed, found {value!r}")
         if name == "frames" and value and not value.startswith("ipc:///"):
             raise ConfigError(f"parameter {name}: expected ipc:///absolute/path, found {value!r}")
+        if name == "max_age_ms" and value < 0:
+            raise ConfigError(f"parameter {name}: expected 0 or more, found {value}")
         return value
 
     # -- out ----------------------------------------------------------------------------------------------------------
@@ -160,7 +162,9 @@ class RosNode:
             self._publishers["waypoint"].publish(self._pose(command.motion, to_ros_ns(command.captured_ns, clocks)))
         else:
             self._publishers["cmd_vel"].publish(self._twist(command.motion or Velocity(), stamp_ns))
-            if command.motion is None and self._has_waypoints:  # the vehicle stands at its last waypoint, or flies to it
+            if (
+                command.motion is None and self._has_waypoints
+            ):  # the vehicle stands at its last waypoint, or flies to it
                 self._publishers["waypoint"].publish(self._pose(Waypoint(), stamp_ns))
         self.say("~/action", command.line)
 
@@ -275,13 +279,35 @@ class RosNode:
         if info.topic_type != topic.type:
             return [f"{name}: {peer} {what} {info.topic_type}, expected {topic.type}: nothing goes through"]
         own = _profile(topic)
-        pair = (info.qos_profile, own) if is_publisher else (own, info.qos_profile)
-        compatibility, reason = qos_check_compatible(*pair)
-        if compatibility == QoSCompatibility.ERROR:
-            return [f"{name}: the QoS of {peer} does not match, nothing goes through: {reason.strip().rstrip(';')}"]
+        offered, requested = (info.qos_profile, own) if is_publisher else (own, info.qos_profile)
+        if policies := _too_much(offered, requested):
+            return [f"{name}: the QoS of {peer} does not match ({', '.join(policies)}): nothing goes through"]
         return []
+
+
+def _too_much(offered: QoSProfile, requested: QoSProfile) -> list[str]:
+    """What a subscription requests and a publisher does not offer.
+
+    Not rclpy's qos_check_compatible: it takes "no deadline", as it is discovered, for a deadline.
+    """
+    found = []
+    if requested.reliability == ReliabilityPolicy.RELIABLE and offered.reliability == ReliabilityPolicy.BEST_EFFORT:
+        found.append("reliability: reliable requested, best effort offered")
+    if requested.durability == DurabilityPolicy.TRANSIENT_LOCAL and offered.durability == DurabilityPolicy.VOLATILE:
+        found.append("durability: transient local requested, volatile offered")
+    for name in ("deadline", "liveliness_lease_duration"):
+        asked_ns, given_ns = (_limit_ns(getattr(profile, name)) for profile in (requested, offered))
+        if asked_ns < given_ns:
+            found.append(f"{name}: {asked_ns / NS_PER_S:g} s requested, a longer one offered")
+    if requested.liveliness == LivelinessPolicy.MANUAL_BY_TOPIC != offered.liveliness:
+        found.append("liveliness: manual requested, automatic offered")
+    return found
+
+
+def _limit_ns(duration: Duration) -> int:
+    """0 and decades mean that there is no limit."""
+    return int(duration.nanoseconds) if 0 < duration.nanoseconds < NO_LIMIT_NS else NO_LIMIT_NS
 
 
 def _time(ns: int) -> Any:
     return Time(sec=ns // NS_PER_S, nanosec=ns % NS_PER_S)
-

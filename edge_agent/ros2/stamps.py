@@ -91,7 +91,9 @@ class StampReader:
         age_ns = clocks.ros_ns - stamp_ns
         self._check_kind_of_clock(stamp_ns, age_ns, clocks)
         if self._set_ns is not None:
-            raise StampRefused("clock-set", "the system clock was set less than 1 s ago: the age of an image is unknown")
+            raise StampRefused(
+                "clock-set", "the system clock was set less than 1 s ago: the age of an image is unknown"
+            )
         if age_ns < -(MAX_AHEAD_SIMULATED_NS if clocks.is_simulated else MAX_AHEAD_NS):
             raise StampRefused("future", f"stamp {-age_ns / NS_PER_MS:.1f} ms in the future; {_host(clocks)}")
         if age_ns > MAX_AGE_NS:

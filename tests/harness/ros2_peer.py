@@ -6,6 +6,7 @@ object for each message, {"topic", "at_ns": CLOCK_MONOTONIC of its arrival, and 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import threading
@@ -15,6 +16,7 @@ import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from diagnostic_msgs.srv import AddDiagnostics
 from geometry_msgs.msg import PoseStamped, Twist, TwistStamped
+from rclpy.event_handler import SubscriptionEventCallbacks
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy, qos_profile_sensor_data
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import CompressedImage, Image
@@ -73,6 +75,9 @@ class Peer:
 
         return self.node.create_subscription(kind, topic, callback, qos)
 
+    def listen_to(self, order):
+        self.listen(order["topic"], TYPES[order["type"]], 100)
+
     def publisher(self, topic, kind, qos=qos_profile_sensor_data):
         if topic not in self.publishers:
             self.publishers[topic] = self.node.create_publisher(kind, topic, qos)
@@ -115,8 +120,9 @@ class Peer:
     def subscribe(self, order):
         durability = DurabilityPolicy.TRANSIENT_LOCAL if order.get("transient_local") else DurabilityPolicy.VOLATILE
         qos = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=durability)
-        extra = self.node.create_subscription(TYPES[order["type"]], order["to"], lambda _message: None, qos)
-        self.extra = extra
+        silent = SubscriptionEventCallbacks(use_default_callbacks=False)  # its handlers would keep the subscription
+        kind = TYPES[order["type"]]
+        self.extra = self.node.create_subscription(kind, order["to"], lambda _: None, qos, event_callbacks=silent)
 
     def unsubscribe(self, _order):
         self.node.destroy_subscription(self.extra)
@@ -152,10 +158,8 @@ def main():
     peer = Peer()
     threading.Thread(target=read_orders, args=(peer,), daemon=True).start()
     say(topic="ready")
-    try:
+    with contextlib.suppress(KeyboardInterrupt, rclpy.executors.ExternalShutdownException):
         rclpy.spin(peer.node)
-    except (KeyboardInterrupt, rclpy.executors.ExternalShutdownException):
-        pass
 
 
 main()
