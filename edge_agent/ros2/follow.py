@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from edge_agent.client.chunk_player import ChunkPlayer
 from edge_agent.client.client import Client
-from edge_agent.ros2.motion import NotUsable, Velocity, Waypoint, line_of, motion_of
+from edge_agent.ros2.motion import NO_SPACE, NotUsable, OwnSpace, Velocity, Waypoint, line_of, motion_of
 from edge_agent.time_units import NS_PER_MS, NS_PER_S
 from edge_agent.wire.messages import Action, Refusal
 
@@ -36,12 +36,19 @@ class Command(NamedTuple):
 class Follower:
     """Call its methods under one lock, together with the publication of what they return."""
 
-    def __init__(self, client: Client, max_age_ms: float = 0, clock: Callable[[], int] = time.monotonic_ns) -> None:
-        """client: knows whether an action is valid. max_age_ms: of an image at publication; 0: no limit."""
+    def __init__(
+        self,
+        client: Client,
+        max_age_ms: float = 0,
+        own: OwnSpace = NO_SPACE,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        """client: knows whether an action is valid. max_age_ms: of an image at publication; 0: no limit. own: another
+        action space that is followed."""
         self.why = "no action has come yet"  # the vehicle holds; "": it follows an action
         self.commands = 0
         self.not_usable = 0  # actions that this node cannot carry out
-        self._client, self._max_age_ms, self._clock = client, max_age_ms, clock
+        self._client, self._max_age_ms, self._own, self._clock = client, max_age_ms, own, clock
         self._player = ChunkPlayer(client, clock)
         self._action: Action | None = None  # the one that is followed
         self._step_index = -1  # of the newest command
@@ -126,7 +133,7 @@ class Follower:
         if step.step_index == self._step_index:
             return []
         try:
-            motion = motion_of(step.type, step.values)
+            motion = motion_of(action.action_space, step.type, step.values, self._own)
         except NotUsable as error:
             self.not_usable += 1
             return self._hold(str(error))

@@ -49,5 +49,7 @@ PARAMETERS: dict[str, Parameter] = {
     "frames": Parameter("", "where images are pushed: `camera.source` of the daemon without `zmq:`; empty: no images"),
     "image_transport": Parameter("raw", "`raw`: subscribes to `image`; `compressed`: to `image/compressed`"),
     "base_frame": Parameter("base_link", "`frame_id` of velocities and waypoints"),
+    "action_space": Parameter("", "name of an action space of your own; those of edge-agent are known"),
+    "values": Parameter("", "the values of its types, with commas: `forward_m_s,yaw_rate_rad_s`"),
     "max_age_ms": Parameter(0, "hold at an action whose image was older when it was published; 0: no limit"),
 }

@@ -45,7 +45,7 @@ from edge_agent.ros2.interfaces import (
     SUBSCRIBED,
     Topic,
 )
-from edge_agent.ros2.motion import Velocity, Waypoint
+from edge_agent.ros2.motion import OwnSpace, Velocity, Waypoint
 from edge_agent.ros2.stamps import Clocks, StampReader, StampRefused, read_clocks, to_ros_ns
 from edge_agent.time_units import NS_PER_S
 
@@ -79,6 +79,10 @@ class RosNode:
         self.failure: BaseException | None = None  # of a callback
         self._dry_run = dry_run
         self._parameters = {name: self._parameter(name) for name in PARAMETERS}
+        names = (name.strip() for name in self.parameter("values").split(","))
+        self.own_space = OwnSpace(self.parameter("action_space"), tuple(name for name in names if name))
+        if mistake := self.own_space.mistake():
+            raise ConfigError(f"parameter {mistake}")
         self._publishers = {name: self._publisher(name) for name in PUBLISHED}
         self._steady = Clock(clock_type=ClockType.STEADY_TIME)
         self.frames = FrameCounters(self.warn, time.monotonic_ns)

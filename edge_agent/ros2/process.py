@@ -59,7 +59,7 @@ class Bridge:
 
     def __init__(self, client: Client, node: RosNode, has_ended: threading.Event) -> None:
         self._client, self._node, self._has_ended = client, node, has_ended
-        self._follower = Follower(client, node.parameter("max_age_ms"))
+        self._follower = Follower(client, node.parameter("max_age_ms"), node.own_space)
         self._lock = threading.Lock()  # from the check that an action is valid until it is published
         self._status: Status | None = None
         self._status_ns = 0

@@ -16,6 +16,7 @@ from tests.harness.ros2 import Peer, node_process, ros_environment
 pytestmark = pytest.mark.promise
 N_ACTIONS, N_DEATHS = 300, 10
 VALID_MS = 400
+REST = {"forward_m_s": 0.0, "right_m_s": 0.0, "down_m_s": 0.0, "yaw_rate_rad_s": 0.0}
 
 
 def test_an_action_becomes_a_velocity_and_its_expiry_a_zero(tmp_path: Path):
@@ -25,7 +26,7 @@ def test_an_action_becomes_a_velocity_and_its_expiry_a_zero(tmp_path: Path):
 
     def move(daemon: FakeDaemon) -> tuple[float, int]:
         n = next(seq)
-        action = make_action(n, type="move", values={"forward_m_s": n / 1000}, valid_ms=VALID_MS)
+        action = make_action(n, type="move", values=REST | {"forward_m_s": n / 1000}, valid_ms=VALID_MS)
         daemon.publish("actions", action)
         return n / 1000, action.t_pub_ns
 

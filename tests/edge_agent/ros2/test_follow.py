@@ -17,13 +17,17 @@ from tests.harness.clock import FakeClock
 from tests.harness.fake_daemon import make_action, make_refusal
 
 
+def velocity(speed: float) -> dict[str, float | str]:
+    return {"forward_m_s": speed, "right_m_s": 0.0, "down_m_s": 0.0, "yaw_rate_rad_s": 0.0}
+
+
 class Rig:
     """A follower, its clock, and the daemon's part of a client."""
 
     def __init__(self, max_age_ms: float = 0) -> None:
         self.clock = FakeClock()
         self.is_awake = True  # False: the client has noticed a suspend
-        self.follower = Follower(cast(Client, self), max_age_ms, self.clock)
+        self.follower = Follower(cast(Client, self), max_age_ms, clock=self.clock)
         self._seq = 0
 
     def is_valid(self, action: Action) -> bool:
@@ -31,7 +35,7 @@ class Rig:
 
     def action(self, type: str = "move", speed: float | None = 0.25, **changes: Any) -> Action:
         self._seq += 1
-        values = {} if speed is None else {"forward_m_s": speed}
+        values = {} if speed is None else velocity(speed)
         return make_action(self._seq, now_ns=self.clock.now_ns, type=type, values=values, **changes)
 
     def step(self, answer: Any = None, after_ms: float = 1) -> list[str]:
@@ -40,7 +44,8 @@ class Rig:
         return [command.line for command in self.follower.step(answer)]
 
 
-MOVE = "move forward_m_s=0.25"
+REST = " right_m_s=0 down_m_s=0 yaw_rate_rad_s=0"
+MOVE = f"move forward_m_s=0.25{REST}"
 
 
 def test_an_action_is_one_command():
@@ -53,10 +58,10 @@ def test_an_action_is_one_command():
     assert rig.step() == rig.step(action) == [] and rig.follower.why == ""
 
 
-@pytest.mark.parametrize("type", ["move", "search", "land"])
-def test_at_the_expiry_there_is_one_hold_and_then_nothing(type):
+@pytest.mark.parametrize(("type", "speed"), [("move", 0.25), ("search", None), ("land", None)])
+def test_at_the_expiry_there_is_one_hold_and_then_nothing(type, speed):
     rig = Rig()
-    assert len(rig.step(rig.action(type, None, valid_ms=500))) == 1
+    assert len(rig.step(rig.action(type, speed, valid_ms=500))) == 1
     assert rig.step(after_ms=498) == []
     assert rig.step() == ["hold"]
     assert rig.step() == rig.step(after_ms=5000) == []
@@ -72,7 +77,7 @@ def test_a_hold_stands_between_an_expired_action_and_the_next_one():
     rig = Rig()
     rig.step(rig.action(valid_ms=100))
     rig.clock.advance(0.2)
-    assert rig.step(rig.action(speed=0.5)) == ["hold", "move forward_m_s=0.5"]
+    assert rig.step(rig.action(speed=0.5)) == ["hold", f"move forward_m_s=0.5{REST}"]
 
 
 def test_a_refusal_ends_an_action_and_what_was_published_before_it():
@@ -172,7 +177,7 @@ def test_a_stop_lasts_until_go():
 def test_an_action_that_the_node_does_not_know_is_a_hold():
     rig = Rig()
     rig.step(rig.action())
-    unknown = make_action(5, now_ns=rig.clock.now_ns + 1, type="drive", values={"speed_m_s": 2.0})
+    unknown = make_action(5, now_ns=rig.clock.now_ns + 1, type="move", values={"speed_m_s": 2.0})
     assert rig.step(unknown) == ["hold"]
     assert "speed_m_s" in rig.follower.why and rig.follower.not_usable == 1
     assert rig.step() == []
@@ -187,14 +192,14 @@ def test_an_image_that_is_too_old():
 
 def test_each_step_of_a_chunk_is_one_command_at_its_time():
     rig = Rig()
-    chunk = [{"forward_m_s": 0.5}, {"forward_m_s": 0.75}]
+    chunk = [velocity(0.5), velocity(0.75)]
     action = rig.action(chunk=chunk, chunk_step_ms=100, valid_ms=400)
     assert rig.step(action, after_ms=0) == [MOVE]
     assert rig.follower.wait_s() == MAX_WAIT_S
     rig.clock.advance(0.09)
     assert rig.follower.wait_s() == pytest.approx(0.01)
-    assert rig.step(after_ms=10) == ["move forward_m_s=0.5"] and rig.step() == []
-    assert rig.step(after_ms=99) == ["move forward_m_s=0.75"]
+    assert rig.step(after_ms=10) == [f"move forward_m_s=0.5{REST}"] and rig.step() == []
+    assert rig.step(after_ms=99) == [f"move forward_m_s=0.75{REST}"]
     assert rig.step(after_ms=150) == []
     assert rig.step(after_ms=50) == ["hold"]
 

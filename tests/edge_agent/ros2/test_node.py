@@ -42,9 +42,9 @@ class Graph(NamedTuple):
 
     def begin(self) -> int:
         """What was sent before has arrived. Returns where the messages from now on begin."""
-        name, since = f"mark{next(SEQUENCE)}", self.peer.mark()
-        send(self, type=name, values={})
-        self.peer.wait_for("/edge_agent/action", lambda message: message["data"] == name, since)
+        since = self.peer.mark()
+        mark = speed(self, 10**6 + next(SEQUENCE))
+        self.peer.wait_for("/edge_agent/action", lambda message: message["data"] == mark, since)
         since, now_ns = self.peer.mark(), time.time_ns()
         send(self, type="hold", values={})
         self.peer.wait_for("/edge_agent/action", lambda message: message["data"] == "hold", since)
@@ -85,10 +85,9 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Graph]:
 
 def introduce(daemon: FakeDaemon, peer: Peer, topic: str) -> None:
     """What a publisher sends before it has found its subscriber is lost."""
-    values: dict[str, float | str] = {"forward_m" if topic.endswith("waypoint") else "forward_m_s": 0.001}
-    repeat_until_heard(
-        peer, topic, lambda: daemon.publish("actions", make_action(next(SEQUENCE), type="move", values=values))
-    )
+    moves = {"action_space": "waypoint", "type": "waypoint", "values": waypoint(forward_m=0.001)}
+    fields = moves if topic.endswith("waypoint") else {"type": "move", "values": velocity(forward_m_s=0.001)}
+    repeat_until_heard(peer, topic, lambda: daemon.publish("actions", make_action(next(SEQUENCE), **fields)))
 
 
 def repeat_until_heard(peer: Peer, topic: str, say: Callable[[], None]) -> None:
@@ -108,6 +107,14 @@ def bound_frames(address: str) -> Iterator[zmq.Socket]:
         yield frames
 
 
+def velocity(**values: float) -> dict[str, float]:
+    return {"forward_m_s": 0.0, "right_m_s": 0.0, "down_m_s": 0.0, "yaw_rate_rad_s": 0.0} | values
+
+
+def waypoint(**values: Any) -> dict[str, Any]:
+    return {"forward_m": 0.0, "right_m": 0.0, "down_m": 0.0, "pace": "slow"} | values
+
+
 def send(graph: Graph, **fields: Any) -> Action:
     """An action, published now."""
     action = make_action(next(SEQUENCE), **{"session": 1, "valid_ms": 900} | fields)
@@ -117,8 +124,9 @@ def send(graph: Graph, **fields: Any) -> Action:
 
 def speed(graph: Graph, mm_s: int, **fields: Any) -> str:
     """A move, and its line on the topic of actions."""
-    send(graph, type="move", values={"forward_m_s": mm_s / 1000}, **fields)
-    return f"move forward_m_s={mm_s / 1000:g}"
+    values = velocity(forward_m_s=mm_s / 1000)
+    send(graph, type="move", values=values, **fields)
+    return " ".join(["move", *(f"{name}={value:.9g}" for name, value in values.items())])
 
 
 def twist(graph: Graph, since: int, is_so: Callable[[dict], Any]) -> dict[str, Any]:
@@ -140,7 +148,7 @@ def twist(graph: Graph, since: int, is_so: Callable[[dict], Any]) -> dict[str, A
 @pytest.mark.parametrize("value", [0.5, -0.25])
 def test_each_axis_of_a_velocity(graph, name, field, sign, value):
     since = graph.begin()
-    action = send(graph, type="move", values={name: value})
+    action = send(graph, type="move", values=velocity(**{name: value}))
     found = twist(graph, since, lambda message: message[field])
     assert {axis: found[axis] for axis in ZERO} == ZERO | {field: sign * value}
     assert found["frame_id"] == "base_link"
@@ -150,8 +158,8 @@ def test_each_axis_of_a_velocity(graph, name, field, sign, value):
 
 def test_each_axis_of_a_waypoint(graph):
     since = graph.begin()
-    values = {"forward_m": 1.0, "right_m": 2.0, "down_m": 3.0, "pace": "slow"}
-    action = send(graph, type="waypoint", values=values, age_ms=100, valid_ms=200)
+    values = waypoint(forward_m=1.0, right_m=2.0, down_m=3.0)
+    action = send(graph, action_space="waypoint", type="waypoint", values=values, age_ms=100, valid_ms=200)
     found = graph.peer.wait_for("/waypoint", lambda message: message["position.x"], since)
     assert [found[f"position.{axis}"] for axis in "xyz"] == [1.0, -2.0, -3.0]
     assert [found[f"orientation.{axis}"] for axis in "xyz"] == [0.0, 0.0, 0.0]
@@ -393,6 +401,7 @@ def test_a_qos_that_does_not_match_is_said(graph):
 WRONG = [
     (["-p", "frames:=tcp://127.0.0.1:5555"], "parameter frames: expected ipc:///absolute/path"),
     (["-p", "max_age_ms:=fast"], "parameter max_age_ms: "),
+    (["-p", "action_space:=rover"], "parameter values: expected some of"),
     (["-p", "nonsense"], "--ros-args -p nonsense: "),
 ]
 
@@ -449,8 +458,8 @@ def test_another_node_with_simulated_time(graph, tmp_path):
         with FakeDaemon(tmp_path) as daemon:
             daemon.wait_for_subscriber("actions")
             since = graph.peer.mark()
-            values: dict[str, float | str] = {"forward_m_s": 0.114}
-            daemon.publish("actions", make_action(next(SEQUENCE), type="move", values=values, valid_ms=900))
+            action = make_action(next(SEQUENCE), type="move", values=velocity(forward_m_s=0.114), valid_ms=900)
+            daemon.publish("actions", action)
             graph.peer.wait_for("/sim/cmd_vel", lambda message: message["linear.x"] == 0.114)
             assert node.close() == 0, node.errors
             graph.peer.wait_for("/sim/cmd_vel", lambda message: message["linear.x"] == 0, since)
