@@ -90,15 +90,22 @@ class Peer(LineProcess):
     def __init__(self, environment: dict[str, str]) -> None:
         super().__init__([ros_python(), str(PEER)], environment)
         self.messages: list[dict[str, Any]] = []
+        self.topics: dict[str, list[dict[str, Any]]] = {}  # the same, by their topic
         self._n_read = 0
+        self._lock = threading.Lock()
         self.wait_for("ready")
 
     def all(self, topic: str, since: int = 0) -> list[dict[str, Any]]:
         """The messages of a topic, from the message `since` of all topics on."""
-        while self._n_read < len(self.lines):
-            self.messages.append(json.loads(self.lines[self._n_read]))
-            self._n_read += 1
-        return [message for message in self.messages[since:] if message["topic"] == topic]
+        with self._lock:
+            while self._n_read < len(self.lines):
+                message = json.loads(self.lines[self._n_read])
+                self.messages.append(message)
+                self.topics.setdefault(message["topic"], []).append(message)
+                self._n_read += 1
+            if not since:
+                return self.topics.get(topic, [])[:]
+            return [message for message in self.messages[since:] if message["topic"] == topic]
 
     def mark(self) -> int:
         self.all("")

@@ -105,6 +105,10 @@ class Peer:
         message.data = bytes.fromhex(order["data"])
         publisher.publish(message)
 
+    def stream(self, order):
+        """The image again and again, each time with the stamp of now. Not stopped."""
+        self.node.create_timer(order["period_s"], lambda: self.image(order | {"stamp": 0.0, "wait": False}))
+
     def call(self, order):
         kind = Trigger if order.get("text") is None else AddDiagnostics
         client = self.node.create_client(kind, order["service"])
