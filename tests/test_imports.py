@@ -107,7 +107,9 @@ ORDER: dict[str, list[str]] = {
     "apps": ["wire_log", "screen", "terminal"],
     "ros2": ["interfaces", "image", "stamps", "motion", "follow", "diagnostics", "requests", "node", "process"],
     "tools": ["stills", "power_meter", "bench", "measure_daemon", "tune"],
-    "cli": ["commands", "bundles", "installed", "control", "daemon", "check", "tune", "doctor", "rehearse", "ros2", "main"],
+    "cli": [
+        "commands", "bundles", "installed", "control", "daemon", "check", "tune", "doctor", "rehearse", "ros2", "main",
+    ],
 }  # fmt: skip
 # Packages that do harm when they are imported as they are -> the only file that imports them. Its docstring says why.
 SOLE_IMPORTERS = {"gguf": "edge_agent/bundle/gguf_package.py", "onnxruntime": "edge_agent/model/onnx_runtime.py"}

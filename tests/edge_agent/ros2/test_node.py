@@ -28,6 +28,7 @@ from tests.harness.ros2 import HANG_S, LineProcess, Peer, node_process, ros_envi
 
 pytestmark = pytest.mark.no_cover  # the code of the product runs in other processes
 SEQUENCE = iter(range(1, 10**6))
+SESSIONS = [1]  # of the test's daemon; the last one is the present one
 ZERO = {f"{part}.{axis}": 0.0 for part in ("linear", "angular") for axis in "xyz"}
 CLOCK_SLACK_NS = 50 * NS_PER_MS  # between system time and CLOCK_MONOTONIC, while a test runs
 
@@ -117,7 +118,7 @@ def waypoint(**values: Any) -> dict[str, Any]:
 
 def send(graph: Graph, **fields: Any) -> Action:
     """An action, published now."""
-    action = make_action(next(SEQUENCE), **{"session": 1, "valid_ms": 900} | fields)
+    action = make_action(next(SEQUENCE), **{"session": SESSIONS[-1], "valid_ms": 900} | fields)
     graph.daemon.publish("actions", action)
     return action
 
@@ -194,7 +195,7 @@ def test_a_refusal_is_a_zero_at_once(graph):
     since = graph.begin()
     speed(graph, 103)
     twist(graph, since, lambda message: message["linear.x"] == 0.103)
-    graph.daemon.publish("actions", make_refusal(next(SEQUENCE), t_pub_ns=time.monotonic_ns()))
+    graph.daemon.publish("actions", make_refusal(next(SEQUENCE), t_pub_ns=time.monotonic_ns(), session=SESSIONS[-1]))
     twist(graph, since, lambda message: message["linear.x"] == 0)
     graph.node.wait_until(lambda: any("refusal: late" in line for line in graph.node.errors), "the reason")
 
@@ -261,16 +262,17 @@ def test_a_new_session_with_another_instruction_waits_for_instruct(graph):
     since = graph.begin()
     speed(graph, 105)
     twist(graph, since, lambda message: message["linear.x"] == 0.105)
-    speed(graph, 106, session=2, instruction="Fly home.")
+    SESSIONS.append(SESSIONS[-1] + 1)
+    speed(graph, 106, instruction="Fly home.")
     twist(graph, since, lambda message: message["linear.x"] == 0)
-    speed(graph, 107, session=2, instruction="Fly home.")
+    speed(graph, 107, instruction="Fly home.")
     with graph.daemon.answering(
         lambda request: [make_reply(request, instruction=request.text, adapter="")]
     ) as requests:
         reply = graph.peer.call("/edge_agent/instruct", "Fly home.")
     assert (reply["success"], reply["message"]) == (True, "Fly home.")
     assert [(request.op, request.text) for request in requests] == [("instruct", "Fly home.")]
-    speed(graph, 108, session=2, instruction="Fly home.")
+    speed(graph, 108, instruction="Fly home.")
     twist(graph, since, lambda message: message["linear.x"] == 0.108)
     with graph.daemon.answering(lambda request: [make_reply(request, instruction=request.text, adapter="")]):
         graph.peer.call("/edge_agent/instruct", "Hold position.")
