@@ -46,7 +46,7 @@ test: lint $(VENV)/.smollm2 $(VENV)/.ros2
 	$(RUN)/coverage report
 	$(RUN)/coverage report --include="$(COVERED)" --fail-under=100
 
-promises: venv
+promises: venv $(VENV)/.ros2
 	$(RUN)/python -m pytest -m promise -s -p no:randomly
 
 soak: venv $(VENV)/.smollm2
