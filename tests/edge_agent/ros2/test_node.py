@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
 import msgspec
 import numpy as np
 import pytest
@@ -426,10 +427,11 @@ def test_without_ros_the_command_says_what_to_do():
 # -- the end ----------------------------------------------------------------------------------------------------------
 
 
-def test_another_node_with_simulated_time(graph, tmp_path):
+def test_another_node_with_simulated_time_and_compressed_images(graph, tmp_path):
     """A lost daemon and a signal end in one zero each; a subscriber of another type is said."""
-    arguments = ["-r", "cmd_vel:=/sim/cmd_vel", "-r", "image:=/sim/image", "-r", "__node:=sim"]
-    arguments += ["-r", "waypoint:=/sim/waypoint"]
+    arguments = ["-r", "cmd_vel:=/sim/cmd_vel", "-r", "image/compressed:=/sim/image", "-r", "__node:=sim"]
+    arguments += ["-r", "waypoint:=/sim/waypoint", "-p", "image_transport:=compressed"]
+    jpeg = bytes(cv2.imencode(".jpg", np.zeros((2, 4), np.uint8))[1])
     arguments += ["-p", "use_sim_time:=true", "-p", f"frames:=ipc://{tmp_path}/frames"]
     graph.peer.tell(do="listen_to", topic="/sim/cmd_vel", type="TwistStamped")
     with (
@@ -444,18 +446,19 @@ def test_another_node_with_simulated_time(graph, tmp_path):
         wrong = "/sim/waypoint: /peer subscribes to geometry_msgs/msg/Twist, expected geometry_msgs/msg/PoseStamped"
         node.wait_until(lambda: any(wrong in line for line in node.errors), wrong)
         graph.peer.tell(do="unsubscribe")
-        image_at = {"topic": "/sim/image", "width": 4, "height": 2, "is_bigendian": 0, "encoding": "mono8", "step": 4}
+        image_at = {"topic": "/sim/image", "format": "jpeg", "data": jpeg.hex()}
         while not any("(no-clock)" in line for line in node.errors):
-            graph.peer.tell(do="image", data=bytes(8).hex(), stamp={"sec": 5, "nanosec": 0}, **image_at)
+            graph.peer.tell(do="image", stamp={"sec": 5, "nanosec": 0}, **image_at)
             time.sleep(0.05)
         end_ns = time.monotonic_ns() + round(HANG_S * NS_PER_S)
         stamps = iter(range(5_000_000_001, 5_100_000_000))
         while not frames.poll(50):  # /clock and the image are two topics: either may come first
             stamp = {"sec": 5, "nanosec": next(stamps) - 5_000_000_000}
             graph.peer.tell(do="clock", sec=5, nanosec=100_000_000)  # the first one is lost if it comes too early
-            graph.peer.tell(do="image", data=bytes(8).hex(), stamp=stamp, **image_at)
+            graph.peer.tell(do="image", stamp=stamp, **image_at)
             assert time.monotonic_ns() < end_ns, node.errors
         frame = decode_pushed_frame(memoryview(frames.recv())[1:])
+        assert (frame.format, frame.width, frame.height, bytes(frame.data)) == ("jpeg", 4, 2, jpeg)
         assert frame.t_capture_ns <= time.monotonic_ns() - 100 * NS_PER_MS + 1000, "as old as in simulated time"
         with FakeDaemon(tmp_path) as daemon:
             daemon.wait_for_subscriber("actions")
