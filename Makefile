@@ -86,7 +86,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml Makefile gpu_build.sh
 	@echo "== dependencies and this project. The first time this compiles llama.cpp, 5 to 15 minutes"
 	@choice=$$(sh gpu_build.sh) && eval "$$choice" && \
 	 if [ -n "$$cmake_args" ]; then export CMAKE_ARGS="$$cmake_args"; fi && \
-	 $(RUN)/python -m pip install --progress-bar off -e ".[$$extra,quantize,terminal,dev]"
+	 $(RUN)/python -m pip install --progress-bar off -e ".[$$extra,quantize,terminal,mavlink,dev]"
 	@$(RUN)/python -c 'import cv2' 2>/dev/null || { \
 	   echo "== no libGL on this machine: the same OpenCV without windows (opencv-python-headless)"; \
 	   version=$$($(RUN)/python -c 'from importlib.metadata import version; print(version("opencv-python"))'); \

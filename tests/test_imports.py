@@ -23,6 +23,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
     "time_units": (set(), set()),
     "suspend": ({"time_units"}, set()),
+    "systemd": (set(), set()),
     "strict_yaml": ({"errors"}, {"msgspec", "yaml"}),
     "yaml_edit": ({"errors", "strict_yaml"}, {"yaml"}),
     "config": ({"errors", "strict_yaml"}, {"msgspec"}),
@@ -43,12 +44,18 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         {"cv2", "gguf", "llama_cpp", "llguidance", "msgspec", "numpy", "onnxruntime"},
     ),
     "supervisor": (
-        {"ipc", "config", "errors", "actions", "bundle", "board", "suspend", "time_units", "wire", "zmtp"}, {"msgspec"}
+        {
+            "ipc", "config", "errors", "actions", "bundle", "board", "suspend", "systemd", "time_units", "wire", "zmtp",
+        },
+        {"msgspec"},
     ),
     # The daemon's own endpoints, so that a controller under test finds what it will find in the field.
     "rehearsal": ({"errors", "supervisor", "time_units", "wire", "zmtp"}, {"msgspec"}),
     "doctor": ({"board", "bundle", "config", "errors", "wire"}, {"msgspec"}),
     "apps": ({"client", "time_units", "wire"}, {"msgspec", "rich"}),
+    "mavlink": (
+        {"client", "errors", "strict_yaml", "suspend", "systemd", "time_units", "wire"}, {"msgspec", "pymavlink"}
+    ),
     "ros2": (
         {"client", "errors", "time_units", "wire"},
         {
@@ -65,8 +72,8 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "cli": (
         {
-            "actions", "apps", "board", "bundle", "client", "config", "doctor", "errors", "profile", "rehearsal",
-            "ros2", "strict_yaml", "supervisor", "time_units", "tools", "wire", "yaml_edit",
+            "actions", "apps", "board", "bundle", "client", "config", "doctor", "errors", "mavlink", "profile",
+            "rehearsal", "ros2", "strict_yaml", "supervisor", "time_units", "tools", "wire", "yaml_edit",
         },
         {"msgspec"},
     ),
@@ -95,7 +102,7 @@ ORDER: dict[str, list[str]] = {
         "native_probe", "__main__",
     ],
     "supervisor": [
-        "shutdown", "log", "child_log", "pause_file", "systemd", "trace", "runtime_folder", "publisher",
+        "shutdown", "log", "child_log", "pause_file", "trace", "runtime_folder", "publisher",
         "managed_worker", "camera_worker", "model_worker", "gate", "governor", "board_monitor", "status",
         "waiting_changes", "control", "verification", "process",
     ],
@@ -105,14 +112,23 @@ ORDER: dict[str, list[str]] = {
         "collect",
     ],
     "apps": ["wire_log", "screen", "terminal"],
+    "mavlink": [
+        "__init__", "config", "dialect", "modes", "setpoint", "boot_clock", "autopilot", "envelope", "search",
+        "follower", "transport", "link", "telemetry", "state_push", "words", "bridge", "dry_run",
+    ],
     "ros2": ["interfaces", "image", "stamps", "motion", "follow", "diagnostics", "requests", "node", "process"],
     "tools": ["stills", "power_meter", "bench", "measure_daemon", "tune"],
     "cli": [
-        "commands", "bundles", "installed", "control", "daemon", "check", "tune", "doctor", "rehearse", "ros2", "main",
+        "commands", "bundles", "installed", "control", "daemon", "check", "tune", "doctor", "rehearse", "ros2",
+        "mavlink", "main",
     ],
 }  # fmt: skip
 # Packages that do harm when they are imported as they are -> the only file that imports them. Its docstring says why.
-SOLE_IMPORTERS = {"gguf": "edge_agent/bundle/gguf_package.py", "onnxruntime": "edge_agent/model/onnx_runtime.py"}
+SOLE_IMPORTERS = {
+    "gguf": "edge_agent/bundle/gguf_package.py",
+    "onnxruntime": "edge_agent/model/onnx_runtime.py",
+    "pymavlink": "edge_agent/mavlink/dialect.py",
+}
 # The same for the toolchain, whose order is the order of a build.
 TOOLCHAIN = [
     "progress", "build_folder", "source", "formats", "standard_recipes", "validate", "build", "boards", "measure",

@@ -14,7 +14,7 @@ import yaml
 from edge_agent.config import Config, WatchdogConfig, load_config
 from edge_agent.strict_yaml import convert
 from edge_agent.supervisor.process import DESCRIPTORS
-from edge_agent.supervisor.systemd import MARGIN_S
+from edge_agent.systemd import MARGIN_S
 from tests.harness import ROOT
 
 SYSTEMD = ROOT / "systemd"

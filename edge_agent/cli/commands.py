@@ -35,7 +35,7 @@ class Argument(NamedTuple):
 
 class Command(NamedTuple):
     # The file of this room that runs the command.
-    file: Literal["daemon", "check", "doctor", "control", "bundles", "installed", "tune", "rehearse", "ros2"]
+    file: Literal["daemon", "check", "doctor", "control", "bundles", "installed", "tune", "rehearse", "ros2", "mavlink"]
     summary: str  # one line, in edge-agent --help
     details: str  # the following lines, in edge-agent COMMAND --help
     arguments: tuple[Argument, ...]
@@ -180,6 +180,23 @@ COMMANDS: dict[str, Command] = {
         (
             _argument("values", metavar="KEY=VALUE", nargs="+", help="a key of the action space's state, its value"),
             _RUNTIME_DIR,
+        ),
+    ),
+    "mavlink": Command(
+        "mavlink",
+        "fly a PX4 or ArduPilot vehicle by the actions: the MAVLink bridge",
+        "Sends each action as one setpoint while it is valid, and hold otherwise, and only while the autopilot itself "
+        "says that it is armed and in OFFBOARD or GUIDED. Never arms, never changes the mode. Runs until SIGTERM or "
+        "Ctrl-C. docs/mavlink.md describes the wiring and the parameters of the autopilot.",
+        (
+            _argument("--config", metavar="FILE", help="configuration file of the bridge; "
+                      "systemd/edge-agent-mavlink.yaml explains every key"),
+            _argument("--connection", default="", metavar="LINK", help="udpout:ADDRESS:PORT, udpin:ADDRESS:PORT, "
+                      "tcp:ADDRESS:PORT or serial:DEVICE:BAUD; replaces `connection` of the file"),
+            _RUNTIME_DIR,
+            _argument("--dry-run", action="store_true", help="print each setpoint and send nothing; without a "
+                      "connection, assume an autopilot that takes setpoints"),
+            _argument("--json", action="store_true", help="write the log as lines of JSON"),
         ),
     ),
     "pause": Command("control", "stop publishing actions", "", (_RUNTIME_DIR,)),

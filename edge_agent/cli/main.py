@@ -47,6 +47,7 @@ exit status:
 """
 # What setup.cfg's extra `agent` installs, by the names to import.
 DAEMON_MODULES = ("cryptography", "cv2", "gguf", "llama_cpp", "llguidance", "numpy", "simplejpeg", "yaml")
+MAVLINK_MODULES = ("pymavlink", "yaml")  # extra `mavlink`
 
 
 def main() -> None:
@@ -107,6 +108,11 @@ def run_command(arguments: argparse.Namespace) -> int:
         from edge_agent.cli import ros2
 
         return ros2.run_command(arguments)
+    if file == "mavlink":
+        _require_mavlink()
+        from edge_agent.cli import mavlink
+
+        return mavlink.run_command(arguments)
     handlers: Mapping[str, Callable[[argparse.Namespace], int]]
     if file == "rehearse":
         from edge_agent.cli import rehearse
@@ -147,6 +153,16 @@ def _require_daemon(command: str) -> None:
         raise CommandFailed(
             f"edge-agent {command} needs the daemon: pip install 'edge-agent[agent]', with onnxruntime for a CPU "
             f"'edge-agent[cpu]', for an NVIDIA GPU 'edge-agent[gpu]' (not installed here: {', '.join(missing)})",
+            EX_CONFIG,
+        )
+
+
+def _require_mavlink() -> None:
+    missing = [name for name in MAVLINK_MODULES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise CommandFailed(
+            f"edge-agent mavlink needs pymavlink: pip install 'edge-agent[mavlink]' (not installed here: "
+            f"{', '.join(missing)})",
             EX_CONFIG,
         )
 

@@ -149,6 +149,16 @@ class Client:
                 continue
             silence_ends_ns = None if silence_s is None else self._deadline_ns(silence_s)
 
+    def wait_for_answer(self, timeout_s: float, *descriptors: int) -> None:
+        """Wait until a message of the actions stream arrives, a file descriptor can be read, or timeout_s has passed.
+
+        For a loop that serves another connection too; next_answer(0) then reads the message."""
+        deadline_ns = self._deadline_ns(timeout_s)
+        poller = zmq.Poller()
+        for source in (self._subscriber("actions"), *descriptors):
+            poller.register(source, zmq.POLLIN)
+        poller.poll(self._left_ms(deadline_ns))
+
     def next_text(self, timeout_s: float) -> TextMessage | None:
         """The next piece of text, in the order of publication; None: none came within timeout_s."""
         message: TextMessage | None = self._next("text", timeout_s)

@@ -58,10 +58,10 @@ from edge_agent.supervisor.pause_file import was_paused
 from edge_agent.supervisor.publisher import Publisher
 from edge_agent.supervisor.shutdown import Shutdown
 from edge_agent.supervisor.status import ORDERED_REFUSALS, StatusReporter
-from edge_agent.supervisor.systemd import Watchdog, notify
 from edge_agent.supervisor.trace import Trace
 from edge_agent.supervisor.verification import Verification
 from edge_agent.suspend import SuspendDetector
+from edge_agent.systemd import Watchdog, notify
 from edge_agent.time_units import NS_PER_MS
 from edge_agent.wire.codec import encode
 from edge_agent.wire.endpoints import runtime_dir

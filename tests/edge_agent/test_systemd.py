@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from edge_agent.ipc.events import ModelReady
-from edge_agent.supervisor.systemd import Watchdog, notify
+from edge_agent.systemd import Watchdog, notify
 from edge_agent.wire.messages import StageTimes
 from tests.harness.in_process import FakeClock, InProcess
 

@@ -1,0 +1,92 @@
+"""Telemetry -> values of the vehicle's state for the model; and which messages to ask the autopilot for.
+
+>>> VehicleState().values(autopilot, now_ns)
+{'altitude_m': 3.2, 'mode': 'OFFBOARD'}
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edge_agent.mavlink.autopilot import Autopilot, Place
+from edge_agent.mavlink.dialect import mavlink
+from edge_agent.time_units import NS_PER_S
+
+US_PER_S = 1_000_000
+# Message -> how often it is wanted, in Hz.
+WANTED_HZ = {
+    "LOCAL_POSITION_NED": 20,
+    "ATTITUDE": 20,
+    "GLOBAL_POSITION_INT": 10,
+    "GPS_RAW_INT": 2,
+    "SYS_STATUS": 1,
+    "BATTERY_STATUS": 0.5,
+    "HOME_POSITION": 0.5,
+}
+ASK_AGAIN_NS = 5 * NS_PER_S  # for a message that does not come
+# Key of the vehicle's state -> after what age it is unknown.
+MAX_AGE_NS = {
+    "altitude_m": 1 * NS_PER_S,
+    "speed_m_s": 1 * NS_PER_S,
+    "heading_deg": 1 * NS_PER_S,
+    "battery_percent": 10 * NS_PER_S,
+    "mode": 3 * NS_PER_S,
+    "gps_fix": 5 * NS_PER_S,
+}
+IDS = {kind.msgname: kind.id for kind in mavlink.mavlink_map.values() if kind.msgname in WANTED_HZ}
+
+
+class VehicleState:
+    """Which values are new, and which have stopped coming: those become null once."""
+
+    def __init__(self) -> None:
+        self._sent_ns: dict[str, int] = {}  # key -> when its newest value was true; not in it: unknown
+
+    def changes(self, autopilot: Autopilot, now_ns: int) -> dict[str, float | str | None]:
+        """The values since the last call."""
+        found = dict(autopilot.values)
+        place = autopilot.place(now_ns)
+        if isinstance(place, Place):
+            found["altitude_m"] = (place.t_ns, place.up_m)
+        fresh = {key: value for key, value in found.items() if now_ns - value[0] <= MAX_AGE_NS[key]}
+        changed: dict[str, float | str | None] = {
+            key: value for key, (t_ns, value) in fresh.items() if self._sent_ns.get(key) != t_ns
+        }
+        changed |= dict.fromkeys(self._sent_ns.keys() - fresh.keys())
+        self._sent_ns = {key: t_ns for key, (t_ns, _) in fresh.items()}
+        return changed
+
+
+class Requests:
+    """Asks for messages that do not come, again and again, but rarely."""
+
+    def __init__(self) -> None:
+        self._asked_ns: dict[str, int] = {}
+
+    def due(self, autopilot: Autopilot, now_ns: int) -> list[Any]:
+        """Commands to send. None before there is a HEARTBEAT."""
+        if autopilot.fresh_heartbeat(now_ns) is None:
+            self._asked_ns.clear()
+            return []
+        commands = []
+        for name, rate_hz in WANTED_HZ.items():
+            seen_ns, asked_ns = autopilot.seen.get(name), self._asked_ns.get(name)
+            is_coming = seen_ns is not None and now_ns - seen_ns < max(ASK_AGAIN_NS, 2 * NS_PER_S / rate_hz)
+            if asked_ns is None or (not is_coming and now_ns - asked_ns >= ASK_AGAIN_NS):
+                self._asked_ns[name] = now_ns
+                interval_us = round(US_PER_S / rate_hz)
+                commands.append(_command(autopilot, mavlink.MAV_CMD_SET_MESSAGE_INTERVAL, IDS[name], interval_us))
+                if name == "HOME_POSITION":
+                    commands.append(_command(autopilot, mavlink.MAV_CMD_REQUEST_MESSAGE, IDS[name]))
+        return commands
+
+
+def land_command(autopilot: Autopilot) -> Any:
+    """Land here; the autopilot changes its mode. NaN: not given, as MAVLink says for yaw, latitude and longitude."""
+    return _command(autopilot, mavlink.MAV_CMD_NAV_LAND)
+
+
+def _command(autopilot: Autopilot, command: int, param1: float = 0, param2: float = 0) -> Any:
+    return mavlink.MAVLink_command_long_message(
+        autopilot.system, autopilot.component, command, 0, param1, param2, 0, 0, 0, 0, 0
+    )
