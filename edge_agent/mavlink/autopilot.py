@@ -332,31 +332,42 @@ class Autopilot:
             if self.heartbeat is None:
                 found = f"; found {others}" if others else ""
                 return f"no HEARTBEAT from system {self.system} component {self.component}{found}"
-            return f"no HEARTBEAT for {(now_ns - self.heartbeat.t_ns) / NS_PER_S:.1f} s"
+            return "no HEARTBEAT any more"
         return _why_not_to_follow(beat, self._kind, self._version_1_since_ns, now_ns)
 
     def place(self, now_ns: int) -> Place | str:
-        """Where the vehicle is, or why that is not known."""
+        """Where the vehicle is and how it moves, or why that is not known."""
         if not self._motions or now_ns - self._motions[-1].t_ns > POSITION_MAX_AGE_NS:
             return "LOCAL_POSITION_NED is missing or old"
         if not self._turns or now_ns - self._turns[-1].t_ns > POSITION_MAX_AGE_NS:
             return "ATTITUDE is missing or old"
+        where = self.from_home(now_ns)
+        if isinstance(where, str):
+            return where
         motion, turn = self._motions[-1], self._turns[-1]
-        oldest_ns = min(motion.t_ns, turn.t_ns)
-        where: tuple[float, float, float]
-        if self._home_kind == "origin":
-            where = (motion.north_m, motion.east_m, -motion.down_m)
-        elif self._home is None:
-            return "HOME_POSITION is missing"
-        elif self._home.local is not None:
-            north_m, east_m, down_m = self._home.local
-            where = (motion.north_m - north_m, motion.east_m - east_m, down_m - motion.down_m)
-        elif self._globe is None or now_ns - self._globe.t_ns > POSITION_MAX_AGE_NS:
+        t_ns, north_m, east_m, up_m = where
+        speeds = motion.north_m_s, motion.east_m_s, motion.down_m_s
+        return Place(min(t_ns, motion.t_ns, turn.t_ns), north_m, east_m, up_m, *speeds, turn.yaw_rad)
+
+    def from_home(self, now_ns: int) -> tuple[int, float, float, float] | str:
+        """When, and north, east and up from home in metres; or why that is not known. PX4 says where home is in the
+        local frame. ArduPilot does not: there, latitude and longitude are compared."""
+        motion = self._motions[-1] if self._motions else None
+        if motion is not None and now_ns - motion.t_ns > POSITION_MAX_AGE_NS:
+            motion = None
+        origin = (0.0, 0.0, 0.0) if self._home_kind == "origin" else None
+        if origin is None:
+            if self._home is None:
+                return "HOME_POSITION is missing"
+            origin = self._home.local
+        if origin is not None:
+            if motion is None:
+                return "LOCAL_POSITION_NED is missing or old"
+            return motion.t_ns, motion.north_m - origin[0], motion.east_m - origin[1], origin[2] - motion.down_m
+        if self._globe is None or now_ns - self._globe.t_ns > POSITION_MAX_AGE_NS:
             return "GLOBAL_POSITION_INT is missing or old"
-        else:
-            oldest_ns = min(oldest_ns, self._globe.t_ns)
-            where = (*_from_home(self._globe, self._home), self._globe.above_home_m)
-        return Place(oldest_ns, *where, motion.north_m_s, motion.east_m_s, motion.down_m_s, turn.yaw_rad)
+        assert self._home is not None
+        return self._globe.t_ns, *_from_home(self._globe, self._home), self._globe.above_home_m
 
     def pose_at(self, t_ns: int) -> Position | None:
         """Position and yaw in the local frame at a time of our clock; None: unknown."""
@@ -398,20 +409,20 @@ def _why_not_to_follow(beat: Heartbeat, kind: str, version_1_since_ns: int | Non
     if beat.autopilot not in NAMES or kind not in ("auto", NAMES[beat.autopilot]):
         expected = "PX4 or ArduPilot" if kind == "auto" else kind
         found = NAMES.get(beat.autopilot, f"autopilot type {beat.autopilot}")
-        return f"expected {expected}; found {found}"
+        return f"autopilot: expected {expected}; found {found}"
     if beat.is_version_1:
         if version_1_since_ns is None or now_ns - version_1_since_ns < VERSION_1_GRACE_NS:
             return "the autopilot speaks MAVLink 1 so far"
         parameter = "SERIALn_PROTOCOL=2" if beat.autopilot == ARDUPILOT else "MAV_PROTO_VER=2"
         return f"MAVLink 1: set {parameter}"
     if beat.vehicle_type not in HOVERING_TYPES:
-        return f"vehicle type {beat.vehicle_type} cannot hover"
+        return f"vehicle type: {beat.vehicle_type} cannot hover"
     if beat.state in LOST_STATES:
         return f"autopilot says {LOST_STATES[beat.state]}"
     if not beat.armed:
         return "disarmed"
     wanted = SETPOINT_MODE[beat.autopilot]
-    return "" if beat.mode == wanted else f"mode {beat.mode}, not {wanted}"
+    return "" if beat.mode == wanted else f"mode: {beat.mode}, not {wanted}"
 
 
 def _from_home(globe: Globe, home: Home) -> tuple[float, float]:

@@ -23,7 +23,7 @@ from edge_agent.mavlink.follower import Follower
 from edge_agent.mavlink.setpoint import Setpoint, encode, line
 from edge_agent.mavlink.state_push import StatePush
 from edge_agent.mavlink.telemetry import Requests, VehicleState, land_command
-from edge_agent.mavlink.words import SEVERITIES, Words, status_texts
+from edge_agent.mavlink.words import SEVERITIES, Words, printable, status_texts
 from edge_agent.suspend import SuspendDetector
 from edge_agent.systemd import Watchdog, notify
 from edge_agent.time_units import NS_PER_MS, NS_PER_S
@@ -48,7 +48,8 @@ class Wire(Protocol):
     def descriptors(self) -> tuple[int, ...]: ...
     def open_if_due(self) -> bool: ...
     def receive(self) -> list[Heard]: ...
-    def send(self, message: Any, peer: tuple[str, int] | None) -> bool: ...
+    def reopen(self, why: str) -> None: ...
+    def send(self, message: Any, peer: tuple[str, int] | None, can_wait: bool = False, /) -> bool: ...
     def close(self) -> None: ...
 
 
@@ -90,7 +91,7 @@ class Bridge:
         self._push = StatePush(config.runtime_dir, self._say_from_push)
         self._state, self._requests = VehicleState(), Requests()
         self._heartbeat_ns = self._counts_ns = clock()
-        self._n_texts = 0
+        self._n_texts, self._daemon_state = 0, ""
         self._logged_counts: dict[str, int] = {}
 
     # -- the loop -----------------------------------------------------------------------------------------------------
@@ -127,6 +128,7 @@ class Bridge:
         resumed_ns = self._suspend.resumed_ns()
         if resumed_ns != self._resumed_ns:
             self._resumed_ns = resumed_ns
+            self._wire.reopen("the machine was suspended")
             self._autopilot.forget()
             self.follower.forget("the machine was suspended")
 
@@ -141,13 +143,15 @@ class Bridge:
 
     def _tell_daemon(self) -> None:
         self._push.put(self._state.changes(self._autopilot, self._clock()))
-        if self._push.daemon_state.startswith("stopping"):
-            self.follower.end("the daemon stops")
+        if self._push.daemon_state != self._daemon_state:
+            self._daemon_state = self._push.daemon_state
+            if self._daemon_state.startswith("stopping"):
+                self.follower.end("the daemon stops")
 
     def _tell_autopilot(self) -> None:
         now_ns = self._clock()
-        for command in self._requests.due(self._autopilot, now_ns):
-            self._wire.send(command, self._autopilot.peer)
+        if (command := self._requests.due(self._autopilot, now_ns)) is not None:
+            self._wire.send(command, self._autopilot.peer, True)
         while self._autopilot.acks:
             command, result = self._autopilot.acks.popleft()
             if command == mavlink.MAV_CMD_NAV_LAND:
@@ -155,7 +159,7 @@ class Bridge:
                 self.say("land", f"landing {verdict} by the autopilot")
         if now_ns - self._heartbeat_ns >= HEARTBEAT_NS:
             self._heartbeat_ns = now_ns
-            self._wire.send(self._heartbeat(), self._autopilot.peer)
+            self._wire.send(self._heartbeat(), self._autopilot.peer, True)
 
     def _heartbeat(self) -> Any:
         """An onboard controller, never a ground station: its heartbeat must not count as a pilot's."""
@@ -202,15 +206,16 @@ class Bridge:
             return
         if topic in ("hold", "silent") and self._push.daemon_state:
             text = f"{text}; daemon {self._push.daemon_state}"
+        text = printable(text)
         self._log.write(topic, text)
         if topic in SEVERITIES:
             self._n_texts = self._n_texts % 65_535 + 1
             for message in status_texts(topic, text, self._n_texts):
-                self._wire.send(message, self._autopilot.peer)
+                self._wire.send(message, self._autopilot.peer, True)
 
     def _say_from_push(self, topic: str, text: str) -> None:
         if self._push_words.is_due(topic, text):
-            self._log.write(topic, text)
+            self._log.write(topic, printable(text))
 
 
 def run(config: BridgeConfig, wire: Wire, as_json: bool, print_sent: bool = False) -> int:

@@ -51,8 +51,12 @@ class Dry:
     def receive(self) -> list[Heard]:
         return self._assumed() if self._link is None else self._link.receive()
 
-    def send(self, message: Any, _peer: tuple[str, int] | None) -> bool:
+    def send(self, message: Any, _peer: tuple[str, int] | None, _can_wait: bool = False) -> bool:
         return True
+
+    def reopen(self, why: str) -> None:
+        if self._link is not None:
+            self._link.reopen(why)
 
     def close(self) -> None:
         if self._link is not None:

@@ -42,23 +42,31 @@ def limit_speeds(wanted: Velocity, limits: Limits) -> tuple[Velocity, list[str]]
 
 
 def limit_change(
-    wanted: Velocity, last: Velocity, step_s: float, measured: Velocity, acceleration_m_s2: float
+    wanted: Velocity, last: Velocity | None, step_s: float, measured: Velocity, acceleration_m_s2: float
 ) -> tuple[Velocity, bool]:
-    """The velocity that differs no more from the last setpoint, and from the measured velocity, than the acceleration
-    allows. step_s: since the last setpoint. Returns whether it was changed."""
-    near_last = _toward(last, wanted, acceleration_m_s2 * min(step_s, RESPONSE_S))
-    near_both = _toward(measured, near_last, acceleration_m_s2 * RESPONSE_S)
-    return near_both, near_both != wanted
+    """The velocity slowed down until it differs no more from the last setpoint, and from the measured velocity, than
+    the acceleration allows. Returns whether it was changed.
+
+    Only its length changes: the vehicle never flies in a direction that nobody asked for, or faster than was asked.
+    So braking is not limited; nor is hold. last: None: the autopilot follows no velocity. step_s: since it was sent."""
+    share = _share(wanted, measured, acceleration_m_s2 * RESPONSE_S)
+    if last is not None:
+        share = min(share, _share(wanted, last, acceleration_m_s2 * min(step_s, RESPONSE_S)))
+    if share == 1.0:
+        return wanted, False
+    forward, right, down = (number * share for number in wanted[:3])
+    return Velocity(forward, right, down, wanted.yaw_rate_rad_s), True
 
 
-def _toward(start: Velocity, end: Velocity, max_change_m_s: float) -> Velocity:
-    """From start toward end, at most so far. The yaw rate is that of the end."""
-    change = math.dist(start[:3], end[:3])
-    if change <= max_change_m_s:
-        return end
-    share = max_change_m_s / change
-    forward, right, down = (a + share * (b - a) for a, b in zip(start[:3], end[:3], strict=True))
-    return Velocity(forward, right, down, end.yaw_rate_rad_s)
+def _share(wanted: Velocity, start: Velocity, max_change_m_s: float) -> float:
+    """The largest share of the wanted velocity, 0 to 1, that is so near to start; if none is, the nearest."""
+    square = sum(number * number for number in wanted[:3])
+    if math.dist(wanted[:3], start[:3]) <= max_change_m_s or not square:
+        return 1.0
+    nearest = sum(a * b for a, b in zip(wanted[:3], start[:3], strict=True)) / square
+    off_square = sum((nearest * a - b) ** 2 for a, b in zip(wanted[:3], start[:3], strict=True))
+    beyond = math.sqrt(max(0.0, max_change_m_s**2 - off_square) / square)
+    return min(1.0, max(0.0, nearest + beyond))
 
 
 def rounded(velocity: Velocity) -> Velocity:

@@ -86,8 +86,8 @@ class Follower:
         self._last_valid_ns: int | None = None  # arrival of the last valid action
         self._followed: Followed | None = None
         self._departures, self._interruptions = autopilot.departures, autopilot.interruptions
-        self._last = Velocity()  # the velocity that the autopilot was given last
-        self._last_since_ns = 0
+        self._last: Velocity | None = None  # the velocity that the autopilot was given last; None: it follows none
+        self._last_ns = 0
         self._landed_ns: int | None = None  # when MAV_CMD_NAV_LAND was sent
         self._search = Search(config.search_m_s, config.fence.radius_m)
 
@@ -178,8 +178,7 @@ class Follower:
             return
         self._next_hold_ns = now_ns + HOLD_PERIOD_NS
         if self._outbox.send(HOLD, now_ns):
-            self.counts["sent: hold"] += 1
-            self._note_velocity(Velocity(), now_ns)
+            self._note_sent(HOLD, now_ns)
 
     def _fall_silent(self, why: str) -> None:
         self._action = self._next_hold_ns = None
@@ -223,11 +222,10 @@ class Follower:
             self._hold(why)
             return
         if self._outbox.send(made, now_ns):
-            self.why = ""
-            self._next_hold_ns = None
-            self.counts[f"sent: {made.type}"] += 1
-            if isinstance(made.target, Velocity):
-                self._note_velocity(made.target, now_ns)
+            if self.why:
+                self._outbox.say("follow", "actions again")
+            self.why, self._next_hold_ns = "", None
+            self._note_sent(made, now_ns)
         else:
             self.end("the link does not take it")
 
@@ -236,8 +234,7 @@ class Follower:
         now_ns = self._clock()
         is_under_way = self._landed_ns is not None and now_ns - self._landed_ns < LAND_AGAIN_NS
         if self._outbox.send(HOLD, now_ns):
-            self.counts["sent: hold"] += 1
-            self._note_velocity(Velocity(), now_ns)
+            self._note_sent(HOLD, now_ns)
         now_ns = self._clock()
         if not is_under_way and self._is_valid(action) and self._outbox.land(now_ns):
             self._landed_ns = now_ns
@@ -252,10 +249,10 @@ class Follower:
         elapsed_ns = max(0, now_ns - action.t_pub_ns)
         return min(elapsed_ns // (action.chunk_step_ms * NS_PER_MS), len(action.chunk))
 
-    def _note_velocity(self, velocity: Velocity, now_ns: int) -> None:
-        """Since when it has been this one: a hold that is sent again is no new one."""
-        if velocity != self._last:
-            self._last, self._last_since_ns = velocity, now_ns
+    def _note_sent(self, setpoint: Setpoint, now_ns: int) -> None:
+        self.counts[f"sent: {setpoint.type}"] += 1
+        self._last = setpoint.target if isinstance(setpoint.target, Velocity) else None
+        self._last_ns = now_ns
 
     # -- why not ------------------------------------------------------------------------------------------------------
 
@@ -274,7 +271,7 @@ class Follower:
         if action.type == "search" and not self._config.search_m_s:
             return "the model searches"
         if action.type not in ("move", "waypoint", "search", "hold"):
-            return f"action type {action.type[:16]} is unknown here"
+            return f"action type: {action.type[:16]} is unknown here"
         return ""
 
     def _why_not_engaged(self, now_ns: int) -> str:
@@ -325,9 +322,8 @@ class Follower:
         limits = self._config.limits
         slower, reduced = limit_speeds(wanted, limits)
         measured = Velocity(*to_body(place.yaw_rad, place.north_m_s, place.east_m_s), place.down_m_s)
-        step_s = (now_ns - self._last_since_ns) / NS_PER_S
+        step_s = (now_ns - self._last_ns) / NS_PER_S
         smoother, is_changed = limit_change(slower, self._last, step_s, measured, limits.acceleration_m_s2)
-        smoother, _ = limit_speeds(smoother, limits)  # between a measured velocity and the wanted one
         for name in [*reduced, *(["acceleration_m_s2"] if is_changed else [])]:
             self.counts[f"limited: {name}"] += 1
             self._outbox.say(f"limit {name}", f"limited by {name}")
@@ -359,7 +355,7 @@ def _numbers(values: dict[str, ActionValue], names: tuple[str, ...]) -> list[flo
     """The numbers of these names, all finite; or what is wrong."""
     missing = [name for name in names if name not in values]
     if missing:
-        return f"no {missing[0]} in the action"
+        return f"no {missing[0]} in the values"
     numbers = []
     for name in names:
         value = values[name]

@@ -80,6 +80,11 @@ class Link:
         self._next_try_ns = self._clock() + self._pause_ns
         self._pause_ns = min(2 * self._pause_ns, MAX_PAUSE_NS)
 
+    def reopen(self, why: str) -> None:
+        """Drop what lies in the queues."""
+        if self._transport is not None:
+            self._lose(why)
+
     def close(self) -> None:
         if self._transport is not None:
             self._transport.close()
@@ -127,14 +132,15 @@ class Link:
                 )  # fmt: skip
         return heard
 
-    def send(self, message: Any, peer: Address | None) -> bool:
-        """Now or never. False: it was not sent. peer: where to, if the link can have several."""
+    def send(self, message: Any, peer: Address | None, can_wait: bool = False) -> bool:
+        """Now or never. False: it was not sent. peer: where to, if the link can have several. can_wait: a slow link is
+        left to the setpoints."""
         if self._transport is None:
             return False
         packet = bytes(message.pack(self._out))
         self._out.seq = (self._out.seq + 1) % 256
         try:
-            is_sent = self._transport.write(packet, peer)
+            is_sent = self._transport.write(packet, peer, can_wait)
         except LinkLost as error:
             self._lose(str(error))
             return False

@@ -7,12 +7,14 @@ value of the same key has come. It also reads the daemon's status, which says wh
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 from edge_agent.client import Client, RequestRefused
 
 PERIOD_S = 0.1  # at most so often
 RETRY_S = 1.0  # after the daemon did not answer
+NO_STATUS_S = 1.5  # the daemon publishes one five times a second
 UNWANTED_S = 5.0  # after it took none of the values: it may be started again with another action space
 
 Values = dict[str, float | str | None]
@@ -27,6 +29,7 @@ class StatePush:
         self._values: Values = {}  # not sent yet
         self._lock = threading.Lock()
         self._closing = threading.Event()
+        self._status_s = time.monotonic()
         self.daemon_state = ""  # read by the loop: why the daemon sends no actions, by its own status; "": running
         self._thread = threading.Thread(target=self._run, name="vehicle state", daemon=True)
         self._thread.start()
@@ -47,12 +50,18 @@ class StatePush:
                     values, self._values = self._values, {}
                 pause_s = self._turn(agent, values)
 
+    def _read_status(self, agent: Client) -> None:
+        status = agent.status(0.0)
+        if status is not None:
+            self._status_s = time.monotonic()
+            self.daemon_state = f"{status.state} {status.reason}".strip() if status.state != "running" else ""
+        elif time.monotonic() - self._status_s > NO_STATUS_S:
+            self.daemon_state = "does not answer"
+
     def _turn(self, agent: Client, values: Values) -> float:
         """Returns the seconds until the next one."""
         try:
-            status = agent.status(0.0)
-            if status is not None:
-                self.daemon_state = "" if status.state == "running" else f"{status.state} {status.reason}".strip()
+            self._read_status(agent)
             refused = agent.vehicle_state(**values) if values else {}
         except TimeoutError as error:
             self._say("state", str(error))

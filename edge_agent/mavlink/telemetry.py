@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from edge_agent.mavlink.autopilot import Autopilot, Place
+from edge_agent.mavlink.autopilot import Autopilot
 from edge_agent.mavlink.dialect import mavlink
 from edge_agent.time_units import NS_PER_S
 
@@ -23,6 +23,7 @@ WANTED_HZ = {
     "BATTERY_STATUS": 0.5,
     "HOME_POSITION": 0.5,
 }
+PAUSE_NS = NS_PER_S // 20
 ASK_AGAIN_NS = 5 * NS_PER_S  # for a message that does not come
 # Key of the vehicle's state -> after what age it is unknown.
 MAX_AGE_NS = {
@@ -45,9 +46,9 @@ class VehicleState:
     def changes(self, autopilot: Autopilot, now_ns: int) -> dict[str, float | str | None]:
         """The values since the last call."""
         found = dict(autopilot.values)
-        place = autopilot.place(now_ns)
-        if isinstance(place, Place):
-            found["altitude_m"] = (place.t_ns, place.up_m)
+        where = autopilot.from_home(now_ns)
+        if not isinstance(where, str):
+            found["altitude_m"] = (where[0], where[3])
         fresh = {key: value for key, value in found.items() if now_ns - value[0] <= MAX_AGE_NS[key]}
         changed: dict[str, float | str | None] = {
             key: value for key, (t_ns, value) in fresh.items() if self._sent_ns.get(key) != t_ns
@@ -58,31 +59,34 @@ class VehicleState:
 
 
 class Requests:
-    """Asks for messages that do not come, again and again, but rarely."""
+    """Asks for messages that do not come, again and again, but rarely, and one at a time: a slow serial port has to
+    carry setpoints too."""
 
     def __init__(self) -> None:
         self._asked_ns: dict[str, int] = {}
+        self._home_ns, self._last_ns = -ASK_AGAIN_NS, 0
 
-    def due(self, autopilot: Autopilot, now_ns: int) -> list[Any]:
-        """Commands to send. None before there is a HEARTBEAT."""
+    def due(self, autopilot: Autopilot, now_ns: int) -> Any | None:
+        """A command to send now, if there is one. None before there is a HEARTBEAT."""
         if autopilot.fresh_heartbeat(now_ns) is None:
             self._asked_ns.clear()
-            return []
-        commands = []
+            return None
+        if now_ns - self._last_ns < PAUSE_NS:
+            return None
         for name, rate_hz in WANTED_HZ.items():
             seen_ns, asked_ns = autopilot.seen.get(name), self._asked_ns.get(name)
             is_coming = seen_ns is not None and now_ns - seen_ns < max(ASK_AGAIN_NS, 2 * NS_PER_S / rate_hz)
             if asked_ns is None or (not is_coming and now_ns - asked_ns >= ASK_AGAIN_NS):
-                self._asked_ns[name] = now_ns
-                interval_us = round(US_PER_S / rate_hz)
-                commands.append(_command(autopilot, mavlink.MAV_CMD_SET_MESSAGE_INTERVAL, IDS[name], interval_us))
-                if name == "HOME_POSITION":
-                    commands.append(_command(autopilot, mavlink.MAV_CMD_REQUEST_MESSAGE, IDS[name]))
-        return commands
+                self._asked_ns[name] = self._last_ns = now_ns
+                return _command(autopilot, mavlink.MAV_CMD_SET_MESSAGE_INTERVAL, IDS[name], round(US_PER_S / rate_hz))
+        if "HOME_POSITION" not in autopilot.seen and now_ns - self._home_ns >= ASK_AGAIN_NS:
+            self._home_ns = self._last_ns = now_ns
+            return _command(autopilot, mavlink.MAV_CMD_REQUEST_MESSAGE, IDS["HOME_POSITION"])
+        return None
 
 
 def land_command(autopilot: Autopilot) -> Any:
-    """Land here; the autopilot changes its mode. NaN: not given, as MAVLink says for yaw, latitude and longitude."""
+    """Land here: both autopilots change to their mode for landing, and read no parameter."""
     return _command(autopilot, mavlink.MAV_CMD_NAV_LAND)
 
 

@@ -22,6 +22,7 @@ MAX_READS = 32  # of one turn: a flood does not keep the loop from its work
 MAX_BYTES = 8192
 CONNECT_S = 0.2
 MAX_UNSENT = 512  # bytes in the kernel's queue: then the link stands still
+BUSY = 128  # bytes: then only setpoints are sent, and what can wait is not
 BAUD_RATES = {int(name[1:]): getattr(termios, name) for name in dir(termios) if name[0] == "B" and name[1:].isdigit()}
 Address = tuple[str, int]
 
@@ -43,7 +44,7 @@ class Transport(Protocol):
 
     def fileno(self) -> int: ...
     def read(self) -> list[Received]: ...
-    def write(self, packet: bytes, peer: Address | None) -> bool: ...
+    def write(self, packet: bytes, peer: Address | None, can_wait: bool) -> bool: ...
     def close(self) -> None: ...
 
 
@@ -89,7 +90,7 @@ class Udp:
             received.append(Received(data, peer, is_whole=True))
         return received
 
-    def write(self, packet: bytes, peer: Address | None) -> bool:
+    def write(self, packet: bytes, peer: Address | None, can_wait: bool) -> bool:
         if peer is None:
             return False
         try:
@@ -131,12 +132,15 @@ class _Stream:
             raise LinkLost(f"{self.name}: the other side has closed")
         return [Received(data, None, is_whole=False)]
 
-    def write(self, packet: bytes, _peer: Address | None) -> bool:
-        """Raises LinkLost if the packets before this one still lie in the queue."""
+    def write(self, packet: bytes, _peer: Address | None, can_wait: bool) -> bool:
+        """can_wait: drop it if there is a queue. Raises LinkLost if the packets before this one still lie in it."""
         try:
-            if self._rest or self._unsent() > MAX_UNSENT:
+            unsent = self._unsent()
+            if self._rest or unsent > MAX_UNSENT:
                 self._flush()
                 raise LinkLost(f"{self.name}: the other side does not read")
+            if can_wait and unsent > BUSY:
+                return False
             sent = os.write(self.fileno(), packet)
         except BlockingIOError:
             return False
@@ -188,7 +192,7 @@ class Serial(_Stream):
         """8 bits, no parity, 1 stop bit, no flow control, no characters with a meaning."""
         attributes = termios.tcgetattr(self._fd)
         characters = attributes[6]
-        characters[termios.VMIN], characters[termios.VTIME] = b"\x00", b"\x00"
+        characters[termios.VMIN], characters[termios.VTIME] = b"\x01", b"\x00"  # no data: EAGAIN, not 0 bytes
         control = termios.CS8 | termios.CREAD | termios.CLOCAL
         attributes[:] = [0, 0, control, 0, speed, speed, characters]
         termios.tcsetattr(self._fd, termios.TCSANOW, attributes)

@@ -16,13 +16,13 @@ CHUNK = 50  # bytes of text in one STATUSTEXT
 MAX_CHUNKS = 3
 AGAIN_NS = 5 * NS_PER_S  # the same topic, with the same or another text
 MAX_TOPICS = 100
+MAX_TEXT = 300
 # Topic -> severity of its STATUSTEXT. Topics that are not here go to the log alone.
 SEVERITIES = {
     "hold": mavlink.MAV_SEVERITY_WARNING,
     "silent": mavlink.MAV_SEVERITY_WARNING,
     "follow": mavlink.MAV_SEVERITY_INFO,
     "land": mavlink.MAV_SEVERITY_NOTICE,
-    "fence": mavlink.MAV_SEVERITY_WARNING,
 }
 
 
@@ -43,6 +43,11 @@ class Words:
             self._said.clear()
         self._said[topic] = (now_ns, text)
         return True
+
+
+def printable(text: str) -> str:
+    """One line, whatever an instruction or a daemon says."""
+    return "".join(c if c.isprintable() else "?" for c in text[:MAX_TEXT])
 
 
 def chunks(text: str) -> list[bytes]:
