@@ -15,39 +15,37 @@ from __future__ import annotations
 from edge_agent.time_units import NS_PER_MS, NS_PER_S
 
 DRIFT = 500e-6  # ten times what crystals differ
-JUMP_NS = 1 * NS_PER_S  # a change of more than this is no delay and no drift
+JUMP_NS = NS_PER_S // 5  # a change of more than this is no drift
+REORDER_NS = NS_PER_S // 10  # two packets that changed places arrive so soon after each other
 
 
 class BootClock:
     def __init__(self) -> None:
         self._offset_ns: int | None = None  # our clock minus the autopilot's
         self._offset_at_ns = 0
-        self._newest_ms: dict[str, int] = {}  # name of a message -> its newest time
+        self._newest: dict[str, tuple[int, int]] = {}  # name of a message -> its newest time, and when that arrived
 
     def stamp(self, name: str, boot_ms: int, now_ns: int) -> tuple[int, bool] | None:
         """When a message was true by our clock, and whether the autopilot's clock has jumped. None: the message is not
         newer than the last one of its name. After a jump everything of before is forgotten."""
-        newest_ms = self._newest_ms.get(name)
+        newest_ms, arrived_ns = self._newest.get(name, (-1, 0))
         offset_ns = now_ns - boot_ms * NS_PER_MS
-        if newest_ms is not None and boot_ms <= newest_ms:
-            if (newest_ms - boot_ms) * NS_PER_MS <= JUMP_NS:
+        if boot_ms <= newest_ms:
+            if (newest_ms - boot_ms) * NS_PER_MS <= JUMP_NS and now_ns - arrived_ns <= REORDER_NS:
                 return None
-            self.__init__()  # type: ignore[misc]
-            return now_ns, True
+            return self._jump(now_ns)
         if self._offset_ns is None:
-            self._set(offset_ns, now_ns)
+            self._offset_ns = offset_ns
         else:
             longest_ns = self._offset_ns + round((now_ns - self._offset_at_ns) * DRIFT)
             if offset_ns < longest_ns - JUMP_NS:
-                self.__init__()  # type: ignore[misc]
-                return now_ns, True
-            if offset_ns < longest_ns:
-                self._set(offset_ns, now_ns)
-            else:
-                self._set(longest_ns, now_ns)
-        self._newest_ms[name] = boot_ms
-        assert self._offset_ns is not None
+                return self._jump(now_ns)
+            self._offset_ns = min(offset_ns, longest_ns)
+        self._offset_at_ns = now_ns
+        self._newest[name] = (boot_ms, now_ns)
         return min(now_ns, boot_ms * NS_PER_MS + self._offset_ns), False
 
-    def _set(self, offset_ns: int, now_ns: int) -> None:
-        self._offset_ns, self._offset_at_ns = offset_ns, now_ns
+    def _jump(self, now_ns: int) -> tuple[int, bool]:
+        self._offset_ns = None
+        self._newest.clear()
+        return now_ns, True
