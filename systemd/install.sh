@@ -13,9 +13,10 @@ export LC_ALL=C
 
 usage() {
     cat <<'END'
-usage: install.sh [--root DIR] [--csi] [--dry-run] [--uninstall]
+usage: install.sh [--root DIR] [--csi] [--mavlink] [--dry-run] [--uninstall]
   --root DIR    install into the mounted image DIR: no virtual environment, no user (systemd makes it at the first boot)
   --csi         for a CSI camera of a Jetson: also the drop-in systemd/edge-agent-csi.conf
+  --mavlink     also the bridge to an autopilot: unit, user and configuration of edge-agent-mavlink
   --dry-run     print what would be changed, and change nothing
   --uninstall   remove what this script installed; configuration, keys, bundles and the user stay
 END
@@ -26,7 +27,7 @@ fail() {
     exit "${2:-1}"
 }
 
-root="" csi=no dry=no remove=no
+root="" csi=no mavlink=no dry=no remove=no
 while [ $# -gt 0 ]; do
     case $1 in
         --root)
@@ -36,6 +37,7 @@ while [ $# -gt 0 ]; do
             [ "$root" != / ] || root=""
             shift ;;
         --csi) csi=yes ;;
+        --mavlink) mavlink=yes ;;
         --dry-run) dry=yes ;;
         --uninstall) remove=yes ;;
         -h | --help) usage; exit 0 ;;
@@ -49,6 +51,7 @@ target=$root/opt/edge-agent
 units=$root/etc/systemd/system
 dropin=$units/edge-agent.service.d/csi.conf
 config=$root/etc/edge-agent.yaml
+bridge_config=$root/etc/edge-agent-mavlink.yaml
 list=$target/installed-files
 command_link=$root/usr/local/bin/edge-agent
 is_clone=no
@@ -186,10 +189,27 @@ install_files() {
     before=$n_changes
     put_unit "$source/systemd/edge-agent.service" "$units/edge-agent.service"
     if [ $csi = yes ]; then put "$source/systemd/edge-agent-csi.conf" "$dropin"; fi
+    if [ $mavlink = yes ]; then install_bridge; fi
     if is_live && [ "$n_changes" != "$before" ]; then change "load the unit" systemctl daemon-reload; fi
 }
 
+install_bridge() {
+    put "$source/systemd/edge-agent-mavlink.sysusers.conf" "$root/etc/sysusers.d/edge-agent-mavlink.conf"
+    if is_live && ! getent passwd edge-agent-mavlink >/dev/null; then
+        change "make the user edge-agent-mavlink" systemd-sysusers edge-agent-mavlink.conf
+    fi
+    if [ ! -e "$bridge_config" ] && [ ! -L "$bridge_config" ]; then
+        put "$source/systemd/edge-agent-mavlink.yaml" "$bridge_config"
+    fi
+    put_unit "$source/systemd/edge-agent-mavlink.service" "$units/edge-agent-mavlink.service"
+}
+
 remove_all() {
+    if is_live && [ -e "$units/edge-agent-mavlink.service" ]; then
+        change "stop and disable the bridge" systemctl disable --now edge-agent-mavlink.service
+    fi
+    gone "$units/edge-agent-mavlink.service"
+    gone "$root/etc/sysusers.d/edge-agent-mavlink.conf"
     if is_live && [ -e "$units/edge-agent.service" ]; then
         change "stop and disable the service" systemctl disable --now edge-agent.service
     fi
@@ -200,7 +220,7 @@ remove_all() {
     if [ -L "$command_link" ]; then gone "$command_link"; fi
     if is_live && [ "$n_changes" -gt 0 ]; then change "forget the unit" systemctl daemon-reload; fi
     if [ -e "$list" ]; then change "remove the program in $target" remove_program; fi
-    for kept in "$config" "$root/etc/edge-agent" "$root/var/lib/edge-agent"; do
+    for kept in "$config" "$bridge_config" "$root/etc/edge-agent" "$root/var/lib/edge-agent"; do
         if [ -e "$kept" ]; then echo "kept: $kept"; fi
     done
     if [ $is_clone = yes ]; then echo "kept: $target, because this script lies in it"; fi
@@ -222,6 +242,10 @@ next_steps() {
     echo "  edge-agent bundle install BUNDLE"
     echo "  runuser -u edge-agent -- edge-agent check --config /etc/edge-agent.yaml"
     echo "  systemctl enable --now edge-agent"
+    if [ $mavlink = yes ]; then
+        echo "  set connection and fence in /etc/edge-agent-mavlink.yaml; docs/mavlink.md has the bench checks"
+        echo "  systemctl enable --now edge-agent-mavlink"
+    fi
     if [ -e "$config.new" ]; then echo "  compare $config with $config.new, which has the keys of this version"; fi
 }
 

@@ -131,6 +131,23 @@ def test_an_update_replaces_what_is_old_and_keeps_what_somebody_changed(image):
     assert tree(program).keys() == {"mine.txt"}
 
 
+def test_the_bridge_to_an_autopilot_is_installed_only_when_it_is_asked_for(image):
+    lines(image)
+    assert not [path for path in tree(image / "etc") if "mavlink" in path]
+    shown = lines(image, "--mavlink")
+    assert any("systemctl enable --now edge-agent-mavlink" in line for line in shown)
+    for path, source in {
+        "etc/systemd/system/edge-agent-mavlink.service": "systemd/edge-agent-mavlink.service",
+        "etc/sysusers.d/edge-agent-mavlink.conf": "systemd/edge-agent-mavlink.sysusers.conf",
+        "etc/edge-agent-mavlink.yaml": "systemd/edge-agent-mavlink.yaml",
+    }.items():
+        assert (image / path).read_bytes() == (ROOT / source).read_bytes()
+    (image / "etc" / "edge-agent-mavlink.yaml").write_text("land: true\n")
+    assert lines(image, "--mavlink") == ["nothing to change"]
+    lines(image, "--uninstall")
+    assert [path for path in tree(image / "etc") if "mavlink" in path] == ["edge-agent-mavlink.yaml"]
+
+
 def test_the_drop_in_of_a_csi_camera(image):
     lines(image, "--csi")
     path = image / "etc" / "systemd" / "system" / "edge-agent.service.d" / "csi.conf"

@@ -90,7 +90,8 @@ class Bridge:
         self.follower = Follower(config, autopilot, agent.is_valid, self, clock)
         self._push = StatePush(config.runtime_dir, self._say_from_push)
         self._state, self._requests = VehicleState(), Requests()
-        self._heartbeat_ns = self._counts_ns = clock()
+        self._counts_ns = clock()
+        self._heartbeat_ns = clock() - HEARTBEAT_NS  # the first one at once: an autopilot may wait for it
         self._n_texts, self._daemon_state = 0, ""
         self._logged_counts: dict[str, int] = {}
 
@@ -105,9 +106,10 @@ class Bridge:
         was_open = self._wire.is_open
         for heard in self._wire.receive():
             self._autopilot.take(heard, self._clock())
-        if was_open and not self._wire.is_open:
+        if not self._wire.is_open:
             self.say("link", f"link lost: {self._wire.why_lost}")
-            self._autopilot.forget()
+            if was_open:
+                self._autopilot.forget()
         self.follower.turn()  # what telemetry or time has ended is not followed by a new action's chance
         self._take_answer()
         self._tell_daemon()
@@ -145,6 +147,7 @@ class Bridge:
         self._push.put(self._state.changes(self._autopilot, self._clock()))
         if self._push.daemon_state != self._daemon_state:
             self._daemon_state = self._push.daemon_state
+            self.say("daemon", f"daemon {self._daemon_state or 'running'}")
             if self._daemon_state.startswith("stopping"):
                 self.follower.end("the daemon stops")
 
@@ -155,8 +158,8 @@ class Bridge:
         while self._autopilot.acks:
             command, result = self._autopilot.acks.popleft()
             if command == mavlink.MAV_CMD_NAV_LAND:
-                verdict = "accepted" if result in ACCEPTED else f"refused, result {result}"
-                self.say("land", f"landing {verdict} by the autopilot")
+                verdict = "accepted" if result in ACCEPTED else "refused"
+                self.say("land ack", f"landing {verdict} by the autopilot, result {result}")
         if now_ns - self._heartbeat_ns >= HEARTBEAT_NS:
             self._heartbeat_ns = now_ns
             self._wire.send(self._heartbeat(), self._autopilot.peer, True)

@@ -73,7 +73,7 @@ def load_config(path: str | Path) -> BridgeConfig:
 
 
 def check(config: BridgeConfig, file: str) -> None:
-    """What the types do not say. Raises ConfigError."""
+    """What the types do not say; their ranges refuse NaN. Raises ConfigError."""
     fence = config.fence
     if fence.min_altitude_m >= fence.max_altitude_m:
         raise ConfigError(

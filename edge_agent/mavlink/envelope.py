@@ -96,7 +96,7 @@ def why_not_velocity(target: Velocity, place: Place, now_ns: int, until_ns: int,
     age_s = max(0, now_ns - place.t_ns) / NS_PER_S
     motion = (place.north_m_s, place.east_m_s, -place.down_m_s)
     here = (place.north_m + motion[0] * age_s, place.east_m + motion[1] * age_s, place.up_m + motion[2] * age_s)
-    if why := why_outside(*here, fence):
+    if why := why_outside(place.north_m, place.east_m, place.up_m, fence) or why_outside(*here, fence):
         return f"fence: {why}"
     if why := why_outside(*_stopped(here, motion), fence):
         return f"fence ahead: {why}"

@@ -23,6 +23,7 @@ SEVERITIES = {
     "silent": mavlink.MAV_SEVERITY_WARNING,
     "follow": mavlink.MAV_SEVERITY_INFO,
     "land": mavlink.MAV_SEVERITY_NOTICE,
+    "land ack": mavlink.MAV_SEVERITY_NOTICE,
 }
 
 

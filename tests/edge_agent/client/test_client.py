@@ -320,3 +320,17 @@ def test_a_time_out_ends_although_other_messages_arrive_without_a_pause(daemon, 
 
     clock.on_read = publish_noise
     assert getattr(subscribed, read)(5.0) is None
+
+
+def test_a_loop_with_another_connection_waits_for_both(daemon, client, tmp_path):
+    client.wait_for_answer(0.0)
+    daemon.wait_for_subscriber("actions")
+    daemon.publish("actions", make_action(0, now_ns=client._clock()))
+    client.wait_for_answer(HANG_S)
+    assert client.next_answer(0.0) is not None
+    reader, writer = os.pipe()
+    os.write(writer, b"x")
+    client.wait_for_answer(HANG_S, reader)  # or the test would hang
+    assert client.next_answer(0.0) is None
+    for descriptor in (reader, writer):
+        os.close(descriptor)

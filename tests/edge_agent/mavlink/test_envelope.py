@@ -99,6 +99,11 @@ def test_old_telemetry_is_carried_on_by_its_velocity():
     assert why_not_velocity(Velocity(), place, NS_PER_S * 4 // 10, NS_PER_S, FENCE).startswith("fence: more than")
 
 
+def test_a_vehicle_that_was_outside_is_not_inside_because_it_flies_back():
+    place = Place(0, 10.1, 0, 10, -1.0, 0, 0, 0)
+    assert why_not_velocity(Velocity(), place, NS_PER_S * 4 // 10, NS_PER_S, FENCE).startswith("fence: more than")
+
+
 def test_the_way_is_as_long_as_the_action_stands():
     place = Place(0, 9.0, 0, 10, 0, 0, 0, 0)
     assert why_not_velocity(Velocity(1.0), place, 0, NS_PER_S // 2, FENCE) == ""  # 0.5 m, and 0.25 m to stop
