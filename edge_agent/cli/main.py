@@ -33,6 +33,7 @@ EPILOG = """examples:
   edge-agent bench --bundle bundles/3b --frames clip.mp4
   edge-agent rehearse all -- python examples/controller.py --runtime-dir {dir}
   edge-agent tune --config /etc/edge-agent.yaml --write
+  edge-agent mavlink --connection serial:/dev/ttyTHS1:921600
   edge-agent bundle install bundles/3b
   edge-agent bundle rollback
   edge-agent bundle wrap LANGUAGE.gguf MMPROJ.gguf bundles/3b

@@ -111,6 +111,7 @@ class Follower:
         now_ns = self._clock()
         if not self._is_valid(answer):
             self.counts["expired before use"] += 1
+            self.end("the newest action came too late")
             return
         self._last_valid_ns = now_ns
         if why := self._why_not(answer, now_ns):

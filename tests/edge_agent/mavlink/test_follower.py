@@ -90,6 +90,14 @@ def test_an_action_that_is_not_valid_any_more_is_not_sent(rig):
     assert rig.follower.counts["expired before use"] == 1
 
 
+def test_an_action_that_came_too_late_ends_the_one_before(rig):
+    rig.take(values=FORWARD, valid_ms=900)
+    late = rig.action(values=FORWARD, valid_ms=1)
+    rig.clock.advance(0.1)
+    rig.follower.take(late)
+    assert rig.sent == ["move", "hold"]
+
+
 def test_the_clock_is_read_right_before_the_setpoint(rig):
     """The action expires while the follower decides."""
     action = rig.action(values=FORWARD)
