@@ -44,11 +44,11 @@ def limit_speeds(wanted: Velocity, limits: Limits) -> tuple[Velocity, list[str]]
 def limit_change(
     wanted: Velocity, last: Velocity | None, step_s: float, measured: Velocity, acceleration_m_s2: float
 ) -> tuple[Velocity, bool]:
-    """The velocity slowed down until it differs no more from the last setpoint, and from the measured velocity, than
+    """The velocity slowed down until it differs no more from an earlier setpoint, and from the measured velocity, than
     the acceleration allows. Returns whether it was changed.
 
     Only its length changes: the vehicle never flies in a direction that nobody asked for, or faster than was asked.
-    So braking is not limited; nor is hold. last: None: the autopilot follows no velocity. step_s: since it was sent."""
+    So braking is not limited; nor is hold. last: the earlier setpoint, step_s before; None: it was no velocity."""
     share = _share(wanted, measured, acceleration_m_s2 * RESPONSE_S)
     if last is not None:
         share = min(share, _share(wanted, last, acceleration_m_s2 * min(step_s, RESPONSE_S)))

@@ -15,7 +15,7 @@ was spent on deciding.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -37,6 +37,8 @@ from edge_agent.wire.messages import Action, ActionValue, Refusal
 
 HOLD_HZ = 10  # PX4 wants 2 Hz or more
 HOLD_PERIOD_NS = NS_PER_S // HOLD_HZ
+CHANGE_NS = NS_PER_S // 10  # the acceleration is that over this time
+MAX_SENT = 64
 LAND_AGAIN_NS = 1 * NS_PER_S  # the autopilot's HEARTBEAT with the new mode is under way that long
 MOVE_NAMES = ("forward_m_s", "right_m_s", "down_m_s", "yaw_rate_rad_s")
 WAYPOINT_NAMES = ("forward_m", "right_m", "down_m")
@@ -86,8 +88,8 @@ class Follower:
         self._last_valid_ns: int | None = None  # arrival of the last valid action
         self._followed: Followed | None = None
         self._departures, self._interruptions = autopilot.departures, autopilot.interruptions
-        self._last: Velocity | None = None  # the velocity that the autopilot was given last; None: it follows none
-        self._last_ns = 0
+        # What the autopilot was given lately, and when; None: not a velocity.
+        self._sent: deque[tuple[int, Velocity | None]] = deque(maxlen=MAX_SENT)
         self._landed_ns: int | None = None  # when MAV_CMD_NAV_LAND was sent
         self._search = Search(config.search_m_s, config.fence.radius_m)
 
@@ -252,8 +254,13 @@ class Follower:
 
     def _note_sent(self, setpoint: Setpoint, now_ns: int) -> None:
         self.counts[f"sent: {setpoint.type}"] += 1
-        self._last = setpoint.target if isinstance(setpoint.target, Velocity) else None
-        self._last_ns = now_ns
+        self._sent.append((now_ns, setpoint.target if isinstance(setpoint.target, Velocity) else None))
+
+    def _before(self, now_ns: int) -> tuple[int, Velocity | None]:
+        """The setpoint that the autopilot had CHANGE_NS ago. Not the last one: it can be a hold that was sent a moment
+        ago, between two actions, and the vehicle has not even begun to follow it."""
+        older = (sent for sent in reversed(self._sent) if sent[0] <= now_ns - CHANGE_NS)
+        return next(older, self._sent[0] if len(self._sent) == MAX_SENT else (now_ns, None))
 
     # -- why not ------------------------------------------------------------------------------------------------------
 
@@ -323,8 +330,9 @@ class Follower:
         limits = self._config.limits
         slower, reduced = limit_speeds(wanted, limits)
         measured = Velocity(*to_body(place.yaw_rad, place.north_m_s, place.east_m_s), place.down_m_s)
-        step_s = (now_ns - self._last_ns) / NS_PER_S
-        smoother, is_changed = limit_change(slower, self._last, step_s, measured, limits.acceleration_m_s2)
+        before_ns, before = self._before(now_ns)
+        step_s = (now_ns - before_ns) / NS_PER_S
+        smoother, is_changed = limit_change(slower, before, step_s, measured, limits.acceleration_m_s2)
         for name in [*reduced, *(["acceleration_m_s2"] if is_changed else [])]:
             self.counts[f"limited: {name}"] += 1
             self._outbox.say(f"limit {name}", f"limited by {name}")

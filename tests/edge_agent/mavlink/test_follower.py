@@ -417,6 +417,28 @@ def test_the_velocity_grows_no_faster_than_the_acceleration(rig):
     assert speeds[-1] == 2.0
 
 
+def test_it_grows_no_faster_when_actions_come_quickly(rig):
+    rig.take(values={})
+    for _ in range(100):
+        rig.clock.advance(0.01)
+        if rig.seq % 5 == 0:
+            rig.heartbeat()
+            rig.move_to()
+        rig.take(values={"forward_m_s": 2.0})
+    speeds = [s.setpoint.target[0] for s in rig.outbox.sent]
+    assert all(b - a <= 0.5 + 1e-6 for a, b in zip(speeds, speeds[10:], strict=False))
+    assert speeds[-1] == 2.0
+
+
+def test_a_hold_between_two_actions_does_not_make_the_second_one_slow(rig):
+    rig.take(values={"forward_m_s": 1.0})
+    rig.pass_time(0.5)
+    assert rig.sent == ["move", "hold"]
+    rig.clock.advance(0.001)
+    rig.take(values={"forward_m_s": 1.0})
+    assert rig.outbox.sent[-1].setpoint.target == Velocity(1.0, 0, 0, 0)
+
+
 @pytest.mark.parametrize(
     ("place", "values", "why"),
     [
