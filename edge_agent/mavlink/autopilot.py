@@ -352,17 +352,15 @@ class Autopilot:
     def from_home(self, now_ns: int) -> tuple[int, float, float, float] | str:
         """When, and north, east and up from home in metres; or why that is not known. PX4 says where home is in the
         local frame. ArduPilot does not: there, latitude and longitude are compared."""
-        motion = self._motions[-1] if self._motions else None
-        if motion is not None and now_ns - motion.t_ns > POSITION_MAX_AGE_NS:
-            motion = None
         origin = (0.0, 0.0, 0.0) if self._home_kind == "origin" else None
         if origin is None:
             if self._home is None:
                 return "HOME_POSITION is missing"
             origin = self._home.local
         if origin is not None:
-            if motion is None:
+            if not self._motions:
                 return "LOCAL_POSITION_NED is missing or old"
+            motion = self._motions[-1]
             return motion.t_ns, motion.north_m - origin[0], motion.east_m - origin[1], origin[2] - motion.down_m
         if self._globe is None or now_ns - self._globe.t_ns > POSITION_MAX_AGE_NS:
             return "GLOBAL_POSITION_INT is missing or old"

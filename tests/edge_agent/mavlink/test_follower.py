@@ -220,6 +220,35 @@ def test_not_engaged_is_hold_for_each_valid_action(rig, base_mode, mode):
     assert rig.sent == ["hold"] * 3
 
 
+def test_a_restart_that_is_over_before_the_next_turn_counts_too(rig):
+    rig.take(values=FORWARD)
+    rig.boot_ns = rig.clock.now_ns - NS_PER_S
+    rig.move_to()
+    rig.clock.advance(0.01)
+    rig.fly()
+    assert rig.autopilot.why_not_engaged(rig.clock.now_ns) == ""
+    rig.follower.turn()
+    assert rig.sent == ["move", "hold"]
+
+
+def test_a_heartbeat_gets_old_in_the_middle_of_an_action():
+    rig = Rig()
+    for _ in range(24):
+        rig.clock.advance(0.1)
+        rig.move_to()
+    rig.take(values=FORWARD)
+    rig.clock.advance(0.2)
+    rig.move_to()
+    rig.follower.turn()
+    assert (rig.sent, rig.follower.why) == (["move", "hold"], "no HEARTBEAT any more")
+
+
+def test_the_last_check_is_asked(rig, monkeypatch):
+    monkeypatch.setattr("edge_agent.mavlink.follower.rounded", lambda velocity: Velocity(math.nan))
+    rig.take(values=FORWARD)
+    assert (rig.sent, rig.follower.why) == (["hold"], "a number that is not finite")
+
+
 def test_a_heartbeat_gets_old():
     rig = Rig()
     for _ in range(26):
