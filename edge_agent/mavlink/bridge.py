@@ -27,6 +27,7 @@ from edge_agent.mavlink.words import SEVERITIES, Words, printable, status_texts
 from edge_agent.suspend import SuspendDetector
 from edge_agent.systemd import Watchdog, notify
 from edge_agent.time_units import NS_PER_MS, NS_PER_S
+from edge_agent.wire.messages import Action, Refusal
 
 MAX_WAIT_NS = 50 * NS_PER_MS  # what only becomes old is noticed after this at the latest
 HEARTBEAT_NS = 1 * NS_PER_S
@@ -45,6 +46,8 @@ class Wire(Protocol):
     def fixed_peer(self) -> tuple[str, int] | None: ...
     @property
     def is_open(self) -> bool: ...
+    @property
+    def is_behind(self) -> bool: ...
     def descriptors(self) -> tuple[int, ...]: ...
     def open_if_due(self) -> bool: ...
     def receive(self) -> list[Heard]: ...
@@ -92,6 +95,7 @@ class Bridge:
         self._state, self._requests = VehicleState(), Requests()
         self._counts_ns = clock()
         self._heartbeat_ns = clock() - HEARTBEAT_NS  # the first one at once: an autopilot may wait for it
+        self._answer: Action | Refusal | None = None  # read, and waits until all of the telemetry is read
         self._n_texts, self._daemon_state = 0, ""
         self._logged_counts: dict[str, int] = {}
 
@@ -103,6 +107,8 @@ class Bridge:
         self._note_suspend()
         if self._wire.open_if_due():
             self.say("link", "link open")
+        # Read before the link: what the autopilot said before this answer was published is then known before it is used.
+        self._answer = self._read_answer() or self._answer
         was_open = self._wire.is_open
         for heard in self._wire.receive():
             self._autopilot.take(heard, self._clock())
@@ -111,7 +117,9 @@ class Bridge:
             if was_open:
                 self._autopilot.forget()
         self.follower.turn()  # what telemetry or time has ended is not followed by a new action's chance
-        self._take_answer()
+        if self._answer is not None and not self._wire.is_behind:
+            answer, self._answer = self._answer, None
+            self.follower.take(answer)
         self._tell_daemon()
         self._tell_autopilot()
         self._log_counts()
@@ -134,14 +142,12 @@ class Bridge:
             self._autopilot.forget()
             self.follower.forget("the machine was suspended")
 
-    def _take_answer(self) -> None:
+    def _read_answer(self) -> Action | Refusal | None:
         try:
-            answer = self._agent.next_answer(0.0)
+            return self._agent.next_answer(0.0)
         except NotConnected as error:
             self.say("daemon", str(error))
-            return
-        if answer is not None:
-            self.follower.take(answer)
+            return None
 
     def _tell_daemon(self) -> None:
         self._push.put(self._state.changes(self._autopilot, self._clock()))

@@ -39,6 +39,10 @@ class Dry:
         return self._link is None or self._link.is_open
 
     @property
+    def is_behind(self) -> bool:
+        return self._link is not None and self._link.is_behind
+
+    @property
     def why_lost(self) -> str:
         return "" if self._link is None else self._link.why_lost
 

@@ -6,6 +6,7 @@ Damaged packets are dropped by their CRC and counted. Nothing that arrives can e
 from __future__ import annotations
 
 import contextlib
+import select
 import struct
 from collections import Counter
 from collections.abc import Callable
@@ -47,6 +48,11 @@ class Link:
     @property
     def is_open(self) -> bool:
         return self._transport is not None
+
+    @property
+    def is_behind(self) -> bool:
+        """More has arrived than receive() has read: what the autopilot says now is not known yet."""
+        return self._transport is not None and bool(select.select(self.descriptors(), [], [], 0)[0])
 
     @property
     def fixed_peer(self) -> Address | None:

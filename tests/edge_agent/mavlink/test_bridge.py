@@ -118,6 +118,25 @@ def test_an_action_becomes_one_setpoint_and_a_refusal_hold(daemon, flight):
     assert flight.setpoints()[1] == (0, 0)
 
 
+@pytest.mark.parametrize("n_before", [0, 100], ids=["alone", "behind more than one turn reads"])
+def test_what_the_autopilot_says_before_an_action_counts_for_it(daemon, flight, monkeypatch, n_before):
+    """The HEARTBEAT arrives while the bridge reads the action: it was there before the action was published."""
+    read = flight.agent.next_answer
+
+    def read_late(timeout_s: float) -> Any:
+        answer = read(timeout_s)
+        if answer is not None:
+            for _ in range(n_before):
+                flight.autopilot.send(mavlink.MAVLink_vfr_hud_message(0, 0, 0, 0, 0, 0))
+            flight.autopilot.send(heartbeat(base_mode=mavlink.MAV_MODE_FLAG_CUSTOM_MODE_ENABLED))
+        return answer
+
+    monkeypatch.setattr(flight.agent, "next_answer", read_late)
+    daemon.publish("actions", make_action(1, **MOVE))
+    flight.turn_until(flight.setpoints, flies=False)
+    assert flight.setpoints()[0] == (0, 0)
+
+
 def test_our_heartbeat_is_that_of_an_onboard_controller(flight):
     flight.turn_until(lambda: flight.autopilot.of("HEARTBEAT"))
     beat = flight.autopilot.of("HEARTBEAT")[0]
