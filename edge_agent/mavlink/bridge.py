@@ -117,7 +117,7 @@ class Bridge:
             if was_open:
                 self._autopilot.forget()
         self.follower.turn()  # what telemetry or time has ended is not followed by a new action's chance
-        if self._answer is not None and not self._wire.is_behind:
+        if isinstance(self._answer, Refusal) or (self._answer is not None and not self._wire.is_behind):
             answer, self._answer = self._answer, None
             self.follower.take(answer)
         self._tell_daemon()
