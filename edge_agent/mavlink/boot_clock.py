@@ -30,7 +30,9 @@ class BootClock:
         newer than the last one of its name. After a jump everything of before is forgotten."""
         newest_ms, arrived_ns = self._newest.get(name, (-1, 0))
         offset_ns = now_ns - boot_ms * NS_PER_MS
-        if boot_ms <= newest_ms:
+        if boot_ms == newest_ms:  # the same packet twice, or two within a millisecond
+            return None
+        if boot_ms < newest_ms:
             if (newest_ms - boot_ms) * NS_PER_MS <= JUMP_NS and now_ns - arrived_ns <= REORDER_NS:
                 return None
             return self._jump(now_ns)

@@ -12,7 +12,7 @@ SETPOINT_MODE = {PX4: "OFFBOARD", ARDUPILOT: "GUIDED"}
 HOVERING_TYPES = {
     mavlink.MAV_TYPE_QUADROTOR, mavlink.MAV_TYPE_COAXIAL, mavlink.MAV_TYPE_HELICOPTER, mavlink.MAV_TYPE_HEXAROTOR,
     mavlink.MAV_TYPE_OCTOROTOR, mavlink.MAV_TYPE_TRICOPTER, mavlink.MAV_TYPE_DODECAROTOR, mavlink.MAV_TYPE_DECAROTOR,
-    mavlink.MAV_TYPE_GENERIC_MULTIROTOR,
+    43,  # MAV_TYPE_GENERIC_MULTIROTOR, which pymavlink has from 2.4.50 on
 }  # fmt: skip
 
 # PX4: bits 16 to 23 of custom_mode are the main mode, bits 24 to 31 the sub mode.

@@ -287,6 +287,12 @@ def test_two_packets_that_changed_places():
     assert clock.stamp("ATTITUDE", 9_980, NS_PER_S + NS_PER_MS) is None
 
 
+def test_the_same_packet_twice_is_no_restart_even_after_a_stall():
+    clock = BootClock()
+    clock.stamp("ATTITUDE", 10_000, NS_PER_S)
+    assert clock.stamp("ATTITUDE", 10_000, 3 * NS_PER_S) is None
+
+
 def test_a_restart_makes_everything_unknown(rig):
     rig.clock.advance(1)
     rig.boot_ns = rig.clock.now_ns - NS_PER_S
