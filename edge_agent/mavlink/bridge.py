@@ -107,7 +107,7 @@ class Bridge:
         self._note_suspend()
         if self._wire.open_if_due():
             self.say("link", "link open")
-        # Read before the link: what the autopilot said before this answer was published is then known before it is used.
+        # Read before the link: what the autopilot said before this answer was published is known before it is used.
         self._answer = self._read_answer() or self._answer
         was_open = self._wire.is_open
         for heard in self._wire.receive():
