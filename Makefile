@@ -41,7 +41,7 @@ COVERED := edge_agent/wire/*,edge_agent/zmtp/*,edge_agent/client/*,edge_agent/ac
 
 # Three workers on two cores: tests that wait for a process leave room for another. worksteal keeps the tests of a file
 # together, so that what they share is loaded once.
-test: lint $(VENV)/.smollm2 $(VENV)/.ros2
+test: lint $(VENV)/.smollm2 $(VENV)/.ros2 $(VENV)/libzmq
 	$(RUN)/python -m pytest -n 3 --dist worksteal --cov --cov-report=
 	$(RUN)/coverage report
 	$(RUN)/coverage report --include="$(COVERED)" --fail-under=100
@@ -112,6 +112,10 @@ $(VENV)/.ros2: $(VENV)/.installed
 	   $(VENV)/ros2/bin/python -m pip install -q --progress-bar off $(ROS2_WHEELS) "msgspec>=0.18.6,<0.23" "pyzmq>=25.1.2,<28"; \
 	 else echo "== no wheels of ROS 2 for $$(uname -m): its tests are skipped"; fi
 	@touch $@
+
+# libzmq's header, for the C++ example. Not made where the machine has it, or where the package mirror cannot be reached.
+$(VENV)/libzmq: $(VENV)/.installed
+	@sh tests/cpp/fetch_libzmq.sh $@
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info
