@@ -9,6 +9,7 @@
 #include "bounded_msgpack.hpp"
 
 #include <cerrno>
+#include <deque>
 #include <filesystem>
 #include <initializer_list>
 #include <memory>
@@ -89,19 +90,23 @@ class Follower {
         ++discarded;
         if (!read_message(message, a) || a.seq < 0) return;
         const bool is_action = a.kind == "action", is_other_session = is_known_ && a.session != session_;
-        // An older message of another session is of a daemon that has ended.
-        if (is_known_ && (is_other_session ? a.t_pub_ns <= t_pub_ns_ : a.seq <= seq_)) return;
+        if (std::find(ended_sessions_.begin(), ended_sessions_.end(), a.session) != ended_sessions_.end()) return;
+        if (is_known_ && !is_other_session && a.seq <= seq_) return;
         if (!is_action) end("refusal: " + a.reason);
         if (a.t_pub_ns < 0 || a.t_pub_ns > now_ns + 5 * ns_per_ms) return;
         if (is_action && (a.t_capture_ns > a.t_pub_ns || a.valid_until_ns > a.t_pub_ns + 1000 * ns_per_ms)) return;
         --discarded;
-        if (is_other_session) end("new session");
-        else lost += is_known_ ? a.seq - seq_ - 1 : 0;
+        if (is_other_session) {
+            end("new session");
+            ended_sessions_.push_back(session_);
+            if (ended_sessions_.size() > 1000) ended_sessions_.pop_front();
+        } else if (is_known_) {
+            lost += a.seq - seq_ - 1;
+        }
         is_new_session |= is_other_session || !is_known_;
         is_known_ = true;
         session_ = a.session;
         seq_ = a.seq;
-        t_pub_ns_ = a.t_pub_ns;
         if (!is_action || a.t_pub_ns < discard_before_ns_) return;
         if (now_ns >= valid_until_ns()) end("expired");
         action_ = std::move(a);
@@ -133,7 +138,8 @@ class Follower {
     Action action_;
     bool is_known_ = false, stands_ = false, is_unread_ = false, has_ended_ = true;
     std::int64_t session_ = 0, seq_ = 0;
-    ns_t t_pub_ns_ = 0, discard_before_ns_ = 0, suspended_ns_;
+    std::deque<std::int64_t> ended_sessions_;
+    ns_t discard_before_ns_ = 0, suspended_ns_;
 };
 
 inline ns_t clock_ns(clockid_t clock) {

@@ -53,7 +53,7 @@ def controller(has_libzmq: None, shared: SharedFolders) -> Path:
     """The program of examples/cpp, built by its CMakeLists.txt."""
 
     def fill(folder: Path) -> None:
-        options = f"-DCMAKE_BUILD_TYPE=Release -DCMAKE_PREFIX_PATH={FETCHED}/usr"
+        options = f"-DCMAKE_BUILD_TYPE=Debug -DCMAKE_PREFIX_PATH={FETCHED}/usr"
         command = f"cmake -S {EXAMPLE} -B {folder} {options}"
         done = subprocess.run([*command.split(), f"-DCMAKE_CXX_FLAGS={WARNINGS}"], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -130,7 +130,7 @@ ROWS: dict[str, tuple[Script, list[str]]] = {
         ["change move 7", "change hold: new session", "change move 0"],
     ),
     "the old session after the new one": (
-        started().action(0, 7).action(5, **other(0)).look(5).look(5).action(6, 8, published_ms=4).look(6),
+        started().action(0, 7).action(5, **other(0)).look(5).look(5).action(6, 8).action(6, 8, published_ms=4).look(6),
         ["change hold: new session", "change move 0", "same move 0"],
     ),
     "before a suspend": (
