@@ -93,7 +93,7 @@ class Follower {
         if (std::find(ended_sessions_.begin(), ended_sessions_.end(), a.session) != ended_sessions_.end()) return;
         if (is_known_ && !is_other_session && a.seq <= seq_) return;
         if (!is_action) end("refusal: " + a.reason);
-        if (a.t_pub_ns < 0 || a.t_pub_ns > now_ns + 5 * ns_per_ms) return;
+        if (a.t_pub_ns > now_ns + 5 * ns_per_ms) return;
         if (is_action && (a.t_capture_ns > a.t_pub_ns || a.valid_until_ns > a.t_pub_ns + 1000 * ns_per_ms)) return;
         --discarded;
         if (is_other_session) {

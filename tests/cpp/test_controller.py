@@ -125,7 +125,8 @@ def test_what_must_be_discarded_does_not_stop_it(start, daemon):
     daemon.wait_for_subscriber("actions")
     good = pack("actions", move(2))
     daemon.send("actions", good + b"\x00" * 70_000)  # longer than a message may be
-    daemon.sockets["actions"].send_multipart([good, b"more"])
+    for parts in ([good, b""], [b"", good], [b"more", good], [good, good]):
+        daemon.sockets["actions"].send_multipart(parts)
     daemon.send("actions", b"A" + b"\x91" * 60_000)
     daemon.send("actions", b"A")
     future_ns = time.monotonic_ns() + 10**10
@@ -171,10 +172,21 @@ def test_nothing_is_followed_before_the_reply_to_instruct(start, daemon):
     sender, payload = daemon.sockets["control"].recv_multipart()  # its session is new to the controller
     request = read_request(payload)
     assert (request.op, request.text) == ("instruct", "Land on the red disc.") and request.id != first.id
-    daemon.sockets["control"].send_multipart([sender, make_reply(first)])  # an id that it does not wait for
-    daemon.sockets["control"].send_multipart([sender, make_reply(request)])
-    with publishing(daemon, first_seq=2):
-        assert running.next().startswith("move forward_m_s=0.") and "0.001 " not in running.next()
+    good = make_reply(request)
+    fields = msgspec.msgpack.decode(good)
+    bad = [fields | change for change in ({"v": 2}, {"ok": 1}, {"id": 7}, {"id": ""}, {"error": None}, {"result": []})]
+    for parts in (
+        [make_reply(first)],
+        [good, good],
+        [good + b"\xc0"],
+        *([msgspec.msgpack.encode(reply)] for reply in bad),
+    ):
+        daemon.sockets["control"].send_multipart([sender, *parts])
+        daemon.publish("actions", move(2))
+        time.sleep(0.02)  # for a wrong controller to follow it
+    daemon.sockets["control"].send_multipart([sender, good])
+    with publishing(daemon, first_seq=100):
+        assert running.next() > "move forward_m_s=0.1"
 
 
 def test_a_new_session_is_instructed_before_its_actions_are_followed(start, daemon):

@@ -166,6 +166,47 @@ def test_no_bytes_are_too_hostile(probe):
     probe([("j", 0, 0, payload) for payload in payloads])
 
 
+def with_last_field(name: str, value: bytes) -> bytes:
+    """The vector of an action, with a field of these bytes at its end."""
+    fields = msgspec.msgpack.decode(vector("action")[0][1:])
+    fields.pop(name, None)
+    rest = b"".join(msgspec.msgpack.encode(item) for pair in fields.items() for item in pair)
+    return b"A\xde" + struct.pack(">H", len(fields) + 1) + rest + msgspec.msgpack.encode(name) + value
+
+
+def test_text_is_utf_8(probe):
+    leads = bytes.fromhex("007f80bfc0c1c2dfe0e1ecedeeeff0f1f3f4f5ff")
+    texts = [
+        bytes([lead]) + tail * n for lead in leads for tail in (b"\x7f", b"\x80", b"\xbf", b"\xc0") for n in range(4)
+    ]
+    texts += [bytes([lead, second]) + b"\x80" * n for lead in leads for second in b"\x8f\x90\x9f\xa0" for n in range(3)]
+    lines = probe([("m", 0, 0, with_last_field("instruction", bytes([0xA0 + len(text)]) + text)) for text in texts])
+    for text, line in zip(texts, lines, strict=True):
+        try:
+            expected = text.decode()
+        except UnicodeDecodeError:
+            assert line == "discard", text
+        else:
+            assert json.loads(line)["instruction"] == expected
+
+
+@pytest.mark.parametrize("bad", ["ff", "c1", "81a161c1", "92c0", "c402", "c70100", "d4", "ce0000", "cb00", "da00ff"])
+def test_a_field_that_is_no_whole_value_is_not_skipped(probe, bad):
+    is_whole = bad == "ff"  # -1
+    (line,) = probe([("m", 0, 0, with_last_field("from_a_later_release", bytes.fromhex(bad)))])
+    assert (line == "discard") != is_whole
+
+
+def test_a_key_that_is_there_twice_makes_a_message_ambiguous(probe):
+    action = vector("action")[0]
+    twice = [with_last_field("twice", b"\x00").replace(b"\xa5twice\x00", b"\xa3seq\x12")]
+    for name, entries in (("values", b"\xa1a\x01\xa1a\x02"), ("clamped", b"\xa1a\x01\xa1a\x02")):
+        twice.append(with_last_field(name, b"\x82" + entries))
+    twice.append(action.replace(b"\x85\xa5queue", b"\x86\xa5queue\x00\xa5queue"))
+    assert twice[-1] != action
+    assert probe([("m", 0, 0, payload) for payload in twice]) == ["discard"] * 4
+
+
 def test_an_unknown_field_may_be_of_any_kind_and_depth(probe):
     _, _, message = vector("action")
     for extra in (

@@ -94,8 +94,14 @@ ROWS: dict[str, tuple[Script, list[str]]] = {
         ["change move 0", "change hold: expired", "change move 1"],
     ),
     "the time of capture of a refusal may be in the future": (
-        started().action(1, 0).look(1).refusal(2, 1, reason="future-timestamp", t_capture_ns=ns(5000)).look(2),
-        ["change move 0", "change hold: refusal: future-timestamp"],
+        started()
+        .action(1, 0)
+        .look(1)
+        .refusal(2, 1, reason="future-timestamp", t_capture_ns=ns(5000))
+        .look(2)
+        .action(3, 1)
+        .look(3),
+        ["change move 0", "change hold: refusal: future-timestamp", "same hold: refusal: future-timestamp"],
     ),
     "5 ms in the future": (started().action(0, 0, published_ms=5).look(0), ["change move 0"]),
     "more than 5 ms in the future": (started().action(0, 0, published_ms=5.001).look(0), [f"same {NONE_YET}"]),
