@@ -127,6 +127,7 @@ def test_what_must_be_discarded_does_not_stop_it(start, daemon):
     daemon.send("actions", good + b"\x00" * 70_000)  # longer than a message may be
     for parts in ([good, b""], [b"", good], [b"more", good], [good, good]):
         daemon.sockets["actions"].send_multipart(parts)
+        time.sleep(0.02)  # for a wrong controller to follow it
     daemon.send("actions", b"A" + b"\x91" * 60_000)
     daemon.send("actions", b"A")
     future_ns = time.monotonic_ns() + 10**10
@@ -175,16 +176,15 @@ def test_nothing_is_followed_before_the_reply_to_instruct(start, daemon):
     good = make_reply(request)
     fields = msgspec.msgpack.decode(good)
     bad = [fields | change for change in ({"v": 2}, {"ok": 1}, {"id": 7}, {"id": ""}, {"error": None}, {"result": []})]
-    for parts in (
-        [make_reply(first)],
-        [good, good],
-        [good + b"\xc0"],
-        *([msgspec.msgpack.encode(reply)] for reply in bad),
-    ):
+    replies = [[make_reply(first)], [good, good], [good + b"\xc0"], *([msgspec.msgpack.encode(reply)] for reply in bad)]
+    for seq, parts in enumerate(replies, start=2):
         daemon.sockets["control"].send_multipart([sender, *parts])
-        daemon.publish("actions", move(2))
+        daemon.publish("actions", move(seq))
         time.sleep(0.02)  # for a wrong controller to follow it
-    daemon.sockets["control"].send_multipart([sender, good])
+    running.process.send_signal(signal.SIGSTOP)
+    daemon.publish("actions", move(50))
+    daemon.sockets["control"].send_multipart([sender, good])  # both are there when it goes on
+    running.process.send_signal(signal.SIGCONT)
     with publishing(daemon, first_seq=100):
         assert running.next() > "move forward_m_s=0.1"
 
@@ -242,8 +242,11 @@ def test_a_folder_of_another_user_where_anybody_can_make_one_is_refused(controll
     link.symlink_to(own)
     os.chown(folder, 12345, -1)
     os.chown(link, 12345, -1, follow_symlinks=False)
+    (tmp_path / "own-link").symlink_to(folder)
     assert ends_at_once(controller, folder) == (1, f"controller: {folder}: it is of another user\n")
     assert ends_at_once(controller, f"{link}//") == (1, f"controller: {link}//: it is of another user\n")
+    own_link = tmp_path / "own-link"
+    assert ends_at_once(controller, own_link) == (1, f"controller: {own_link}: it is of another user\n")
     tmp_path.chmod(0o755)  # as /run: only root makes folders there
     running = Controller(controller, folder)
     assert running.next() == "hold"
