@@ -21,7 +21,8 @@ from tests.test_dependencies import requirements
 SCRIPT = ROOT / "systemd" / "install.sh"
 SHELLS = [shell for shell in ("dash", "bash", "busybox") if shutil.which(shell)]
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-SCRIPTS = ["systemd/install.sh", "gpu_build.sh", "tests/aarch64/smoke.sh", "tests/cuda/compile_one.sh", "tests/cpp/fetch_libzmq.sh"]
+SCRIPTS = ["systemd/install.sh", "gpu_build.sh", "tests/aarch64/smoke.sh", "tests/cuda/compile_one.sh"]
+SCRIPTS += ["tests/cpp/fetch_libzmq.sh"]
 EXPECTED = {
     "etc/systemd/system/edge-agent.service": "systemd/edge-agent.service",
     "etc/sysusers.d/edge-agent.conf": "systemd/edge-agent.sysusers.conf",

@@ -120,7 +120,9 @@ class Client:
         deadline_ns = self._deadline_ns(timeout_s)
         while (payload := self._receive("actions", deadline_ns)) is not None:
             message = unpack_or_none("actions", payload)
-            if message is not None and self._is_new(message):
+            if isinstance(message, Action) and not is_of_this_clock(message, self._clock()):
+                self.expired += 1  # neither do its session and its seq count
+            elif message is not None and self._is_new(message):
                 if isinstance(message, Refusal) or self.is_valid(message):
                     answer: Action | Refusal = message
                     return answer
@@ -474,14 +476,18 @@ class Client:
         return max(0, -((self._clock() - deadline_ns) // NS_PER_MS))
 
 
+def is_of_this_clock(action: Action, now_ns: int) -> bool:
+    """Whether the stamps of an action can be from this machine's clock. now_ns: CLOCK_MONOTONIC."""
+    return (
+        action.t_pub_ns <= now_ns + MAX_AHEAD_NS
+        and action.t_capture_ns <= action.t_pub_ns
+        and action.valid_until_ns - action.t_pub_ns <= MAX_VALID_NS
+    )
+
+
 def is_valid(action: Action, now_ns: int) -> bool:
     """Whether a controller may act on an action: it has not expired, and its stamps can be from this machine's clock.
 
     now_ns: CLOCK_MONOTONIC.
     """
-    return (
-        action.t_pub_ns <= now_ns + MAX_AHEAD_NS
-        and action.t_capture_ns <= action.t_pub_ns
-        and now_ns < action.valid_until_ns
-        and action.valid_until_ns - action.t_pub_ns <= MAX_VALID_NS
-    )
+    return now_ns < action.valid_until_ns and is_of_this_clock(action, now_ns)

@@ -181,6 +181,16 @@ def test_a_session_that_has_ended_does_not_come_back(daemon, subscribed, clock):
         assert exchange(daemon, subscribed, sent) == (sent if is_returned else None)
 
 
+@pytest.mark.parametrize("change", [{"session": 2}, {"seq": 1000}])
+def test_a_message_of_another_clock_ends_no_session_and_skips_no_number(daemon, subscribed, clock, change):
+    first = make_action(0, now_ns=clock.now_ns)
+    assert exchange(daemon, subscribed, first) == first
+    future = make_action(1, now_ns=clock.now_ns + S)
+    assert exchange(daemon, subscribed, msgspec.structs.replace(future, **change)) is None
+    second = make_action(2, now_ns=clock.now_ns)
+    assert exchange(daemon, subscribed, second) == second
+
+
 def test_a_message_of_several_zeromq_frames_is_skipped(daemon, subscribed, clock):
     frames = [pack("actions", make_action(seq, now_ns=clock.now_ns)) for seq in (1, 2)]
     daemon.sockets["actions"].send_multipart(frames)
