@@ -3,6 +3,7 @@ rules of a controller with times that a test chooses. All of it runs under sanit
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
@@ -85,7 +86,7 @@ def mutated(rng: random.Random) -> bytes:
         if rng.random() < 0.2:
             where.pop(name, None)
         else:
-            where[name] = rng.choice(CONTENTS)
+            where[name] = copy.deepcopy(rng.choice(CONTENTS))
     items = list(fields.items())
     rng.shuffle(items)
     return payload[:1] + msgspec.msgpack.encode(dict(items))
@@ -139,8 +140,8 @@ def test_a_changed_message_is_taken_or_discarded_as_by_our_own_reader(probe):
 
 
 @pytest.mark.soak
-def test_a_million_changed_messages(probe):
-    taken, discarded = zip(*(compare(probe, seed, 20_000) for seed in range(50)), strict=True)
+def test_many_changed_messages(probe):
+    taken, discarded = zip(*(compare(probe, seed, 10_000) for seed in range(20)), strict=True)
     print(f"taken by both: {sum(taken)}, discarded by both: {sum(discarded)}")
 
 
