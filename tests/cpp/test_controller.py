@@ -141,12 +141,15 @@ def test_an_action_that_it_cannot_follow_is_a_hold(start, daemon):
     running = start()
     daemon.wait_for_subscriber("actions")
     incomplete = {name: value for name, value in MOVE.items() if name != "down_m_s"}
-    changes = [{"type": "dance"}, {"values": incomplete}, {"values": MOVE | {"down_m_s": "up"}}, {"age_ms": 1001.0}]
+    changes: list[dict] = [{"type": "dance"}, {"values": incomplete}, {"values": MOVE | {"down_m_s": "up"}}]
+    changes += [{"age_ms": 1001.0, "values": MOVE | {"forward_m_s": 0.9}}]
     for n, change in enumerate(changes):
         daemon.publish("actions", move(2 * n))
         assert running.until("move").startswith(f"move forward_m_s={2 * n / 1000:g} ")
-        daemon.publish("actions", move(2 * n + 1, **change))
-        running.until("hold")
+        bad = move(2 * n + 1, **change)
+        daemon.publish("actions", bad)
+        while (line := running.next()) != "hold":
+            assert line.startswith(f"move forward_m_s={2 * n / 1000:g} "), bad
     running.end()
 
 
