@@ -25,7 +25,7 @@ import msgspec
 import zmq
 
 from edge_agent.client.control_connection import ControlConnection
-from edge_agent.client.received import MAX_RECEIVED_BYTES, only_frame, unpack_or_none
+from edge_agent.client.received import MAX_RECEIVED_BYTES, is_of_this_clock, only_frame, unpack_or_none
 from edge_agent.client.values import plain_value
 from edge_agent.suspend import Clock, SuspendDetector
 from edge_agent.time_units import NS_PER_MS, NS_PER_S
@@ -43,8 +43,6 @@ from edge_agent.wire.messages import (
 from edge_agent.wire.streams import STREAMS
 
 CONTROL = "control"
-MAX_AHEAD_NS = 5 * NS_PER_MS  # a later stamp is from another machine's clock, or from another boot
-MAX_VALID_NS = 1 * NS_PER_S  # no action may be valid for longer: autopilots time out after about a second
 MAX_SKIPPED_MESSAGES = 2000  # read at once to find the newest; more than a socket's queue holds
 MAX_ENDED_SESSIONS = 1000  # remembered, so that none of their messages is returned
 POLL_S = 1.0  # one wait of an iterator that has no time-out
@@ -118,15 +116,11 @@ class Client:
     def next_answer(self, timeout_s: float) -> Action | Refusal | None:
         """The newest message of the actions stream, if it is new and valid; None: none came within timeout_s."""
         deadline_ns = self._deadline_ns(timeout_s)
-        while (payload := self._receive("actions", deadline_ns)) is not None:
-            message = unpack_or_none("actions", payload)
-            if isinstance(message, Action) and not is_of_this_clock(message, self._clock()):
-                self.expired += 1  # neither do its session and its seq count
-            elif message is not None and self._is_new(message):
-                if isinstance(message, Refusal) or self.is_valid(message):
-                    answer: Action | Refusal = message
-                    return answer
-                self.expired += 1
+        while payloads := self._receive("actions", deadline_ns):
+            answer = self._newest_of(payloads)
+            if isinstance(answer, Refusal) or (answer is not None and self.is_valid(answer)):
+                return answer
+            self.expired += answer is not None
             if self._is_over(deadline_ns):
                 break
         return None
@@ -419,30 +413,42 @@ class Client:
     def _next(self, stream: str, timeout_s: float) -> Any:
         """The next valid message of a stream, or None."""
         deadline_ns = self._deadline_ns(timeout_s)
-        while (payload := self._receive(stream, deadline_ns)) is not None:
-            message = unpack_or_none(stream, payload)
-            if message is not None:
-                return message
+        while payloads := self._receive(stream, deadline_ns):
+            for payload in reversed(payloads):
+                if (message := unpack_or_none(stream, payload)) is not None:
+                    return message
             if self._is_over(deadline_ns):
                 break
         return None
 
-    def _receive(self, stream: str, deadline_ns: int) -> bytes | None:
-        """The next message of a stream; the newest one, if only the newest counts. None: none before the deadline.
+    def _receive(self, stream: str, deadline_ns: int) -> list[bytes]:
+        """The next message of a stream; all that wait, if only the newest counts. Empty: none before the deadline.
 
         Not with libzmq's CONFLATE: it can hold back a message that arrives during a read until the following one.
         """
         socket = self._subscriber(stream)
         if not socket.poll(self._left_ms(deadline_ns)):
-            return None
-        payload = only_frame(socket.recv_multipart())
+            return []
+        payloads = [only_frame(socket.recv_multipart())]
         self._check_reachable(stream)  # the folder may have been made since then, by anybody
         if not self.folder.exists():
-            return None
+            return []
         with contextlib.suppress(zmq.Again):
             for _ in range(MAX_SKIPPED_MESSAGES if STREAMS[stream].newest else 0):
-                payload = only_frame(socket.recv_multipart(zmq.NOBLOCK))
-        return payload
+                payloads.append(only_frame(socket.recv_multipart(zmq.NOBLOCK)))
+        return payloads
+
+    def _newest_of(self, payloads: list[bytes]) -> Action | Refusal | None:
+        """The newest message that counts. What is discarded changes nothing, also not which one is the newest."""
+        newest: Action | Refusal | None = None
+        for payload in payloads:
+            message = unpack_or_none("actions", payload)
+            if isinstance(message, Action) and not is_of_this_clock(message, self._clock()):
+                self.expired += 1
+            elif message is not None and self._is_new(message):
+                self.missed += newest is not None
+                newest = message
+        return newest
 
     def _is_new(self, message: Action | Refusal) -> bool:
         """Whether a message is newer than every message before it. Counts the ones between, which were not returned."""
@@ -474,15 +480,6 @@ class Client:
     def _left_ms(self, deadline_ns: int) -> int:
         """The time until a deadline for poll(), rounded up to a millisecond; 0: the deadline has passed."""
         return max(0, -((self._clock() - deadline_ns) // NS_PER_MS))
-
-
-def is_of_this_clock(action: Action, now_ns: int) -> bool:
-    """Whether the stamps of an action can be from this machine's clock. now_ns: CLOCK_MONOTONIC."""
-    return (
-        action.t_pub_ns <= now_ns + MAX_AHEAD_NS
-        and action.t_capture_ns <= action.t_pub_ns
-        and action.valid_until_ns - action.t_pub_ns <= MAX_VALID_NS
-    )
 
 
 def is_valid(action: Action, now_ns: int) -> bool:

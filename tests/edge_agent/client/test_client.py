@@ -191,6 +191,22 @@ def test_a_message_of_another_clock_ends_no_session_and_skips_no_number(daemon, 
     assert exchange(daemon, subscribed, second) == second
 
 
+@pytest.mark.parametrize("later", ["garbage", "another clock", "an ended session", "an old number"])
+def test_what_is_discarded_does_not_hide_the_message_before_it(subscribed, clock, later):
+    """Both wait in the socket when the controller reads: a refusal must not be lost."""
+    action, refusal = make_action(8, now_ns=clock.now_ns, session=2), make_refusal(9)
+    ended = make_action(900, now_ns=clock.now_ns, session=2)
+    last = {
+        "garbage": b"Anonsense",
+        "another clock": pack("actions", make_action(10, now_ns=clock.now_ns + S)),
+        "an ended session": pack("actions", ended),
+        "an old number": pack("actions", make_action(9, now_ns=clock.now_ns)),
+    }[later]
+    waiting = [pack("actions", action), pack("actions", refusal), last]
+    assert subscribed._newest_of(waiting) == refusal
+    assert subscribed.missed == 1 and subscribed.expired == (later == "another clock")
+
+
 def test_a_message_of_several_zeromq_frames_is_skipped(daemon, subscribed, clock):
     frames = [pack("actions", make_action(seq, now_ns=clock.now_ns)) for seq in (1, 2)]
     daemon.sockets["actions"].send_multipart(frames)

@@ -378,7 +378,7 @@ def test_what_arrives_while_the_folder_changes_is_dropped(daemon, client, tmp_pa
     monkeypatch.setattr("edge_agent.client.client.why_unreachable", lambda folder, stream: next(checks))
     if change == "removed":
         client.folder = tmp_path / "removed"
-        assert client._receive("actions", clock()) is None
+        assert client._receive("actions", clock()) == []
     else:
         with pytest.raises(NotConnected):
             client._receive("actions", clock())

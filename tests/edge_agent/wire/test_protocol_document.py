@@ -10,7 +10,7 @@ import pytest
 
 from edge_agent.actions.space import MAX_VALID_FOR_MS
 from edge_agent.actions.vehicle_state import MAX_STATE_NUMBER
-from edge_agent.client.client import MAX_AHEAD_NS, MAX_VALID_NS
+from edge_agent.client.received import MAX_AHEAD_NS, MAX_VALID_NS
 from edge_agent.ipc.frame_slot import MAX_IMAGE_BYTES
 from edge_agent.supervisor import control as control_of_supervisor
 from edge_agent.supervisor.control import MAX_PENDING_REQUESTS, MAX_TEXT_CHARS, OPERATIONS
