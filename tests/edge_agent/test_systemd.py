@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from edge_agent import systemd
 from edge_agent.ipc.events import ModelReady
 from edge_agent.systemd import Watchdog, notify
 from edge_agent.wire.messages import StageTimes
@@ -29,6 +30,7 @@ def manager(request, tmp_path, monkeypatch):
 def no_service_manager(monkeypatch):
     for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"):
         monkeypatch.delenv(name, raising=False)
+    systemd._unsent.clear()
 
 
 @pytest.fixture
@@ -62,6 +64,24 @@ def received(manager: socket.socket) -> list[str]:
 # -- messages ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_busy_manager_gets_ready_with_the_next_message(manager, watchdog_of):
+    """The kernel queues a few datagrams; a sender that must not wait cannot send more."""
+    watchdog = watchdog_of(0.4)
+    for n in range(1000):
+        notify(f"STATUS={n}")
+    notify("STATUS=last", "READY=1")
+    watchdog.feed(1)
+    lines = "\n".join(received(manager)).split("\n")
+    assert "READY=1" not in lines and "WATCHDOG=1" not in lines and "STATUS=999" not in lines
+    watchdog.feed(2)
+    assert received(manager) == [], "the time of a feed has not come"
+    notify("STOPPING=1")
+    (late,) = received(manager)
+    assert late.split("\n")[-3:] == ["STATUS=last", "READY=1", "STOPPING=1"] and "WATCHDOG=1" not in late
+    notify("STATUS=new")
+    assert received(manager) == ["STATUS=new"]
+
+
 def test_lines_arrive_as_one_datagram(manager):
     notify("READY=1", "STATUS=ministral3 3B")
     notify("STOPPING=1")
@@ -88,7 +108,7 @@ def test_a_socket_file_without_a_manager_is_not_an_error(tmp_path, monkeypatch):
     assert not path.exists()
 
 
-def test_a_manager_that_does_not_read_loses_lines_and_nothing_waits(manager):
+def test_nothing_waits_for_a_manager_that_does_not_read(manager):
     for _ in range(2000):
         notify("STATUS=" + "x" * 1000)
     assert 0 < len(received(manager)) < 2000
