@@ -131,4 +131,4 @@ def test_a_board_of_somebody_else_is_no_jetson(machine):
 def test_the_recipe_gives_the_choice_to_pip():
     text = (ROOT / "Makefile").read_text()
     assert 'choice=$$(sh gpu_build.sh) && eval "$$choice"' in text
-    assert '-e ".[$$extra,quantize,terminal,dev]"' in text and 'export CMAKE_ARGS="$$cmake_args"' in text
+    assert '-e ".[$$extra,quantize,terminal,mavlink,dev]"' in text and 'export CMAKE_ARGS="$$cmake_args"' in text

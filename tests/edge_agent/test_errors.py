@@ -19,6 +19,9 @@ OTHERS = {
     "ProtocolError": "of one peer: its connection ends, and nobody sees a line",
     "_Stopped": "a signal within one answer, which becomes the reason why it ended early",
     "PathError": "the publisher and the camera make their own error of it",
+    "LinkLost": "the bridge goes on without the link, and opens it again",
+    "Refused": "a played daemon's: it becomes a reply",
+    "ScriptEnded": "ends one script of a rehearsal, whose violations say why",
 }
 FILES = sorted([*(ROOT / "edge_agent").rglob("*.py"), *(ROOT / "quantize").rglob("*.py")])
 

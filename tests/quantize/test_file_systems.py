@@ -281,5 +281,5 @@ def test_a_reference_of_an_evaluation_is_refused_before_the_work(tmp_path: Path,
     like_fat(monkeypatch)
     model = SimpleNamespace(n_vocab=131_072)  # nothing is evaluated
     with pytest.raises(BuildError, match=r"reference\.kld has .*cannot hold such a file"):
-        write_reference(model, 1, np.zeros((128, 512), np.int32), tmp_path / "reference.kld", SILENT)
+        write_reference(model, np.zeros((128, 512), np.int32), tmp_path / "reference.kld", SILENT)
     assert not any(tmp_path.iterdir())

@@ -50,8 +50,8 @@ def notified(monkeypatch):
     lines: list[str] = []
     monkeypatch.setenv("WATCHDOG_USEC", "5000000")
     monkeypatch.delenv("WATCHDOG_PID", raising=False)
-    for module in ("process", "systemd"):
-        monkeypatch.setattr(f"edge_agent.supervisor.{module}.notify", lambda *new: lines.extend(new))
+    for module in ("supervisor.process", "systemd"):
+        monkeypatch.setattr(f"edge_agent.{module}.notify", lambda *new: lines.extend(new))
     return lines
 
 
