@@ -3,6 +3,7 @@
     python benchmarks/flight.py                          # 1000 frames for every recipe, 200 flights; minutes
     python benchmarks/flight.py --frames 100 --flights 20 --recipes Q4_K_M
     python benchmarks/flight.py --photographs DIR        # these photographs as ground instead of the held-out ones
+    python benchmarks/flight.py --through mavlink --flights 100       # flights alone: direct, and through the bridge
 
 Every figure comes from answers on the wire: each frame is pushed over ZeroMQ under its own instruction. Frames, worlds
 and missions are made from seeds that training never uses. Half of the grounds are synthetic, half are photographs that
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +41,7 @@ sys.path.insert(0, str(ROOT))
 from edge_agent.actions.space import load_action_space  # noqa: E402
 from edge_agent.wire.messages import Action  # noqa: E402
 from models.pad_pilot import task  # noqa: E402
-from models.pad_pilot.fly import DaemonLink, fly, random_mission  # noqa: E402
+from models.pad_pilot.fly import DaemonLink, Result, Step, fly, random_mission  # noqa: E402
 from models.pad_pilot.lessons import Exercise, Grounds, held_out_photographs, lesson  # noqa: E402
 from models.pad_pilot.world import World  # noqa: E402
 
@@ -52,6 +53,9 @@ SPEEDS = ("vx", "vy", "vz")  # yaw is always 0 here: with it, the mean error wou
 PUSHES, PUSH_TIMEOUT_S = 12, 5.0  # a picture without an answer is pushed again: a busy machine can drop a frame
 SIZES = ((64, 64), (96, 300), (480, 640), (720, 1280), (1080, 1920))
 WITHIN_M_S = 0.05
+
+
+Fly = Callable[[DaemonLink, World, list[tuple[str, task.Order]], Callable[[Step], None]], list[Result]]
 
 
 class Frame(NamedTuple):
@@ -154,9 +158,9 @@ def agreement(answers: list[Answer], reference: list[Answer]) -> dict:
     }
 
 
-def flights(link: DaemonLink, n: int, photographs: list[np.ndarray], label: str) -> dict:
+def flights(link: DaemonLink, n: int, photographs: list[np.ndarray], label: str, fly: Fly = fly) -> dict:
     """Flights with one order each, most of them landings. The ground is painted and a photograph in turn. label: of the
-    progress bar."""
+    progress bar. fly: how a mission is flown."""
     grounds = [Grounds([], SEED + 7), Grounds(photographs, SEED + 7, only_photographs=True)]
     outcomes, steps, ages_ms = Counter(), [], []
 
@@ -260,8 +264,14 @@ def main() -> int:
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), help="the first is the reference (default: all)")
     parser.add_argument("--fly", nargs="*", default=["BF16", "Q4_K_M"], help="recipes that fly whole flights too")
     parser.add_argument("--photographs", type=Path, help="a folder of photographs for the ground")
+    parser.add_argument("--through", choices=["mavlink"], help="fly the same worlds directly and through the bridge")
+    parser.add_argument("--autopilot", choices=["px4", "ardupilot"], default="ardupilot", help="with --through mavlink")
+    parser.add_argument("--pace", type=float, default=0.0, help="with --through mavlink: seconds of a step at least; "
+                        "0.5 flies in real time (default 0)")  # fmt: skip
     options = parser.parse_args()
     photographs = held_out_photographs() if options.photographs is None else folder_of(options.photographs)
+    if options.through:
+        return through_mavlink(options, photographs)
     shown = frames(options.frames, SEED + 1, photographs)
     result: dict = {"benchmark": "flight", "frames": len(shown), "recipes": {}, "photographs": len(photographs)}
     answers: dict[str, list[Answer]] = {}
@@ -303,6 +313,27 @@ def main() -> int:
         result["onnx_against_mtmd"] = agreement(answers["Q4_K_M"], answers["Q4_K_M mtmd"])
     result["seconds"] = round(time.monotonic() - began_s)
     show(result)
+    print(json.dumps(result))
+    return 0
+
+
+def through_mavlink(options: argparse.Namespace, photographs: list[np.ndarray]) -> int:
+    """The same worlds with the same missions, flown directly and through edge-agent mavlink."""
+    from mavlink_bridge import bridge_process, flown_through
+
+    recipe, began_s = options.fly[-1], time.monotonic()
+    result: dict = {"benchmark": "flight through mavlink", "recipe": recipe, "autopilot": options.autopilot}
+    with (
+        tempfile.TemporaryDirectory(prefix="edge-flight-") as folder,
+        pilot(built(Path(folder), recipe), "onnxruntime") as link,
+    ):
+        result["direct"] = flights(link, options.flights, photographs, "direct: flights")
+        with bridge_process(link.client.folder, options.autopilot, options.pace) as vehicle:
+            fly_through = flown_through(vehicle, options.pace)
+            result["mavlink"] = flights(link, options.flights, photographs, "through mavlink: flights", fly_through)
+            result["bridge"] = vehicle.counts._asdict() | {"setpoints": len(vehicle.driver.setpoints)}
+            result["pace_s"], result["offboard_losses"] = options.pace, vehicle.autopilot.losses
+    result["seconds"] = round(time.monotonic() - began_s)
     print(json.dumps(result))
     return 0
 

@@ -188,7 +188,7 @@ def _fly_order(
     instruction, order = instruction_and_order
     search, n_holds, is_landing, valid_s = Search(), 0, False, 0.0
     set_point, hold_position_m = (0.0, 0.0, 0.0, 0.0), None
-    target = next(pad for pad in world.pads if (pad.colour, pad.shape) == order[1:])
+    target = pad_of(world, order)
     for n in range(1, MAX_STEPS + 1):
         began_s = clock_s()
         picture, time_s, pose = world.picture(), world.time_s, world.pose
@@ -216,14 +216,23 @@ def _fly_order(
         world.fly(*set_point, flown_s)
         valid_s = STEP_S - flown_s  # how long this answer stays valid while the next one is computed
         if world.is_landed or (n_holds >= HOLDS_TO_ARRIVE and order.kind != "land"):  # in a landing, "hold" is a pause
-            nearest, off_m = world.nearest(), world.offset_m(target)
-            near_m = nearest.radius_m if world.is_landed else ARRIVED_M
-            outcome = "beside" if world.offset_m(nearest) > near_m else "right" if nearest is target else "wrong pad"
-            if outcome == "right" and world.is_landed and order.kind != "land":
-                outcome = "beside"  # it landed, but the order was to go there
-            return Result(instruction, outcome, n, off_m)
+            return Result(instruction, outcome_of(world, order), n, world.offset_m(target))
         time.sleep(max(0.0, began_s + pace_s - clock_s()))
     return Result(instruction, "lost", MAX_STEPS, world.offset_m(target))
+
+
+def pad_of(world: World, order: Order) -> Pad:
+    return next(pad for pad in world.pads if (pad.colour, pad.shape) == order[1:])
+
+
+def outcome_of(world: World, order: Order) -> str:
+    """The outcome of an order that has ended: on the ground, or by "hold"."""
+    nearest, is_landed = world.nearest(), world.is_landed
+    if world.offset_m(nearest) > (nearest.radius_m if is_landed else ARRIVED_M):
+        return "beside"
+    if nearest is not pad_of(world, order):
+        return "wrong pad"
+    return "right" if is_landed == (order.kind == "land") else "beside"  # it landed, but the order was to go there
 
 
 def random_mission(rng: np.random.Generator, pads: list[Pad], n_orders: int) -> list[tuple[str, Order]]:
