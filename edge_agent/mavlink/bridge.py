@@ -52,7 +52,9 @@ class Wire(Protocol):
     def open_if_due(self) -> bool: ...
     def receive(self) -> list[Heard]: ...
     def reopen(self, why: str) -> None: ...
-    def send(self, message: Any, peer: tuple[str, int] | None, can_wait: bool = False, /) -> bool: ...
+    def send(
+        self, message: Any, peer: tuple[str, int] | None, can_wait: bool = False, until_ns: int | None = None, /
+    ) -> bool: ...
     def close(self) -> None: ...
 
 
@@ -197,17 +199,17 @@ class Bridge:
 
     # -- the follower's outbox ----------------------------------------------------------------------------------------
 
-    def send(self, setpoint: Setpoint, now_ns: int) -> bool:
+    def send(self, setpoint: Setpoint, now_ns: int, until_ns: int | None = None) -> bool:
         message = encode(setpoint, now_ns, self._autopilot.system, self._autopilot.component)
-        is_sent = self._wire.send(message, self._autopilot.peer)
+        is_sent = self._wire.send(message, self._autopilot.peer, False, until_ns)
         if self._print_sent:
             print(f"@{now_ns} {line(setpoint)}", flush=True)
         return is_sent
 
-    def land(self, now_ns: int) -> bool:
+    def land(self, now_ns: int, until_ns: int) -> bool:
         if self._print_sent:
             print(f"@{now_ns} land", flush=True)
-        return self._wire.send(land_command(self._autopilot), self._autopilot.peer)
+        return self._wire.send(land_command(self._autopilot), self._autopilot.peer, False, until_ns)
 
     def say(self, topic: str, text: str) -> None:
         """To the log, and what a pilot must know to the autopilot too."""

@@ -55,7 +55,9 @@ class Dry:
     def receive(self) -> list[Heard]:
         return self._assumed() if self._link is None else self._link.receive()
 
-    def send(self, message: Any, _peer: tuple[str, int] | None, _can_wait: bool = False) -> bool:
+    def send(
+        self, message: Any, _peer: tuple[str, int] | None, _can_wait: bool = False, _until_ns: int | None = None
+    ) -> bool:
         return True
 
     def reopen(self, why: str) -> None:

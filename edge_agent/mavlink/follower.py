@@ -48,10 +48,11 @@ MAX_WAYPOINT_M = 1000.0
 class Outbox(Protocol):
     """Where the follower's decisions go."""
 
-    def send(self, setpoint: Setpoint, now_ns: int) -> bool:
-        """Put it on the link now or never. now_ns: read before the action was checked. False: it was not sent."""
+    def send(self, setpoint: Setpoint, now_ns: int, until_ns: int | None = None) -> bool:
+        """Put it on the link now or never, and not at until_ns or later. now_ns: read before the action was checked.
+        False: it was not sent."""
 
-    def land(self, now_ns: int) -> bool:
+    def land(self, now_ns: int, until_ns: int) -> bool:
         """MAV_CMD_NAV_LAND, once."""
 
     def say(self, topic: str, text: str) -> None:
@@ -224,13 +225,13 @@ class Follower:
             self.counts["held: last check"] += 1
             self._hold(why)
             return
-        if self._outbox.send(made, now_ns):
+        if self._outbox.send(made, now_ns, action.valid_until_ns):
             if self.why:
                 self._outbox.say("follow", "actions again")
             self.why, self._next_hold_ns = "", None
             self._note_sent(made, now_ns)
         else:
-            self.end("the link does not take it")
+            self.end("the link does not take it" if self._is_valid(action) else "no new action in time")
 
     def _land(self, action: Action) -> None:
         """Zero velocity first: the action before must not go on while the autopilot changes its mode."""
@@ -239,7 +240,7 @@ class Follower:
         if self._outbox.send(HOLD, now_ns):
             self._note_sent(HOLD, now_ns)
         now_ns = self._clock()
-        if not is_under_way and self._is_valid(action) and self._outbox.land(now_ns):
+        if not is_under_way and self._is_valid(action) and self._outbox.land(now_ns, action.valid_until_ns):
             self._landed_ns = now_ns
             self.counts["sent: land"] += 1
             self._outbox.say("land", "landing: MAV_CMD_NAV_LAND sent")

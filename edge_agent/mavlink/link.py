@@ -138,12 +138,16 @@ class Link:
                 )  # fmt: skip
         return heard
 
-    def send(self, message: Any, peer: Address | None, can_wait: bool = False) -> bool:
+    def send(self, message: Any, peer: Address | None, can_wait: bool = False, until_ns: int | None = None) -> bool:
         """Now or never. False: it was not sent. peer: where to, if the link can have several. can_wait: a slow link is
-        left to the setpoints."""
+        left to the setpoints. until_ns: not then or later; the clock is read when the packet is ready, because the
+        process may be stopped meanwhile."""
         if self._transport is None:
             return False
         packet = bytes(message.pack(self._out))
+        if until_ns is not None and self._clock() >= until_ns:
+            self.counts["expired before it was sent"] += 1
+            return False
         self._out.seq = (self._out.seq + 1) % 256
         try:
             is_sent = self._transport.write(packet, peer, can_wait)

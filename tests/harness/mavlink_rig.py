@@ -37,12 +37,12 @@ class Outbox:
         self.words: list[tuple[str, str]] = []
         self.takes = True  # whether the link takes packets
 
-    def send(self, setpoint: Setpoint, now_ns: int) -> bool:
+    def send(self, setpoint: Setpoint, now_ns: int, until_ns: int | None = None) -> bool:
         if self.takes:
             self.sent.append(Sent(self._clock.now_ns, setpoint))
         return self.takes
 
-    def land(self, now_ns: int) -> bool:
+    def land(self, now_ns: int, until_ns: int) -> bool:
         if self.takes:
             self.lands.append(self._clock.now_ns)
         return self.takes

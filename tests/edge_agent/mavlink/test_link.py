@@ -322,3 +322,15 @@ def test_reopen_drops_what_lies_in_the_queue(peer):
     peer.clock.advance(MAX_PAUSE_NS / NS_PER_S)
     assert peer.link.open_if_due()
     assert peer.link.receive() == []
+
+
+def test_a_setpoint_that_expires_while_it_is_packed_is_not_sent(peer):
+    """The clock goes on between the check of the action and the system call."""
+    until_ns = peer.clock.now_ns + 1
+    peer.clock.on_read = lambda clock: clock.advance(1e-9)
+    assert not peer.link.send(encode(HOLD, 0, 1, 1), peer.link.fixed_peer, False, until_ns)
+    assert peer.link.counts["expired before it was sent"] == 1
+    assert peer.link.send(encode(HOLD, 7, 1, 1), peer.link.fixed_peer, False, until_ns + 10)
+    assert peer.link.send(encode(HOLD, 7, 1, 1), peer.link.fixed_peer)
+    (first,) = mavlink.MAVLink(None).parse_buffer(peer.socket.recv(2048))
+    assert first.get_seq() == 1  # after the one of the fixture: nothing was sent between

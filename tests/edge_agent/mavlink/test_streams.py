@@ -191,8 +191,9 @@ class Oracle(Rig):
 
     # -- what may be sent ---------------------------------------------------------------------------------------------
 
-    def check_and_send(self, setpoint: Setpoint, now_ns: int) -> bool:
+    def check_and_send(self, setpoint: Setpoint, now_ns: int, until_ns: int | None = None) -> bool:
         now_ns = self.clock.now_ns
+        assert (until_ns is None) == (setpoint.type == "hold")
         assert all(map(math.isfinite, setpoint.target))
         if setpoint.type == "hold":
             assert setpoint.target == Velocity()
@@ -235,7 +236,7 @@ class Oracle(Rig):
         assert self.yaw is not None and now_ns - self.yaw[0] <= 0.51 * NS_PER_S
         assert self.has_home
 
-    def check_and_land(self, now_ns: int) -> bool:
+    def check_and_land(self, now_ns: int, until_ns: int) -> bool:
         self.check_engaged(self.clock.now_ns)
         assert self.newest is not None and self.newest.type == "land"
         assert self.clock.now_ns < self.newest.valid_until_ns
