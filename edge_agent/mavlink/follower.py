@@ -152,6 +152,7 @@ class Follower:
         """What the autopilot has said since the last call, also if it is over: an action does not outlive it."""
         if self._autopilot.departures != self._departures:
             self._departures, self._followed = self._autopilot.departures, None
+            self._search.forget()
             self.end("disarmed, or another mode")
         if self._autopilot.interruptions != self._interruptions:
             self._interruptions = self._autopilot.interruptions
@@ -322,6 +323,7 @@ class Follower:
             if isinstance(numbers, str):
                 return numbers
             wanted = Velocity(*numbers)
+            self._search.note_move(place, wanted)
         velocity = self._limit(wanted, place, now_ns)
         if why := why_not_velocity(velocity, place, now_ns, action.valid_until_ns, self._config.fence):
             return why
