@@ -128,7 +128,10 @@ def code_flow(heading: str) -> list[tuple[str, list[str]]]:
     return [(file, re.findall(r"`([\w.]+)`", cell)) for file, cell in rows]
 
 
-@pytest.mark.parametrize("heading", ["One frame", "One question", "One tensor in `edge-quantize build`"])
+FLOWS = ["One frame", "One action through the MAVLink bridge", "One question", "One tensor in `edge-quantize build`"]
+
+
+@pytest.mark.parametrize("heading", FLOWS)
 def test_architecture_names_functions_that_exist(heading):
     rows = code_flow(heading)
     assert len(rows) > 5

@@ -29,6 +29,7 @@ class StatePush:
         self._values: Values = {}  # not sent yet
         self._lock = threading.Lock()
         self._closing = threading.Event()
+        self._refused: dict[str, str] = {}  # key -> why, said once
         self._status_s = time.monotonic()
         self.daemon_state = ""  # read by the loop: why the daemon sends no actions, by its own status; "": running
         self._thread = threading.Thread(target=self._run, name="vehicle state", daemon=True)
@@ -72,5 +73,7 @@ class StatePush:
             self._say("state", f"vehicle state refused: {error}")
             return UNWANTED_S
         for key, why in refused.items():
-            self._say(f"state {key}", f"vehicle state {key} refused: {why}")
+            if self._refused.get(key) != why:
+                self._refused[key] = why
+                self._say(f"state {key}", f"vehicle state {key} refused: {why}")
         return UNWANTED_S if refused and len(refused) == len(values) else PERIOD_S

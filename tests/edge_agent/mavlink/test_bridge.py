@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -24,6 +25,7 @@ from edge_agent.mavlink.bridge import Bridge, Log
 from edge_agent.mavlink.config import BridgeConfig, Connection
 from edge_agent.mavlink.dialect import mavlink
 from edge_agent.mavlink.link import Link
+from edge_agent.mavlink.state_push import StatePush
 from edge_agent.mavlink.words import MAX_CHUNKS, Words, chunks, printable, status_texts
 from tests.harness import ROOT
 from tests.harness.clock import FakeClock
@@ -169,6 +171,17 @@ def test_the_state_of_the_vehicle_goes_to_the_daemon(daemon, flight):
         flight.turn_until(lambda: [r for r in requests if "altitude_m" in r.values])
     values = next(r for r in requests if "altitude_m" in r.values).values
     assert values["altitude_m"] == 5 and values["heading_deg"] == 0
+
+
+def test_a_key_that_the_action_space_does_not_have_is_said_once(tmp_path):
+    said: list[tuple[str, str]] = []
+    push = StatePush(str(tmp_path), lambda topic, text: said.append((topic, text)))
+    push.close()
+    for why in ("not a key", "not a key", "not a number", "not a key"):
+        agent = SimpleNamespace(status=lambda _s: None, vehicle_state=lambda why=why, **_values: {"mode": why})
+        push._turn(agent, {"mode": "GUIDED"})
+    reasons = [text.rpartition(": ")[2] for topic, text in said if topic == "state mode"]
+    assert reasons == ["not a key", "not a number", "not a key"]
 
 
 def test_control_that_never_answers_delays_nothing(daemon, flight):
