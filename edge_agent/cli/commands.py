@@ -185,9 +185,10 @@ COMMANDS: dict[str, Command] = {
     "mavlink": Command(
         "mavlink",
         "fly a PX4 or ArduPilot vehicle by the actions: the MAVLink bridge",
-        "Sends each action as one setpoint while it is valid, and hold otherwise, and only while the autopilot itself "
-        "says that it is armed and in OFFBOARD or GUIDED. Never arms, never changes the mode. Runs until SIGTERM or "
-        "Ctrl-C. docs/mavlink.md describes the wiring and the parameters of the autopilot.",
+        "Sends each action as one setpoint, while it is valid and the autopilot itself says that it is armed and in "
+        "OFFBOARD or GUIDED. Otherwise it sends hold for a bounded time, and then nothing. Never arms, never changes "
+        "the mode. Runs until SIGTERM or Ctrl-C. docs/mavlink.md describes the wiring and the parameters of the "
+        "autopilot.",
         (
             _argument("--config", metavar="FILE", help="configuration file of the bridge; "
                       "systemd/edge-agent-mavlink.yaml explains every key"),

@@ -62,8 +62,8 @@ def require_onnxruntime(config: Config) -> None:
             return
     if backend == "onnxruntime" and importlib.util.find_spec("onnxruntime") is None:
         raise CommandFailed(
-            "vision.backend: onnxruntime is not installed; for a CPU: pip install 'edge-agent[cpu]', for an NVIDIA "
-            "GPU: pip install 'edge-agent[gpu]'",
+            "vision.backend: onnxruntime is not installed; in the folder of its source: pip install '.[cpu]', for an "
+            "NVIDIA GPU: pip install '.[gpu]'",
             FAULTS["installation"].exit_status,
         )
 

@@ -152,8 +152,8 @@ def _require_daemon(command: str) -> None:
     missing = [name for name in DAEMON_MODULES if importlib.util.find_spec(name) is None]
     if missing:
         raise CommandFailed(
-            f"edge-agent {command} needs the daemon: pip install 'edge-agent[agent]', with onnxruntime for a CPU "
-            f"'edge-agent[cpu]', for an NVIDIA GPU 'edge-agent[gpu]' (not installed here: {', '.join(missing)})",
+            f"edge-agent {command} needs the daemon; in the folder of its source: pip install '.[agent]', with "
+            f"onnxruntime for a CPU '.[cpu]', for an NVIDIA GPU '.[gpu]' (not installed here: {', '.join(missing)})",
             EX_CONFIG,
         )
 
@@ -162,8 +162,8 @@ def _require_mavlink() -> None:
     missing = [name for name in MAVLINK_MODULES if importlib.util.find_spec(name) is None]
     if missing:
         raise CommandFailed(
-            f"edge-agent mavlink needs pymavlink: pip install 'edge-agent[mavlink]' (not installed here: "
-            f"{', '.join(missing)})",
+            "edge-agent mavlink needs pymavlink; in the folder of its source: pip install '.[mavlink]' (not installed "
+            f"here: {', '.join(missing)})",
             EX_CONFIG,
         )
 

@@ -120,7 +120,9 @@ class Client:
             answer = self._newest_of(payloads)
             if isinstance(answer, Refusal) or (answer is not None and self.is_valid(answer)):
                 return answer
-            self.expired += answer is not None
+            if answer is not None:  # expired: it ends the one before, as a refusal does
+                self.expired += 1
+                self._valid_from_ns = max(self._valid_from_ns, answer.t_pub_ns)
             if self._is_over(deadline_ns):
                 break
         return None

@@ -186,7 +186,7 @@ def onnxruntime(machine: Machine) -> Finding | None:
     if answer.error:
         if machine.config is not None and machine.config.vision.backend == "mtmd":
             return passed("onnxruntime", "not usable here, and not needed: vision.backend is mtmd")
-        remedy = "pip install 'edge-agent[cpu]', or set vision.backend to mtmd"
+        remedy = "pip install '.[cpu]', or set vision.backend to mtmd"
         return failed("onnxruntime", answer.error, remedy)
     numbers = re.match(r"([0-9]{1,4})\.([0-9]{1,4})", answer.version)
     if numbers and tuple(map(int, numbers.groups())) < MIN_ONNXRUNTIME:
@@ -205,7 +205,7 @@ def providers(machine: Machine) -> Finding | None:
         return None
     if config is not None and config.vision.backend == "mtmd":
         return None
-    wheels = JETSON_WHEELS if jetson(machine) else "pip install 'edge-agent[gpu]' in place of [cpu]"
+    wheels = JETSON_WHEELS if jetson(machine) else "pip install '.[gpu]' in place of [cpu]"
     problem = _mismatch(_code(answer.cuda), machine) if answer.cuda is not None else ""
     if problem:
         return failed("providers", f"onnxruntime {problem}", wheels)

@@ -140,6 +140,7 @@ class Autopilot:
         self.departures = self.interruptions = 0
         self._conflict: tuple[int, str] | None = None  # until when, and what was seen
         self._identity: tuple[int, int] | None = None  # autopilot and vehicle type of the first HEARTBEAT
+        self._new_identity: tuple[tuple[int, int], int] | None = None  # of the newest HEARTBEATs, and since when
         self._peer_seen_ns = 0
         self._jumps: deque[int] = deque(maxlen=2)
         self._backward: deque[int] = deque(maxlen=MAX_BACKWARD)
@@ -235,10 +236,7 @@ class Autopilot:
         if self._version_1_since_ns is None or not heard.is_version_1:
             self._version_1_since_ns = t_ns if heard.is_version_1 else None
         identity = (message.autopilot, message.type)
-        if self._identity is None and message.autopilot in NAMES:
-            self._identity = identity
-        elif self._identity is not None and identity != self._identity:
-            self._see_conflict(t_ns, f"HEARTBEATs of {self.system}/{self.component} that differ")
+        self._note_identity(identity, t_ns)
         is_custom = bool(message.base_mode & mavlink.MAV_MODE_FLAG_CUSTOM_MODE_ENABLED)
         self.heartbeat = Heartbeat(
             t_ns=t_ns,
@@ -252,6 +250,20 @@ class Autopilot:
         self.values["mode"] = (t_ns, self.heartbeat.mode)
         if not self.heartbeat.armed or self.heartbeat.mode != SETPOINT_MODE.get(message.autopilot):
             self.departures += 1
+
+    def _note_identity(self, identity: tuple[int, int], t_ns: int) -> None:
+        """Two vehicles with one id take turns. A vehicle that has only learnt its type does not go back."""
+        if self._identity is None:
+            self._identity = identity if identity[0] in NAMES else None
+        elif identity == self._identity:
+            self._new_identity = None
+        elif self._new_identity is None or self._new_identity[0] != identity:
+            self._new_identity = (identity, t_ns)
+            self._see_conflict(t_ns, f"HEARTBEATs of {self.system}/{self.component} that differ")
+        elif t_ns - self._new_identity[1] < CONFLICT_NS:
+            self._see_conflict(t_ns, f"HEARTBEATs of {self.system}/{self.component} that differ")
+        else:
+            self._identity, self._new_identity = identity, None
 
     def _take_local_position(self, heard: Heard, t_ns: int) -> None:
         m = heard.message
@@ -318,6 +330,11 @@ class Autopilot:
     def fresh_heartbeat(self, now_ns: int) -> Heartbeat | None:
         beat = self.heartbeat
         return beat if beat is not None and now_ns - beat.t_ns <= HEARTBEAT_MAX_AGE_NS else None
+
+    def is_with_the_pilot(self, now_ns: int) -> bool:
+        """Its own fresh HEARTBEAT says that it is disarmed, or in a mode that does not take setpoints."""
+        beat = self.fresh_heartbeat(now_ns)
+        return beat is not None and (not beat.armed or beat.mode != SETPOINT_MODE.get(beat.autopilot))
 
     def why_not_engaged(self, now_ns: int) -> str:
         """Why no setpoint but hold may be sent, in a few words; "": the autopilot is armed and takes setpoints."""

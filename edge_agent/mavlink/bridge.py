@@ -6,6 +6,7 @@ HEARTBEAT and feeds the watchdog: a loop that hangs is silent.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import sys
@@ -69,7 +70,7 @@ class Log:
             out = json.dumps({"t_ns": time.monotonic_ns(), "topic": topic, "text": text, **fields})
         else:
             out = f"edge-agent mavlink: {text}"
-        with self._lock:
+        with self._lock, contextlib.suppress(OSError):  # a log that nobody reads ends no flight
             print(out, file=sys.stderr, flush=True)
 
 
@@ -118,7 +119,9 @@ class Bridge:
             self.say("link", f"link lost: {self._wire.why_lost}")
             if was_open:
                 self._autopilot.forget()
-        self.follower.turn()  # what telemetry or time has ended is not followed by a new action's chance
+        self.follower.turn(
+            may_follow=not self._wire.is_behind
+        )  # what telemetry or time has ended is not followed by a new action's chance
         if isinstance(self._answer, Refusal) or (self._answer is not None and not self._wire.is_behind):
             answer, self._answer = self._answer, None
             self.follower.take(answer)
@@ -202,14 +205,15 @@ class Bridge:
     def send(self, setpoint: Setpoint, now_ns: int, until_ns: int | None = None) -> bool:
         message = encode(setpoint, now_ns, self._autopilot.system, self._autopilot.component)
         is_sent = self._wire.send(message, self._autopilot.peer, False, until_ns)
-        if self._print_sent:
+        if self._print_sent and is_sent:
             print(f"@{now_ns} {line(setpoint)}", flush=True)
         return is_sent
 
     def land(self, now_ns: int, until_ns: int) -> bool:
-        if self._print_sent:
+        is_sent = self._wire.send(land_command(self._autopilot), self._autopilot.peer, False, until_ns)
+        if self._print_sent and is_sent:
             print(f"@{now_ns} land", flush=True)
-        return self._wire.send(land_command(self._autopilot), self._autopilot.peer, False, until_ns)
+        return is_sent
 
     def say(self, topic: str, text: str) -> None:
         """To the log, and what a pilot must know to the autopilot too."""
@@ -230,7 +234,8 @@ class Bridge:
 
 
 def run(config: BridgeConfig, wire: Wire, as_json: bool, print_sent: bool = False) -> int:
-    """Until SIGTERM or Ctrl-C. Then it sends nothing more: silence is what the autopilot's fail-safe needs."""
+    """Until SIGTERM or Ctrl-C. Then one hold, if an action is followed, and nothing more: silence is what the
+    autopilot's fail-safe needs."""
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -245,6 +250,7 @@ def run(config: BridgeConfig, wire: Wire, as_json: bool, print_sent: bool = Fals
                 n_turns += 1
                 watchdog.feed(n_turns)
         finally:
+            bridge.follower.end("the bridge stops")
             notify("STOPPING=1")
             bridge.close()
             wire.close()

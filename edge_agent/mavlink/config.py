@@ -49,7 +49,7 @@ class BridgeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     target_component: SystemId = 1
     autopilot: Literal["auto", "px4", "ardupilot"] = "auto"
     home: Literal["autopilot", "origin"] = "autopilot"  # what the fence is measured from
-    # How long hold is sent after the last valid action arrived. At least 1 s: an action stands for up to 0.9 s of it.
+    # How long hold is sent after the last action that was followed arrived. The action stands for up to 0.9 s of it.
     hold_s: Annotated[float, Meta(ge=1.0, le=10.0)] = 2.0
     land: bool = False  # the action `land` becomes MAV_CMD_NAV_LAND
     search_m_s: Annotated[float, Meta(ge=0, le=5)] = 0.0  # the action `search` flies a spiral; 0: it is hold

@@ -58,7 +58,7 @@ class Dry:
     def send(
         self, message: Any, _peer: tuple[str, int] | None, _can_wait: bool = False, _until_ns: int | None = None
     ) -> bool:
-        return True
+        return _until_ns is None or time.monotonic_ns() < _until_ns
 
     def reopen(self, why: str) -> None:
         if self._link is not None:

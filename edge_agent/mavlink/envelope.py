@@ -126,8 +126,11 @@ def why_not_position(target: Position, here: Position, place: Place, fence: Fenc
         place.east_m + target.east_m - here.east_m,
         place.up_m + here.down_m - target.down_m,
     )
-    if why := why_outside(place.north_m, place.east_m, place.up_m, fence):
+    around = (place.north_m, place.east_m, place.up_m)
+    if why := why_outside(*around, fence):
         return f"fence: {why}"
+    if why := why_outside(*_stopped(around, (place.north_m_s, place.east_m_s, -place.down_m_s)), fence):
+        return f"fence ahead: {why}"
     why = why_outside(*point, fence)
     return f"fence ahead: {why}" if why else ""
 

@@ -1,8 +1,9 @@
 """Decides what may be sent to the autopilot, and when. This is the bridge's state machine; it owns no socket.
 
 Three states. SILENT: nothing is sent. FOLLOWING: an action was sent once, and stands until its expiry. HOLDING: zero
-velocity is sent at HOLD_HZ, until hold_s after the last valid action; then SILENT, so that the autopilot's own
-fail-safe takes over.
+velocity is sent at HOLD_HZ, until hold_s after the last action that was followed; then SILENT, so that the autopilot's
+own fail-safe takes over. Actions that are not followed do not make it longer, except while the pilot flies: PX4 enters
+OFFBOARD only while setpoints come.
 
     take(action)   valid, engaged, inside the fence: one setpoint, FOLLOWING. Valid, but not to be followed: HOLDING.
     take(refusal), expiry, end(why): FOLLOWING becomes HOLDING, at once.
@@ -40,6 +41,9 @@ HOLD_PERIOD_NS = NS_PER_S // HOLD_HZ
 CHANGE_NS = NS_PER_S // 10  # the acceleration is that over this time
 MAX_SENT = 64
 LAND_AGAIN_NS = 1 * NS_PER_S  # the autopilot's HEARTBEAT with the new mode is under way that long
+LAND_HEARTBEAT_NS = NS_PER_S // 2  # landing is a change of mode: the pilot may have changed it since the HEARTBEAT
+LAND_GAP_NS = 3 * NS_PER_S  # between two actions `land` of one landing
+RESTARTED = "the daemon has started again"
 MOVE_NAMES = ("forward_m_s", "right_m_s", "down_m_s", "yaw_rate_rad_s")
 WAYPOINT_NAMES = ("forward_m", "right_m", "down_m")
 MAX_WAYPOINT_M = 1000.0
@@ -86,12 +90,13 @@ class Follower:
         self._action: Action | None = None  # FOLLOWING
         self._step = 0  # of its chunk: the one that was sent
         self._next_hold_ns: int | None = None  # HOLDING
-        self._last_valid_ns: int | None = None  # arrival of the last valid action
+        self._last_followed_ns: int | None = None  # when the last action that was followed arrived
         self._followed: Followed | None = None
         self._departures, self._interruptions = autopilot.departures, autopilot.interruptions
         # What the autopilot was given lately, and when; None: not a velocity.
         self._sent: deque[tuple[int, Velocity | None]] = deque(maxlen=MAX_SENT)
         self._landed_ns: int | None = None  # when MAV_CMD_NAV_LAND was sent
+        self._land_wanted_ns: tuple[int, int] | None = None  # the first and the last `land` of this landing
         self._search = Search(config.search_m_s, config.fence.radius_m)
 
     # -- what happens -------------------------------------------------------------------------------------------------
@@ -116,34 +121,43 @@ class Follower:
             self.counts["expired before use"] += 1
             self.end("the newest action came too late")
             return
-        self._last_valid_ns = now_ns
+        if self._last_followed_ns is None:
+            self._last_followed_ns = now_ns  # the first action: it is hold at least
         if why := self._why_not(answer, now_ns):
+            if why == RESTARTED or self._autopilot.is_with_the_pilot(now_ns):
+                self._last_followed_ns = now_ns
             self.counts[f"held: {_kind(why)}"] += 1
             self._hold(why)
         else:
-            self._follow(answer)
+            self._follow(answer, now_ns)
 
     def end(self, why: str) -> None:
         """The action that is followed ends now, and is not taken up again."""
         if self._action is not None:
             self.counts[f"ended: {_kind(why)}"] += 1
             self._hold(why)
+        elif self._next_hold_ns is not None and why != self.why:
+            self.why = why
+            self._outbox.say("hold", f"hold: {why}")
 
     def forget(self, why: str) -> None:
         """The machine was suspended: nothing of before counts, not even the time for which hold is sent."""
+        self._land_wanted_ns = None
         if self._action is not None or self._next_hold_ns is not None:
             self._fall_silent(why)
 
-    def turn(self) -> None:
-        """What is due: the end of an action, the next step of a chunk, the next hold, the end of holding."""
+    def turn(self, may_follow: bool = True) -> None:
+        """What is due: the end of an action, the next step of a chunk, the next hold, the end of holding.
+
+        may_follow: False: not all that the autopilot has said is read, so no step begins."""
         now_ns = self._clock()
         self._note_changes()
         if self._action is not None:
             if not self._is_valid(self._action):
                 self.end("no new action in time")
-            elif why := self._why_not_engaged(now_ns) or self._why_outside_now(now_ns):
+            elif why := self._why_not_engaged(now_ns) or self._why_outside_now(now_ns, self._action.type != "land"):
                 self.end(why)
-            elif self._step_due(now_ns) > self._step:
+            elif may_follow and self._step_due(now_ns) > self._step:
                 self._follow_step(self._action, self._step_due(now_ns))
         elif self._next_hold_ns is not None and now_ns >= self._next_hold_ns:
             self._send_hold()
@@ -153,6 +167,7 @@ class Follower:
         if self._autopilot.departures != self._departures:
             self._departures, self._followed = self._autopilot.departures, None
             self._search.forget()
+            self._land_wanted_ns = None
             self.end("disarmed, or another mode")
         if self._autopilot.interruptions != self._interruptions:
             self._interruptions = self._autopilot.interruptions
@@ -171,14 +186,18 @@ class Follower:
     # -- hold ---------------------------------------------------------------------------------------------------------
 
     def _hold(self, why: str) -> None:
+        is_due = self._action is not None or self._next_hold_ns is None or self._clock() >= self._next_hold_ns
         self._action = None
         self.why = why
-        self._outbox.say("hold", f"hold: {why}")
-        self._send_hold()
+        if is_due:
+            self._send_hold()
+        if self._next_hold_ns is not None:  # said when it is sent
+            self._outbox.say("hold", f"hold: {why}")
 
     def _send_hold(self) -> None:
         now_ns = self._clock()
-        if self._last_valid_ns is None or now_ns - self._last_valid_ns >= self._config.hold_s * NS_PER_S:
+        last_ns = self._last_followed_ns
+        if last_ns is None or now_ns - last_ns >= self._config.hold_s * NS_PER_S:
             self._fall_silent(self.why)
             return
         self._next_hold_ns = now_ns + HOLD_PERIOD_NS
@@ -186,28 +205,36 @@ class Follower:
             self._note_sent(HOLD, now_ns)
 
     def _fall_silent(self, why: str) -> None:
+        self.counts["fell silent"] += self._action is not None or self._next_hold_ns is not None
         self._action = self._next_hold_ns = None
         self.why = why
-        self.counts["fell silent"] += 1
         self._outbox.say("silent", f"nothing is sent any more: {why}")
 
     # -- follow -------------------------------------------------------------------------------------------------------
 
-    def _follow(self, action: Action) -> None:
-        if self._followed is None:
-            self._outbox.say("follow", f"following: {action.instruction}")
-        self._followed = Followed(action.session, action.instruction, action.adapter)
+    def _follow(self, action: Action, now_ns: int) -> None:
+        """now_ns: when it arrived."""
         if action.type != "search":
             self._search.reset()
+        if action.type != "land":
+            self._land_wanted_ns = None
         if action.type == "hold":
             self.counts["followed: hold"] += 1
+            self._last_followed_ns = now_ns
             self._hold("the model says hold")
-            return
-        self._action, self._step = action, -1
-        if action.type == "land":
-            self._land(action)
         else:
-            self._follow_step(action, self._step_due(self._clock()))
+            self._action, self._step = action, -1
+            if action.type == "land":
+                self._last_followed_ns = now_ns
+                self._land(action)
+            else:
+                self._follow_step(action, self._step_due(self._clock()))
+            if self._action is None:
+                return  # it was hold after all
+        is_first, self._last_followed_ns = self._followed is None, now_ns
+        self._followed = Followed(action.session, action.instruction, action.adapter)
+        if is_first:
+            self._outbox.say("follow", f"following: {action.instruction}")
 
     def _follow_step(self, action: Action, step: int) -> None:
         """One setpoint for one step, once. Step 0 is the action itself."""
@@ -237,11 +264,21 @@ class Follower:
     def _land(self, action: Action) -> None:
         """Zero velocity first: the action before must not go on while the autopilot changes its mode."""
         now_ns = self._clock()
+        wanted = self._land_wanted_ns
+        first_ns = now_ns if wanted is None or now_ns - wanted[1] > LAND_GAP_NS else wanted[0]
+        self._land_wanted_ns = (first_ns, now_ns)
         is_under_way = self._landed_ns is not None and now_ns - self._landed_ns < LAND_AGAIN_NS
         if self._outbox.send(HOLD, now_ns):
             self._note_sent(HOLD, now_ns)
         now_ns = self._clock()
-        if not is_under_way and self._is_valid(action) and self._outbox.land(now_ns, action.valid_until_ns):
+        beat = self._autopilot.fresh_heartbeat(now_ns)
+        is_confirmed = beat is not None and beat.t_ns > first_ns and now_ns - beat.t_ns <= LAND_HEARTBEAT_NS
+        if (
+            is_confirmed
+            and not is_under_way
+            and self._is_valid(action)
+            and self._outbox.land(now_ns, action.valid_until_ns)
+        ):
             self._landed_ns = now_ns
             self.counts["sent: land"] += 1
             self._outbox.say("land", "landing: MAV_CMD_NAV_LAND sent")
@@ -295,7 +332,7 @@ class Follower:
         if (action.instruction, action.adapter) != (followed.instruction, followed.adapter):
             return "restarted with another instruction"
         self._followed = followed._replace(session=action.session)
-        return "the daemon has started again"  # the next action is followed
+        return RESTARTED  # the next action is followed
 
     def _why_outside_now(self, now_ns: int, lowest: bool = True) -> str:
         """lowest: False: below the fence is no reason, because a landing ends there."""

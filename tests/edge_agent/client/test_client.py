@@ -191,6 +191,23 @@ def test_a_message_of_another_clock_ends_no_session_and_skips_no_number(daemon, 
     assert exchange(daemon, subscribed, second) == second
 
 
+@pytest.mark.parametrize("refused", [True, False])
+@pytest.mark.parametrize("session", [1, 2])
+def test_an_action_that_is_expired_on_arrival_ends_the_one_before(daemon, subscribed, clock, refused, session):
+    """PROTOCOL.md, rule 3. It may also hide a refusal, or the beginning of a session."""
+    first = make_action(1, now_ns=clock.now_ns, valid_ms=900)
+    assert exchange(daemon, subscribed, first) == first and subscribed.is_valid(first)
+    late = make_action(3, now_ns=clock.now_ns + MS, session=session, valid_ms=1)
+    clock.advance(0.01)
+    waiting = [pack("actions", make_refusal(2))] if refused else []
+    subscribed._receive = lambda _stream, _deadline_ns: [*waiting, pack("actions", late)]
+    assert subscribed.next_answer(0.0) is None and subscribed.expired == 1
+    assert not subscribed.is_valid(first)
+    newer = make_action(4, now_ns=clock.now_ns, session=session)
+    del subscribed._receive
+    assert exchange(daemon, subscribed, newer) == newer and subscribed.is_valid(newer)
+
+
 @pytest.mark.parametrize("later", ["garbage", "another clock", "an ended session", "an old number"])
 def test_what_is_discarded_does_not_hide_the_message_before_it(subscribed, clock, later):
     """Both wait in the socket when the controller reads: a refusal must not be lost."""

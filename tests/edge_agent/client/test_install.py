@@ -126,9 +126,9 @@ def test_help_works_with_the_base_install(environment):
 def test_commands_of_the_daemon_name_the_extra_to_install(environment, command):
     done = run(environment, "edge-agent", *command)
     assert (done.returncode, done.stdout) == (78, "")
-    assert done.stderr.startswith(f"edge-agent {command[0]} needs the daemon: pip install 'edge-agent[agent]'")
+    assert done.stderr.startswith(f"edge-agent {command[0]} needs the daemon; in the folder of its source: pip install")
     assert len(done.stderr.splitlines()) == 1
-    for words in ("'edge-agent[cpu]'", "'edge-agent[gpu]'", "not installed here: cryptography, cv2, gguf, llama_cpp"):
+    for words in ("'.[cpu]'", "'.[gpu]'", "not installed here: cryptography, cv2, gguf, llama_cpp"):
         assert words in done.stderr
 
 

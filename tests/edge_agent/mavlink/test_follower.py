@@ -14,7 +14,7 @@ from edge_agent.mavlink.modes import ARDUPILOT, PX4
 from edge_agent.mavlink.setpoint import HOLD, Velocity
 from edge_agent.time_units import NS_PER_MS, NS_PER_S
 from tests.harness.fake_daemon import make_refusal
-from tests.harness.mavlink_rig import DISARMED, LOITER, POSCTL, Rig
+from tests.harness.mavlink_rig import DISARMED, LOITER, POSCTL, STILL, Rig
 
 FORWARD = {"forward_m_s": 0.25}
 HOLD_S = BridgeConfig().hold_s
@@ -211,13 +211,15 @@ def test_a_change_that_is_over_before_the_next_turn_counts_too(rig, change):
 
 
 @pytest.mark.parametrize("base_mode, mode", [(DISARMED, None), (None, "other")], ids=["disarmed", "mode"])
-def test_not_engaged_is_hold_for_each_valid_action(rig, base_mode, mode):
+def test_not_engaged_is_hold_while_actions_come(rig, base_mode, mode):
+    """PX4 enters OFFBOARD only while setpoints come: this is longer than hold_s. Ten a second, however many actions."""
     mode = mode and (POSCTL if rig.kind == PX4 else LOITER)
     rig.heartbeat(**{"base_mode": base_mode} if base_mode else {}, mode=mode)
-    for _ in range(3):
+    for _ in range(200):
         rig.take(values=FORWARD)
         rig.clock.advance(0.05)
-    assert rig.sent == ["hold"] * 3
+        rig.heartbeat(**{"base_mode": base_mode} if base_mode else {}, mode=mode)
+    assert rig.sent == ["hold"] * 100
 
 
 def test_a_restart_that_is_over_before_the_next_turn_counts_too(rig):
@@ -332,3 +334,65 @@ def test_a_move_with_a_number_that_is_none_is_hold(rig, name, value):
 def test_an_old_image_is_hold(rig):
     rig.take(values=FORWARD, age_ms=1001)
     assert (rig.sent, rig.follower.why) == (["hold"], "image too old: 1001 ms")
+
+
+# -- hold has an end ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "reason",
+    ["another instruction", "an old image", "no telemetry", "no HEARTBEAT", "outside of the fence", "an unknown type"],
+)
+def test_actions_that_are_not_followed_do_not_make_hold_longer(rig, reason):
+    """The autopilot's fail-safe must come, although the daemon goes on."""
+    rig.take(values=FORWARD)
+    followed_ns = rig.clock.now_ns
+    for n in range(60):
+        rig.clock.advance(0.1)
+        changes: dict[str, object] = {"values": FORWARD}
+        if reason != "no HEARTBEAT":
+            rig.heartbeat()
+        if reason not in ("no telemetry", "no HEARTBEAT"):
+            rig.move_to(up=100.0 if reason == "outside of the fence" else 10.0)
+        if n >= 25 or reason not in ("no telemetry", "no HEARTBEAT"):
+            rig.follower.turn()
+        if reason == "another instruction":
+            changes |= {"session": 77, "instruction": "Land somewhere."}
+        elif reason == "an old image":
+            changes |= {"age_ms": 5000.0}
+        elif reason == "an unknown type":
+            changes = {"type": "dance"}
+        if n >= 25 or reason != "no HEARTBEAT":
+            rig.take(**changes)
+    rig.pass_time(3.0, telemetry=False)
+    holds = [sent.t_ns for sent in rig.outbox.sent if sent.setpoint.type == "hold"]
+    moves = [sent.t_ns for sent in rig.outbox.sent if sent.setpoint.type == "move"]
+    last_followed_ns = max(moves, default=followed_ns)
+    assert all(t_ns < last_followed_ns + BridgeConfig().hold_s * NS_PER_S for t_ns in holds)
+    assert rig.outbox.sent[-1].t_ns < rig.clock.now_ns - NS_PER_S
+    assert "nothing is sent any more" in rig.outbox.words[-1][1]
+
+
+def test_the_reason_of_a_hold_is_the_newest(rig):
+    rig.take("hold")
+    rig.follower.take(make_refusal(rig.seq + 1))
+    rig.pass_time(3.0)
+    assert rig.follower.why.startswith("refusal: ")
+    assert rig.outbox.words[-1][1].startswith("nothing is sent any more: refusal: ")
+
+
+def test_no_step_of_a_chunk_begins_while_telemetry_is_unread(rig):
+    later = [STILL | {"forward_m_s": speed} for speed in (0.2, 0.3)]
+    rig.take(values=STILL | {"forward_m_s": 0.1}, chunk=later, chunk_step_ms=100)
+    rig.clock.advance(0.12)
+    rig.follower.turn(may_follow=False)
+    assert len(rig.outbox.sent) == 1
+    rig.follower.turn()
+    assert [round(sent.setpoint.target[0], 3) for sent in rig.outbox.sent] == [0.1, 0.2]
+
+
+def test_following_is_said_when_something_is_followed(rig):
+    rig.clock.advance(0.05)
+    rig.move_to(up=0.0)
+    rig.take(values=FORWARD)
+    assert not any(text.startswith("following") for _, text in rig.outbox.words)

@@ -34,7 +34,10 @@ def test_land_stops_the_vehicle_and_asks_once(kind):
     rig = landing(kind)
     rig.take(values=FORWARD)
     rig.take("land")
-    assert rig.sent == ["move", "hold"] and len(rig.outbox.lands) == 1
+    assert rig.sent == ["move", "hold"] and rig.outbox.lands == []  # the pilot may have changed the mode meanwhile
+    rig.pass_time(0.1)
+    rig.take("land")
+    assert len(rig.outbox.lands) == 1
     rig.take("land")  # under way
     assert len(rig.outbox.lands) == 1
     rig.pass_time(1.1)
@@ -60,7 +63,33 @@ def test_land_is_allowed_below_the_fence():
     rig.clock.advance(0.05)
     rig.move_to(up=0.3)
     rig.take("land")
-    assert len(rig.outbox.lands) == 1
+    rig.clock.advance(0.05)
+    rig.heartbeat()
+    rig.follower.turn()
+    rig.take("land")
+    assert len(rig.outbox.lands) == 1 and rig.follower.is_following
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda rig: None,  # no HEARTBEAT since the first one
+        lambda rig: (rig.heartbeat(), rig.clock.advance(0.6), rig.move_to()),  # an old one
+        lambda rig: (rig.heartbeat(), rig.take(values=FORWARD)),  # the model has changed its mind
+        lambda rig: (rig.heartbeat(mode=POSCTL), rig.heartbeat()),  # the pilot flew
+        lambda rig: rig.pass_time(4.0),  # another landing
+    ],
+    ids=["none", "old", "another action", "the pilot", "long ago"],
+)
+def test_land_needs_a_heartbeat_after_the_first_land(between):
+    """MAV_CMD_NAV_LAND is obeyed in every mode: the pilot's last word must be known."""
+    rig = landing(PX4)
+    rig.clock.advance(0.05)
+    rig.take("land")
+    rig.clock.advance(0.05)
+    between(rig)
+    rig.take("land")
+    assert rig.outbox.lands == []
 
 
 def test_search_flies_a_spiral_one_setpoint_for_each_action():
