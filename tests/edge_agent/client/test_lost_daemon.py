@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -101,16 +102,24 @@ def test_a_process_that_is_killed_ends_the_call(client, tmp_path):
 def test_the_pieces_of_an_answer_that_came_before_the_end_are_given_out(daemon, client, tmp_path):
     """The text stream is that of another daemon: it stays."""
     daemon.sockets["control"].close()
+    both_have_arrived = threading.Event()
 
     def two_pieces(request: Request) -> list[bytes]:
         daemon.wait_for_subscriber("text")
         for seq, text in enumerate(("a ", "pad")):
             daemon.publish("text", make_text(seq, text, request=request.id))
+        both_have_arrived.wait(HANG_S)
         return []
 
     with ending_daemon(tmp_path, two_pieces):
         pieces = client.ask_stream("What?", HANG_S)
-        found = [next(pieces), next(pieces)]
+        found = [next(pieces)]
+        assert client._subscriber("text").poll(round(HANG_S * 1000))
+        both_have_arrived.set()
+        (asked,) = client._connections.values()
+        while not asked.has_ended:
+            time.sleep(0.001)
+        found.append(next(pieces))
         with pytest.raises(ConnectionEnded):
             next(pieces)
     assert found == ["a ", "pad"]
