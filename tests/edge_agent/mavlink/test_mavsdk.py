@@ -134,6 +134,10 @@ def test_mavsdk_is_the_pilot_while_the_bridge_flies(piloted, flavour: Flavour):
 def test_the_action_land_is_a_landing_in_mavsdk(piloted):
     bridge, peer = piloted(ARDUCOPTER)
     bridge.fly()
-    bridge.publish(type="land", values={})
-    peer.wait(lambda: peer.newest["mode"] == "LAND")
+
+    def is_landing() -> bool:
+        bridge.publish(type="land", values={})  # the second one counts, after a HEARTBEAT
+        return peer.newest["mode"] == "LAND"
+
+    peer.wait(is_landing)
     assert bridge.autopilot.mode == "LAND"
