@@ -124,6 +124,16 @@ def test_an_invalid_reply_is_skipped(daemon, client):
         assert client.stats(timeout_s=HANG_S) == {"n": 1}
 
 
+def test_replies_to_others_do_not_make_a_request_longer(daemon, client, monkeypatch):
+    """The time is over when such a reply has been read; there is always another one."""
+    monkeypatch.setattr(client, "_is_over", lambda _deadline_ns: True)
+    with (
+        daemon.answering(lambda request: [make_reply(msgspec.structs.replace(request, id="another"))] * 2),
+        pytest.raises(TimeoutError, match="did not reply to stats"),
+    ):
+        client.stats(timeout_s=HANG_S)
+
+
 def test_an_id_of_the_caller_is_sent_as_it_is(daemon, client):
     with daemon.answering(lambda request: [make_reply(request)]) as requests:
         for _ in range(2):
