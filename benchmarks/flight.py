@@ -266,8 +266,8 @@ def main() -> int:
     parser.add_argument("--photographs", type=Path, help="a folder of photographs for the ground")
     parser.add_argument("--through", choices=["mavlink"], help="fly the same worlds directly and through the bridge")
     parser.add_argument("--autopilot", choices=["px4", "ardupilot"], default="ardupilot", help="with --through mavlink")
-    parser.add_argument("--pace", type=float, default=0.0, help="with --through mavlink: seconds of a step at least; "
-                        "0.5 flies in real time (default 0)")  # fmt: skip
+    parser.add_argument("--pace", type=float, default=0.5, help="with --through mavlink: seconds of a step at least; "
+                        "0.5 (default) is real time; with less, the bridge's telemetry is old")  # fmt: skip
     options = parser.parse_args()
     photographs = held_out_photographs() if options.photographs is None else folder_of(options.photographs)
     if options.through:
