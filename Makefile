@@ -109,9 +109,9 @@ $(VENV)/.ros2: $(VENV)/.installed
 	@if [ "$$(uname -m)" = x86_64 ]; then \
 	   echo "== ROS 2 for tests in $(VENV)/ros2"; \
 	   $(PYTHON) -m venv $(VENV)/ros2 && \
-	   $(VENV)/ros2/bin/python -m pip install -q --progress-bar off $(ROS2_WHEELS) "msgspec>=0.18.6,<0.23" "pyzmq>=25.1.2,<28"; \
-	 else echo "== no wheels of ROS 2 for $$(uname -m): its tests are skipped"; fi
-	@touch $@
+	   $(VENV)/ros2/bin/python -m pip install -q --progress-bar off $(ROS2_WHEELS) "msgspec>=0.18.6,<0.23" "pyzmq>=25.1.2,<28" \
+	     && touch $@ || { rm -rf $(VENV)/ros2; echo "== no wheels of ROS 2 for this Python: its tests are skipped" >&2; }; \
+	 else echo "== no wheels of ROS 2 for $$(uname -m): its tests are skipped"; touch $@; fi
 
 # libzmq's header, for the C++ example. Not made where the machine has it, or where the package mirror cannot be reached.
 $(VENV)/libzmq: $(VENV)/.installed

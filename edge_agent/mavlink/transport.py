@@ -1,4 +1,4 @@
-"""Bytes to and from the autopilot: UDP, TCP or a serial port. Never waits, and never lets a packet lie in a queue.
+"""Bytes to and from the autopilot: UDP, TCP or a serial port. Never waits, and keeps no packet for later.
 
 A packet that the link does not take now is dropped: a setpoint that arrives late is worse than none. Errors of the
 link are LinkLost.
@@ -13,6 +13,7 @@ import os
 import socket
 import struct
 import termios
+from abc import ABC, abstractmethod
 from typing import NamedTuple, Protocol
 
 from edge_agent.mavlink.config import Connection
@@ -102,7 +103,7 @@ class Udp:
         self._socket.close()
 
 
-class _Stream:
+class _Stream(ABC):
     """A link whose bytes come in a row: TCP and serial."""
 
     fixed_peer: Address | None = None
@@ -111,15 +112,15 @@ class _Stream:
     def __init__(self) -> None:
         self._rest = b""  # of a packet that the kernel has taken in part
 
-    def fileno(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def fileno(self) -> int: ...
 
+    @abstractmethod
     def _flush(self) -> None:
         """Drop what was not sent."""
-        raise NotImplementedError
 
-    def _unsent(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def _unsent(self) -> int: ...
 
     def read(self) -> list[Received]:
         try:
