@@ -162,7 +162,7 @@ def flights(link: DaemonLink, n: int, photographs: list[np.ndarray], label: str,
     """Flights with one order each, most of them landings. The ground is painted and a photograph in turn. label: of the
     progress bar. fly: how a mission is flown."""
     grounds = [Grounds([], SEED + 7), Grounds(photographs, SEED + 7, only_photographs=True)]
-    outcomes, steps, ages_ms = Counter(), [], []
+    outcomes, steps, ages_ms, failed = Counter(), [], [], {}
 
     def note_age(step) -> None:
         if step.answer is not None:
@@ -175,12 +175,15 @@ def flights(link: DaemonLink, n: int, photographs: list[np.ndarray], label: str,
         results = fly(link, world, mission, note_age)
         done = len(results) == len(mission) and results[-1].outcome == "right"
         outcomes["right" if done else results[-1].outcome] += 1
-        if done:
+        if not done:
+            failed[i] = results[-1].outcome
+        else:
             steps += [result.steps for result in results]
     return {
         "n": n,
         "success": interval(outcomes["right"], n),
         "outcomes": dict(outcomes),
+        "failed_worlds": failed,
         "steps_p50": float(np.median(steps)) if steps else None,
         "steps_p95": float(np.quantile(steps, 0.95)) if steps else None,
         "age_ms_p50": round(float(np.median(ages_ms)), 1) if ages_ms else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from models.autopilot.bodies import PointMass
 from models.autopilot.driver import Driver
 from models.autopilot.flavours import ARDUCOPTER, PX4
 from models.autopilot.ports import UdpListener
-from models.pad_pilot.fly import SEARCH_M_S, DaemonLink, Result, Step
+from models.pad_pilot.fly import AREA_M, SEARCH_M_S, DaemonLink, Result, Step
 from models.pad_pilot.fly_mavlink import MavlinkVehicle, fly_mavlink
 from models.pad_pilot.task import Order
 from models.pad_pilot.world import World
@@ -25,7 +26,7 @@ BIN = Path(sys.executable).parent
 FLAVOURS = {"px4": PX4, "ardupilot": ARDUCOPTER}
 # Without a pace the world is several times faster than the bridge's clock, by which it limits the acceleration.
 FAST_ACCELERATION_M_S2 = 50.0
-FENCE_M = 8.0  # the bridge searches inside 0.8 of it: that reaches the corners of the square in which the pads are
+FENCE_M = 8.0  # room to brake outside of the square in which the pads are
 
 
 def bridge_config(runtime: str, port: int, pace_s: float) -> dict:
@@ -37,6 +38,7 @@ def bridge_config(runtime: str, port: int, pace_s: float) -> dict:
         "runtime_dir": runtime,
         "land": True,
         "search_m_s": SEARCH_M_S,
+        "search_radius_m": math.sqrt(2) * AREA_M,  # the corners of the square that fly.py searches
         "max_image_age_ms": 2000,  # as long as fly.py waits for an answer
         "limits": limits,
         "fence": {"min_altitude_m": 0.05, "max_altitude_m": 12.0, "radius_m": FENCE_M},

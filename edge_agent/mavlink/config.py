@@ -53,6 +53,7 @@ class BridgeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     hold_s: Annotated[float, Meta(ge=1.0, le=10.0)] = 2.0
     land: bool = False  # the action `land` becomes MAV_CMD_NAV_LAND
     search_m_s: Annotated[float, Meta(ge=0, le=5)] = 0.0  # the action `search` flies a spiral; 0: it is hold
+    search_radius_m: Distance = 20.0  # of the spiral around home; never more than 0.8 of fence.radius_m
     max_image_age_ms: Annotated[int, Meta(ge=50, le=10_000)] = 1000  # of the image behind an action
     limits: Limits = Limits()
     fence: Fence = Fence()

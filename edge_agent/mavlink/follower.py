@@ -47,6 +47,7 @@ RESTARTED = "the daemon has started again"
 MOVE_NAMES = ("forward_m_s", "right_m_s", "down_m_s", "yaw_rate_rad_s")
 WAYPOINT_NAMES = ("forward_m", "right_m", "down_m")
 MAX_WAYPOINT_M = 1000.0
+SEARCH_WITHIN = 0.8  # of the fence's radius: there the vehicle can still turn
 
 
 class Outbox(Protocol):
@@ -97,7 +98,7 @@ class Follower:
         self._sent: deque[tuple[int, Velocity | None]] = deque(maxlen=MAX_SENT)
         self._landed_ns: int | None = None  # when MAV_CMD_NAV_LAND was sent
         self._land_wanted_ns: tuple[int, int] | None = None  # the first and the last `land` of this landing
-        self._search = Search(config.search_m_s, config.fence.radius_m)
+        self._search = Search(config.search_m_s, min(config.search_radius_m, SEARCH_WITHIN * config.fence.radius_m))
 
     # -- what happens -------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,6 @@ from edge_agent.mavlink.setpoint import Velocity, to_body, to_local
 LEG_M = 3.0  # the spiral's first side; every second side is longer by it
 MAX_LEGS = 24
 REACHED_M = 0.8
-WITHIN = 0.8  # of the fence's radius
 MIN_MOVE_M_S = 0.05  # a slower move has no direction
 
 
@@ -26,7 +25,7 @@ class Search:
     forget() when the pilot took over."""
 
     def __init__(self, speed_m_s: float, radius_m: float) -> None:
-        """radius_m: of the fence; corners outside of WITHIN of it are moved toward home."""
+        """radius_m: corners that are farther from home are moved toward home."""
         self._speed_m_s, self._radius_m = speed_m_s, radius_m
         self._corners: list[tuple[float, float]] = []  # north and east of home, the next one first
         self._last_move: tuple[float, float] | None = None  # its direction, north and east
@@ -79,7 +78,7 @@ class Search:
         return corners
 
     def _inside(self, north_m: float, east_m: float) -> tuple[float, float]:
-        """The point, or the one on the way home at which the vehicle can still turn."""
+        """The point, or the one on the way home that is inside the radius."""
         distance_m = math.hypot(north_m, east_m)
-        share = min(1.0, WITHIN * self._radius_m / distance_m) if distance_m else 1.0
+        share = min(1.0, self._radius_m / distance_m) if distance_m else 1.0
         return north_m * share, east_m * share

@@ -101,6 +101,21 @@ def test_search_flies_a_spiral_one_setpoint_for_each_action():
     assert rig.sent == ["search"]
 
 
+@pytest.mark.parametrize(
+    ("search_radius_m", "fence_m", "has_turned"),
+    [(6.0, 50.0, True), (100.0, 7.5, True), (100.0, 50.0, False)],
+    ids=["its own circle", "0.8 of the fence", "room"],
+)
+def test_the_search_turns_at_its_circle(search_radius_m, fence_m, has_turned):
+    """The spiral begins 3 m to the north; that is 2.4 m outside of a circle of 6 m."""
+    rig = Rig(BridgeConfig(search_m_s=1.0, search_radius_m=search_radius_m, fence=Fence(1.0, 30.0, fence_m)))
+    rig.clock.advance(0.05)
+    rig.move_to(north=5.4)
+    rig.take("search")
+    north_m_s, east_m_s, *_ = rig.outbox.sent[-1].setpoint.target
+    assert (abs(east_m_s) > abs(north_m_s)) == has_turned
+
+
 def test_a_waypoint_is_relative_to_the_pose_of_its_image(rig):
     """The vehicle flew on and turned since then."""
     rig.clock.advance(0.05)

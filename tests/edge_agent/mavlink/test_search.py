@@ -7,7 +7,7 @@ import math
 import pytest
 
 from edge_agent.mavlink.autopilot import Place
-from edge_agent.mavlink.search import LEG_M, WITHIN, Search
+from edge_agent.mavlink.search import LEG_M, Search
 from edge_agent.mavlink.setpoint import Velocity, to_local
 
 SPEED_M_S, RADIUS_M = 1.0, 10.0
@@ -56,9 +56,9 @@ def test_it_climbs_to_where_a_move_was_followed_and_never_descends():
 
 
 @pytest.mark.parametrize("start", [(0.0, 0.0), (6.0, -3.0), (-7.9, 0.0)])
-def test_it_covers_the_fence_and_stays_inside(start):
+def test_it_covers_its_circle_and_stays_inside(start):
     places = flown(Search(SPEED_M_S, RADIUS_M), place(*start), 1200)
-    assert max(math.hypot(here.north_m, here.east_m) for here in places) <= WITHIN * RADIUS_M + 0.5
+    assert max(math.hypot(here.north_m, here.east_m) for here in places) <= RADIUS_M + 0.5
     quarters = {(here.north_m > LEG_M / 2, here.east_m > LEG_M / 2) for here in places}
     assert len(quarters) == 4
     assert places[-1] == places[-2], "it ends"
