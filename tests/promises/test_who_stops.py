@@ -95,8 +95,8 @@ def second_autopilot(rig: Rig) -> None:
         )
 
 
-# Fault: what happens, does the daemon still publish, when the first hold must be there. Disarmed or in another mode, hold
-# goes on with every action, so there the daemon publishes no more.
+# Fault: what happens, does the daemon still publish, when the first hold must be there. Disarmed or in another mode,
+# every action is hold, so there the daemon publishes no more.
 FAULTS: dict[str, tuple[Callable[[Rig], None], bool, int]] = {
     "the daemon is silent": (silent, False, VALID_MS),
     "refusal": (refusal, False, 0),
