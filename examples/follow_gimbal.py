@@ -1,9 +1,10 @@
 """Keeps the camera on a target and comes near it slowly: waypoints become gimbal angles and a forward speed.
 
-The daemon runs with `task.action_space: waypoint`, and the instruction names the target. An answer says where the
-target is, from the vehicle. The camera turns there at a limited rate. The vehicle moves only while the camera points
-ahead, slower the nearer it is, and stops at a distance. Without a valid waypoint both stand still: the gimbal keeps its
-angles, and the speed is 0. A target that is lost is not searched for.
+The daemon runs with `task.action_space: waypoint`, and the instruction names the target. Its camera is fixed to the
+vehicle and looks forward; the gimbal carries another one. An answer says where the target is, from the vehicle. The
+gimbal turns there at a limited rate. The vehicle moves only while the gimbal points ahead, slower the nearer the target
+is, and stops at a distance. Without a valid waypoint both stand still: the gimbal keeps its angles, and the speed is 0.
+A target that is lost is not searched for.
 
 python examples/follow_gimbal.py                  # beside a daemon; --runtime-dir DIR: its folder of sockets
 edge-agent rehearse all --action-space waypoint -- python examples/follow_gimbal.py --runtime-dir {dir}

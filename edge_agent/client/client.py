@@ -120,9 +120,8 @@ class Client:
             answer = self._newest_of(payloads)
             if isinstance(answer, Refusal) or (answer is not None and self.is_valid(answer)):
                 return answer
-            if answer is not None:  # expired: it ends the one before, as a refusal does
+            if answer is not None:
                 self.expired += 1
-                self._valid_from_ns = max(self._valid_from_ns, answer.t_pub_ns)
             if self._is_over(deadline_ns):
                 break
         return None
@@ -175,9 +174,17 @@ class Client:
         return message
 
     def is_valid(self, action: Action) -> bool:
-        """Whether a controller may still act on an action: it has not expired, and nothing has ended it before."""
+        """Whether a controller may still act on an action: it has not expired, and nothing has ended it before.
+
+        Every newer message that this client has read ends it: an action, a refusal, an action that has expired.
+        """
         is_current = action.t_pub_ns > max(self._valid_from_ns, self._suspend.resumed_ns())
-        return is_current and is_valid(action, self._clock())
+        return is_current and not self._has_ended(action) and is_valid(action, self._clock())
+
+    def _has_ended(self, action: Action) -> bool:
+        newest = self._newest
+        is_older = newest is not None and action.session == newest[0] and action.seq < newest[1]
+        return is_older or action.session in self._ended_sessions
 
     # -- control ------------------------------------------------------------------------------------------------------
 

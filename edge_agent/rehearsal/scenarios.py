@@ -102,6 +102,11 @@ SCENARIOS: dict[str, Scenario] = {
         "Actions that had expired when they were sent.",
         "discards them",
     ),
+    "expired-after-valid": Scenario(
+        scripts.expired_after_valid,
+        "A valid action stands; the next message, an action, had expired when it was sent. Also right after a refusal.",
+        "holds at once: the newest message says what counts",
+    ),
     "future-stamps": Scenario(
         scripts.future_stamps,
         "Actions with `t_pub_ns` in the future.",

@@ -176,14 +176,29 @@ def expired(p: Player) -> None:
     p.fly()
     p.hold("the action has expired")
     for late_ms in (0, 1, 400, 2_500, 3_600_000):
-        t_pub_ns = time.monotonic_ns() - (VALID_MS + late_ms) * NS_PER_MS
-        stamps: dict[str, Any] = {
-            "t_pub_ns": t_pub_ns,
-            "t_capture_ns": t_pub_ns - 40 * NS_PER_MS,
-            "valid_for_ms": VALID_MS,
-        }
-        p.discard(f"expired {late_ms} ms before it was sent", **stamps)
+        p.discard(f"expired {late_ms} ms before it was sent", **_late_by(late_ms))
     p.fly()
+
+
+def expired_after_valid(p: Player) -> None:
+    text = "an action that had expired when it was sent"
+
+    def late_action() -> None:
+        p.send("discard", text, p.action(**_late_by(50)))
+
+    def refusal_and_late_action() -> None:
+        p.publish_refusal("late")
+        late_action()
+
+    p.stop_in_flight(text, late_action)
+    p.stop_in_flight(f"a refusal and, at once, {text}", refusal_and_late_action)
+    p.fly()
+
+
+def _late_by(late_ms: int) -> dict[str, Any]:
+    """The stamps of an action that expired late_ms before now."""
+    t_pub_ns = time.monotonic_ns() - (VALID_MS + late_ms) * NS_PER_MS
+    return {"t_pub_ns": t_pub_ns, "t_capture_ns": t_pub_ns - 40 * NS_PER_MS, "valid_for_ms": VALID_MS}
 
 
 def future_stamps(p: Player) -> None:

@@ -132,6 +132,8 @@ class PlainController(threading.Thread):
             return
         if self.without == "future, kept" and message["t_pub_ns"] > now_ns:
             self._later.append(message)
+        elif self.without == "expired on arrival" and now_ns >= message["valid_until_ns"]:
+            return
         elif self._is_timely(message, now_ns):
             self._action = dict(message)
             if self.without == "expiry by its own stamp":

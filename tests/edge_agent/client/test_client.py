@@ -209,6 +209,30 @@ def test_an_action_that_is_expired_on_arrival_ends_the_one_before(daemon, subscr
     assert exchange(daemon, subscribed, newer) == newer and subscribed.is_valid(newer)
 
 
+def late(seq: int, clock: FakeClock) -> Action:
+    """It expired before the action before it was published: only its number says that it is newer."""
+    return make_action(seq, now_ns=clock.now_ns - S)
+
+
+@pytest.mark.parametrize(
+    "newer",
+    [late, lambda seq, _clock: make_refusal(seq), lambda seq, clock: make_action(seq, now_ns=clock.now_ns)],
+    ids=["expired", "refusal", "action"],
+)
+def test_whatever_is_newer_ends_an_action(daemon, subscribed, clock, newer):
+    first = make_action(1, now_ns=clock.now_ns, valid_ms=900)
+    assert exchange(daemon, subscribed, first) == first and subscribed.is_valid(first)
+    exchange(daemon, subscribed, newer(2, clock))
+    assert not subscribed.is_valid(first)
+
+
+def test_the_session_that_has_ended_takes_its_action_with_it(daemon, subscribed, clock):
+    first = make_action(1, now_ns=clock.now_ns, valid_ms=900)
+    assert exchange(daemon, subscribed, first) == first
+    exchange(daemon, subscribed, msgspec.structs.replace(late(0, clock), session=2))
+    assert not subscribed.is_valid(first)
+
+
 @pytest.mark.parametrize("later", ["garbage", "another clock", "an ended session", "an old number"])
 def test_what_is_discarded_does_not_hide_the_message_before_it(subscribed, clock, later):
     """Both wait in the socket when the controller reads: a refusal must not be lost."""

@@ -21,6 +21,7 @@ RULES = {
     "moving": ("normal-flight", "none of the valid actions was followed"),
     "expiry": ("silence", "no hold"),
     "expiry by its own stamp": ("expired", "had to be discarded"),
+    "expired on arrival": ("expired-after-valid", "hold came only when the action had expired"),
     "refusals": ("refusals", "hold came only when the action had expired"),
     "newest only": ("burst", "none of the valid actions"),
     "values, not clamped": ("clamped", "belongs to no action"),
