@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -43,7 +41,7 @@ from quantize.formats.vision_onnx import write_vision
 from quantize.progress import Progress
 from quantize.source.checkpoint import Checkpoint
 from quantize.standard_recipes import bytes_by_type
-from quantize.validate import REFERENCE, ValidationRequest
+from quantize.validate import REFERENCE, ValidationFailed, ValidationRequest, validate_in_subprocess
 
 SPARE_BYTES = 32 << 20  # free space beyond the computed size: headers, tokenizer, journal
 
@@ -74,7 +72,7 @@ def build(
     _check_space(plan, out)
     with atomic_folder(out, plan.fingerprint(), force) as folder:
         _write_files(plan, folder, progress)
-        figures = _validate_in_subprocess(plan, folder.folder, progress)
+        figures = _validate(plan, folder.folder, progress)
         manifest = _describe(plan, folder.folder, figures, progress)
         manifest = msgspec.structs.replace(manifest, counter=counter)
         _publish(manifest, folder.folder, signing_key)
@@ -126,11 +124,8 @@ def _write_files(plan: BuildPlan, folder: BuildFolder, progress: Progress) -> No
 # -- validate ----------------------------------------------------------------------------------------------------------
 
 
-def _validate_in_subprocess(plan: BuildPlan, folder: Path, progress: Progress) -> dict[str, float]:
-    """Load and use the files in another process, because native code may abort on damaged numbers.
-
-    Returns the figures of validate.py. Raises BuildError.
-    """
+def _validate(plan: BuildPlan, folder: Path, progress: Progress) -> dict[str, float]:
+    """The figures of validate.py. Raises BuildError."""
     manifest = unverified_bundle(plan, folder).manifest
     if manifest.vision is not None and plan.vision.needs_reference:
         lossless = msgspec.structs.replace(plan, vision=msgspec.structs.replace(plan.vision, onnx="bf16"))
@@ -144,19 +139,13 @@ def _validate_in_subprocess(plan: BuildPlan, folder: Path, progress: Progress) -
         mmproj_kind=plan.vision.mmproj,
         break_row=img_break_row(plan).tolist(),
     )
-    completed = subprocess.run(
-        [sys.executable, "-m", "quantize.validate"],
-        input=msgspec.json.encode(request),
-        capture_output=True,
-        env=os.environ | {"PYTHONSAFEPATH": "1"},  # the current folder may hold a module named quantize
-        check=False,
-    )
-    if completed.returncode:
-        lines = completed.stderr.decode(errors="replace").strip().splitlines() or ["the process gave no reason"]
-        raise BuildError(f"validation of the new bundle failed; the checkpoint may be damaged: {lines[-1][:300]}")
+    try:
+        figures = validate_in_subprocess(request)
+    except ValidationFailed as error:
+        raise BuildError(f"validation of the new bundle failed; the checkpoint may be damaged: {error}") from None
     (folder / REFERENCE).unlink(missing_ok=True)
     progress.step("validate", "language and vision", 1, 1)
-    return msgspec.json.decode(completed.stdout)
+    return figures
 
 
 # -- describe ----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ one line on stderr and a non-zero status.
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -37,6 +39,21 @@ class ValidationRequest(msgspec.Struct, kw_only=True):
 
 class ValidationFailed(UserError):
     """One line."""
+
+
+def validate_in_subprocess(request: ValidationRequest) -> dict[str, float]:
+    """validate_files in a process of its own. Raises ValidationFailed."""
+    completed = subprocess.run(
+        [sys.executable, "-m", "quantize.validate"],
+        input=msgspec.json.encode(request),
+        capture_output=True,
+        env=os.environ | {"PYTHONSAFEPATH": "1"},  # the current folder may hold a module named quantize
+        check=False,
+    )
+    if completed.returncode:
+        lines = completed.stderr.decode(errors="replace").strip().splitlines() or ["the process gave no reason"]
+        raise ValidationFailed(lines[-1][:300])
+    return msgspec.json.decode(completed.stdout)
 
 
 def validate_files(request: ValidationRequest) -> dict[str, float]:

@@ -25,6 +25,7 @@ import pytest
 from tests.harness import toy
 from tests.harness.case import Case
 from tests.harness.shared import SharedFolders, of_this_run
+from tests.harness.validation import validated_here
 
 socket.has_ipv6 = False  # else urllib3, which mistral_common imports, makes an internet socket to see whether it can
 TESTS = Path(__file__).resolve().parent
@@ -129,7 +130,8 @@ def build(shared: SharedFolders) -> Callable[..., Path]:
         from quantize.standard_recipes import plan_bundle
 
         def fill(out: Path) -> None:
-            build(plan_bundle(read_checkpoint(folder), recipe), out, SILENT)
+            with validated_here():
+                build(plan_bundle(read_checkpoint(folder), recipe), out, SILENT)
 
         return shared.folder(name_of(folder, recipe), fill)
 

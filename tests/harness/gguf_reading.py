@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import json
+import struct
 from pathlib import Path
 
 import gguf
 import numpy as np
 
 from tests.harness import toy_numbers
+
+Kind = gguf.GGUFValueType
 
 # -- the file ---------------------------------------------------------------------------------------------------------
 
@@ -41,10 +44,27 @@ def values(folder: Path, name: str) -> np.ndarray:
 
 
 class Reader(gguf.GGUFReader):
-    """Makes each of the thousands of strings of a vocabulary a plain array, which takes a tenth of the time."""
+    """Reads the lists of a vocabulary, thousands of strings and numbers, in a twentieth of the time."""
 
     def _get(self, offset, dtype, count=1, override_order=None):
         return np.frombuffer(self.data, dtype, int(count), int(offset))
+
+    def _get_field_parts(self, orig_offs, raw_type):
+        if raw_type != Kind.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        kind, n = struct.unpack_from("<IQ", self.data, orig_offs)
+        head = [self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)]
+        at = orig_offs + 12
+        if kind != Kind.STRING:
+            values = self._get(at, self.gguf_scalar_to_np[kind], n)
+            size = 12 + values.nbytes
+            return size, [*head, *values.reshape(-1, 1)], list(range(2, 2 + n)), [Kind.ARRAY, Kind(kind)]
+        texts = []
+        for _ in range(n):
+            (length,) = struct.unpack_from("<Q", self.data, at)
+            texts.append(np.frombuffer(self.data, np.uint8, length, at + 8))
+            at += 8 + length
+        return at - orig_offs, [*head, *texts], list(range(2, 2 + n)), [Kind.ARRAY, Kind.STRING]
 
 
 reader = functools.cache(Reader)  # no file of a session's fixtures changes

@@ -13,28 +13,32 @@ import tempfile
 from itertools import groupby
 from pathlib import Path
 
+import gguf
 import numpy as np
 
 from tests.harness import ROOT, releases
 
+Type = gguf.GGMLQuantizationType
+
 PATH = ROOT / "tests" / "reference" / "recipe_types.json"
 
 
-def runs_by_role(types: dict[str, str]) -> dict[str, str]:
-    """{"blk.0.attn_v.weight": "Q6_K", ...} -> {"attn_v": "Q6_K x 3, Q4_K x 10, ..."}, layers in ascending order."""
+def runs_by_role(types: dict[str, Type]) -> dict[str, str]:
+    """{"blk.0.attn_v.weight": Q6_K, ...} -> {"attn_v": "Q6_K x 3, Q4_K x 10, ..."}, layers in ascending order."""
     by_role: dict[str, dict[int, str]] = {}
     for name, kind in types.items():
         layer = re.fullmatch(r"blk\.(\d+)\.(.+)\.weight", name)
         role, number = (layer[2], int(layer[1])) if layer else (name.removesuffix(".weight"), 0)
-        by_role.setdefault(role, {})[number] = kind
+        by_role.setdefault(role, {})[number] = kind.name
     return {
         role: ", ".join(f"{kind} x {len(list(run))}" for kind, run in groupby(kinds[n] for n in sorted(kinds)))
         for role, kinds in sorted(by_role.items())
     }
 
 
-def recipe_runs(folder: Path) -> dict[str, dict[str, str]]:
-    """Recipe -> role -> runs, for a checkpoint; with "+imatrix" after the recipe's name, for one with an imatrix."""
+def types_by_recipe(folder: Path) -> dict[str, dict[str, Type]]:
+    """Recipe -> GGUF name -> type, for a checkpoint; with "+imatrix" after the recipe's name, for one with an
+    imatrix."""
     from quantize.formats.imatrix import Imatrix
     from quantize.source.checkpoint import read_checkpoint
     from quantize.standard_recipes import RECIPES, recipe_types
@@ -44,12 +48,11 @@ def recipe_runs(folder: Path) -> dict[str, dict[str, str]]:
     imatrix = Imatrix(
         sums={name: np.ones(width) for name, width in matrices.items()}, counts=dict.fromkeys(matrices, 1)
     )
-    result = {}
-    for recipe in RECIPES:
-        for suffix, weights in (("", None), ("+imatrix", imatrix)):
-            types = recipe_types(checkpoint, recipe, weights)
-            result[recipe + suffix] = runs_by_role({name: kind.name for name, kind in types.items()})
-    return result
+    return {
+        recipe + suffix: recipe_types(checkpoint, recipe, weights)
+        for recipe in RECIPES
+        for suffix, weights in (("", None), ("+imatrix", imatrix))
+    }
 
 
 def main() -> None:
@@ -58,7 +61,8 @@ def main() -> None:
     pinned: dict[str, object] = {"llama_cpp_python": llama_cpp.__version__}
     with tempfile.TemporaryDirectory() as folder:
         for name in releases.RELEASES:
-            pinned[name] = recipe_runs(releases.write_release(Path(folder) / name, name))
+            types = types_by_recipe(releases.write_release(Path(folder) / name, name))
+            pinned[name] = {recipe: runs_by_role(found) for recipe, found in types.items()}
     PATH.write_text(json.dumps(pinned, indent=1) + "\n", encoding="utf-8")
 
 

@@ -27,12 +27,11 @@ def e4m3_value(code):
 
 def e4m3_code(x):
     """float32 → float8_e4m3fn codes (uint8), round to nearest even, saturating at ±448. Finite values only."""
-    values = e4m3_value(np.arange(127)).astype(np.float64)  # the finite non-negative numbers, ascending by code
-    middles = (values[:-1] + values[1:]) / 2
-    magnitude = np.abs(np.asarray(x, dtype=np.float64))
-    code = np.searchsorted(middles, magnitude, side="left")  # a tie stays below ...
-    tie = (code < 126) & (magnitude == middles[np.minimum(code, 125)])
-    code += tie & (code % 2 == 1)  # ... unless the code below is odd
+    magnitude = np.abs(np.asarray(x, dtype=np.float32))
+    exponent = np.maximum(np.frexp(magnitude)[1] - 1, -6)  # below 2**-6 the steps stay as wide
+    exponent = np.where(magnitude == 0, -6, exponent)
+    eighths = np.rint(np.ldexp(magnitude, 3 - exponent)).astype(np.int32)  # of the power of two; ties to even
+    code = np.minimum((exponent + 6) * 8 + eighths, 126)
     return code.astype(np.uint8) | np.where(np.signbit(x), 0x80, 0).astype(np.uint8)
 
 

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.harness.quantize_cli import run
+from tests.harness.validation import validated_here
 
 __all__ = ["run", "tokenizer_reads"]
+
+
+@pytest.fixture
+def validation_process() -> None:
+    """Builds of this test validate in a process of its own, as they do for a user."""
+
+
+@pytest.fixture(autouse=True)
+def validation(request: pytest.FixtureRequest) -> Iterator[None]:
+    if "validation_process" in request.fixturenames:
+        yield
+        return
+    with validated_here():
+        yield
 
 
 @pytest.fixture

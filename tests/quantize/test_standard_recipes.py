@@ -44,15 +44,21 @@ BITS = {
 }
 
 
-@pytest.fixture(params=RELEASES)
-def released(request, tmp_path: Path) -> tuple[str, Path]:
-    return request.param, write_release(tmp_path / request.param, request.param)
+@pytest.fixture(scope="module", params=RELEASES)
+def released(request, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    return request.param, write_release(tmp_path_factory.mktemp("release") / request.param, request.param)
 
 
-def test_a_released_size_weighs_what_its_published_file_does(released: tuple[str, Path]):
+@pytest.fixture(scope="module")
+def released_types(released: tuple[str, Path]) -> dict[str, dict[str, ggml_kernels.Type]]:
+    """Recipe -> GGUF name -> type."""
+    return pinned.types_by_recipe(released[1])
+
+
+def test_a_released_size_weighs_what_its_published_file_does(released: tuple[str, Path], released_types: dict):
     name, folder = released
     release, opened = RELEASES[name], read_checkpoint(folder)
-    n_bytes = sum(bytes_by_type(opened, recipe_types(opened, "Q4_K_M")).values())
+    n_bytes = sum(bytes_by_type(opened, released_types["Q4_K_M"]).values())
     assert n_bytes == pytest.approx(release.q4_k_m_bytes - TOKENIZER_BYTES, rel=0.002)
     assert n_bytes < release.q4_k_m_bytes
     assert opened.size == name
@@ -62,15 +68,16 @@ def test_a_released_size_weighs_what_its_published_file_does(released: tuple[str
     assert kv_bytes_per_token(opened) == release.kv_bytes_per_token
 
 
-def test_a_recipe_is_the_same_as_with_the_last_checked_release_of_llama_cpp_python(released: tuple[str, Path]):
+def test_a_recipe_is_the_same_as_with_the_last_checked_release_of_llama_cpp_python(
+    released: tuple[str, Path], released_types: dict
+):
     """A difference is a new libllama with other rules: read it, then run python -m tests.harness.recipe_types."""
-    name, folder = released
+    name, _ = released
     expected = json.loads(pinned.PATH.read_text(encoding="utf-8"))
     assert expected["llama_cpp_python"] == llama_cpp.__version__
-    found = pinned.recipe_runs(folder)
-    assert found.keys() == expected[name].keys()
-    for recipe, runs in found.items():
-        assert runs == expected[name][recipe], recipe
+    assert released_types.keys() == expected[name].keys()
+    for recipe, types in released_types.items():
+        assert pinned.runs_by_role(types) == expected[name][recipe], recipe
 
 
 def test_types_do_not_come_from_the_words_of_a_log(toy_small: Path, monkeypatch):
@@ -84,11 +91,11 @@ def test_types_do_not_come_from_the_words_of_a_log(toy_small: Path, monkeypatch)
     assert expected["blk.0.attn_v.weight"] == ggml_kernels.Type.Q6_K
 
 
-def test_recipes_of_a_released_size_keep_their_order(released: tuple[str, Path]):
+def test_recipes_of_a_released_size_keep_their_order(released: tuple[str, Path], released_types: dict):
     opened = read_checkpoint(released[1])
     text = sum(math.prod(opened.shape(row)) for row in opened.text_tensors)
     for name in RECIPES:
-        bits = 8 * sum(bytes_by_type(opened, recipe_types(opened, name)).values()) / text
+        bits = 8 * sum(bytes_by_type(opened, released_types[name]).values()) / text
         assert BITS[name] <= bits < BITS[name] + 0.6, name  # some tensors get more, none gets less
 
 

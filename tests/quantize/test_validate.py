@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from edge_agent.bundle.manifest import read_manifest
-from quantize.validate import ValidationRequest
+from quantize.validate import ValidationFailed, ValidationRequest, validate_files
 from tests.harness import ROOT
 from tests.harness.gguf_reading import Reader
 
@@ -53,8 +53,8 @@ def test_a_valid_bundle_passes_with_figures(validation_request):
 
 def test_encoders_that_disagree_fail_validation(validation_request):
     validation_request.break_row = [-x for x in validation_request.break_row]
-    done = validated(validation_request)
-    assert done.returncode == 1 and b"mmproj at bf16: cosine" in done.stderr and done.stderr.count(b"\n") == 1
+    with pytest.raises(ValidationFailed, match=r"^mmproj at bf16: cosine"):
+        validate_files(validation_request)
 
 
 def test_a_wrong_embedding_offset_fails_validation(validation_request):
@@ -62,8 +62,8 @@ def test_a_wrong_embedding_offset_fails_validation(validation_request):
         validation_request.model.embedding, offset=validation_request.model.embedding.offset + 210
     )
     validation_request.model = msgspec.structs.replace(validation_request.model, embedding=embedding)
-    done = validated(validation_request)
-    assert done.returncode == 1 and b"embeddings read" in done.stderr
+    with pytest.raises(ValidationFailed, match=r"^embeddings read"):
+        validate_files(validation_request)
 
 
 def test_a_truncated_file_fails_validation(validation_request):
@@ -71,3 +71,4 @@ def test_a_truncated_file_fails_validation(validation_request):
     os.truncate(path, path.stat().st_size // 2)
     done = validated(validation_request)
     assert done.returncode == 1 and b"language.gguf" in done.stderr and done.stdout == b""
+    assert done.stderr.count(b"\n") == 1

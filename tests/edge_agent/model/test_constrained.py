@@ -65,13 +65,12 @@ def random_logits(language, pieces, seed: int):
         yield lambda bias=bias: noise[generator.integers(300)] + bias
 
 
-@pytest.mark.parametrize("name", READY)
-@pytest.mark.no_cover
-def test_every_answer_is_complete_inside_its_space_and_short(language, grammar, pieces, name):
+def wordings_of(language, grammar, pieces, name: str, n: int) -> set[str]:
+    """The texts of n answers to random logits, each checked: complete, inside its space, in the shortest form."""
     space = load_action_space(name)
     grammar.compile(grammar_from_schema(json_schema(space)))
     wordings, longest = set(), 0
-    for logits, _ in zip(random_logits(language, pieces, seed=5), range(1000), strict=False):
+    for logits, _ in zip(random_logits(language, pieces, seed=5), range(n), strict=False):
         tokens = answer(grammar, logits)
         text = b"".join(pieces[token] for token in tokens).decode()
         longest = max(longest, len(tokens))
@@ -86,7 +85,19 @@ def test_every_answer_is_complete_inside_its_space_and_short(language, grammar, 
         assert text == text.strip() and " " not in text
         wordings.add(text)
     assert {parse_answer(text, space).type for text in wordings} == set(space.actions)
-    assert len(wordings) > 500 and 40 <= longest <= MAX_TOKENS
+    assert 40 <= longest <= MAX_TOKENS
+    return wordings
+
+
+@pytest.mark.parametrize("name", READY)
+def test_every_answer_is_complete_inside_its_space_and_short(language, grammar, pieces, name):
+    assert len(wordings_of(language, grammar, pieces, name, 200)) > 100
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", READY)
+def test_ten_thousand_answers_are_complete_inside_their_space_and_short(language, grammar, pieces, name):
+    assert len(wordings_of(language, grammar, pieces, name, 10_000)) > 5_000
 
 
 @pytest.mark.no_cover
@@ -96,7 +107,7 @@ def test_cached_states_give_the_answers_of_llguidance(language, grammar, pieces,
     grammar.compile(schema)
     fresh = Grammar(language.vocab)
     fresh.compile(schema)
-    for n, (logits, _) in enumerate(zip(random_logits(language, pieces, seed=9), range(150), strict=False)):
+    for n, (logits, _) in enumerate(zip(random_logits(language, pieces, seed=9), range(60), strict=False)):
         drawn = [logits() for _ in range(MAX_TOKENS)]
         monkeypatch.setattr("edge_agent.model.constrained.MAX_CACHED_STATES", 20 if n % 2 else 5_000)
         remembered = answer(grammar, iter(drawn).__next__)

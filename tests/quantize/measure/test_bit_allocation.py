@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,25 +31,50 @@ from tests.harness import ROOT, toy
 from tests.harness.gguf_reading import Reader
 from tests.harness.language_model import opened
 from tests.harness.quantize_cli import refused
+from tests.harness.shared import SharedFolders
+from tests.harness.validation import validated_here
 
 PAD = ROOT / "models" / "pad_pilot" / "checkpoint"
 TEXT = TEXT.read_text(encoding="utf-8")
 
 
-class Fixture:
-    """The trained demo model: importance matrix, sensitivities, an allocation as large as Q4_K_M, a reference."""
+@pytest.fixture(scope="module", autouse=True)
+def smaller() -> Iterator[None]:
+    """A quarter of a chunk and fewer rows of a matrix are measured. The same is done, in a third of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("CHUNK", 128), ("FIRST", 64), ("N_SCORED", 63)):
+            patch.setattr(perplexity, name, value)
+        patch.setattr(bit_allocation, "SAMPLE_ROWS", 128)
+        yield
 
-    def __init__(self, folder: Path) -> None:
-        self.checkpoint = read_checkpoint(PAD)
+
+def measure(folder: Path) -> None:
+    """The trained demo model: importance matrix, sensitivities, an allocation as large as Q4_K_M, a reference."""
+    folder.mkdir()
+    checkpoint = read_checkpoint(PAD)
+    collect_imatrix(checkpoint, folder / "pad.imatrix.gguf", CalibrationData(max_chunks=1), SILENT)
+    pad = DemoModel(folder, folder / "sensitivity.json")
+    (folder / "allocation.json").write_bytes(msgspec.json.encode(pad.allocate(pad.q4_bytes)))
+    with validated_here():
+        build(plan_bundle(checkpoint, "BF16"), folder / "full", SILENT)
+    llm = opened(folder / "full")
+    with llm:
+        perplexity.write_reference(llm, perplexity.divide(llm, TEXT, 1), folder / "kld", SILENT)
+
+
+class DemoModel:
+    """What `measure` wrote, and more of the same. sensitivity: the file of measurements that this one writes."""
+
+    def __init__(self, folder: Path, sensitivity: Path) -> None:
+        self.checkpoint, self.folder, self.sensitivity = read_checkpoint(PAD), folder, sensitivity
         self.imatrix_path = folder / "pad.imatrix.gguf"
-        collect_imatrix(self.checkpoint, self.imatrix_path, CalibrationData(max_chunks=2), SILENT)
         self.imatrix = read_imatrix(self.imatrix_path)
         self.q4 = plan_bundle(self.checkpoint, "Q4_K_M", imatrix=self.imatrix)
         self.q4_bytes = sum(bytes_by_type(self.checkpoint, self.q4.types).values())
-        self.sensitivity = folder / "sensitivity.json"
-        self.folder = folder
-        self.allocation = self.allocate(self.q4_bytes)
-        self.reference = self.write_reference()
+
+    @functools.cached_property
+    def allocation(self) -> bit_allocation.Allocation:
+        return msgspec.json.decode((self.folder / "allocation.json").read_bytes(), type=bit_allocation.Allocation)
 
     def allocate(
         self, budget_bytes: int, imatrix: Imatrix | None = None, text: str = TEXT, max_chunks: int = 1
@@ -60,35 +88,30 @@ class Fixture:
         )
         return bit_allocation.allocate_types(self.checkpoint, self.q4.tokenizer, request, SILENT)
 
-    def write_reference(self) -> perplexity.Reference:
-        build(plan_bundle(self.checkpoint, "BF16"), self.folder / "full", SILENT)
-        llm = opened(self.folder / "full")
-        with llm:
-            chunks = perplexity.divide(llm, TEXT, 1)
-            perplexity.write_reference(llm, chunks, self.folder / "kld", SILENT)
-        return perplexity.Reference(self.folder / "kld")
-
-    def kl(self, name: str, types: dict[str, Type]) -> float:
+    def kl(self, out: Path, types: dict[str, Type]) -> float:
         """Of a bundle's file, through the runtime's own loading."""
-        out = self.folder / name
-        build(msgspec.structs.replace(self.q4, name=name, types=types), out, SILENT)
+        build(msgspec.structs.replace(self.q4, name=out.name, types=types), out, SILENT)
         llm = opened(out)
         with llm:
-            return perplexity.compare(llm, self.reference, SILENT).kl_mean
+            return perplexity.compare(llm, perplexity.Reference(self.folder / "kld"), SILENT).kl_mean
 
 
-@pytest.fixture(scope="module")
-def pad(tmp_path_factory: pytest.TempPathFactory) -> Fixture:
-    return Fixture(tmp_path_factory.mktemp("fit"))
+@pytest.fixture
+def pad(shared: SharedFolders, smaller: None, tmp_path: Path) -> DemoModel:
+    folder = shared.folder("bit-allocation", measure)
+    own = tmp_path / "measurements"
+    own.mkdir()
+    shutil.copy(folder / "sensitivity.json", own)
+    return DemoModel(folder, own / "sensitivity.json")
 
 
 # -- the bar -----------------------------------------------------------------------------------------------------------
 
 
-def test_at_the_size_of_q4_k_m_the_divergence_is_smaller(pad: Fixture):
+def test_at_the_size_of_q4_k_m_the_divergence_is_smaller(pad: DemoModel, tmp_path: Path):
     """Both as files, measured by the runtime's own loading, with the same importance matrix."""
     assert pad.allocation.n_bytes <= pad.q4_bytes
-    ours, theirs = pad.kl("fitted", pad.allocation.types), pad.kl("Q4_K_M", pad.q4.types)
+    ours, theirs = pad.kl(tmp_path / "fitted", pad.allocation.types), pad.kl(tmp_path / "Q4_K_M", pad.q4.types)
     assert ours < 0.9 * theirs
     # The measurement in memory is right, but 4-bit kernels lose more: they round activations to 8 bits.
     allocation = pad.allocation
@@ -98,12 +121,12 @@ def test_at_the_size_of_q4_k_m_the_divergence_is_smaller(pad: Fixture):
     assert 1 / 3 < allocation.predicted_kl / allocation.measured_kl < 3
 
 
-def test_at_the_divergence_of_q4_k_m_the_size_is_smaller(pad: Fixture):
+def test_at_the_divergence_of_q4_k_m_the_size_is_smaller(pad: DemoModel):
     smaller = pad.allocate(round(0.95 * pad.q4_bytes))
     assert smaller.n_bytes <= 0.95 * pad.q4_bytes and smaller.measured_kl <= pad.allocation.standard_kl
 
 
-def test_every_plan_fills_its_budget_and_more_bytes_lose_less(pad: Fixture):
+def test_every_plan_fills_its_budget_and_more_bytes_lose_less(pad: DemoModel):
     found = json.loads(pad.sensitivity.read_text())
     known = bit_allocation.Sensitivity(found["key"], found["errors"], found["kl"])
     reckoned = []
@@ -120,7 +143,7 @@ def test_every_plan_fills_its_budget_and_more_bytes_lose_less(pad: Fixture):
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
-def test_each_group_is_quantised_alone_and_then_restored(pad: Fixture, tmp_path: Path):
+def test_each_group_is_quantised_alone_and_then_restored(pad: DemoModel, tmp_path: Path):
     plan, folder = plan_conversion(pad.checkpoint, "bf16"), tmp_path / "bf16"
     convert(plan, folder, SILENT)
     probe = bit_allocation.SensitivityProbe(pad.checkpoint, unverified_bundle(plan, folder), pad.imatrix, TEXT, 1)
@@ -136,7 +159,7 @@ def test_each_group_is_quantised_alone_and_then_restored(pad: Fixture, tmp_path:
         probe.close()
 
 
-def test_errors_fall_with_the_bits_and_follow_the_importance(pad: Fixture):
+def test_errors_fall_with_the_bits_and_follow_the_importance(pad: DemoModel):
     row = next(row for row in pad.checkpoint.text_tensors if row.gguf == "blk.1.ffn_up.weight")
     found = bit_allocation.quantisation_errors(pad.checkpoint, row, pad.imatrix)
     by_bits = [found[kind.name] for kind in (Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.Q8_0)]
@@ -146,7 +169,7 @@ def test_errors_fall_with_the_bits_and_follow_the_importance(pad: Fixture):
     assert twice["Q8_0"] == pytest.approx(2 * found["Q8_0"], rel=1e-6)
 
 
-def test_measurements_are_kept_and_used_again(pad: Fixture):
+def test_measurements_are_kept_and_used_again(pad: DemoModel):
     known = json.loads(pad.sensitivity.read_text())
     known["kl"].popitem()
     known["errors"].popitem()
@@ -223,7 +246,7 @@ def test_a_copy_of_a_weight_is_never_overwritten_in_its_place(copy):
         addresses.check({"blk.0.attn_q.weight", "blk.0.attn_k.weight"})
 
 
-def test_measurements_of_other_work_are_not_used(pad: Fixture, monkeypatch):
+def test_measurements_of_other_work_are_not_used(pad: DemoModel, monkeypatch):
     """The file is kept, but nothing of it is read: every matrix is measured again."""
     measured: list[str] = []
 
@@ -292,7 +315,7 @@ def test_on_hulls_the_choice_is_optimal(tmp_path: Path):
         assert loss <= 1.02 * min(other for bytes_, other in everything if bytes_ <= size)
 
 
-def test_the_error_for_a_too_small_budget_names_the_minimum(pad: Fixture, run, tmp_path: Path):
+def test_the_error_for_a_too_small_budget_names_the_minimum(pad: DemoModel, run, tmp_path: Path):
     result = run("build", PAD, tmp_path / "out", "--imatrix", pad.imatrix_path, "--budget", "1MB",
                  "--sensitivity", pad.sensitivity, "--chunks", 1)  # fmt: skip
     refused(result, ("--budget: 1.000 MB is below the floor of 1.", "every matrix at Q2_K"))
@@ -303,7 +326,7 @@ def test_the_error_for_a_too_small_budget_names_the_minimum(pad: Fixture, run, t
 
 
 def test_a_fitted_bundle_records_the_chosen_types_and_the_reasons(
-    pad: Fixture, run, tmp_path: Path, tokenizer_reads: list[str]
+    pad: DemoModel, run, tmp_path: Path, tokenizer_reads: list[str]
 ):
     out = tmp_path / "out"
     status, stdout, _ = run("build", PAD, out, "--imatrix", pad.imatrix_path, "--budget", "2.4MB",
@@ -331,7 +354,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("arguments", "words", "status"), WRONG.values(), ids=WRONG)
-def test_wrong_arguments_are_one_line(pad: Fixture, run, tmp_path: Path, arguments, words, status):
+def test_wrong_arguments_are_one_line(pad: DemoModel, run, tmp_path: Path, arguments, words, status):
     out = tmp_path / "out"
     if arguments[-1] == "THERE":
         out.mkdir()
@@ -341,9 +364,9 @@ def test_wrong_arguments_are_one_line(pad: Fixture, run, tmp_path: Path, argumen
 
 
 @pytest.mark.parametrize("text", ["2", "two GB", "-1GB", "2TB", "1e9B", ""])
-def test_an_invalid_size_ends_with_2(text: str, edge_quantize, tmp_path: Path):
-    result = edge_quantize("build", PAD, tmp_path / "out", f"--budget={text}")
-    assert result.returncode == 2 and "expected a size such as 2.0GB" in result.stderr
+def test_an_invalid_size_ends_with_2(text: str, run, tmp_path: Path):
+    status, _, lines = run("build", PAD, tmp_path / "out", f"--budget={text}")
+    assert status == 2 and "expected a size such as 2.0GB" in lines[-1]
 
 
 def test_sizes_on_the_command_line():

@@ -26,6 +26,7 @@ from quantize.source.hf_config import CheckpointError
 from quantize.source.lora import merged, read_adapter, write_adapter
 from tests.harness import toy, toy_layout
 from tests.harness.gguf_reading import Reader, interleaved, tensors_of, values
+from tests.harness.quantize_cli import refused
 
 HIDDEN, FFN = 256, 512  # of toy_bf16
 TEXT = "model.language_model.layers.{n}."
@@ -286,21 +287,19 @@ def test_what_is_not_an_adapter_is_refused(tmp_path: Path, toy_bf16: Path):
         read_adapter(tmp_path, found)
 
 
-def test_the_command(tmp_path: Path, plain, toy_bf16: Path, edge_quantize: Callable):
+def test_the_command(tmp_path: Path, plain, toy_bf16: Path, run: Callable):
     adapter, out = shutil.copytree(plain[0], tmp_path / "adapter"), tmp_path / "out.gguf"
-    lost = edge_quantize("lora", adapter, out)
-    assert lost.returncode == 2 and "which is not a folder here" in lost.stderr and len(lost.stderr.splitlines()) == 1
+    refused(run("lora", adapter, out), ("which is not a folder here",), 2)
     table = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(table | {"base_model_name_or_path": str(toy_bf16)}))
-    made = edge_quantize("lora", adapter, out)
-    assert made.returncode == 0 and "14 matrices of rank 4 for ministral3" in made.stdout, made.stderr
+    status, made, lines = run("lora", adapter, out)
+    assert status == 0 and "14 matrices of rank 4 for ministral3" in made, lines
     before = out.read_bytes()
-    again = edge_quantize("lora", adapter, out)
-    assert again.returncode == 1 and "exists" in again.stderr
-    assert edge_quantize("lora", adapter, out, "--base", toy_bf16, "--force").returncode == 0
+    refused(run("lora", adapter, out), ("exists",))
+    assert run("lora", adapter, out, "--base", toy_bf16, "--force")[0] == 0
     assert out.read_bytes() == before and not list(tmp_path.glob("*.part"))
-    built = edge_quantize("build", toy_bf16, tmp_path / "bundle", "--merge", adapter, "--recipe", "Q8_0")
-    assert built.returncode == 0, built.stderr
+    status, _, lines = run("build", toy_bf16, tmp_path / "bundle", "--merge", adapter, "--recipe", "Q8_0")
+    assert status == 0, lines
     report = json.loads((tmp_path / "bundle" / REPORT).read_text())
     assert report["merged"] == {"adapter": "adapter", "matrices": 14, "ranks": [4]}
     manifest = read_manifest(tmp_path / "bundle").manifest
