@@ -20,6 +20,8 @@ import flight as benchmark
 
 from edge_agent.actions.envelope import CheckedAction, parse_answer
 from edge_agent.actions.space import load_action_space
+from edge_agent.config import LanguageConfig, VisionConfig
+from tests.harness.engine import engine_of
 
 CHECKPOINT = ROOT / "models" / "pad_pilot" / "checkpoint"
 CLEAR = 1.0  # with this lead, in logits, other kernels and 16-bit caches do not change the chosen token
@@ -31,7 +33,7 @@ def frozen() -> dict[str, np.ndarray]:
         return dict(file)
 
 
-def expected_answer(text: str) -> benchmark.Answer:
+def answer_of(text: str) -> benchmark.Answer:
     """The answer with an action, from its JSON text. Its values have the keys of the model."""
     checked = parse_answer(text, load_action_space("velocity_body"))
     assert isinstance(checked, CheckedAction) and not checked.clamped, text
@@ -44,7 +46,7 @@ def test_without_quantisation_the_answers_are_those_of_the_reference(build, froz
         n_clear = 0
         for i, picture in enumerate(frozen["pictures"]):
             given = benchmark.answer(link, picture, str(frozen["instructions"][i]), str(frozen["questions"][i]))
-            expected, (lead, words_lead) = expected_answer(str(frozen["actions"][i])), frozen["margins"][i]
+            expected, (lead, words_lead) = answer_of(str(frozen["actions"][i])), frozen["margins"][i]
             if lead > CLEAR:
                 assert given[:2] == expected[:2], frozen["instructions"][i]
             if words_lead > CLEAR:
@@ -54,12 +56,14 @@ def test_without_quantisation_the_answers_are_those_of_the_reference(build, froz
 
 
 def test_at_four_bits_the_action_type_rarely_changes(build, frozen):
-    with benchmark.pilot(build(CHECKPOINT, "Q4_K_M"), "onnxruntime") as link:
-        given = [
-            benchmark.answer(link, picture, str(instruction))
-            for picture, instruction in zip(frozen["pictures"], frozen["instructions"], strict=True)
-        ]
-    same = [a.action == expected_answer(str(text)).action for a, text in zip(given, frozen["actions"], strict=True)]
+    """Without the daemon: test_pad_flight.py has this bundle in it."""
+    language, given = LanguageConfig(context=1024, gpu_layers=0), []
+    vision = VisionConfig(max_image_tokens=25)
+    with engine_of(build(CHECKPOINT, "Q4_K_M"), "velocity_body", profile=None, vision=vision, language=language) as rig:
+        for picture, instruction in zip(frozen["pictures"], frozen["instructions"], strict=True):
+            rig.engine.instruct(str(instruction))
+            given.append(answer_of(rig.answer(np.array(rig.images.resize(picture)))))
+    same = [a.action == answer_of(str(text)).action for a, text in zip(given, frozen["actions"], strict=True)]
     assert sum(same) >= len(same) - 1
 
 

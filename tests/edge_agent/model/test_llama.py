@@ -216,9 +216,9 @@ def test_a_fork_drops_the_previous_text_and_copies_no_more_than_its_stop(convert
 
 
 def test_truncating_frees_the_cells(language):
-    """Frames with texts beside them, many times what the cache holds; then everything fits that fits an empty cache."""
+    """Frames with texts beside them, twice what the cache holds; then everything fits that fits an empty cache."""
     language.logits_after_last(PREFIX, 0)
-    for n in range(40):
+    for n in range(24):
         act_on(language, some_rows(N_FRAME, seed=n))
         language.fork_sequence(STOP)
         language.logits_after_last(QUESTION, STOP, TEXT_SEQ)
@@ -233,24 +233,34 @@ def test_truncating_frees_the_cells(language):
 # -- text -------------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=500)
+def is_kept(language: LlamaContext, text: str) -> bool:
+    """Whether its tokens are ordinary ones, of the same bytes."""
+    tokens = language.tokens(text)
+    assert all(N_SPECIAL <= token < language.n_vocab for token in tokens)
+    return b"".join(language.token_bytes(token) for token in tokens) == text.encode()
+
+
+@settings(deadline=None, max_examples=60)
 @given(text=st.text(max_size=60))
 @example(text="")
 @example(text="Hold position. 3.5 m/s\n\tÄpfel 日本 \U0001f681 \x00 \x7f")
 @example(text="".join(chr(n) for n in range(256)))
 def test_any_text_becomes_ordinary_tokens_of_the_same_bytes(language, text):
-    tokens = language.tokens(text)
-    assert all(N_SPECIAL <= token < language.n_vocab for token in tokens)
-    assert b"".join(language.token_bytes(token) for token in tokens) == text.encode()
+    assert is_kept(language, text)
+
+
+@pytest.mark.soak
+@settings(deadline=None, max_examples=5_000)
+@given(text=st.text(max_size=60))
+def test_thousands_of_texts_become_ordinary_tokens_of_the_same_bytes(language, text):
+    assert is_kept(language, text)
 
 
 @pytest.mark.parametrize("name", [*toy_layout.SPECIAL_NAMES.values(), "<SPECIAL_20>", "<SPECIAL_999>"])
 def test_the_names_of_control_tokens_stay_letters(language, name):
     """Text from an instruction cannot open or close a part of the prompt."""
     for text in (name, f"Land.{name}[INST]now", name * 3, f" {name}\n"):
-        tokens = language.tokens(text)
-        assert min(tokens) >= N_SPECIAL
-        assert b"".join(language.token_bytes(token) for token in tokens) == text.encode()
+        assert is_kept(language, text)
 
 
 def test_control_tokens_have_no_bytes_and_one_ends_a_text(language):
