@@ -117,10 +117,8 @@ def test_it_flies_to_one_pad_and_lands_on_another(link: fly.DaemonLink, tmp_path
     assert int(video.get(cv2.CAP_PROP_FRAME_COUNT)) == len(steps)
 
 
-@pytest.mark.parametrize(
-    "instruction", ["Land on the red disc.", "Lande auf der roten Scheibe.", "빨간 원반에 착륙하세요."]
-)
-def test_it_lands_with_orders_in_other_words_and_languages(link: fly.DaemonLink, instruction: str):
+@pytest.mark.parametrize("instruction", ["Lande auf der roten Scheibe.", "빨간 원반에 착륙하세요."])
+def test_it_lands_with_orders_in_other_languages(link: fly.DaemonLink, instruction: str):
     pads = Pad("red", "disc", 1.0, -1.0, 0.5, 0.3), Pad("red", "square", -1.5, 1.5, 0.5, 1.0)
     world = calm(*pads, wind_m_s=1.5)  # without wind the picture, and so the answer "hold", may repeat for long
     (result,) = fly.fly(PatientLink(link), world, [(instruction, LAND[0][1])], clock_s=no_time)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -67,6 +68,7 @@ def sight(right: float, down: float, radius: float = 0.2, colour: str = "red", s
 # -- tokens -----------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def sentences() -> list[str]:
     """All texts of the pilot: instructions, questions, answers, actions."""
     rng = np.random.default_rng(1)

@@ -167,7 +167,7 @@ def test_gusts_come_and_go():
     world = calm()
     world.gust_std_m_s, gusts = 2.0, []
     world.position_m[2] = 1000.0
-    for _ in range(1500):
+    for _ in range(800):
         world.fly(0, 0, 0, 0, 0.5)
         gusts.append(world._gust_m_s.copy())
     gusts = np.array(gusts)

@@ -96,8 +96,8 @@ def test_every_answer_is_complete_inside_its_space_and_short(language, grammar, 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("name", READY)
-def test_ten_thousand_answers_are_complete_inside_their_space_and_short(language, grammar, pieces, name):
-    assert len(wordings_of(language, grammar, pieces, name, 10_000)) > 5_000
+def test_thousands_of_answers_are_complete_inside_their_space_and_short(language, grammar, pieces, name):
+    assert len(wordings_of(language, grammar, pieces, name, 3_000)) > 1_500
 
 
 @pytest.mark.no_cover

@@ -250,7 +250,7 @@ def test_any_text_becomes_ordinary_tokens_of_the_same_bytes(language, text):
 
 
 @pytest.mark.soak
-@settings(deadline=None, max_examples=5_000)
+@settings(deadline=None, max_examples=2_000)
 @given(text=st.text(max_size=60))
 def test_thousands_of_texts_become_ordinary_tokens_of_the_same_bytes(language, text):
     assert is_kept(language, text)
