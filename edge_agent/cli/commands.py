@@ -229,14 +229,15 @@ BUNDLE_COMMANDS: dict[str, Command] = {
         "bundles",
         "make a bundle of GGUF files that another tool made",
         "Copies the files as they are, with their hashes and the facts of their headers. Frames need an mmproj; a "
-        "language model alone answers from the vehicle's state. docs/bundle.md lists the families that are served.",
+        "language model alone answers from the vehicle's state. Of a split file give the first part: the parts beside "
+        "it are merged. docs/bundle.md lists the families that are served.",
         (
             _argument("files", nargs="+", type=Path, metavar="FILE", help="LANGUAGE.gguf [MMPROJ.gguf] OUT: the model, "
                       "its vision encoder, and the folder to make"),
             _argument("--layout", default="", metavar="LAYOUT", help="prompt layout: mistral, chatml, gemma, llama3 "
                       "or a YAML file; default: found by the special tokens of the vocabulary"),
             _argument("--link", action="store_true", help="share the files' bytes with the bundle instead of a copy; "
-                      "on one file system only"),
+                      "on one file system only, and not for the parts of a split file"),
             _argument("--sign", type=Path, metavar="KEY", help="private key (edge-agent keygen) that signs the bundle"),
         ),
     ),
