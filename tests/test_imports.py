@@ -117,7 +117,7 @@ ORDER: dict[str, list[str]] = {
         "follower", "transport", "link", "telemetry", "state_push", "words", "bridge", "dry_run",
     ],
     "ros2": ["interfaces", "image", "stamps", "motion", "follow", "diagnostics", "requests", "node", "process"],
-    "tools": ["stills", "power_meter", "bench", "measure_daemon", "tune"],
+    "tools": ["stills", "power_meter", "bench", "measure_daemon", "encoder_choices", "tune"],
     "cli": [
         "commands", "bundles", "installed", "control", "daemon", "check", "tune", "doctor", "rehearse", "ros2",
         "mavlink", "main",

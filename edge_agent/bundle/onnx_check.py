@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from edge_agent.bundle.file_check import MAX_ELEMENTS, UnsafeFileError, map_file
 
 MAX_OPSET, MAX_IR_VERSION = 21, 10
 MAX_DIMENSIONS = 16
-DATA_TYPES = {1: 4, 3: 1, 7: 8, 10: 2, 16: 2}  # TensorProto: FLOAT, INT8, INT64, FLOAT16, BFLOAT16 -> bytes
+# data_type of TensorProto -> its name, bytes
+DATA_TYPES = {1: ("f32", 4), 3: ("int8", 1), 7: ("int64", 8), 10: ("f16", 2), 16: ("bf16", 2)}
 OPS = frozenset((
     "Add", "Cast", "Concat", "Conv", "Cos", "DequantizeLinear", "Div", "Erf", "Expand", "Gemm", "Identity", "MatMul",
     "Mul", "Neg", "Pow", "Range", "ReduceMean", "Reshape", "Shape", "Sigmoid", "Sin", "Slice", "Softmax", "Sqrt",
@@ -45,6 +47,18 @@ def check_onnx(path: Path) -> list[int]:
         if n_graphs != 1:
             raise UnsafeFileError(f"{n_graphs} graphs; expected one")
         return input_shape
+
+
+def weight_type(path: Path) -> str:
+    """The type of most bytes of the weights, such as "bf16", in a file that check_onnx() accepts."""
+    by_type: Counter[str] = Counter()
+    with path.open("rb") as file, map_file(file) as data:
+        graphs = [_span(value) for number, value in _fields(data, 0, len(data)) if number == 7]
+        for start, end in [_span(value) for graph in graphs for number, value in _fields(data, *graph) if number == 5]:
+            fields = dict(_fields(data, start, end))
+            raw_start, raw_end = _span(fields.get(9, (0, 0)))
+            by_type[DATA_TYPES[_integer(fields[2])][0]] += raw_end - raw_start
+    return max(by_type, key=by_type.__getitem__)
 
 
 def _check_graph(data: mmap.mmap, start: int, end: int) -> list[int]:
@@ -111,7 +125,7 @@ def _check_initializer(data: mmap.mmap, start: int, end: int) -> None:
         raise UnsafeFileError(f"{name}: data type {data_type}: edge-quantize never writes this type")
     if any(side > MAX_ELEMENTS for side in shape) or math.prod(shape) > MAX_ELEMENTS:
         raise UnsafeFileError(f"{name}: shape {shape}: expected at most {MAX_ELEMENTS} elements")
-    if raw is not None and raw[1] - raw[0] != math.prod(shape) * DATA_TYPES[data_type]:
+    if raw is not None and raw[1] - raw[0] != math.prod(shape) * DATA_TYPES[data_type][1]:
         raise UnsafeFileError(f"{name}: {raw[1] - raw[0]} bytes for shape {shape}")
 
 

@@ -66,7 +66,7 @@ def this_machine(
     answers = msgspec.structs.replace(
         answers,
         llama=_native("llama", LlamaAnswer),
-        onnxruntime=_native("onnxruntime", OnnxruntimeAnswer),
+        onnxruntime=ask_onnxruntime(),
         camera=probe_camera(config.camera) if config is not None and not _is_busy(answers) else None,
         tegrastats=_tegrastats(),
     )
@@ -197,6 +197,10 @@ def _cards() -> dict[str, Any]:
 
 
 # -- child processes --------------------------------------------------------------------------------------------------
+
+
+def ask_onnxruntime() -> OnnxruntimeAnswer:
+    return _native("onnxruntime", OnnxruntimeAnswer)
 
 
 def _native(name: str, answer_type: type[Answer]) -> Answer:
