@@ -73,8 +73,10 @@ class Governor(msgspec.Struct, frozen=True, kw_only=True):
     raise_every_s: float = RAISE_EVERY_S
 
     @classmethod
-    def of(cls, max_image_tokens: int) -> Governor:
-        """max_image_tokens: as configured."""
+    def of(cls, max_image_tokens: int | None) -> Governor:
+        """max_image_tokens: as configured; None: fewer change nothing, so the rate alone goes down."""
+        if max_image_tokens is None:
+            return cls(steps=((None, 1.0), *((None, share) for share in RATE_STEPS)))
         sizes = token_sizes(max_image_tokens)
         tokens: list[tuple[int | None, float]] = [(size, 1.0) for size in sizes[1:]]
         rates: list[tuple[int | None, float]] = [(sizes[-1], share) for share in RATE_STEPS]

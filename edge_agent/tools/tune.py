@@ -76,6 +76,7 @@ class Board(NamedTuple):
     threads: tuple[int, ...]
     kv_cache_types: tuple[str, ...]
     overlap: bool  # whether to try with overlap
+    has_image_sizes: bool = True  # as of a manifest
 
 
 def tune(
@@ -99,7 +100,7 @@ def tune(
             folder.mkdir()
             return _with_tensorrt(candidate, lambda patient: measure(patient, folder, measure_s))
 
-        return search(config, lambda gpu: find_choices(config, encoders, gpu), run, report)
+        return search(config, lambda gpu: find_choices(config, manifest, encoders, gpu), run, report)
 
 
 def _with_tensorrt(config: Config, run: Callable[[Config], Measured]) -> Measured:
@@ -123,7 +124,7 @@ def _memory_problem(config: Config, manifest: Manifest, gpu: Gpu | None) -> str:
     return f"not enough memory: the daemon would reduce {', '.join(plan.reductions)}" if plan.reductions else ""
 
 
-def find_choices(config: Config, encoders: tuple[Encoder, ...], gpu: bool) -> Board:
+def find_choices(config: Config, manifest: Manifest, encoders: tuple[Encoder, ...], gpu: bool) -> Board:
     """gpu: whether layers of the language model run on a GPU."""
     n_cores = available_cores()
     threads = {n_cores, max(1, n_cores - 1), max(1, n_cores // 2), 1 if n_cores <= 4 else n_cores // 4}
@@ -133,6 +134,7 @@ def find_choices(config: Config, encoders: tuple[Encoder, ...], gpu: bool) -> Bo
         threads=tuple(sorted(threads, reverse=True)),
         kv_cache_types=("f16",) if is_exact else ("f16", "q8_0"),
         overlap=gpu or n_cores > 1,
+        has_image_sizes=manifest.has_image_sizes,
     )
 
 
@@ -231,7 +233,7 @@ def search(config: Config, choices: Callable[[bool], Board], run: Measure, repor
     for encoder in board.encoders:
         if encoder.skip:
             found.skip(encoder)
-    for candidate in _fewer_tokens(start):
+    for candidate in _fewer_tokens(start) if board.has_image_sizes else [start]:
         if found.best is not None:
             break
         for encoder in found.encoders:

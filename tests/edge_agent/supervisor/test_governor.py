@@ -22,7 +22,7 @@ class Run:
         self,
         board: HotBoard,
         governed: bool = True,
-        max_tokens: int = 256,
+        max_tokens: int | None = 256,
         camera_per_s: float = 60.0,
         noise_c: float = 0.0,
         each_second: Callable[[int, HotBoard], None] = lambda second, board: None,
@@ -36,7 +36,7 @@ class Run:
             each_second(second, board)
             limit = self.governor.limit if governed else LoadLimit()
             wanted_per_s = min(camera_per_s, limit.answers_per_s or camera_per_s)
-            rate = board.run_for(1.0, limit.max_image_tokens or max_tokens, wanted_per_s)
+            rate = board.run_for(1.0, limit.max_image_tokens or max_tokens or 256, wanted_per_s)
             headroom_c = round(2 * (board.limit_c - board.chip_c + noise.gauss(0, noise_c))) / 2  # sensors have steps
             reasons = ("temperature",) if board.is_throttled else ()
             self.governor = self.governor.update(Heat(headroom_c, None, reasons), rate, float(second))
@@ -144,6 +144,14 @@ def test_image_tokens_go_first_then_the_rate():
 def test_a_model_with_few_image_tokens_has_its_rate_alone(max_tokens):
     governor = Governor.of(max_tokens).update(Heat(headroom_c=1.0), 20.0, 1.0)
     assert governor.limit.max_image_tokens == max_tokens and governor.limit.answers_per_s < 20.0
+
+
+def test_a_model_without_a_choice_of_image_tokens_keeps_a_board_cool_by_its_rate():
+    board = {"answer_j": 1.78, "token_j": 0.0}
+    cool = Run(HotBoard(**board, limit_c=1e6), governed=False).board
+    governed = Run(HotBoard(**board), max_tokens=None)
+    assert governed.board.throttled_s == 0 < governed.board.answers < cool.answers
+    assert {governed.governor.steps[level][0] for level in governed.levels} == {None}
 
 
 def test_when_it_is_cool_again_everything_comes_back_step_by_step():

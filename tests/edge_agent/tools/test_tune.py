@@ -100,6 +100,13 @@ def test_image_tokens_are_lowered_only_as_far_as_the_deadline_needs() -> None:
     assert with_more and all(board.run(values).mean_age_ms is None for values in with_more)
 
 
+def test_fewer_image_tokens_are_not_tried_where_frames_have_one_number_of_them() -> None:
+    board = FakeBoard(COST, deadline_ms=40)
+    with pytest.raises(ConfigError, match="no configuration gives valid actions here"):
+        run(board, BOARD._replace(has_image_sizes=False))
+    assert {values["vision.max_image_tokens"] for values in board.measured if values} == {256}
+
+
 def test_no_configuration_in_time_is_an_error_that_says_why() -> None:
     with pytest.raises(ConfigError, match=r"no configuration gives valid actions here.*9 late"):
         run(FakeBoard(COST, deadline_ms=1))
