@@ -8,10 +8,12 @@ import struct
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 
 from edge_agent.bundle.file_check import UnsafeFileError, check_gguf
 from edge_agent.bundle.files import hash_file
+from edge_agent.bundle.gguf_source import open_source
 from edge_agent.bundle.manifest import LANGUAGE
 from edge_agent.bundle.verify import verify_bundle
 from edge_agent.bundle.wrap import wrap
@@ -56,6 +58,24 @@ def test_the_merged_file_is_the_one_that_was_split(
     manifest = verify_bundle(tmp_path / "out").manifest
     assert manifest.source_sha256 == {part.name: hash_file(part).sha256 for part in parts}
     assert progress[-1] == (whole.stat().st_size, whole.stat().st_size)
+
+
+def test_data_that_end_anywhere_are_padded(tmp_path: Path) -> None:
+    def write(path: Path, **split: int) -> Path:
+        writer = gguf.GGUFWriter(path, "llama", **split)
+        for name, n in (("a", 3), ("b", 11), ("c", 5)):
+            writer.add_tensor(name, np.arange(n, dtype=np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path
+
+    whole = write(tmp_path / "whole.gguf")
+    write(tmp_path / "toy.gguf", split_max_tensors=1)
+    with open_source(tmp_path / FIRST) as source:
+        merged = b"".join(block.kept for block in source.blocks())
+    assert merged == whole.read_bytes() and len(merged) == source.n_bytes
 
 
 def test_parts_that_links_lead_to(parts: Path, whole: Path, tmp_path: Path) -> None:
