@@ -35,6 +35,16 @@ INSTALLATION_FAULTS: dict[str, Fault] = {
         "warn",
         "start the daemon",
     ),
+    "a runtime folder that frames cannot be pushed to": Fault(
+        PC,
+        {
+            "config": boards.CONFIG.replace("/dev/video0", "zmq:ipc:///run/edge-agent/frames"),
+            "camera": CameraAnswer(works=False, line="absent: cannot be bound: Permission denied"),
+        },
+        "camera",
+        "fail",
+        "Permission denied",
+    ),
     "no folder for pushed frames": Fault(
         PC,
         {
