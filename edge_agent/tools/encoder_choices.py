@@ -68,4 +68,4 @@ def _onnxruntime(weights: str, providers: dict[str, str], tensorrt: bool) -> lis
 
 
 def _short(provider: str) -> str:
-    return provider.removesuffix("ExecutionProvider")
+    return provider.removesuffix("ExecutionProvider").replace("Tensorrt", "TensorRT")

@@ -80,7 +80,7 @@ def test_the_encoders_of_the_bundle_and_of_this_machine(
     monkeypatch.setattr(search, "tune", lambda *given: (seen.extend(given[2]), fake(*given))[1])
     assert run("--config", file, *arguments) == 0
     assert [row.name for row in seen if not row.skip] == [
-        "onnxruntime CPU (bf16)", *["onnxruntime Tensorrt (bf16)"] * len(arguments), "mtmd (bf16)"
+        "onnxruntime CPU (bf16)", *["onnxruntime TensorRT (bf16)"] * len(arguments), "mtmd (bf16)"
     ]  # fmt: skip
 
 

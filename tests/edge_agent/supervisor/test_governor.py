@@ -12,7 +12,7 @@ from edge_agent.supervisor import governor as rules
 from edge_agent.supervisor.governor import Governor, Heat, LoadLimit
 from tests.harness.thermal import HotBoard
 
-QUARTER_S = 900
+QUARTER_S, CAMERA_PER_S = 900, 60.0
 
 
 class Run:
@@ -23,19 +23,17 @@ class Run:
         board: HotBoard,
         governed: bool = True,
         max_tokens: int | None = 256,
-        camera_per_s: float = 60.0,
         noise_c: float = 0.0,
         each_second: Callable[[int, HotBoard], None] = lambda second, board: None,
-        seconds: int = QUARTER_S,
         seed: int = 1,
     ) -> None:
         self.board, self.governor = board, Governor.of(max_tokens)
         self.levels: list[int] = []
         noise = random.Random(seed)
-        for second in range(seconds):
+        for second in range(QUARTER_S):
             each_second(second, board)
             limit = self.governor.limit if governed else LoadLimit()
-            wanted_per_s = min(camera_per_s, limit.answers_per_s or camera_per_s)
+            wanted_per_s = min(CAMERA_PER_S, limit.answers_per_s or CAMERA_PER_S)
             rate = board.run_for(1.0, limit.max_image_tokens or max_tokens or 256, wanted_per_s)
             headroom_c = round(2 * (board.limit_c - board.chip_c + noise.gauss(0, noise_c))) / 2  # sensors have steps
             reasons = ("temperature",) if board.is_throttled else ()

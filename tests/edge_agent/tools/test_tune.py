@@ -189,16 +189,16 @@ ENCODERS: dict[str, tuple[dict[str, str], dict[str, str], bool, dict[str, Values
     "TensorRT that nobody asked for": (
         BOTH, {CPU_NAME: "", CUDA_NAME: "", TENSORRT_NAME: ""}, False,
         {"onnxruntime CUDA (bf16)": ONNX, "mtmd (q8_0)": MTMD},
-        ("onnxruntime CPU", "onnxruntime Tensorrt (bf16): not tried: it makes an engine first"),
+        ("onnxruntime CPU", "onnxruntime TensorRT (bf16): not tried: it makes an engine first"),
     ),
     "TensorRT that was asked for": (
         BOTH, {CPU_NAME: "", CUDA_NAME: "", TENSORRT_NAME: ""}, True,
-        {"onnxruntime CUDA (bf16)": ONNX, "onnxruntime Tensorrt (bf16)": TENSORRT, "mtmd (q8_0)": MTMD},
+        {"onnxruntime CUDA (bf16)": ONNX, "onnxruntime TensorRT (bf16)": TENSORRT, "mtmd (q8_0)": MTMD},
         ("onnxruntime CPU",),
     ),
     "no TensorRT where it was asked for": (
         BOTH, {CPU_NAME: ""}, True, {"onnxruntime CPU (bf16)": ONNX, "mtmd (q8_0)": MTMD},
-        ("onnxruntime Tensorrt (bf16): onnxruntime here has no TensorRT",),
+        ("onnxruntime TensorRT (bf16): onnxruntime here has no TensorRT",),
     ),
     "no onnxruntime": (
         BOTH, {CPU_NAME: "No module named 'onnxruntime'"}, False, {"mtmd (q8_0)": MTMD},
