@@ -85,9 +85,9 @@ ORDER: dict[str, list[str]] = {
     "client": ["control_connection", "received", "values", "client", "chunk_player", "pusher", "__init__"],
     "actions": ["decimals", "space", "prompt", "grammar", "action_tokens", "vehicle_state", "envelope"],
     "bundle": [
-        "gguf_package", "files", "file_check", "recognise", "signing", "layout", "manifest", "model_facts",
-        "manifest_check", "verify", "store", "verified_files", "lora_check", "model_start", "memory_plan",
-        "gpu_memory", "wrap",
+        "gguf_package", "files", "file_check", "onnx_check", "recognise", "signing", "layout", "manifest",
+        "model_facts", "manifest_check", "verify", "store", "verified_files", "lora_check", "model_start",
+        "memory_plan", "gpu_memory", "gguf_source", "wrap",
     ],
     "board": ["control_groups", "health", "sensors", "cuda_code", "nvml"],
     "ipc": ["backoff", "token_sizes", "image_grid", "frame_slot", "events", "worker"],
@@ -117,7 +117,7 @@ ORDER: dict[str, list[str]] = {
         "follower", "transport", "link", "telemetry", "state_push", "words", "bridge", "dry_run",
     ],
     "ros2": ["interfaces", "image", "stamps", "motion", "follow", "diagnostics", "requests", "node", "process"],
-    "tools": ["stills", "power_meter", "bench", "measure_daemon", "tune"],
+    "tools": ["stills", "power_meter", "bench", "measure_daemon", "encoder_choices", "tune"],
     "cli": [
         "commands", "bundles", "installed", "control", "daemon", "check", "tune", "doctor", "rehearse", "ros2",
         "mavlink", "main",

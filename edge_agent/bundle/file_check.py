@@ -1,9 +1,9 @@
-"""Check the header of a GGUF or ONNX file before a native parser reads it: bounds, names, and an allow-list.
+"""Check the header of a GGUF file before a native parser reads it: bounds, names, and an allow-list.
 
 C++ parsers have had memory errors on crafted files. This parser is Python, reads headers only, and accepts only the
 types that it knows. It does not check whether the numbers are useful, nor who made the file (hashes and signature do).
 
-GGUF: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md   ONNX: onnx.proto, in protobuf's wire format
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md   edge_agent/bundle/onnx_check.py does the same for ONNX.
 """
 
 from __future__ import annotations
@@ -57,17 +57,10 @@ GGUF_VERSIONS = (2, 3)  # 3 differs from 2 in that a file may be big-endian
 # GGUF value type -> format of struct: 8 to 64 bit integers, float32, bool, float64
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY, INTEGERS = 8, 9, frozenset("bBhHiIqQ")
+PARTS, MAX_PARTS = "split.count", 512  # each part that is merged is an open file
 TOKENS, TOKEN_TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
 MAX_KEPT = 1024  # values of an array of strings that are returned: the special tokens come first
 MAX_KEPT_NUMBERS = 1024  # a longer array of numbers is not returned: a number for each layer, not for each token
-MAX_OPSET, MAX_IR_VERSION = 21, 10
-MAX_DIMENSIONS = 16
-DATA_TYPES = {1: 4, 3: 1, 7: 8, 10: 2, 16: 2}  # TensorProto: FLOAT, INT8, INT64, FLOAT16, BFLOAT16 -> bytes
-OPS = frozenset((
-    "Add", "Cast", "Concat", "Conv", "Cos", "DequantizeLinear", "Div", "Erf", "Expand", "Gemm", "Identity", "MatMul",
-    "Mul", "Neg", "Pow", "Range", "ReduceMean", "Reshape", "Shape", "Sigmoid", "Sin", "Slice", "Softmax", "Sqrt",
-    "Squeeze", "Transpose", "Unsqueeze",
-))  # fmt: skip
 
 
 class TensorHeader(NamedTuple):
@@ -91,6 +84,15 @@ class GgufHeader(NamedTuple):
     tensors: dict[str, TensorHeader]
 
 
+class GgufPart(NamedTuple):
+    """A GGUF file that may be one part of several. keys: the bytes of each key, with its value, in the file's order."""
+
+    values: dict[str, object]  # as in GgufHeader
+    keys: dict[str, bytes]
+    tensors: dict[str, TensorHeader]
+    data_start: int  # bytes from the start of the file
+
+
 class Token(NamedTuple):
     """A token of the vocabulary."""
 
@@ -103,34 +105,49 @@ class UnsafeFileError(UserError):
     """What is wrong with the file; one line, without the file's name."""
 
 
-# -- GGUF --------------------------------------------------------------------------------------------------------------
-
-
 def check_gguf(path: Path, architectures: Container[str]) -> GgufHeader:
     """Check a GGUF file whose general.architecture has to be one of `architectures`. Raises UnsafeFileError."""
-    with path.open("rb") as file, _map(file) as data:
+    with path.open("rb") as file, map_file(file) as data:
         reader = _Reader(data)
         n_tensors, values = _read_start(reader)
         architecture = values.get("general.architecture")
         if not isinstance(architecture, str) or architecture not in architectures:
             expected = " or ".join(architectures) if isinstance(architectures, tuple) else "a language model"
             raise UnsafeFileError(f"general.architecture: expected {expected}, found {architecture!r}")
-        alignment = values.get("general.alignment", ALIGNMENT_BYTES)
-        if alignment != ALIGNMENT_BYTES:
-            raise UnsafeFileError(f"general.alignment: expected {ALIGNMENT_BYTES}, found {alignment!r}")
+        _check_alignment(values)
         return GgufHeader(values, _read_tensors(reader, n_tensors))
+
+
+def read_part(path: Path) -> GgufPart:
+    """Check one part of a split GGUF file, which may have no tensors. Raises UnsafeFileError."""
+    with path.open("rb") as file, map_file(file) as data:
+        reader = _Reader(data)
+        n_tensors, n_keys = _read_counts(reader, min_tensors=0)
+        values, spans = _read_keys(reader, n_keys)
+        _check_alignment(values)
+        tensors = _read_tensors(reader, n_tensors)
+        keys = {key: data[start:end] for key, (start, end) in spans.items()}
+        return GgufPart(values, keys, tensors, padded(reader.position))
+
+
+def read_n_parts(path: Path) -> int:
+    """Of how many parts a GGUF file is one; 1: it is not split. Raises UnsafeFileError."""
+    with path.open("rb") as file, map_file(file) as data:
+        reader = _Reader(data)
+        _, n_keys = _read_counts(reader, min_tensors=0)
+        return _n_parts(_read_keys(reader, n_keys)[0])
 
 
 def read_gguf_keys(path: Path) -> dict[str, object]:
     """The keys of any GGUF file, as in GgufHeader.values. Raises UnsafeFileError."""
-    with path.open("rb") as file, _map(file) as data:
+    with path.open("rb") as file, map_file(file) as data:
         return _read_start(_Reader(data))[1]
 
 
 def read_tokens(path: Path, texts: Container[str], ids: Container[int] = ()) -> list[Token]:
     """The tokens of a GGUF file that have one of these texts or ids, in the order of their ids. Raises
     UnsafeFileError."""
-    with path.open("rb") as file, _map(file) as data:
+    with path.open("rb") as file, map_file(file) as data:
         reader = _Reader(data)
         _read_start(reader)
         if TOKENS not in reader.arrays:
@@ -157,6 +174,29 @@ def _read_token_types(reader: _Reader, ids: list[int]) -> dict[int, int]:
 
 def _read_start(reader: _Reader) -> tuple[int, dict[str, object]]:
     """The number of tensors, and the keys."""
+    n_tensors, n_keys = _read_counts(reader)
+    values, _ = _read_keys(reader, n_keys)
+    if (n_parts := _n_parts(values)) != 1:
+        merge = "llama-gguf-split --merge FIRST_PART MERGED.gguf"
+        raise UnsafeFileError(f"{PARTS}: one of {n_parts} parts of a split file; merge the parts first: {merge}")
+    return n_tensors, values
+
+
+def _check_alignment(values: dict[str, object]) -> None:
+    alignment = values.get("general.alignment", ALIGNMENT_BYTES)
+    if alignment != ALIGNMENT_BYTES:
+        raise UnsafeFileError(f"general.alignment: expected {ALIGNMENT_BYTES}, found {alignment!r}")
+
+
+def _n_parts(values: dict[str, object]) -> int:
+    n_parts = values.get(PARTS) or 1  # 0: merged by llama-gguf-split
+    if not isinstance(n_parts, int) or not 1 <= n_parts <= MAX_PARTS:
+        raise UnsafeFileError(f"{PARTS}: expected a number from 0 to {MAX_PARTS}, found {str(n_parts)[:40]!r}")
+    return n_parts
+
+
+def _read_counts(reader: _Reader, min_tensors: int = 1) -> tuple[int, int]:
+    """The numbers of tensors and of keys."""
     if reader.take(4) != b"GGUF":
         raise UnsafeFileError(f"not a GGUF file; expected GGUF version {GGUF_VERSIONS[-1]}")
     version = reader.uint32()
@@ -165,22 +205,23 @@ def _read_start(reader: _Reader) -> tuple[int, dict[str, object]]:
     if version not in GGUF_VERSIONS:
         raise UnsafeFileError(f"GGUF version {version}: expected version {GGUF_VERSIONS[-1]}; use another edge-agent")
     n_tensors, n_keys = reader.uint64(), reader.uint64()
-    if not 0 < n_tensors <= MAX_TENSORS or n_keys > MAX_KEYS:
+    if not min_tensors <= n_tensors <= MAX_TENSORS or n_keys > MAX_KEYS:
         raise UnsafeFileError(f"{n_tensors} tensors and {n_keys} keys; expected at most {MAX_TENSORS} and {MAX_KEYS}")
-    return n_tensors, _read_keys(reader, n_keys)
+    return n_tensors, n_keys
 
 
-def _read_keys(reader: _Reader, n_keys: int) -> dict[str, object]:
+def _read_keys(reader: _Reader, n_keys: int) -> tuple[dict[str, object], dict[str, tuple[int, int]]]:
+    """The values, and where each key starts and its value ends."""
     values: dict[str, object] = {}
+    spans: dict[str, tuple[int, int]] = {}
     for _ in range(n_keys):
+        start = reader.position
         key = reader.string(MAX_KEY_BYTES)
         if key in values:
             raise UnsafeFileError(f"{key}: duplicate key")
         values[key] = reader.value(reader.uint32(), key)
-    if (n_parts := values.get("split.count", 0)) not in (0, 1):
-        merge = "llama-gguf-split --merge FIRST_PART MERGED.gguf"
-        raise UnsafeFileError(f"split.count: one of {n_parts} parts of a split file; merge the parts first: {merge}")
-    return values
+        spans[key] = (start, reader.position)
+    return values, spans
 
 
 def _read_tensors(reader: _Reader, n_tensors: int) -> dict[str, TensorHeader]:
@@ -207,14 +248,19 @@ def _read_tensors(reader: _Reader, n_tensors: int) -> dict[str, TensorHeader]:
         if offset % ALIGNMENT_BYTES:
             raise UnsafeFileError(f"{name}: offset {offset} is not a multiple of {ALIGNMENT_BYTES}")
         found[name] = TensorHeader(shape, type_name, offset, math.prod(shape) // block_elements * block_bytes)
-    data_start = -(-reader.position // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    data_start = padded(reader.position)
     spans = sorted((tensor.offset, tensor.offset + tensor.n_bytes, name) for name, tensor in found.items())
     for (_, end, name), (next_start, _, next_name) in itertools.pairwise(spans):
         if next_start < end:
             raise UnsafeFileError(f"the tensors {name} and {next_name} overlap")
-    if data_start + spans[-1][1] > reader.size:
+    if spans and data_start + spans[-1][1] > reader.size:
         raise UnsafeFileError(f"{spans[-1][2]}: ends after the end of the file")
     return {name: tensor._replace(offset=data_start + tensor.offset) for name, tensor in found.items()}
+
+
+def padded(n_bytes: int) -> int:
+    """Up to where data are padded that end here."""
+    return -(-n_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 _UINT64 = struct.Struct("<Q")
@@ -306,181 +352,7 @@ class _Reader:
         return self.data[start:end].decode(errors="replace") if end - start <= MAX_STRING_BYTES else ""
 
 
-# -- ONNX --------------------------------------------------------------------------------------------------------------
-
-# A field's value: an integer (varint), or the start and end of its bytes.
-_Span = tuple[int, int]
-_Value = int | _Span
-
-
-def check_onnx(path: Path) -> list[int]:
-    """The shape of the graph's first input; 0 is a side that can vary. Raises UnsafeFileError for references to other
-    files, functions, subgraphs, unknown operators, wrong sizes.
-
-    The numbers in the code are those of the fields in onnx.proto.
-    """
-    with path.open("rb") as file, _map(file) as data:
-        n_graphs = 0
-        input_shape: list[int] = []
-        for number, value in _fields(data, 0, len(data)):
-            if number == 1 and _integer(value) > MAX_IR_VERSION:
-                raise UnsafeFileError(f"ir_version {value}; expected at most {MAX_IR_VERSION}")
-            elif number == 7:
-                n_graphs += 1
-                input_shape = _check_graph(data, *_span(value))
-            elif number == 8:
-                _check_opset(data, *_span(value))
-            elif number in (20, 25):
-                raise UnsafeFileError("contains training information or functions; expected one graph only")
-        if n_graphs != 1:
-            raise UnsafeFileError(f"{n_graphs} graphs; expected one")
-        return input_shape
-
-
-def _check_graph(data: mmap.mmap, start: int, end: int) -> list[int]:
-    """The shape of the first input."""
-    inputs: list[list[int]] = []
-    for number, value in _fields(data, start, end):
-        if number == 1:
-            _check_node(data, *_span(value))
-        elif number == 5:
-            _check_initializer(data, *_span(value))
-        elif number == 15:
-            raise UnsafeFileError("contains sparse tensors")
-        elif number == 11:
-            inputs.append(_value_shape(data, *_span(value)))
-    return inputs[0] if inputs else []
-
-
-def _value_shape(data: mmap.mmap, start: int, end: int) -> list[int]:
-    """ValueInfoProto.type.tensor_type.shape.dim[].dim_value; 0: a side without a number."""
-    spans = [(start, end)]
-    for number in (2, 1, 2, 1):  # the numbers of these fields, one inside the other
-        spans = [_span(value) for span in spans for found, value in _fields(data, *span) if found == number]
-    return [next((_integer(value) for found, value in _fields(data, *span) if found == 1), 0) for span in spans]
-
-
-def _check_node(data: mmap.mmap, start: int, end: int) -> None:
-    op, domain = "", ""
-    for number, value in _fields(data, start, end):
-        if number == 4:
-            op = _text(data, value)
-        elif number == 7:
-            domain = _text(data, value)
-        elif number == 5:
-            _check_attribute(data, *_span(value))
-    if op not in OPS or domain not in ("", "ai.onnx"):
-        raise UnsafeFileError(f"operator {domain and domain + '.'}{op}: edge-quantize never writes this operator")
-
-
-def _check_attribute(data: mmap.mmap, start: int, end: int) -> None:
-    for number, value in _fields(data, start, end):
-        if number in (6, 11):  # g, graphs
-            raise UnsafeFileError("an operator contains a graph")
-        if number in (5, 10):  # t, tensors
-            _check_initializer(data, *_span(value))
-
-
-def _check_initializer(data: mmap.mmap, start: int, end: int) -> None:
-    shape: list[int] = []
-    data_type, raw, name = 0, None, ""
-    for number, value in _fields(data, start, end):
-        if number == 1:
-            shape += [value] if isinstance(value, int) else _packed(data, *value)
-            if len(shape) > MAX_DIMENSIONS:
-                raise UnsafeFileError(f"a tensor of more than {MAX_DIMENSIONS} dimensions")
-        elif number == 2:
-            data_type = _integer(value)
-        elif number == 8:
-            name = _text(data, value)[:80]
-        elif number == 9:
-            raw = _span(value)
-        elif number == 13 or (number == 14 and value):
-            raise UnsafeFileError(f"{name or 'a tensor'}: its data is in another file")
-    if data_type not in DATA_TYPES:
-        raise UnsafeFileError(f"{name}: data type {data_type}: edge-quantize never writes this type")
-    if any(side > MAX_ELEMENTS for side in shape) or math.prod(shape) > MAX_ELEMENTS:
-        raise UnsafeFileError(f"{name}: shape {shape}: expected at most {MAX_ELEMENTS} elements")
-    if raw is not None and raw[1] - raw[0] != math.prod(shape) * DATA_TYPES[data_type]:
-        raise UnsafeFileError(f"{name}: {raw[1] - raw[0]} bytes for shape {shape}")
-
-
-def _check_opset(data: mmap.mmap, start: int, end: int) -> None:
-    domain, version = "", 0
-    for number, value in _fields(data, start, end):
-        if number == 1:
-            domain = _text(data, value)
-        elif number == 2:
-            version = _integer(value)
-    if domain not in ("", "ai.onnx") or version > MAX_OPSET:
-        raise UnsafeFileError(f"operator set {domain!r} version {version}; expected ONNX's own, at most {MAX_OPSET}")
-
-
-def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, _Value]]:
-    """(field number, value) of each field of a protobuf message."""
-    position = start
-    while position < end:
-        tag, position = _varint(data, position, end)
-        wire_type = tag & 7
-        value: _Value
-        if wire_type == 0:
-            value, position = _varint(data, position, end)
-        elif wire_type == 2:
-            n_bytes, position = _varint(data, position, end)
-            value = (position, position + n_bytes)
-            position += n_bytes
-        elif wire_type in (1, 5):
-            n_bytes = 8 if wire_type == 1 else 4
-            value = (position, position + n_bytes)
-            position += n_bytes
-        else:
-            raise UnsafeFileError(f"unknown protobuf wire type {wire_type}")
-        if position > end:
-            raise UnsafeFileError("a field ends after the end of its message")
-        yield tag >> 3, value
-
-
-def _varint(data: mmap.mmap, position: int, end: int) -> tuple[int, int]:
-    """An integer, and the position after it."""
-    value = 0
-    for shift in range(0, 64, 7):
-        if position >= end:
-            raise UnsafeFileError("an integer ends after the end of its message")
-        byte = data[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-    raise UnsafeFileError("an integer of more than 64 bits")
-
-
-def _packed(data: mmap.mmap, start: int, end: int) -> list[int]:
-    """The integers of a packed field; of a longer list the first MAX_DIMENSIONS + 1."""
-    values: list[int] = []
-    while start < end and len(values) <= MAX_DIMENSIONS:
-        value, start = _varint(data, start, end)
-        values.append(value)
-    return values
-
-
-def _span(value: _Value) -> _Span:
-    if isinstance(value, int):
-        raise UnsafeFileError("expected a length-delimited field, found a varint")
-    return value
-
-
-def _integer(value: _Value) -> int:
-    if not isinstance(value, int):
-        raise UnsafeFileError("expected a varint, found a length-delimited field")
-    return value
-
-
-def _text(data: mmap.mmap, value: _Value) -> str:
-    start, end = _span(value)
-    return data[start:end].decode(errors="replace")
-
-
-def _map(file: BinaryIO) -> mmap.mmap:
+def map_file(file: BinaryIO) -> mmap.mmap:
     try:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except ValueError:

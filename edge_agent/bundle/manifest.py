@@ -111,6 +111,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     def prompt_layout(self) -> PromptLayout:
         return self.layout or (MISTRAL if self.vision is None else MISTRAL_VISION)
 
+    @property
+    def has_image_sizes(self) -> bool:
+        """Whether frames can have fewer image tokens: not with an encoder of one size, and not in a text-only model."""
+        return self.vision is not None and self.vision.fixed is None
+
     def token_id(self, text: str) -> int:
         """Of a special token of the layout. Raises KeyError."""
         return self.model.special[SPECIAL_NAMES.get(text, text)]

@@ -10,7 +10,8 @@ shares the machine's memory: then there is one. If memory is short, options are 
 2. advanced.kv_cache_type: 8 bit instead of 16, which no reproducible answer can have. Not where the configuration asks
    for `profile: reproducible` or `advanced.reproducible: true`, or forbids flash attention
 3. vision.backend: mtmd instead of onnxruntime, which holds the encoder in float32; the same embeddings, slower on a CPU
-4. vision.max_image_tokens: in steps of a quarter, down to MIN_IMAGE_TOKENS; small objects are recognised less well
+4. vision.max_image_tokens: in steps of a quarter, down to MIN_IMAGE_TOKENS; small objects are recognised less well. Not
+   where the encoder takes images of one size, or the model is text-only
 5. language.context: in steps of a quarter, down to MIN_CONTEXT
 
 If that is not enough, NotEnoughMemoryError names the sum and the memory that is short.
@@ -174,7 +175,7 @@ def plan_memory(
         missing = _missing("memory", machine, free_mib) or _missing("GPU memory", card, card_free_mib)
         if not missing:
             return MemoryPlan(config, machine, reductions, card)
-        reduced = _reduce_once(config, gpu)
+        reduced = _reduce_once(config, gpu, manifest.has_image_sizes)
         if reduced is None:
             raise NotEnoughMemoryError(
                 f"{missing}; use a smaller bundle, vision.backend mtmd, or a smaller camera.max_megapixels"
@@ -192,7 +193,7 @@ def _missing(memory: str, parts: dict[str, float], free_mib: float | None) -> st
     return f"{memory}: {needed_mib:.0f} MiB needed ({summed}), {free_mib:.0f} MiB free"
 
 
-def _reduce_once(config: Config, gpu: Gpu | None) -> tuple[Config, str, object] | None:
+def _reduce_once(config: Config, gpu: Gpu | None, has_image_sizes: bool) -> tuple[Config, str, object] | None:
     """(configuration with one more reduction, its key, its new value); None: nothing can be reduced."""
     language, vision, advanced = config.language, config.vision, config.advanced
     switches = resolve(config, gpu=gpu is not None)
@@ -206,7 +207,7 @@ def _reduce_once(config: Config, gpu: Gpu | None) -> tuple[Config, str, object] 
         table, key, value = "advanced", "kv_cache_type", "q8_0"
     elif switches.vision_backend == "onnxruntime":
         table, key, value = "vision", "backend", "mtmd"
-    elif vision.max_image_tokens > MIN_IMAGE_TOKENS:
+    elif has_image_sizes and vision.max_image_tokens > MIN_IMAGE_TOKENS:
         table, key = "vision", "max_image_tokens"
         value = max(MIN_IMAGE_TOKENS, math.floor(vision.max_image_tokens * 0.75))
     elif language.context > MIN_CONTEXT:

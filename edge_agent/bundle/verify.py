@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent.bundle import signing
-from edge_agent.bundle.file_check import GgufHeader, Token, UnsafeFileError, check_gguf, check_onnx, read_tokens
+from edge_agent.bundle.file_check import GgufHeader, Token, UnsafeFileError, check_gguf, read_tokens
 from edge_agent.bundle.files import BLOCK_BYTES, BundleFile, file_stamp, open_plain
 from edge_agent.bundle.manifest import (
     LANGUAGE,
@@ -26,6 +26,7 @@ from edge_agent.bundle.manifest import (
 )
 from edge_agent.bundle.manifest_check import Headers, wrong_fact
 from edge_agent.bundle.model_facts import ARCHITECTURES, check_family
+from edge_agent.bundle.onnx_check import check_onnx
 from edge_agent.errors import BundleError
 
 

@@ -1,7 +1,7 @@
 """GGUF files that another tool made -> a bundle: `edge-agent bundle wrap`.
 
-The files are copied, or linked, as they are; nothing is converted. Every fact of the manifest comes from the files' own
-headers. No native code reads the files here, and no chat template is run.
+The files are copied, or linked, as they are; nothing is converted. The parts of a split file become one file. Every
+fact of the manifest comes from the files' own headers. No native code reads the files here; no chat template is run.
 """
 
 from __future__ import annotations
@@ -11,18 +11,17 @@ import fcntl
 import hashlib
 import os
 import shutil
-import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 
 import edge_agent
-from edge_agent.bundle import recognise, signing
+from edge_agent.bundle import signing
 from edge_agent.bundle.file_check import GgufHeader, UnsafeFileError, check_gguf, read_gguf_keys, read_tokens
-from edge_agent.bundle.files import BLOCK_BYTES, BundleFile, file_stamp, sync_folder, write_durably
+from edge_agent.bundle.files import BundleFile, sync_folder, write_durably
+from edge_agent.bundle.gguf_source import Block, OpenFile, Source, open_source
 from edge_agent.bundle.layout import CONTROL, LAYOUTS, SPECIAL_TEXTS, PromptLayout, read_layout
 from edge_agent.bundle.layout import recognise as recognise_layout
 from edge_agent.bundle.manifest import (
@@ -57,23 +56,6 @@ SPARE_BYTES = 1 << 20  # of free space: the manifest and the folder
 Report = Callable[[int, int], None]  # bytes done, bytes in total
 
 
-class _Source(NamedTuple):
-    """A file that is wrapped. It is opened once: what was checked is what is copied."""
-
-    path: Path
-    name: str  # in the bundle
-    descriptor: int
-    stamp: tuple[int, ...]
-
-    @property
-    def opened(self) -> Path:
-        return Path(f"/proc/self/fd/{self.descriptor}")
-
-    @property
-    def n_bytes(self) -> int:
-        return os.fstat(self.descriptor).st_size
-
-
 def wrap(
     language: Path,
     mmproj: Path | None,
@@ -97,17 +79,19 @@ def wrap(
     if not out.parent.is_dir():
         raise BundleError(f"{out.parent}: no such folder; make it first")
     with contextlib.ExitStack() as opened:
-        sources = [opened.enter_context(_open_source(language, LANGUAGE))]
+        sources = {LANGUAGE: opened.enter_context(open_source(language))}
         if mmproj is not None:
-            sources.append(opened.enter_context(_open_source(mmproj, MMPROJ)))
-        manifest = describe(sources, layout)
+            sources[MMPROJ] = opened.enter_context(open_source(mmproj))
+        for source in sources.values():
+            if link and source.is_split:
+                n_parts = len(source.pieces)
+                raise BundleError(f"{source.path}: {n_parts} parts are merged, not linked; leave out --link")
+        manifest = describe(sources[LANGUAGE], sources.get(MMPROJ), layout)
         _check_space(sources, out, link)
         try:
             with _new_folder(out) as folder:
-                files = _fill(sources, folder, link, report)
-                manifest = msgspec.structs.replace(
-                    manifest, files=files, source_sha256={s.path.name: files[s.name].sha256 for s in sources}
-                )
+                files, source_sha256 = _fill(sources, folder, link, report)
+                manifest = msgspec.structs.replace(manifest, files=files, source_sha256=source_sha256)
                 write_manifest(folder, manifest)
                 if signing_key is not None:
                     signature = signing.sign((folder / MANIFEST).read_bytes(), signing_key)
@@ -117,40 +101,25 @@ def wrap(
     return manifest
 
 
-@contextlib.contextmanager
-def _open_source(path: Path, name: str) -> Iterator[_Source]:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise BundleError(f"{path}: {error.strerror}") from None
-    try:
-        is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
-        if not is_file or os.pread(descriptor, 4, 0) != b"GGUF":
-            raise BundleError(f"{path}: {recognise.describe(path) or 'not a GGUF file'}; expected a GGUF file")
-        yield _Source(path, name, descriptor, file_stamp(descriptor))
-    finally:
-        os.close(descriptor)
-
-
 # -- describe ----------------------------------------------------------------------------------------------------------
 
 
-def describe(sources: list[_Source], layout: str) -> Manifest:
+def describe(language_source: Source, mmproj_source: Source | None, layout: str) -> Manifest:
     """The manifest without hashes. Raises BundleError, ConfigError."""
-    language = _check_language(sources[0])
+    language = _check_language(language_source)
     vision, mmproj_header = None, None
-    if len(sources) > 1:
-        mmproj_header = _check_mmproj(sources[1])
+    if mmproj_source is not None:
+        mmproj_header = _check_mmproj(mmproj_source)
         try:
             vision = vision_info(language, mmproj_header)
         except UnsafeFileError as error:
-            raise BundleError(f"{sources[1].path}: {error}") from None
+            raise BundleError(f"{mmproj_source.path}: {error}") from None
     try:
-        chosen, special = _choose_layout(sources[0], language, vision, layout)
+        chosen, special = _choose_layout(language_source, language, vision, layout)
         n_vision = sum(tensor.n_elements for tensor in mmproj_header.tensors.values()) if mmproj_header else 0
         model = model_info(language, special, n_vision)
     except (UnsafeFileError, BundleError) as error:
-        raise BundleError(f"{sources[0].path}: {error}") from None
+        raise BundleError(f"{language_source.path}: {error}") from None
     return Manifest(
         format=FORMAT,
         created_by=f"edge-agent bundle wrap {edge_agent.__version__}",
@@ -166,7 +135,7 @@ def describe(sources: list[_Source], layout: str) -> Manifest:
     )
 
 
-def _check_language(source: _Source) -> GgufHeader:
+def _check_language(source: Source) -> GgufHeader:
     try:
         if refused := refused_architecture(read_gguf_keys(source.opened).get("general.architecture")):
             raise UnsafeFileError(refused)
@@ -177,7 +146,7 @@ def _check_language(source: _Source) -> GgufHeader:
     return header
 
 
-def _check_mmproj(source: _Source) -> GgufHeader:
+def _check_mmproj(source: Source) -> GgufHeader:
     try:
         return check_gguf(source.opened, ("clip",))
     except UnsafeFileError as error:
@@ -185,7 +154,7 @@ def _check_mmproj(source: _Source) -> GgufHeader:
 
 
 def _choose_layout(
-    source: _Source, header: GgufHeader, vision: VisionInfo | None, layout: str
+    source: Source, header: GgufHeader, vision: VisionInfo | None, layout: str
 ) -> tuple[PromptLayout, dict[str, int]]:
     """The layout, and its special tokens by their names in the manifest. Raises UnsafeFileError, BundleError,
     ConfigError."""
@@ -236,7 +205,7 @@ class _Inside:
         return isinstance(text, str) and len(text) > 1 and any(text in each for each in self.texts)
 
 
-def _check_plain_texts(source: _Source, layout: PromptLayout) -> None:
+def _check_plain_texts(source: Source, layout: PromptLayout) -> None:
     """Raises ConfigError: a special token of the vocabulary stands in the layout and would be read as letters."""
     keys = ("before_system", "before_user", "before_image", "after_image", "before_answer")
     plain = [part for key in keys for part in layout.parts(getattr(layout, key)) if part not in layout.special]
@@ -250,8 +219,8 @@ def _check_plain_texts(source: _Source, layout: PromptLayout) -> None:
 # -- write -------------------------------------------------------------------------------------------------------------
 
 
-def _check_space(sources: list[_Source], out: Path, link: bool) -> None:
-    needed = SPARE_BYTES + (0 if link else sum(source.n_bytes for source in sources))
+def _check_space(sources: dict[str, Source], out: Path, link: bool) -> None:
+    needed = SPARE_BYTES + (0 if link else sum(source.n_bytes for source in sources.values()))
     free = shutil.disk_usage(out.parent).free
     if free < needed:
         raise BundleError(f"{out.parent}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; make room")
@@ -284,27 +253,32 @@ def _new_folder(out: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def _fill(sources: list[_Source], folder: Path, link: bool, report: Report) -> dict[str, BundleFile]:
-    """Copy or link the files, and hash them. Raises BundleError, OSError."""
-    n_total, n_before = sum(source.n_bytes for source in sources), 0
+def _fill(
+    sources: dict[str, Source], folder: Path, link: bool, report: Report
+) -> tuple[dict[str, BundleFile], dict[str, str]]:
+    """Copy or link the files, and hash them; (the files by their names in the bundle, sha256 of each source file by its
+    name). Raises BundleError, OSError."""
+    n_total, n_before = sum(source.n_bytes for source in sources.values()), 0
     files: dict[str, BundleFile] = {}
-    for source in sources:
-        target = folder / source.name
-        is_linked = link and _link(source, target)
+    source_sha256: dict[str, str] = {}
+    for name, source in sources.items():
+        target = folder / name
+        is_linked = link and _link(source.pieces[0].file, target)
 
         def advance(n_done: int, n_before: int = n_before) -> None:
             report(n_before + n_done, n_total)
 
-        files[source.name] = _copy(source, None if link else target, advance)
+        files[name], of_parts = _copy(source, None if link else target, advance)
+        source_sha256 |= of_parts or {source.path.name: files[name].sha256}
         if is_linked:
-            files[source.name] = msgspec.structs.replace(files[source.name], linked=True)
-        elif file_stamp(source.descriptor) != source.stamp:
-            raise BundleError(f"{source.path}: changed while it was read; try again")
+            files[name] = msgspec.structs.replace(files[name], linked=True)
+        else:
+            source.check_unchanged()
         n_before += source.n_bytes
-    return files
+    return files, source_sha256
 
 
-def _link(source: _Source, target: Path) -> bool:
+def _link(source: OpenFile, target: Path) -> bool:
     """Make `target` share the source's bytes. Returns whether it is a second name of the same file (a hard link); else
     only the blocks on the disk are shared. Raises BundleError, OSError."""
     descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
@@ -327,26 +301,35 @@ def _link(source: _Source, target: Path) -> bool:
     return True
 
 
-def _copy(source: _Source, target: Path | None, report: Callable[[int], None]) -> BundleFile:
-    """Copy a file durably, and hash it at the same time. target: None: hash only. Raises OSError."""
-    digest, n_done = hashlib.sha256(), 0
+def _copy(source: Source, target: Path | None, report: Callable[[int], None]) -> tuple[BundleFile, dict[str, str]]:
+    """Copy durably, and hash at the same time; also the sha256 of each part of a split file. target: None: hash only.
+    Raises OSError."""
+    whole, n_done = hashlib.sha256(), 0
+    parts = {piece.file.path.name: hashlib.sha256() for piece in source.pieces if source.is_split}
+
+    def update(block: Block) -> None:
+        whole.update(block.kept)
+        if block.part:
+            parts[block.part].update(block.read)
+
     out = open(target, "xb", buffering=0) if target is not None else None  # noqa: SIM115
     hashed: Future[None] | None = None
     with out or contextlib.nullcontext(), ThreadPoolExecutor(1) as pool:  # hashing takes as long as writing
-        while block := os.pread(source.descriptor, BLOCK_BYTES, n_done):
+        for block in source.blocks():
             if hashed is not None:
                 hashed.result()
-            hashed = pool.submit(digest.update, block)
+            hashed = pool.submit(update, block)
             if out is not None:
-                _write_all(out.fileno(), block)
-            n_done += len(block)
+                _write_all(out.fileno(), block.kept)
+            n_done += len(block.kept)
             report(n_done)
         if out is not None:
             os.fsync(out.fileno())
-    return BundleFile(bytes=n_done, sha256=digest.hexdigest())
+    file = BundleFile(bytes=n_done, sha256=whole.hexdigest())
+    return file, {name: digest.hexdigest() for name, digest in parts.items()}
 
 
-def _write_all(descriptor: int, block: bytes) -> None:
+def _write_all(descriptor: int, block: bytes | memoryview) -> None:
     view = memoryview(block)
     while view:
         view = view[os.write(descriptor, view) :]

@@ -7,6 +7,7 @@ own, as in the daemon.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import msgspec
 from edge_agent.actions.space import encode_action_space, load_action_space
 from edge_agent.bundle.lora_check import verify_adapters
 from edge_agent.bundle.manifest import Bundle, Manifest
-from edge_agent.bundle.model_start import encode_model_start
+from edge_agent.bundle.model_start import encode_model_start, fit_to_bundle
 from edge_agent.bundle.verify import verify_bundle
 from edge_agent.cli.commands import EX_CONFIG
 from edge_agent.cli.daemon import read_config, require_onnxruntime
@@ -123,6 +124,8 @@ def _check_memory(config: Config, manifest: Manifest) -> int:
     from edge_agent.bundle.memory_plan import NotEnoughMemoryError, adapters_mib, plan_memory
 
     free_mib = health.mem_available_mib()
+    with contextlib.suppress(ConfigError):  # said with the context
+        config = fit_to_bundle(config, manifest)
     gpu = probe_gpu(config)
     try:
         plan = plan_memory(config, manifest, free_mib, adapters_mib(config), gpu)

@@ -103,15 +103,18 @@ COMMANDS: dict[str, Command] = {
     "tune": Command(
         "tune",
         "find the fastest configuration of this board by measurement",
-        "Runs the daemon for some seconds with each of about ten configurations: vision backend, threads, overlap, "
-        "draft, KV cache. Chooses by the mean age of information, and lowers image tokens only where the deadline is "
-        "missed otherwise. Stop the daemon and other work first. No controller hears these runs. Prints a table on "
+        "Runs the daemon for some seconds with each of about ten configurations: vision encoder (onnxruntime with the "
+        "provider that runs here, and mtmd, each with the precision of its file), threads, overlap, draft, KV cache. "
+        "Chooses by the mean age of information, and lowers image tokens only where the deadline is missed otherwise. "
+        "Stop the daemon and other work first. No controller hears these runs. Prints a table on "
         "stderr and one line of JSON on stdout; the file is changed only with --write.",
         (
             _CONFIG, _BUNDLE, _CAMERA,
             _argument("--deadline-ms", type=int, metavar="N", help="replaces task.deadline_ms for the measurement"),
             _argument("--seconds", type=float, default=4.0, metavar="S", help="measure each configuration for S "
                       "seconds (default: 4)"),
+            _argument("--tensorrt", action="store_true", help="also try onnxruntime with TensorRT, which first makes "
+                      "an engine for minutes; without this, only where vision.tensorrt is true"),
             _argument("--write", action="store_true", help="set the chosen keys in the configuration file; everything "
                       "else in it stays as it is"),
         ),
@@ -229,14 +232,15 @@ BUNDLE_COMMANDS: dict[str, Command] = {
         "bundles",
         "make a bundle of GGUF files that another tool made",
         "Copies the files as they are, with their hashes and the facts of their headers. Frames need an mmproj; a "
-        "language model alone answers from the vehicle's state. docs/bundle.md lists the families that are served.",
+        "language model alone answers from the vehicle's state. Of a split file give the first part: the parts beside "
+        "it are merged. docs/bundle.md lists the families that are served.",
         (
             _argument("files", nargs="+", type=Path, metavar="FILE", help="LANGUAGE.gguf [MMPROJ.gguf] OUT: the model, "
                       "its vision encoder, and the folder to make"),
             _argument("--layout", default="", metavar="LAYOUT", help="prompt layout: mistral, chatml, gemma, llama3 "
                       "or a YAML file; default: found by the special tokens of the vocabulary"),
             _argument("--link", action="store_true", help="share the files' bytes with the bundle instead of a copy; "
-                      "on one file system only"),
+                      "on one file system only, and not for the parts of a split file"),
             _argument("--sign", type=Path, metavar="KEY", help="private key (edge-agent keygen) that signs the bundle"),
         ),
     ),

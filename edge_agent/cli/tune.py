@@ -20,14 +20,17 @@ import msgspec
 from edge_agent.board.control_groups import available_cores
 from edge_agent.bundle.files import sync_folder
 from edge_agent.bundle.lora_check import verify_adapters
+from edge_agent.bundle.manifest import VISION, Bundle
 from edge_agent.bundle.model_start import fit_to_bundle
 from edge_agent.bundle.verify import verify_bundle
 from edge_agent.cli.check import probe_camera
 from edge_agent.cli.commands import EX_CONFIG, EX_USAGE, CommandFailed
 from edge_agent.cli.daemon import read_config, require_onnxruntime
 from edge_agent.config import Config, TunedConfig, load_config_text
+from edge_agent.doctor.accelerator import CPU_PROVIDER
+from edge_agent.doctor.collect import ask_onnxruntime
 from edge_agent.doctor.hardware import model_name
-from edge_agent.doctor.machine import Answers, LocalFiles, Machine
+from edge_agent.doctor.machine import Answers, LocalFiles, Machine, OnnxruntimeAnswer
 from edge_agent.errors import ConfigError
 from edge_agent.wire.endpoints import is_listening, runtime_dir
 from edge_agent.yaml_edit import set_keys
@@ -66,7 +69,8 @@ def tune(arguments: argparse.Namespace) -> int:
             raise CommandFailed(f"{file}: cannot be written by this user; run tune without --write, or with sudo")
     if (others := busy_cores()) > MAX_BUSY_CORES:
         print(f"other programs use {others:.1f} cores: the figures hold only while they do", file=sys.stderr)
-    tuned = search.tune(config, verified.manifest, _show, arguments.seconds)
+    encoders = _encoders(config, verified, arguments.tensorrt)
+    tuned = search.tune(config, verified.manifest, encoders, _show, arguments.seconds)
     figures = _figures(tuned, config, frames, verified.id)
     for line in _conclusion(tuned):
         print(line, file=sys.stderr)
@@ -88,6 +92,16 @@ def _config(arguments: argparse.Namespace) -> Config:
     if not 1 <= deadline_ms <= 600_000:
         raise CommandFailed(f"--deadline-ms: expected 1 to 600000, found {deadline_ms}", EX_USAGE)
     return msgspec.structs.replace(config, task=msgspec.structs.replace(config.task, deadline_ms=deadline_ms))
+
+
+def _encoders(config: Config, bundle: Bundle, tensorrt: bool) -> tuple[Any, ...]:
+    """The rows of encoder_choices.encoder_choices(). tensorrt: try TensorRT even if the configuration does not."""
+    from edge_agent.tools.encoder_choices import encoder_choices, weight_types
+
+    types = weight_types(bundle)
+    answer = ask_onnxruntime() if VISION in types else OnnxruntimeAnswer()
+    providers = {CPU_PROVIDER: answer.error} if answer.error else answer.providers
+    return encoder_choices(types, providers, tensorrt=tensorrt or config.vision.tensorrt)
 
 
 def _frame_size(config: Config) -> str:
@@ -147,6 +161,10 @@ def _conclusion(tuned: Any) -> list[str]:
         return [f"mean age of information: {tuned.start_ms:g} ms as configured; nothing tried is better"]
     before = "no valid actions in time" if tuned.start_ms is None else f"{tuned.start_ms:g} ms"
     changed = [f"  {key}: {value}" for key, value in tuned.best.items() if tuned.start[key] != value]
+    if tuned.best["vision.tensorrt"]:
+        changed.append(
+            "the daemon makes TensorRT's engine at its first start: set watchdog.model_load_s to 1800 for it"
+        )
     return [f"mean age of information: {tuned.best_ms:g} ms, as configured: {before}", *changed]
 
 

@@ -184,8 +184,8 @@ def onnxruntime(machine: Machine) -> Finding | None:
         remedy = f"pip uninstall -y {' '.join(answer.packages)}, then install the one for this machine"
         return failed("onnxruntime", f"installed twice: {', '.join(answer.packages)}", remedy)
     if answer.error:
-        if machine.config is not None and machine.config.vision.backend == "mtmd":
-            return passed("onnxruntime", "not usable here, and not needed: vision.backend is mtmd")
+        if why := _why_not_needed(machine):
+            return passed("onnxruntime", f"not usable here, and not needed: {why}")
         remedy = "pip install '.[cpu]', or set vision.backend to mtmd"
         return failed("onnxruntime", answer.error, remedy)
     numbers = re.match(r"([0-9]{1,4})\.([0-9]{1,4})", answer.version)
@@ -198,12 +198,20 @@ def onnxruntime(machine: Machine) -> Finding | None:
     return passed("onnxruntime", f"{package} {answer.version}: the CPU's provider runs a graph")
 
 
+def _why_not_needed(machine: Machine) -> str:
+    """Why onnxruntime encodes no image here; "": it does, or that is not known."""
+    if machine.answers.has_vision_onnx is False:
+        return "the bundle has no vision.onnx"
+    config = machine.config
+    return "vision.backend is mtmd" if config is not None and config.vision.backend == "mtmd" else ""
+
+
 def providers(machine: Machine) -> Finding | None:
     """Whether onnxruntime really runs on the GPU. It falls back to the CPU without an error."""
     answer, config = machine.answers.onnxruntime, machine.config
     if answer is None or answer.error or not has_gpu(machine):
         return None
-    if config is not None and config.vision.backend == "mtmd":
+    if _why_not_needed(machine):
         return None
     wheels = JETSON_WHEELS if jetson(machine) else "pip install '.[gpu]' in place of [cpu]"
     problem = _mismatch(_code(answer.cuda), machine) if answer.cuda is not None else ""

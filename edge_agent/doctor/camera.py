@@ -11,6 +11,7 @@ KNOWN_FORMATS = {  # that OpenCV reads
     "YUYV", "MJPG", "JPEG", "NV12", "YU12", "RGB3", "BGR3", "UYVY", "GREY", "YV12", "NV21", "YVYU", "XR24", "BGR4",
     "RGB4",
 }  # fmt: skip
+RUNTIME_DIR = "/run/edge-agent"
 ARGUS_SOCKET = "/tmp/argus_socket"
 
 
@@ -49,6 +50,9 @@ def camera(machine: Machine) -> Finding | None:
         )
     if not answer.works and source.startswith("zmq:") and answer.line.startswith("stalled: "):
         return warned("camera", answer.line, "start the process that pushes frames (FramePusher)")
+    if not answer.works and _is_in_the_runtime_folder(source, machine):
+        found = f"{source}: the daemon makes this folder at its start"
+        return warned("camera", found, "start the daemon, then the process that pushes frames (FramePusher)")
     if not answer.works:
         return failed("camera", answer.line, "correct camera.source; docs/troubleshooting.md lists the camera faults")
     formats = f", formats {' '.join(answer.formats)}" if answer.formats else ""
@@ -60,6 +64,13 @@ def camera(machine: Machine) -> Finding | None:
             remedy,
         )
     return passed("camera", f"{answer.line}{formats}")
+
+
+def _is_in_the_runtime_folder(source: str, machine: Machine) -> bool:
+    """Whether frames are pushed to a socket in the runtime folder, which does not exist before the daemon runs."""
+    folder = source.removeprefix("zmq:ipc://").rpartition("/")[0]
+    configured = machine.config.runtime_dir if machine.config is not None else ""
+    return source.startswith("zmq:ipc:///") and folder == (configured or RUNTIME_DIR) and not machine.exists(folder)
 
 
 CHECKS = (camera,)

@@ -25,8 +25,9 @@ from edge_agent.board import health
 from edge_agent.board.control_groups import allowed_cores
 from edge_agent.board.nvml import Nvml
 from edge_agent.bundle.gpu_memory import probe_gpu
-from edge_agent.bundle.manifest import read_manifest
+from edge_agent.bundle.manifest import VISION, read_manifest
 from edge_agent.bundle.memory_plan import NotEnoughMemoryError, adapters_mib, plan_memory
+from edge_agent.bundle.model_start import fit_to_bundle
 from edge_agent.config import CameraConfig, Config, load_config, state_dir
 from edge_agent.doctor.machine import (
     Answers,
@@ -66,7 +67,7 @@ def this_machine(
     answers = msgspec.structs.replace(
         answers,
         llama=_native("llama", LlamaAnswer),
-        onnxruntime=_native("onnxruntime", OnnxruntimeAnswer),
+        onnxruntime=ask_onnxruntime(),
         camera=probe_camera(config.camera) if config is not None and not _is_busy(answers) else None,
         tegrastats=_tegrastats(),
     )
@@ -171,12 +172,14 @@ def _bundle(config: Config | None) -> dict[str, Any]:
         missing = [name for name in bundle.manifest.files if not bundle.path(name).is_file()]
         if missing:
             return {"bundle_error": f"{bundle.path(missing[0])}: missing; copy the bundle again"}
+        config = fit_to_bundle(config, bundle.manifest)
         plan = plan_memory(config, bundle.manifest, health.mem_available_mib(), adapters_mib(config), probe_gpu(config))
     except NotEnoughMemoryError as error:
         return {"memory_error": str(error).removeprefix("memory: ")}
     except (BundleError, ConfigError) as error:
         return {"bundle_error": str(error)}
     return {
+        "has_vision_onnx": VISION in bundle.manifest.files,
         "needed_mib": plan.mib,
         "reductions": tuple(f"{key} {value}" for key, value in plan.reductions.items()),
     }
@@ -197,6 +200,10 @@ def _cards() -> dict[str, Any]:
 
 
 # -- child processes --------------------------------------------------------------------------------------------------
+
+
+def ask_onnxruntime() -> OnnxruntimeAnswer:
+    return _native("onnxruntime", OnnxruntimeAnswer)
 
 
 def _native(name: str, answer_type: type[Answer]) -> Answer:

@@ -105,6 +105,7 @@ class Answers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     onnxruntime: OnnxruntimeAnswer | None = None
     camera: CameraAnswer | None = None
     bundle_error: str = ""
+    has_vision_onnx: bool | None = None  # without it, the bundle is served by mtmd, or is text-only
     needed_mib: float | None = None  # memory that the bundle needs, by the memory plan
     reductions: tuple[str, ...] = ()  # what the memory plan reduces
     memory_error: str = ""  # why it does not fit

@@ -115,6 +115,10 @@ class BoardMonitor:
     def note_gpu(self, reading: GpuReading) -> None:
         self._gpu = (self.clock(), reading)
 
+    def note_fixed_images(self) -> None:
+        """The model takes images of one size, or none: fewer image tokens would save nothing."""
+        self.governor = Governor.of(None)
+
     def model_is_new(self) -> None:
         """A model process has loaded: it knows of no limit."""
         self._sent = NO_LIMIT
@@ -233,5 +237,9 @@ def _in_words(governor: Governor) -> str:
     limit = governor.limit
     if not governor.level:
         return "no limit"
-    rate = f", at most {limit.answers_per_s:.3g} answers/s" if limit.answers_per_s is not None else ""
-    return f"at most {limit.max_image_tokens} image tokens{rate}: {governor.reason}"
+    parts = []
+    if limit.max_image_tokens is not None:
+        parts.append(f"at most {limit.max_image_tokens} image tokens")
+    if limit.answers_per_s is not None:
+        parts.append(f"at most {limit.answers_per_s:.3g} answers/s")
+    return f"{', '.join(parts) or 'no rate is known yet'}: {governor.reason}"

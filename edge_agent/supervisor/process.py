@@ -267,6 +267,8 @@ class Supervisor:
             line = f"{error.filename or self.config.bundle}: {error.strerror or error}"
             raise Shutdown(fault_of(error, "bundle"), line) from None
         self.bundle, self.publisher.bundle_id = bundle, bundle.id
+        if not bundle.manifest.has_image_sizes:
+            self.board.note_fixed_images()
         model = bundle.manifest.model
         log_line(f"bundle {bundle.id}: {model.family} {model.size} {bundle.manifest.recipe}")
         notify("STATUS=loading")
@@ -367,9 +369,11 @@ class Supervisor:
         log_line(f"model ready in {event.load_s:.1f} s, first frame {first_ms:.0f} ms, {by}")
         deadline_ms = self.config.task.deadline_ms
         if first_ms > deadline_ms:
+            has_sizes = self.bundle is None or self.bundle.manifest.has_image_sizes
+            remedy = "lower vision.max_image_tokens" if has_sizes else "use a smaller model"
             log_line(
                 f"the first frame took longer than task.deadline_ms {deadline_ms}: answers will be late; "
-                "lower vision.max_image_tokens, or raise task.deadline_ms"
+                f"{remedy}, or raise task.deadline_ms"
             )
         self.model.vision_backend, self.model.language_backend = event.vision, event.language
         self.model.note_warmup(first_ms / 1000)

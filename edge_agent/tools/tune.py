@@ -6,7 +6,8 @@ published more often, and each is older.
 
 Image tokens are quality and not only time, so they are lowered only where the deadline is missed otherwise, and no
 further than needed. The type of the KV cache changes answers a little, so the smaller one must be faster by more than
-chance. Everything else gives the same answers, but for ties: the vision backend, threads, overlap, the draft.
+chance. Threads, overlap and the draft give the same answers, but for ties. Another vision encoder gives the same
+answers as far as its precision is the same.
 
 The search goes along one axis after the other from the configuration as it is, and keeps what is better. At the end,
 the start and the best are measured again in turn; the best must be better there too.
@@ -14,7 +15,6 @@ the start and the best are measured again in turn; the best must be better there
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import tempfile
 from collections.abc import Callable, Iterable
@@ -27,13 +27,15 @@ import msgspec
 from edge_agent.board.control_groups import available_cores
 from edge_agent.board.health import mem_available_mib
 from edge_agent.bundle.gpu_memory import probe_gpu
-from edge_agent.bundle.manifest import MMPROJ, VISION, Manifest
+from edge_agent.bundle.manifest import Manifest
 from edge_agent.bundle.memory_plan import Gpu, NotEnoughMemoryError, adapters_mib, plan_memory
 from edge_agent.config import Config
 from edge_agent.errors import ConfigError
 from edge_agent.ipc.token_sizes import token_sizes
+from edge_agent.model.vision_encoder import TENSORRT
 from edge_agent.profile import resolve
 from edge_agent.strict_yaml import convert
+from edge_agent.tools.encoder_choices import BACKEND, TENSORRT_KEY, Encoder
 from edge_agent.tools.measure_daemon import Measured, interrupts_at_safe_points, measure
 
 Values = dict[str, Any]  # "key" or "section.key" of the configuration -> value
@@ -42,6 +44,7 @@ Measure = Callable[[Values], Measured]
 Report = Callable[[str, Measured | None, int, int], None]
 
 KV = "advanced.kv_cache_type"
+TENSORRT_LOAD_S = 1800.0  # of watchdog.model_load_s: the first start makes an engine
 MEASURE_S = 4.0
 CONFIRM_TIMES = 2
 MIN_GAIN = 0.02  # of the mean age; less is noise of this measurement
@@ -69,13 +72,20 @@ class Tuned(NamedTuple):
 class Board(NamedTuple):
     """What there is to choose from."""
 
-    backends: tuple[str, ...]
+    encoders: tuple[Encoder, ...]
     threads: tuple[int, ...]
     kv_cache_types: tuple[str, ...]
     overlap: bool  # whether to try with overlap
+    has_image_sizes: bool = True  # as of a manifest
 
 
-def tune(config: Config, manifest: Manifest, report: Report, measure_s: float = MEASURE_S) -> Tuned:
+def tune(
+    config: Config,
+    manifest: Manifest,
+    encoders: tuple[Encoder, ...],
+    report: Report,
+    measure_s: float = MEASURE_S,
+) -> Tuned:
     """Measure on this machine. Nothing is written. Raises ConfigError if no candidate gives valid actions."""
     with tempfile.TemporaryDirectory(prefix="edge-tune-") as scratch, interrupts_at_safe_points():
         n_runs, gpu = 0, probe_gpu(config)
@@ -88,9 +98,21 @@ def tune(config: Config, manifest: Manifest, report: Report, measure_s: float = 
                 return Measured(problem=problem)
             folder = Path(scratch, str(n_runs))
             folder.mkdir()
-            return measure(candidate, folder, measure_s)
+            return _with_tensorrt(candidate, lambda patient: measure(patient, folder, measure_s))
 
-        return search(config, lambda gpu: find_choices(config, manifest, gpu), run, report)
+        return search(config, lambda gpu: find_choices(config, manifest, encoders, gpu), run, report)
+
+
+def _with_tensorrt(config: Config, run: Callable[[Config], Measured]) -> Measured:
+    """Give a candidate with TensorRT the time to make its engine. One that falls back is no measurement of it."""
+    if not config.vision.tensorrt:
+        return run(config)
+    load_s = max(config.watchdog.model_load_s, TENSORRT_LOAD_S)
+    watchdog = msgspec.structs.replace(config.watchdog, model_load_s=load_s)
+    result = run(msgspec.structs.replace(config, watchdog=watchdog))
+    if result.problem or TENSORRT in result.vision_backend:
+        return result
+    return Measured(problem=f"TensorRT did not start; {result.vision_backend} ran in its place")
 
 
 def _memory_problem(config: Config, manifest: Manifest, gpu: Gpu | None) -> str:
@@ -102,22 +124,17 @@ def _memory_problem(config: Config, manifest: Manifest, gpu: Gpu | None) -> str:
     return f"not enough memory: the daemon would reduce {', '.join(plan.reductions)}" if plan.reductions else ""
 
 
-def find_choices(config: Config, manifest: Manifest, gpu: bool) -> Board:
+def find_choices(config: Config, manifest: Manifest, encoders: tuple[Encoder, ...], gpu: bool) -> Board:
     """gpu: whether layers of the language model run on a GPU."""
-    has_onnxruntime = importlib.util.find_spec("onnxruntime") is not None
-    backends = [
-        name
-        for name, file, usable in (("onnxruntime", VISION, has_onnxruntime), ("mtmd", MMPROJ, True))
-        if usable and file in manifest.files
-    ]
     n_cores = available_cores()
     threads = {n_cores, max(1, n_cores - 1), max(1, n_cores // 2), 1 if n_cores <= 4 else n_cores // 4}
     is_exact = config.profile == "reproducible" or bool(config.advanced.reproducible)
     return Board(
-        backends=tuple(backends),
+        encoders=encoders,
         threads=tuple(sorted(threads, reverse=True)),
         kv_cache_types=("f16",) if is_exact else ("f16", "q8_0"),
         overlap=gpu or n_cores > 1,
+        has_image_sizes=manifest.has_image_sizes,
     )
 
 
@@ -134,7 +151,8 @@ def values_in_force(config: Config, gpu: bool) -> Values:
     """What the configuration means, for every key that tune may set."""
     switches = resolve(config, gpu)
     return {
-        "vision.backend": switches.vision_backend,
+        BACKEND: switches.vision_backend,
+        TENSORRT_KEY: config.vision.tensorrt and switches.vision_backend == "onnxruntime",
         "vision.max_image_tokens": config.vision.max_image_tokens,
         "cpu_threads": config.cpu_threads or available_cores(),
         "advanced.overlap": switches.overlap,
@@ -156,11 +174,31 @@ class _Search:
         self.tried: list[Tried] = []
         self.best: Tried | None = None
         self.best_ms = math.inf
+        self.encoders: tuple[Encoder, ...] = ()
         self.about = 1  # how many candidates there will be
 
     def measure(self, name: str, values: Values) -> Measured:
         self._report(name, None, len(self.tried) + 1, max(self.about, len(self.tried) + 1))
         result = self._run(values)
+        encoder = self._encoder(values)
+        if encoder is not None and encoder.provider not in result.vision_backend and result.vision_backend:
+            name += f" (it fell back: {result.vision_backend})"
+        return self._add(name, values, result)
+
+    def name(self, values: Values) -> str:
+        """One line, for the table."""
+        encoder = self._encoder(values)
+        return describe(values, values[BACKEND] if encoder is None else encoder.name)
+
+    def _encoder(self, values: Values) -> Encoder | None:
+        """None: a configuration that nobody chose here, such as the first one."""
+        return next((each for each in self.encoders if each.values.items() <= values.items()), None)
+
+    def skip(self, encoder: Encoder) -> None:
+        """A row of the table, without a measurement."""
+        self._add(encoder.name, {}, Measured(problem=encoder.skip))
+
+    def _add(self, name: str, values: Values, result: Measured) -> Measured:
         self.tried.append(Tried(name, values, result))
         self._report(name, result, len(self.tried), max(self.about, len(self.tried)))
         return result
@@ -173,7 +211,7 @@ class _Search:
             with_values(self.config, values)
         except ConfigError:  # switches that exclude each other
             return
-        result = self.measure(describe(values), values)
+        result = self.measure(self.name(values), values)
         age_ms = usable_age_ms(result)
         is_other = self.best is not None and values[KV] != self.best.values[KV]
         min_gain = MIN_GAIN if is_other else 0.0
@@ -187,18 +225,22 @@ def search(config: Config, choices: Callable[[bool], Board], run: Measure, repor
     first = found.measure("as configured", {})
     gpu = first.language_backend.startswith("llama.cpp GPU")
     start, board = values_in_force(config, gpu), choices(gpu)
-    found.about = 2 + len(board.backends) + len(board.threads) * (1 + board.overlap) + 2 * CONFIRM_TIMES
+    found.encoders = tuple(encoder for encoder in board.encoders if not encoder.skip)
+    found.about = 2 + len(board.encoders) + len(board.threads) * (1 + board.overlap) + 2 * CONFIRM_TIMES
     found.tried[0] = Tried("as configured", start, first)
     if (first_ms := usable_age_ms(first)) is not None:
         found.best, found.best_ms = found.tried[0], first_ms
-    for candidate in _fewer_tokens(start):
+    for encoder in board.encoders:
+        if encoder.skip:
+            found.skip(encoder)
+    for candidate in _fewer_tokens(start) if board.has_image_sizes else [start]:
         if found.best is not None:
             break
-        for backend in board.backends:
-            found.try_one(candidate | {"vision.backend": backend})
+        for encoder in found.encoders:
+            found.try_one(candidate | encoder.values)
     if found.best is None:
         raise ConfigError(_why_none(found.tried))
-    for axis in _axes(board):
+    for axis in _axes(board, found.encoders):
         base = found.best.values
         for change in axis(base):
             found.try_one(base | change)
@@ -211,11 +253,11 @@ def _fewer_tokens(start: Values) -> Iterable[Values]:
         yield start | {"vision.max_image_tokens": tokens}
 
 
-def _axes(board: Board) -> list[Callable[[Values], list[Values]]]:
+def _axes(board: Board, encoders: tuple[Encoder, ...]) -> list[Callable[[Values], list[Values]]]:
     """Each: values so far -> the changes to try from there."""
 
-    def backends(base: Values) -> list[Values]:
-        return [{"vision.backend": name} for name in board.backends]
+    def encoder(base: Values) -> list[Values]:
+        return [each.values for each in encoders]
 
     def threads(base: Values) -> list[Values]:
         """With overlap, the encoder shares the cores, so another number of threads is best."""
@@ -228,7 +270,7 @@ def _axes(board: Board) -> list[Callable[[Values], list[Values]]]:
     def kv_cache(base: Values) -> list[Values]:
         return [{KV: name} for name in board.kv_cache_types]
 
-    return [backends, draft, kv_cache, threads, backends, kv_cache]  # what is best depends on the threads
+    return [encoder, draft, kv_cache, threads, encoder, kv_cache]  # what is best depends on the threads
 
 
 def _confirm(found: _Search, start: Values) -> Tuned:
@@ -239,7 +281,7 @@ def _confirm(found: _Search, start: Values) -> Tuned:
     if best.values != start:
         for _ in range(CONFIRM_TIMES):
             for name, values in (("start", start), ("best", best.values)):
-                result = found.measure(f"again: {describe(values)}", values)
+                result = found.measure(f"again: {found.name(values)}", values)
                 ages_ms[name].append(usable_age_ms(result))
     start_ms, best_ms = (median_ms(ages_ms[name]) for name in ("start", "best"))
     is_better = best_ms is not None and (start_ms is None or best_ms < start_ms * (1 - MIN_GAIN))
@@ -258,10 +300,9 @@ def _why_none(tried: list[Tried]) -> str:
     return f"no configuration gives valid actions here; the last one tried: {why}"
 
 
-def describe(values: Values) -> str:
-    """One line, for the table."""
+def describe(values: Values, encoder: str) -> str:
     return ", ".join((
-        values["vision.backend"],
+        encoder,
         f"{values['vision.max_image_tokens']} image tokens",
         f"{values['cpu_threads']} threads",
         "overlap" if values["advanced.overlap"] else "no overlap",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -37,9 +38,11 @@ def write_language(
     seed: int = 0,
     keys: dict[str, object] | None = None,
     drop: tuple[str, ...] = (),
+    split: dict[str, Any] | None = None,
 ) -> Path:
     """A language model of the families llama or gemma3. keys: more keys, or other values; a bool, an int, a float, a
-    text or a list. drop: keys and tensors that are left out."""
+    text or a list. drop: keys and tensors that are left out. split: options of GGUFWriter, which then writes parts
+    with names of their own."""
     special = CHATML if special is None else special
     texts, types, scores = vocabulary(special)
     hidden, layers = HIDDEN, 2
@@ -74,7 +77,7 @@ def write_language(
         found[f"{a}.attention.sliding_window"] = 32
     tensors = _language_tensors(a, len(texts))
     _write(path, a, {k: v for k, v in (found | (keys or {})).items() if k not in drop},
-           {k: v for k, v in tensors.items() if k not in drop}, seed)  # fmt: skip
+           {k: v for k, v in tensors.items() if k not in drop}, seed, split)  # fmt: skip
     return path
 
 
@@ -145,9 +148,14 @@ def write_gemma_mmproj(
 
 
 def _write(
-    path: Path, architecture: str, keys: dict[str, object], tensors: dict[str, tuple[int, ...]], seed: int
+    path: Path,
+    architecture: str,
+    keys: dict[str, object],
+    tensors: dict[str, tuple[int, ...]],
+    seed: int,
+    split: dict[str, Any] | None = None,
 ) -> None:
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, **split or {})
     for key, value in keys.items():
         if key != "general.architecture":
             _add(writer, key, value)

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from edge_agent.actions.space import load_action_space
-from edge_agent.bundle.manifest import Bundle, EmbeddingInfo, Manifest, ModelInfo
+from edge_agent.bundle.manifest import Bundle, EmbeddingInfo, Manifest, ModelInfo, VisionInfo
 from edge_agent.config import CameraConfig, Config
 from edge_agent.ipc.events import (
     CameraOpened,
@@ -63,7 +63,7 @@ FAKE_BUNDLE = Bundle(
             special={},
             embedding=EmbeddingInfo(offset=0, ggml_type="F32", row_bytes=4),
         ),
-        vision=None,
+        vision=VisionInfo(patch=14, merge=2, image_size=1540, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
         recipe="",
         bytes_by_type={},
         source_dtype="",

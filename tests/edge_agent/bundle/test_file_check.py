@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from onnx import TensorProto, helper, numpy_helper
 
-from edge_agent.bundle.file_check import BLOCKS, OPS, TensorHeader, UnsafeFileError, check_gguf, check_onnx
+from edge_agent.bundle.file_check import BLOCKS, TensorHeader, UnsafeFileError, check_gguf
 from edge_agent.bundle.files import hash_file
 from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, VISION, read_manifest, write_manifest
+from edge_agent.bundle.onnx_check import OPS, check_onnx, weight_type
 from edge_agent.bundle.verify import verify_bundle
 from edge_agent.errors import BundleError
 from tests.harness.native_files import ARCHITECTURE, GOOD, file, key, model, string, tensor
@@ -33,6 +34,7 @@ def test_the_files_of_a_bundle_pass(kind: str, convert, toy_bf16: Path, toy_bund
         check_gguf(folder / LANGUAGE, ARCHITECTURES)
         check_gguf(folder / MMPROJ, ("clip",))
         check_onnx(folder / VISION)
+    assert weight_type(convert(toy_bf16, kind) / VISION) == kind
 
 
 def test_every_type_has_the_size_of_the_gguf_package():

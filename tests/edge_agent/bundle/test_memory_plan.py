@@ -118,6 +118,18 @@ def test_options_are_reduced_in_order_and_no_more_than_needed(toy):
     assert distinct[4]["vision.max_image_tokens"] == 192
 
 
+@pytest.mark.parametrize("vision", ["none", "of one size"])
+def test_image_tokens_are_not_reduced_where_frames_have_one_number_of_them(toy, vision):
+    shape, mtmd = shape_3b(toy), msgspec.structs.replace(CONFIG, vision=VisionConfig(backend="mtmd"))
+    fixed = None if vision == "none" else msgspec.structs.replace(shape.vision, fixed=(896, 896))
+    manifest = msgspec.structs.replace(shape, vision=fixed)
+    small = msgspec.structs.replace(
+        mtmd, advanced=AdvancedConfig(kv_cache_type="q8_0"), language=LanguageConfig(context=640)
+    )
+    planned = plan_memory(mtmd, manifest, plan_memory(small, manifest, None).mib)
+    assert planned.reductions == {"advanced.kv_cache_type": "q8_0", "language.context": 640}
+
+
 def test_a_cache_in_8_bit_is_not_offered_where_flash_attention_is_forbidden(toy):
     config = msgspec.structs.replace(CONFIG, advanced=AdvancedConfig(flash_attention=False))
     with pytest.raises(NotEnoughMemoryError):

@@ -57,7 +57,7 @@ def test_a_published_pair_of_our_own_family_says_what_our_build_says(toy_bundle:
 
 
 def test_a_text_only_model(chatml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("edge_agent.bundle.wrap.BLOCK_BYTES", 4096)
+    monkeypatch.setattr("edge_agent.bundle.gguf_source.BLOCK_BYTES", 4096)
     progress: list[tuple[int, int]] = []
     wrap(chatml, None, tmp_path / "out", report=lambda *done: progress.append(done))
     manifest = verify_bundle(tmp_path / "out").manifest

@@ -43,7 +43,7 @@ REFUSED: dict[str, tuple[str, dict, str]] = {
     "a diffusion model": ("llada", {}, "a diffusion model"),
     "an mmproj in place of the model": ("clip", {}, "'clip': an mmproj; give it second"),
     "an architecture of the future": ("llama9", {}, "'llama9': unknown to this version"),
-    "one part of several": ("llama", {"keys": {"split.count": 3, "split.no": 0}}, "split.count: one of 3 parts"),
+    "one part of several": ("llama", {"keys": {"split.count": 3, "split.no": 0}}, "part 1 of 3 of a split file"),
     "no number of layers": ("llama", {"drop": ("llama.block_count",)}, "llama.block_count: expected a number"),
     "another number of layers": ("llama", {"keys": {"llama.block_count": 3}}, "block_count: 3, but the file has"),
     "no context": ("llama", {"drop": ("llama.context_length",)}, "llama.context_length: expected a number"),

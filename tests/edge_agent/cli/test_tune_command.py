@@ -16,6 +16,7 @@ import pytest
 
 from edge_agent.cli import main, tune
 from edge_agent.config import load_config
+from edge_agent.doctor.machine import OnnxruntimeAnswer
 from edge_agent.errors import UserError
 from edge_agent.tools import tune as search
 from edge_agent.tools.measure_daemon import Measured, measure
@@ -23,6 +24,7 @@ from tests.harness import ROOT
 
 BEST = {
     "vision.backend": "mtmd",
+    "vision.tensorrt": False,
     "vision.max_image_tokens": 64,
     "cpu_threads": 1,
     "advanced.overlap": False,
@@ -43,7 +45,7 @@ def file(tmp_path: Path, toy_bundle: Path) -> Path:
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of minutes of measuring: the result is BEST."""
 
-    def fake(config: Any, manifest: Any, report: Any, measure_s: float) -> search.Tuned:
+    def fake(config: Any, manifest: Any, encoders: Any, report: Any, measure_s: float) -> search.Tuned:
         start = search.values_in_force(config, gpu=False)
         report("as configured", None, 1, 1)
         report("as configured", Measured(90.0, 60.0, 11.0, 44), 1, 1)
@@ -52,6 +54,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(search, "tune", fake)
     monkeypatch.setattr(tune, "busy_cores", lambda: 0.0)
+    monkeypatch.setattr(tune, "ask_onnxruntime", OnnxruntimeAnswer)
 
 
 def run(*arguments: object) -> int:
@@ -65,6 +68,30 @@ def test_without_write_the_file_stays(file: Path, measured: None, capsys: pytest
     assert file.read_bytes() == before and sorted(path.name for path in file.parent.iterdir()) == ["agent.yaml"]
     assert json.loads(out.splitlines()[-1])["chosen"] == BEST
     assert "mean age of information: 41.5 ms, as configured: 90 ms" in err and "  cpu_threads: 1" in err
+
+
+@pytest.mark.parametrize("arguments", [(), ("--tensorrt",)])
+def test_the_encoders_of_the_bundle_and_of_this_machine(
+    file: Path, measured: None, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    asked = dict.fromkeys(("CPUExecutionProvider", "TensorrtExecutionProvider"), "")
+    monkeypatch.setattr(tune, "ask_onnxruntime", lambda: OnnxruntimeAnswer(providers=asked))
+    fake, seen = search.tune, []
+    monkeypatch.setattr(search, "tune", lambda *given: (seen.extend(given[2]), fake(*given))[1])
+    assert run("--config", file, *arguments) == 0
+    assert [row.name for row in seen if not row.skip] == [
+        "onnxruntime CPU (bf16)", *["onnxruntime TensorRT (bf16)"] * len(arguments), "mtmd (bf16)"
+    ]  # fmt: skip
+
+
+def test_a_choice_of_tensorrt_says_what_the_daemon_needs(
+    file: Path, measured: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(BEST, "vision.backend", "onnxruntime")
+    monkeypatch.setitem(BEST, "vision.tensorrt", True)
+    assert run("--config", file, "--write") == 0
+    assert load_config(file).vision.tensorrt
+    assert "set watchdog.model_load_s to 1800 for it" in capsys.readouterr().err
 
 
 def test_write_sets_the_keys_and_leaves_the_rest(file: Path, measured: None) -> None:

@@ -9,7 +9,7 @@ import pytest
 from edge_agent.doctor.examine import examine, exit_status
 from edge_agent.doctor.machine import Answers, CameraAnswer, DiskAnswer
 from tests.harness import boards
-from tests.harness.board_faults import BOARD_FAULTS, UNIT_FILE, Fault, service
+from tests.harness.board_faults import BOARD_FAULTS, UNIT_FILE, Fault, onnx, service
 from tests.harness.boards import AGX_ORIN, ORIN_NANO, ORIN_NX, PC, PC_WITH_CARD, RASPBERRY_PI, THOR
 
 INSTALLATION_FAULTS: dict[str, Fault] = {
@@ -23,6 +23,37 @@ INSTALLATION_FAULTS: dict[str, Fault] = {
         "camera",
         "warn",
         "FramePusher",
+    ),
+    "no runtime folder for pushed frames yet": Fault(
+        PC,
+        {
+            "config": boards.CONFIG.replace("/dev/video0", "zmq:ipc:///run/edge-agent/frames"),
+            "camera": CameraAnswer(works=False, line="absent: /run/edge-agent/frames: cannot be bound: No such file"),
+            "files": {"/run/edge-agent/actions": None, "/run/edge-agent/control": None},
+        },
+        "camera",
+        "warn",
+        "start the daemon",
+    ),
+    "a runtime folder that frames cannot be pushed to": Fault(
+        PC,
+        {
+            "config": boards.CONFIG.replace("/dev/video0", "zmq:ipc:///run/edge-agent/frames"),
+            "camera": CameraAnswer(works=False, line="absent: cannot be bound: Permission denied"),
+        },
+        "camera",
+        "fail",
+        "Permission denied",
+    ),
+    "no folder for pushed frames": Fault(
+        PC,
+        {
+            "config": boards.CONFIG.replace("/dev/video0", "zmq:ipc:///run/other/frames"),
+            "camera": CameraAnswer(works=False, line="absent: /run/other/frames: cannot be bound: No such file"),
+        },
+        "camera",
+        "fail",
+        "cannot be bound",
     ),
     "no camera": Fault(ORIN_NANO, {"files": {"/dev/video0": None}}, "camera", "fail", "no such device"),
     "a camera that fails": Fault(
@@ -221,6 +252,21 @@ def test_a_planted_fault_is_found_with_a_remedy_and_nothing_else_is(name):
     assert fault.words in f"{found.found} {found.remedy}" and len(found.remedy) > 10
     assert "\n" not in found.found + found.remedy
     assert exit_status(list(findings.values())) == {"warn": 1, "fail": 78}[fault.state]
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        onnx(ORIN_NANO, error="ModuleNotFoundError: no onnxruntime"),
+        onnx(ORIN_NANO, providers={"CPUExecutionProvider": ""}),
+        onnx(ORIN_NANO, providers={"CPUExecutionProvider": "", "CUDAExecutionProvider": "it fell back"}),
+    ],
+)
+def test_a_wrapped_bundle_needs_no_onnxruntime(planted):
+    """It has no vision.onnx: mtmd encodes its images, or it is text-only."""
+    assert alarms(ORIN_NANO.machine(**planted)) != {}
+    assert alarms(ORIN_NANO.machine(**planted, has_vision_onnx=False)) == {}
+    assert alarms(ORIN_NANO.machine(**planted, has_vision_onnx=True)) != {}
 
 
 def test_every_topic_has_a_planted_fault():

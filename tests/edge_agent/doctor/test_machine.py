@@ -7,16 +7,18 @@ import os
 import sys
 
 import cv2
+import msgspec
 import pytest
 
+from edge_agent.bundle.wrap import wrap
 from edge_agent.cli import main
 from edge_agent.cli.doctor import _ask_camera
-from edge_agent.config import CameraConfig
+from edge_agent.config import CameraConfig, VisionConfig
 from edge_agent.doctor import collect
 from edge_agent.doctor.examine import examine
 from edge_agent.doctor.machine import Answers, CardAnswer, LlamaAnswer, LocalFiles, Machine, OnnxruntimeAnswer
 from edge_agent.doctor.unit import installed_unit, parse, seconds, size_mib
-from tests.harness import boards, toy
+from tests.harness import boards, gguf_toys, toy
 
 
 def doctor(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
@@ -133,10 +135,22 @@ def test_a_bundle_is_planned_for(toy_bundle, tmp_path):
     from tests.harness.rig import config_of
 
     found = collect._bundle(config_of(toy_bundle))
-    assert found["needed_mib"] > 100 and found["reductions"] == ()
+    assert found["needed_mib"] > 100 and found["reductions"] == () and found["has_vision_onnx"]
     missing = collect._bundle(config_of(tmp_path))
     assert "bundle.json: missing" in missing["bundle_error"]
     assert collect._bundle(None) == {}
+
+
+@pytest.mark.parametrize("mmproj", [False, True])
+def test_a_wrapped_bundle_is_planned_for(mmproj, tmp_path):
+    from tests.harness.rig import config_of
+
+    language = gguf_toys.write_language(tmp_path / "x.gguf", "gemma3", gguf_toys.GEMMA)
+    wrap(language, gguf_toys.write_gemma_mmproj(tmp_path / "m.gguf") if mmproj else None, tmp_path / "out")
+    config = config_of(tmp_path / "out")
+    assert collect._bundle(config)["has_vision_onnx"] is False
+    onnxruntime = msgspec.structs.replace(config, vision=VisionConfig(backend="onnxruntime"))
+    assert "vision.backend: expected mtmd or null" in collect._bundle(onnxruntime)["bundle_error"]
 
 
 @pytest.mark.parametrize(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import msgspec
 import pytest
 
 from edge_agent.board.sensors import Board, Zone
+from edge_agent.bundle.manifest import Bundle, VisionInfo
 from edge_agent.config import GovernorConfig, VisionConfig
 from edge_agent.ipc.events import GpuReading, LimitLoad
 from edge_agent.supervisor.board_monitor import NO_LIMIT, BoardReader, load_command
 from edge_agent.supervisor.governor import LoadLimit
-from tests.harness.in_process import InProcess, commands, fake_config
+from tests.harness.in_process import FAKE_BUNDLE, FakeVerification, InProcess, commands, fake_config
 from tests.harness.thermal import HotBoard
 
 ORIN = Board(
@@ -41,8 +43,8 @@ class FakeReader:
         return self.board
 
 
-def daemon(board: Board | None = ORIN, **config) -> InProcess:
-    running = InProcess(fake_config(**config))
+def daemon(board: Board | None = ORIN, verification: FakeVerification | None = None, **config) -> InProcess:
+    running = InProcess(fake_config(**config), verification=verification)
     running.supervisor.board.reader = FakeReader(board)
     running.make_ready()
     return running
@@ -164,6 +166,36 @@ def test_a_hot_board_limits_the_model_and_the_status_says_why(running, capfd):
     assert "at most 128 image tokens" in said.reason and "1 °C below the limit" in said.reason
     assert "governor: at most 128 image tokens" in capfd.readouterr().err
     assert running.state == ("running", "")
+
+
+FIXED = VisionInfo(patch=14, merge=4, image_size=896, mean=(0.5,) * 3, std=(0.5,) * 3, fixed=(896, 896))
+
+
+def bundle_of(vision: VisionInfo | None) -> Bundle:
+    manifest = msgspec.structs.replace(FAKE_BUNDLE.manifest, vision=vision)
+    return msgspec.structs.replace(FAKE_BUNDLE, manifest=manifest)
+
+
+@pytest.mark.parametrize("vision", [None, FIXED])
+def test_a_model_without_a_choice_of_image_tokens_has_its_rate_lowered_at_once(vision, capfd):
+    """A text-only model, and an encoder that takes images of one size: fewer tokens would save nothing."""
+    with daemon(verification=FakeVerification(bundle_of(vision))) as running:
+        for headroom_c in (30.0, 20.0, 1.0):
+            running.supervisor.board.reader.board = hot(headroom_c)
+            running.answer()
+            running.turn(1.0)
+        running.turn()
+        (limit,) = commands(running, LimitLoad)
+        assert (limit.max_image_tokens, limit.describe) == (0, False) and limit.min_interval_ms > 0
+        assert status(running).governor.max_image_tokens is None
+        assert status(running).governor.max_rate_hz == pytest.approx(1000 / limit.min_interval_ms)
+    assert re.search(r"governor: at most \S+ answers/s: temperature 1 °C below", capfd.readouterr().err)
+
+
+def test_a_limit_before_the_rate_is_known_says_so():
+    with daemon(hot(1.0), verification=FakeVerification(bundle_of(None))) as running:
+        running.turn(1.1)
+        assert "no rate is known yet: temperature" in status(running).governor.reason
 
 
 def test_the_rate_counts_from_the_first_answer(running):
