@@ -230,7 +230,7 @@ def command_lines(command: str, parser: argparse.ArgumentParser) -> list[str]:
 def argument_row(action: argparse.Action, parser: argparse.ArgumentParser) -> str:
     name = " ".join(filter(None, [", ".join(action.option_strings), value_text(action)]))
     default = ""
-    if action.option_strings and action.default not in (None, "", False, argparse.SUPPRESS):
+    if action.option_strings and action.default not in (None, "", False, [], argparse.SUPPRESS):
         default = f"`{action.default}`"
     meaning = (action.help or "") % {**vars(action), "prog": parser.prog}
     if action.required and action.option_strings:

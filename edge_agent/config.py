@@ -79,7 +79,7 @@ class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 class WatchdogConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     model_stall_s: Seconds = 10.0  # without progress: the model process is restarted
     model_load_s: Seconds = 120.0  # the same while the model loads
-    camera_stall_s: Seconds = 3.0  # without a frame: the camera process is restarted
+    camera_stall_s: Seconds = 3.0  # without a frame: the status is no-frames
 
 
 class GovernorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -102,11 +102,10 @@ class AdvancedConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
     def __post_init__(self) -> None:
         if self.kv_cache_type == "q8_0" and self.flash_attention is False:
-            raise ValueError("kv_cache_type: expected f16 or null where flash_attention is false, found 'q8_0'")
+            raise ValueError("kv_cache_type: expected f16 or ~ where flash_attention is false, found 'q8_0'")
         if self.reproducible and (self.kv_cache_type == "q8_0" or self.flash_attention):
             raise ValueError(
-                "reproducible: expected false or null where kv_cache_type is q8_0 or flash_attention is true, "
-                "found True"
+                "reproducible: expected false or ~ where kv_cache_type is q8_0 or flash_attention is true, found True"
             )
 
 

@@ -24,6 +24,7 @@ import yaml
 from edge_agent.errors import ConfigError, encodable, fault_of
 
 T = TypeVar("T")
+_WORDS = (("`object`", "a mapping"), ("`array`", "a list"), (" | null`", "` or ~"))  # msgspec's words -> YAML's
 # "PROBLEM - at `$.PATH`", or "PROBLEM - at `key` in `$.PATH`" for a key of a mapping. "[...]" in a path is any value of
 # a mapping; "[0]" is an item of a list.
 _MESSAGE = re.compile(r"(?P<problem>.*) - at (?P<in_key>`key` in )?`\$\.?(?P<path>[^`]*)`", re.DOTALL)
@@ -120,7 +121,12 @@ def _explain(text: str, value: object, kind: object, base: str) -> str:
     if message.problem.startswith("Invalid enum value"):
         return f"{place}: expected one of {', '.join(map(str, get_args(expected_type)))}, found {shown}"
     problem = re.sub(r", got `.*`$", "", message.problem, flags=re.DOTALL)  # the value itself follows
-    return f"{place}: {problem[0].lower() + problem[1:]}, found {shown}"
+    for theirs, ours in _WORDS:
+        problem = problem.replace(theirs, ours)
+    problem = problem[0].lower() + problem[1:]
+    if ", found " in problem:  # of a __post_init__ that compares keys: it has named the value
+        return f"{place}: {problem}"
+    return f"{place}: {problem}, found {shown}"
 
 
 def _explain_mapping_value(value: object, kind: object, base: str, path: str) -> str:

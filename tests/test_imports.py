@@ -116,7 +116,7 @@ ORDER: dict[str, list[str]] = {
         "__init__", "config", "dialect", "modes", "setpoint", "boot_clock", "autopilot", "envelope", "search",
         "follower", "transport", "link", "telemetry", "state_push", "words", "bridge", "dry_run",
     ],
-    "ros2": ["interfaces", "image", "stamps", "motion", "follow", "diagnostics", "requests", "node", "process"],
+    "ros2": ["interfaces", "image", "stamps", "motion", "follower", "diagnostics", "requests", "node", "process"],
     "tools": ["stills", "power_meter", "bench", "measure_daemon", "encoder_choices", "tune"],
     "cli": [
         "commands", "bundles", "installed", "control", "daemon", "check", "tune", "doctor", "rehearse", "ros2",
@@ -136,7 +136,7 @@ TOOLCHAIN = [
 ]  # fmt: skip
 TOOLCHAIN_ORDER: dict[str, list[str]] = {
     "source": ["known_keys", "tensor_names", "hf_config", "safetensors", "checkpoint", "tokenizer", "lora"],
-    "formats": ["ggml_kernels", "gguf_file", "imatrix", "build_plan", "tensor_blocks", "gguf_files", "vision_onnx"],
+    "formats": ["ggml_kernels", "gguf_writer", "imatrix", "build_plan", "tensor_blocks", "gguf_files", "vision_onnx"],
     "measure": ["perplexity", "collect_imatrix", "bit_allocation", "evaluate", "html_report"],
     "cli": ["interrupt", "progress_display", "printed", "commands", "parser", "entry", "__init__", "__main__"],
 }

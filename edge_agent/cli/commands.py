@@ -185,6 +185,8 @@ COMMANDS: dict[str, Command] = {
             _RUNTIME_DIR,
         ),
     ),
+    "pause": Command("control", "stop publishing actions", "", (_RUNTIME_DIR,)),
+    "resume": Command("control", "publish actions again after a pause", "", (_RUNTIME_DIR,)),
     "mavlink": Command(
         "mavlink",
         "fly a PX4 or ArduPilot vehicle by the actions: the MAVLink bridge",
@@ -203,8 +205,6 @@ COMMANDS: dict[str, Command] = {
             _argument("--json", action="store_true", help="write the log as lines of JSON"),
         ),
     ),
-    "pause": Command("control", "stop publishing actions", "", (_RUNTIME_DIR,)),
-    "resume": Command("control", "publish actions again after a pause", "", (_RUNTIME_DIR,)),
     "ros2": Command(
         "ros2",
         "put the daemon on a ROS 2 graph: velocities, text and diagnostics out, images in",

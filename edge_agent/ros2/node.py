@@ -33,7 +33,7 @@ from std_srvs.srv import Trigger
 from edge_agent.client import FramePusher
 from edge_agent.errors import ConfigError
 from edge_agent.ros2.diagnostics import Entry, FrameCounters
-from edge_agent.ros2.follow import Command
+from edge_agent.ros2.follower import Command
 from edge_agent.ros2.image import ImageRefused, picture_of, picture_of_compressed
 from edge_agent.ros2.interfaces import (
     COMPRESSED_IMAGE,

@@ -16,7 +16,7 @@ from rclpy.signals import SignalHandlerOptions
 from edge_agent.client import Client, NotConnected
 from edge_agent.errors import ConfigError
 from edge_agent.ros2.diagnostics import commands_entry, daemon_entry
-from edge_agent.ros2.follow import Command, Follower
+from edge_agent.ros2.follower import Command, Follower
 from edge_agent.ros2.node import RosNode
 from edge_agent.ros2.requests import request
 from edge_agent.time_units import NS_PER_S

@@ -105,7 +105,7 @@ COMMANDS = {
         "write language.gguf, mmproj.gguf and vision.onnx without quantisation",
         [
             CHECKPOINT,
-            path("out", "OUT_DIR"),
+            path("out", "OUT_DIR", "folder to make, with the three files"),
             argument("--type", "type of the matrices (default bf16)", choices=("bf16", "f16", "f32"), default="bf16"),
             flag("--force", "replace OUT_DIR if edge-quantize made it"),
         ],
@@ -120,7 +120,7 @@ COMMANDS = {
         "make a complete 4-bit bundle: validated, hashed, with its manifest",
         [
             CHECKPOINT,
-            path("out", "BUNDLE_DIR"),
+            path("out", "BUNDLE_DIR", "folder to make"),
             argument(
                 "--recipe",
                 "Q4_K_M (default), Q4_K_S, Q4_0, IQ4_XS, Q5_K_M, Q6_K, Q8_0; BF16 is lossless",
@@ -198,7 +198,7 @@ COMMANDS = {
         "convert a PEFT LoRA adapter to a GGUF adapter that can be switched on and off at run time",
         [
             path("adapter", "ADAPTER_DIR", "folder with adapter_config.json and adapter_model.safetensors"),
-            path("out", "OUT.gguf"),
+            path("out", "OUT.gguf", "file to write"),
             path("--base", "CHECKPOINT", "the model it was trained on (default: the one that the adapter names)"),
             SIGN,
             flag("--force", "replace OUT.gguf"),
@@ -216,7 +216,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=command.help, description=command.help)
+        subparser = subparsers.add_parser(
+            name, help=command.help, description=f"{command.help[0].upper()}{command.help[1:]}."
+        )
         subparser.set_defaults(run=command.run)
         _add_arguments(subparser, command.arguments)
     return parser

@@ -16,7 +16,7 @@ from quantize.build_folder import BuildFolder
 from quantize.formats import ggml_kernels
 from quantize.formats.build_plan import FLOAT_TYPES, BuildPlan, uniform_types
 from quantize.formats.ggml_kernels import Type
-from quantize.formats.gguf_file import GgufFile
+from quantize.formats.gguf_writer import GgufFile
 from quantize.formats.tensor_blocks import BFLOAT16, img_break_row, tensor_blocks
 from quantize.progress import Progress
 from quantize.source.checkpoint import Checkpoint, chat_template

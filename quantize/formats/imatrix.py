@@ -15,7 +15,7 @@ import numpy as np
 
 from edge_agent.bundle.gguf_package import gguf
 from edge_agent.errors import UserError
-from quantize.formats.gguf_file import WriterWithoutArchitecture
+from quantize.formats.gguf_writer import WriterWithoutArchitecture
 from quantize.source.checkpoint import Checkpoint
 
 SUM, COUNT = ".in_sum2", ".counts"

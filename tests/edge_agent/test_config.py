@@ -176,14 +176,14 @@ def test_a_missing_key_is_named_with_its_path(text, path, key):
 
 WRONG_TYPES = [
     ("bundle", "3", "`str`", "3"),
-    ("camera", "clip.mp4", "`object`", "'clip.mp4'"),
+    ("camera", "clip.mp4", "a mapping", "'clip.mp4'"),
     ("camera.source", "7", "`str`", "7"),
     ("camera.name", "2020-01-01", "`str`", "datetime.date(2020, 1, 1)"),
     ("camera.width", "wide", "`int", "'wide'"),
     ("camera.fps", "[30]", "`float", "[30]"),
     ("camera.realtime", "1", "`bool`", "1"),
     ("camera.loop", "'yes'", "`bool`", "'yes'"),
-    ("vision", "", "`object`", "None"),
+    ("vision", "", "a mapping", "None"),
     ("vision.max_image_tokens", "'256'", "`int`", "'256'"),
     ("vision.max_image_tokens", "3.5", "`int`", "3.5"),
     ("cpu_threads", "two", "`int`", "'two'"),

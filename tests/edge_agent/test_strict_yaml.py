@@ -24,6 +24,10 @@ class Inner(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     names: list[Annotated[str, Meta(min_length=1)]] = []
     files: dict[Annotated[str, Meta(pattern="^[a-z]+$")], Annotated[str, Meta(min_length=1)]] = {}
 
+    def __post_init__(self) -> None:
+        if self.count == 8 and self.width == 7:
+            raise ValueError("width: expected 8 or ~, found 7")
+
 
 class Outer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     path: str
@@ -44,7 +48,7 @@ FORMS = {
     "not above": ("inner: {rate: 0}", "Expected `float` > 0.0 - at `$.inner.rate`",
         "inner.rate: expected `float` > 0.0, found 0"),
     "optional type": ("inner: {width: x}", "Expected `int | null`, got `str` - at `$.inner.width`",
-        "inner.width: expected `int | null`, found 'x'"),
+        "inner.width: expected `int` or ~, found 'x'"),
     "too long": ("inner: {word: abcd}", "Expected `str` of length <= 3 - at `$.inner.word`",
         "inner.word: expected `str` of length <= 3, found 'abcd'"),
     "pattern": ("inner: {word: A}", "Expected `str` matching regex '^[a-z]+$' - at `$.inner.word`",
@@ -66,7 +70,7 @@ FORMS = {
     "missing key": ("path: ...", "Object missing required field `path`",
         "top level: path: missing; expected keys path, inner, optional, table"),
     "not a mapping": ("inner: 3", "Expected `object`, got `int` - at `$.inner`",
-        "inner: expected `object`, found 3"),
+        "inner: expected a mapping, found 3"),
     "mapping in the wrong place": ("inner: {word: {a: 1}}", "Expected `str`, got `object` - at `$.inner.word`",
         "inner.word: expected `str`, found a mapping"),
     "value of a mapping": ("table: {a: {}, b: {count: 0}}", "Expected `int` >= 1 - at `$.table[...].count`",
@@ -84,7 +88,11 @@ FORMS = {
         "table.a.files: key: expected `str` matching regex '^[a-z]+$', found 'B'"),
     "key that is not text": ("3: 4", "Expected `str` - at `key` in `$`", "top level: key: expected `str`, found 3"),
     "mapping too long": ("table: {a: {}, b: {}, c: {}, d: {}}", "Expected `object` of length <= 3 - at `$.table`",
-        "table: expected `object` of length <= 3, found a mapping"),
+        "table: expected a mapping of length <= 3, found a mapping"),
+    "not a list": ("inner: {names: 3}", "Expected `array`, got `int` - at `$.inner.names`",
+        "inner.names: expected a list, found 3"),
+    "keys that contradict": ("inner: {count: 8, width: 7}", "width: expected 8 or ~, found 7 - at `$.inner`",
+        "inner: width: expected 8 or ~, found 7"),
 }  # fmt: skip
 
 
@@ -140,7 +148,7 @@ def test_an_unexpected_message_still_gives_one_line(monkeypatch, message, line):
 def test_the_path_of_a_part_of_a_file_stands_before_the_key():
     for value, line in [
         ({"count": 0}, "a.b.count: expected `int` >= 1, found 0"),
-        (3, "a.b: expected `object`, found 3"),
+        (3, "a.b: expected a mapping, found 3"),
         (None, f"a.b: empty; expected keys {KEYS_OF_INNER}"),
         ({"names": [3]}, "a.b.names[0]: expected `str`, found 3"),
     ]:

@@ -12,7 +12,8 @@ from edge_agent import systemd
 from edge_agent.ipc.events import ModelReady
 from edge_agent.systemd import Watchdog, notify
 from edge_agent.wire.messages import StageTimes
-from tests.harness.in_process import FakeClock, InProcess
+from tests.harness.clock import FakeClock
+from tests.harness.in_process import InProcess
 
 
 @pytest.fixture(params=["path", "abstract"])

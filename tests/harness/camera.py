@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
@@ -105,6 +106,22 @@ class CameraProcess:
     def close(self) -> None:
         self.kill()
         self.slot.close()
+
+
+@contextlib.contextmanager
+def camera_processes() -> Iterator[Callable[..., CameraProcess]]:
+    """start(source, **config) starts a camera process; all of them end with the block."""
+    processes: list[CameraProcess] = []
+
+    def start(source: object, **config: object) -> CameraProcess:
+        processes.append(CameraProcess(source, **config))
+        return processes[-1]
+
+    try:
+        yield start
+    finally:
+        for process in processes:
+            process.close()
 
 
 def arguments_of(fds: tuple[int, int, int]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from edge_agent.time_units import NS_PER_S
+from edge_agent.time_units import NS_PER_MS, NS_PER_S
 
 
 class FakeClock:
@@ -21,3 +21,6 @@ class FakeClock:
 
     def advance(self, seconds: float) -> None:
         self.now_ns += round(seconds * NS_PER_S)
+
+    def advance_ms(self, ms: float) -> None:
+        self.now_ns += round(ms * NS_PER_MS)

@@ -34,11 +34,11 @@ from edge_agent.supervisor.process import Supervisor
 from edge_agent.supervisor.publisher import Sender
 from edge_agent.supervisor.status import Counters
 from edge_agent.supervisor.trace import Trace
-from edge_agent.time_units import NS_PER_S
 from edge_agent.wire.codec import encode
 from edge_agent.wire.control import Reply, Request, decode_reply
 from edge_agent.wire.messages import Header, StageTimes
 from edge_agent.wire.streams import pack
+from tests.harness.clock import FakeClock
 
 MOVE = '{"action":"move","vx":1,"vy":0,"vz":0,"yaw":0}'
 
@@ -71,19 +71,6 @@ FAKE_BUNDLE = Bundle(
         licence="",
     ),
 )
-
-
-class FakeClock:
-    """A monotonic clock in nanoseconds that stands still until the test moves it."""
-
-    def __init__(self, start_s: float = 1000.0) -> None:
-        self.now_ns = round(start_s * NS_PER_S)
-
-    def __call__(self) -> int:
-        return self.now_ns
-
-    def advance(self, seconds: float) -> None:
-        self.now_ns += round(seconds * NS_PER_S)
 
 
 class FakeWorker:

@@ -17,22 +17,10 @@ from edge_agent.model.loop import ModelLoop
 from edge_agent.model.supervisor_channel import SupervisorChannel
 from edge_agent.wire.codec import encode
 from tests.harness import toy
+from tests.harness.clock import FakeClock
 from tests.harness.rig import TASK, config_of
 
 MS = 1_000_000  # nanoseconds
-
-
-class FakeClock:
-    """Nanoseconds that pass only when a test says so."""
-
-    def __init__(self) -> None:
-        self.now_ns = 10**12
-
-    def __call__(self) -> int:
-        return self.now_ns
-
-    def pass_ms(self, ms: float) -> None:
-        self.now_ns += round(ms * MS)
 
 
 class LoopRig:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from edge_agent.ipc.events import CameraFault, CameraOpened
-from tests.harness.camera import CameraProcess, counting_video
+from tests.harness.camera import CameraProcess, camera_processes, counting_video
 
 pytestmark = pytest.mark.promise
 needs_gst = pytest.mark.skipif(shutil.which("gst-launch-1.0") is None, reason="gst-launch-1.0 is not installed")
@@ -21,15 +21,8 @@ needs_gst = pytest.mark.skipif(shutil.which("gst-launch-1.0") is None, reason="g
 
 @pytest.fixture
 def camera_process() -> Iterator[Callable[..., CameraProcess]]:
-    processes: list[CameraProcess] = []
-
-    def start(source: object, **config: object) -> CameraProcess:
-        processes.append(CameraProcess(source, **config))
-        return processes[-1]
-
-    yield start
-    for process in processes:
-        process.close()
+    with camera_processes() as start:
+        yield start
 
 
 def report(name: str, **figures: float) -> None:

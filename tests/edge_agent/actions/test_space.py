@@ -134,11 +134,11 @@ def test_a_space_is_read_by_its_path(tmp_path):
         ("valid_for_ms", 901, "valid_for_ms: expected `int` <= 900, found 901"),
         ("valid_for_ms", 400.5, "valid_for_ms: expected `int`, found 400.5"),
         ("valid_for", 400, "top level: unknown key 'valid_for'; expected one of name, "),
-        ("actions", {}, "actions: expected `object` of length >= 1, found a mapping"),
-        ("actions", ["drive"], "actions: expected `object`, found ['drive']"),
+        ("actions", {}, "actions: expected a mapping of length >= 1, found a mapping"),
+        ("actions", ["drive"], "actions: expected a mapping, found ['drive']"),
         ("actions.Drive", {}, "actions: key: expected `str` matching regex '^[a-z][a-z0-9_]{0,31}$', found 'Drive'"),
         ("actions.drive.field", {}, "actions.drive: unknown key 'field'; expected one of about, fields; did you mean"),
-        ("actions.drive.fields", ["v"], "actions.drive.fields: expected `object`, found ['v']"),
+        ("actions.drive.fields", ["v"], "actions.drive.fields: expected a mapping, found ['v']"),
         ("actions.drive.fields.VX", {"one_of": ["a"]}, "actions.drive.fields: key: expected `str` matching regex"),
     ],
 )
@@ -149,7 +149,7 @@ def test_a_mistake_in_the_space_is_named(tmp_path, path, value, line):
 @pytest.mark.parametrize(
     ("field", "value", "line"),
     [
-        ("v", 3, ": expected `object`, found 3"),
+        ("v", 3, ": expected a mapping, found 3"),
         ("v.maximum", 3, ": unknown key 'maximum'; expected one of name, about, unit, min, max, step, q01, q99"),
         ("v.min", "fast", ".min: expected `float`, found 'fast'"),
         ("v.min", ..., ": min: missing"),
@@ -176,7 +176,7 @@ def test_a_mistake_in_the_space_is_named(tmp_path, path, value, line):
         ("horn.unit", "m", ": expected either one_of, or min, max and step; found one_of and unit"),
         ("horn.q01", 1.0, ": expected either one_of, or min, max and step; found one_of and q01"),
         ("horn.word", "a", ": unknown key 'word'; expected one of name, about, one_of"),
-        ("horn.one_of", [], ".one_of: expected `array` of length >= 1, found []"),
+        ("horn.one_of", [], ".one_of: expected a list of length >= 1, found []"),
         ("horn.one_of", ["on", "on"], ".one_of: the words must differ; found ['on', 'on']"),
         ("horn.one_of", ["On"], ".one_of[0]: expected `str` matching regex"),
         ("horn.one_of", ['a"b'], ".one_of[0]: expected `str` matching regex"),
@@ -296,7 +296,7 @@ def test_the_text_of_the_vehicle_state_names_each_value_and_nothing_else(tmp_pat
         ({"txt": "a"}, "vehicle_state: unknown key 'txt'; expected one of text, values; did you mean 'text'?"),
         ({"values": {"altitude_m": {"decimals": 7}}}, "vehicle_state.values.altitude_m.decimals: expected `int` <= 6"),
         ({"values": {"Altitude": {}}}, "vehicle_state.values: key: expected `str` matching regex"),
-        ({"values": {}}, "vehicle_state.values: expected `object` of length >= 1"),
+        ({"values": {}}, "vehicle_state.values: expected a mapping of length >= 1"),
     ],
 )
 def test_a_mistake_in_the_vehicle_state_is_named(tmp_path, changes, line):

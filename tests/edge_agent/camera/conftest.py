@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from edge_agent.ipc.frame_slot import Slot
-from tests.harness.camera import CameraProcess, FakeClock
+from tests.harness.camera import CameraProcess, FakeClock, camera_processes
 
 
 @pytest.fixture
@@ -24,13 +24,5 @@ def clock() -> FakeClock:
 
 @pytest.fixture
 def camera_process() -> Iterator[Callable[..., CameraProcess]]:
-    """camera_process(source, **config) starts a camera process; all of them end with the test."""
-    processes: list[CameraProcess] = []
-
-    def start(source: object, **config: object) -> CameraProcess:
-        processes.append(CameraProcess(source, **config))
-        return processes[-1]
-
-    yield start
-    for process in processes:
-        process.close()
+    with camera_processes() as start:
+        yield start

@@ -10,6 +10,7 @@ from edge_agent.board.nvml import Card
 from edge_agent.ipc.events import GpuReading
 from edge_agent.model.events import Events
 from edge_agent.model.gpu_sensor import reading_of, start_gpu_sensor
+from tests.harness.fake_nvml import FakeNvml
 
 SMALL = Card(0, "small", power_w=20.0, temperature_c=80.0, throttle_at_c=90.0, throttle_reasons=(), clock_mhz=1500.0)
 LARGE = Card(1, "large", power_w=90.0, temperature_c=85.0, throttle_at_c=105.0, throttle_reasons=("temperature",))
@@ -39,17 +40,6 @@ LARGE = Card(1, "large", power_w=90.0, temperature_c=85.0, throttle_at_c=105.0, 
 )
 def test_a_reading_of_several_cards(cards, expected):
     assert reading_of(cards) == expected
-
-
-class FakeNvml:
-    def __init__(self, *cards: Card) -> None:
-        self.found, self.closed = list(cards), False
-
-    def cards(self) -> list[Card]:
-        return self.found
-
-    def close(self) -> None:
-        self.closed = True
 
 
 def test_without_a_card_there_is_no_thread():

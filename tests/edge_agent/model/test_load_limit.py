@@ -23,24 +23,10 @@ from edge_agent.model.loop import HEARTBEAT_NS, ModelLoop
 from edge_agent.model.supervisor_channel import SupervisorChannel
 from edge_agent.model.token_budget import TokenBudget
 from edge_agent.wire.codec import encode
+from tests.harness.clock import FakeClock
 
 MS = 1_000_000  # nanoseconds
-
-
-class FakeClock:
-    """Nanoseconds that pass only when a test, an encoder or a sleep says so."""
-
-    def __init__(self) -> None:
-        self.now_ns = 10**12
-
-    def __call__(self) -> int:
-        return self.now_ns
-
-    def pass_ms(self, ms: float) -> None:
-        self.now_ns += round(ms * MS)
-
-    def sleep(self, seconds: float) -> None:
-        self.now_ns += round(seconds * 1e9)
+START_NS = 10**12
 
 
 class FakeImages:
@@ -58,14 +44,14 @@ class FakeImages:
 
     def resize(self, picture: np.ndarray, max_tokens: int) -> np.ndarray:
         self.sizes.append(max_tokens)
-        self.begun_ms.append((self.clock.now_ns - 10**12) // MS)
+        self.begun_ms.append((self.clock.now_ns - START_NS) // MS)
         return picture.copy()
 
     def n_tokens(self, _image: np.ndarray) -> int:
         return 2
 
     def encode(self, _image: np.ndarray) -> FrameBuffer:
-        self.clock.pass_ms(20)
+        self.clock.advance_ms(20)
         buffer = FrameBuffer(8, 4)
         buffer.embeddings(2)[:] = 0
         return buffer
@@ -73,10 +59,10 @@ class FakeImages:
 
 class Rig:
     def __init__(self, *, overlap: bool = False) -> None:
-        self.slot, self.clock, self.n_frames = Slot.create(), FakeClock(), 0
+        self.slot, self.clock, self.n_frames = Slot.create(), FakeClock(START_NS), 0
         self.images = FakeImages(self.clock)
         self.frames = FrameEncoder(
-            self.slot, self.images, 60_000, overlap=overlap, clock=self.clock, sleep=self.clock.sleep
+            self.slot, self.images, 60_000, overlap=overlap, clock=self.clock, sleep=self.clock.advance
         )
 
     def publish(self) -> None:
@@ -135,7 +121,7 @@ def answer_for(rig: Rig, ms: int, step_ms: int = 10) -> list[int]:
     while rig.clock.now_ns < end_ns:
         rig.publish()
         rig.frames.next()
-        rig.clock.pass_ms(step_ms)
+        rig.clock.advance_ms(step_ms)
     return rig.images.begun_ms[before:]
 
 
@@ -156,9 +142,9 @@ def test_the_frame_after_the_pause_is_the_newest(rig):
     for _ in range(10):
         rig.publish()
         assert rig.frames.next() is None
-        rig.clock.pass_ms(40)
+        rig.clock.advance_ms(40)
     assert 0 < rig.frames.rest_ns() <= 500 * MS
-    rig.clock.pass_ms(500)
+    rig.clock.advance_ms(500)
     assert rig.frames.rest_ns() == 0
     assert rig.frames.next().frame.frame_id == 11
 
@@ -275,7 +261,7 @@ def test_the_loop_sleeps_during_the_pause_although_frames_wait(loop, monkeypatch
     monkeypatch.setattr("edge_agent.model.loop.select.poll", poll)
     loop.loop._wait()
     assert waited == [280] and loop.heartbeats() == 0 and loop.n_warm == 0
-    loop.clock.pass_ms(280)
+    loop.clock.advance_ms(280)
     loop.loop._wait()  # the frame is there
     assert waited == [280, 1000] and loop.heartbeats() == 0
 
@@ -285,7 +271,7 @@ def test_a_pause_that_is_longer_than_a_heartbeat_has_heartbeats(loop, monkeypatc
     loop.send(LimitLoad(max_image_tokens=64, min_interval_ms=10_000.0))
     loop.publish()
     loop.frames.next()
-    nothing = SimpleNamespace(register=lambda *_: None, poll=lambda ms: loop.clock.pass_ms(ms) or [])
+    nothing = SimpleNamespace(register=lambda *_: None, poll=lambda ms: loop.clock.advance_ms(ms) or [])
     monkeypatch.setattr("edge_agent.model.loop.select.poll", lambda: nothing)
     for _ in range(5):
         loop.loop._wait()

@@ -27,7 +27,8 @@ from edge_agent.model.loop import HEARTBEAT_NS
 from edge_agent.model.token_budget import TokenBudget
 from edge_agent.suspend import SuspendDetector
 from edge_agent.wire.codec import encode
-from tests.harness.loop_rig import MS, FakeClock, LoopRig
+from tests.harness.clock import FakeClock
+from tests.harness.loop_rig import MS, LoopRig
 from tests.harness.rig import TASK, numbers_only
 
 
@@ -108,7 +109,7 @@ def test_a_frame_after_its_deadline_is_a_late_proposal_without_text(rig):
 
 def test_embeddings_that_are_ready_after_the_deadline_are_not_evaluated(rig, monkeypatch):
     n_calls, real = rig.model.engine.llama.n_calls, rig.model.images.encode
-    monkeypatch.setattr(rig.model.images, "encode", lambda image: (rig.clock.pass_ms(60_001), real(image))[1])
+    monkeypatch.setattr(rig.model.images, "encode", lambda image: (rig.clock.advance_ms(60_001), real(image))[1])
     assert rig.propose(1).stop_reason == "late"
     assert rig.model.engine.llama.n_calls == n_calls
 
@@ -212,14 +213,14 @@ def test_the_vehicle_state_is_read_when_the_frame_is_answered(make, tmp_path, mo
     rig.propose(1)
     rig.slot.write_vehicle_state(encode({"altitude_m": (3.25, rig.clock.now_ns)}))
     rig.propose(2)
-    rig.clock.pass_ms(201)
+    rig.clock.advance_ms(201)
     rig.propose(3)
     assert states == ["At unknown. ", "At 3.2 m. ", "At unknown. "]
     boottime = FakeClock()
     rig.loop.suspend = SuspendDetector(rig.clock, boottime)
     rig.slot.write_vehicle_state(encode({"altitude_m": (3.25, rig.clock.now_ns)}))
-    boottime.pass_ms(5_000)  # the machine sleeps
-    rig.clock.pass_ms(1)
+    boottime.advance_ms(5_000)  # the machine sleeps
+    rig.clock.advance_ms(1)
     rig.propose(4)
     rig.slot.write_vehicle_state(encode({"altitude_m": (1.25, rig.clock.now_ns)}))
     rig.propose(5)
@@ -335,7 +336,7 @@ def test_a_command_ends_the_wait_and_a_heartbeat_comes_only_when_it_is_due(make)
     rig.send(SetPaused(True))
     rig.loop._wait()
     assert rig.received() == []
-    rig.clock.pass_ms(HEARTBEAT_NS / MS + 1)
+    rig.clock.advance_ms(HEARTBEAT_NS / MS + 1)
     rig.loop._wait()
     assert rig.received() == [Heartbeat("idle")]
 
@@ -362,7 +363,7 @@ def test_a_frame_whose_encoding_alone_is_late_counts_for_the_token_budget(rig, m
     real = rig.model.images.encode
 
     def slow(image):
-        rig.clock.pass_ms(1000 * rig.model.images.n_tokens(image))
+        rig.clock.advance_ms(1000 * rig.model.images.n_tokens(image))
         return real(image)
 
     monkeypatch.setattr(rig.model.images, "encode", slow)

@@ -51,7 +51,7 @@ def test_a_fresh_state_gives_an_action_and_no_state_gives_its_reason(rig: LoopRi
     push(rig, altitude_m=3.0, mode="guided")
     answered = rig.propose(3)
     assert answered.stop_reason == "" and answered.text in ('{"action":"up"}', '{"action":"down"}')
-    rig.clock.pass_ms(201)
+    rig.clock.advance_ms(201)
     assert (rig.propose(4).stop_reason, rig.proposals()[-1].text) == ("no-state", "no fresh value of altitude_m")
 
 

@@ -6,7 +6,8 @@ import pytest
 
 from edge_agent.suspend import SuspendDetector
 from edge_agent.wire.messages import Action
-from tests.harness.in_process import FakeClock, InProcess
+from tests.harness.clock import FakeClock
+from tests.harness.in_process import InProcess
 
 
 @pytest.fixture

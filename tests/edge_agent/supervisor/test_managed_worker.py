@@ -13,7 +13,8 @@ from edge_agent.supervisor.managed_worker import ManagedWorker, Readiness, Reaso
 from edge_agent.supervisor.model_worker import ModelWorker
 from edge_agent.supervisor.shutdown import Shutdown
 from edge_agent.wire.codec import encode
-from tests.harness.in_process import FakeClock, FakeWorker
+from tests.harness.clock import FakeClock
+from tests.harness.in_process import FakeWorker
 
 FAILED = Reason("model", ReasonKind.FAILED, "ended with status 3")
 

@@ -19,7 +19,7 @@ from edge_agent.supervisor.runtime_folder import EndpointError
 from edge_agent.wire.messages import TextMessage
 from edge_agent.wire.streams import STREAMS, unpack
 from tests.harness import ROOT
-from tests.harness.in_process import FakeClock
+from tests.harness.clock import FakeClock
 
 NO_WAIT_S = 30.0  # bounds a hang
 

@@ -10,22 +10,10 @@ import pytest
 from edge_agent.board.nvml import Card
 from edge_agent.tools.power_meter import PowerMeter
 from tests.harness import boards
+from tests.harness.fake_nvml import FakeNvml
 
 NO_PROGRAM = ("edge-agent-has-no-such-program",)
 CARDS = [Card(0, "a", power_w=50.0, memory_total_mib=1000.0, memory_free_mib=900.0), Card(1, "b")]
-
-
-class FakeNvml:
-    """In place of NVML's library, which is tested in tests/edge_agent/board."""
-
-    def __init__(self, *cards: Card) -> None:
-        self.found, self.closed = list(cards), False
-
-    def cards(self) -> list[Card]:
-        return self.found
-
-    def close(self) -> None:
-        self.closed = True
 
 
 def meter(nvml: FakeNvml, table: boards.Table, tegrastats: tuple[str, ...] = NO_PROGRAM) -> PowerMeter:

@@ -23,7 +23,7 @@ import zmq
 from edge_agent.zmtp import endpoint as endpoint_module
 from edge_agent.zmtp.endpoint import HANDSHAKE_NS, PEERS, PUB, PULL, ROUTER, Connection, Endpoint, Limits
 from edge_agent.zmtp.frames import GREETING, MORE, Message, pack_message, pack_ready
-from tests.harness.in_process import FakeClock
+from tests.harness.clock import FakeClock
 from tests.harness.zmtp_peer import RawPeer, command, frame, ready
 
 HANG_S = 60.0  # bounds a hang

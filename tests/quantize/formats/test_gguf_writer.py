@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from quantize.formats.ggml_kernels import Type
-from quantize.formats.gguf_file import ALIGNMENT, GgufFile, HeaderWriter, State, WriterWithoutArchitecture
+from quantize.formats.gguf_writer import ALIGNMENT, GgufFile, HeaderWriter, State, WriterWithoutArchitecture
 
 FIRST = np.arange(6, dtype=np.float32).reshape(2, 3)
 SECOND = np.arange(5, dtype=np.float32)

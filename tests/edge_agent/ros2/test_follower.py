@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_agent.client import Client, is_valid
-from edge_agent.ros2.follow import MAX_WAIT_S, Command, Follower
+from edge_agent.ros2.follower import MAX_WAIT_S, Command, Follower
 from edge_agent.ros2.motion import Velocity
 from edge_agent.time_units import NS_PER_MS
 from edge_agent.wire.messages import Action
