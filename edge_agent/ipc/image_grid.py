@@ -88,8 +88,8 @@ def image_size(height: int, width: int, request: ImageRequest) -> tuple[int, int
 
 
 def resize(frame: np.ndarray, image: np.ndarray) -> None:
-    """Resize frame, (H, W) or (H, W, 3) uint8, to the size of `image`, which is contiguous, and write it there: an average
-    over exact areas where it shrinks, bicubic where it grows."""
+    """Resize frame, (H, W) or (H, W, 3) uint8, to the size of `image`, which is contiguous, and write it there: an
+    average over exact areas where it shrinks, bicubic where it grows."""
     height, width = image.shape[:2]
     if frame.shape[:2] == (height, width):
         np.copyto(image, frame)
@@ -101,7 +101,7 @@ def resize(frame: np.ndarray, image: np.ndarray) -> None:
 
 
 def _average(frame: np.ndarray, image: np.ndarray) -> None:
-    """Each pixel of the image becomes the mean over its area of the frame; pixels at the edges of the area count in part.
+    """Each pixel of the image becomes the mean over its area of the frame; pixels at the edge of it count in part.
 
     Rows first, then columns: OpenCV's own INTER_AREA averages the columns of all rows, and takes three times as long.
     The rows of a frame repeat in `n_bands` bands: 480 rows become 112 in 16 bands of 30 rows, which become 7. So one
