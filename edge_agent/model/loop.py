@@ -144,11 +144,11 @@ class ModelLoop:
                     encoded.embeddings, frame_id, encoded.deadline_ns, state, self.supervisor.has_urgent, events
                 )
                 self.frames.record(encoded, decision.prefill_ms, decision.decode_ms)
+        self.supervisor.send(self._proposal(encoded, started_ns, decision))
         events.span(f"frame {frame_id} waits", "slot", encoded.frame.t_capture_ns, encoded.taken_ns)
         events.span("resize", "encoder", encoded.taken_ns, encoded.resized_ns)
         if encoded.embeddings is not None:
             events.span("encode", "encoder", encoded.resized_ns, encoded.done_ns)
-        self.supervisor.send(self._proposal(encoded, started_ns, decision))
         return was_evaluated
 
     def _proposal(self, encoded: EncodedFrame, started_ns: int, decision: Decision) -> Proposal:
