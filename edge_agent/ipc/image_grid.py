@@ -23,7 +23,7 @@ MIN_TOKENS = 8  # mtmd enlarges a smaller image by itself; we do the same, so th
 # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, which is an average too, in less than half of the time. It is
 # done where so many pixels of the smaller frame remain. Smallest cosine of a row of the encoder: 0.99994 with 9.6
 # pixels, 0.9994 with 4.8.
-PIXELS_LEFT = 6.0  # for each side of a pixel
+PIXELS_LEFT = 9.0  # for each side of a pixel
 JPEG_REDUCTIONS = (8, 4, 2)
 
 Side = Annotated[int, msgspec.Meta(ge=1, le=8192)]

@@ -26,7 +26,7 @@ from tests.harness.pictures import encoded, mkv, scene
 
 HEIGHT, WIDTH = 480, 640
 REQUEST = ImageRequest(unit=28, longest_side=1540, max_tokens=144)
-SMALL = ImageRequest(unit=12, longest_side=1540, max_tokens=12)  # small enough for a JPEG of a half of its size
+SMALL = ImageRequest(unit=8, longest_side=1540, max_tokens=12)  # small enough for a JPEG of a half of its size
 FRAME = scene(HEIGHT, WIDTH)  # BGR
 
 
@@ -138,7 +138,7 @@ def test_a_jpeg_is_decoded_at_a_part_of_its_size_where_that_is_enough(tmp_path, 
 @pytest.mark.parametrize("n", [2, 4, 8])
 @pytest.mark.parametrize("share", [0.3, 0.7, 0.99])
 def test_a_damaged_jpeg_is_found_at_every_size_of_decoding(n, share):
-    request = ImageRequest(unit=4, longest_side=1540, max_tokens=8, fixed=(480 // 7 // n, 640 // 7 // n))
+    request = ImageRequest(unit=4, longest_side=1540, max_tokens=8, fixed=(480 // 10 // n, 640 // 10 // n))
     wanted = WantedImage(1, request)
     assert decode_jpeg_for(wanted, JPEG).bgr.shape == (HEIGHT // n, WIDTH // n, 3)
     cut = JPEG[: round(share * len(JPEG))]

@@ -151,7 +151,7 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
 
 
-@pytest.mark.parametrize("frame_size", [(2160, 3840), (1512, 2688), (1920, 2560)])
+@pytest.mark.parametrize("frame_size", [(2160, 3840), (2016, 3584), (3024, 4032)])
 def test_a_jpeg_that_was_reduced_first_gives_the_same_rows(onnx, frame_size):
     """Decoded at a half of its size, against one average over exact areas."""
     request = image_request(FACTS, 25)
@@ -164,7 +164,7 @@ def test_a_jpeg_that_was_reduced_first_gives_the_same_rows(onnx, frame_size):
     exact = cv2.resize(decoded, (width, height), interpolation=cv2.INTER_AREA)
     assert not np.array_equal(image, exact)
     cosine = cosines(onnx.encode(image).copy(), onnx.encode(exact))
-    assert cosine.mean() >= 0.9999 and cosine.min() >= 0.999, "one row of a dark, even place feels a rounding"
+    assert cosine.mean() >= 0.9999 and cosine.min() >= 0.9998, "one row of a dark, even place feels a rounding"
 
 
 @pytest.mark.parametrize("tokens", [(1, 8), (8, 1), (3, 3), (4, 5), (16, 16), (12, 21), (1, 55), (55, 1)])
