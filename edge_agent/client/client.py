@@ -89,6 +89,7 @@ class Client:
         self._sockets: dict[str, zmq.Socket[bytes]] = {}  # stream -> its socket, opened at first use
         self._connections: dict[str, ControlConnection] = {}  # CONTROL, or the id of a question -> its connection
         self._newest: tuple[int, int] | None = None  # session and seq of the newest message of the actions stream
+        self._ended = (0, 0)  # session and seq of the newest refusal or expired action: it ends the actions before it
         self._ended_sessions: deque[int] = deque(maxlen=MAX_ENDED_SESSIONS)
 
     def close(self) -> None:
@@ -118,7 +119,11 @@ class Client:
         deadline_ns = self._deadline_ns(timeout_s)
         while payloads := self._receive("actions", deadline_ns):
             answer = self._newest_of(payloads)
-            if isinstance(answer, Refusal) or (answer is not None and self.is_valid(answer)):
+            if isinstance(answer, Action) and self.is_valid(answer):
+                return answer
+            if answer is not None:
+                self._ended = (answer.session, answer.seq)
+            if isinstance(answer, Refusal):
                 return answer
             if answer is not None:
                 self.expired += 1
@@ -176,15 +181,14 @@ class Client:
     def is_valid(self, action: Action) -> bool:
         """Whether a controller may still act on an action: it has not expired, and nothing has ended it before.
 
-        Every newer message that this client has read ends it: an action, a refusal, an action that has expired.
+        A newer refusal, and a newer action that had expired when it was read, end it; also the next session.
         """
         is_current = action.t_pub_ns > max(self._valid_from_ns, self._suspend.resumed_ns())
         return is_current and not self._has_ended(action) and is_valid(action, self._clock())
 
     def _has_ended(self, action: Action) -> bool:
-        newest = self._newest
-        is_older = newest is not None and action.session == newest[0] and action.seq < newest[1]
-        return is_older or action.session in self._ended_sessions
+        session, seq = self._ended
+        return action.session in self._ended_sessions or (action.session == session and action.seq < seq)
 
     # -- control ------------------------------------------------------------------------------------------------------
 

@@ -215,15 +215,22 @@ def late(seq: int, clock: FakeClock) -> Action:
 
 
 @pytest.mark.parametrize(
-    "newer",
-    [late, lambda seq, _clock: make_refusal(seq), lambda seq, clock: make_action(seq, now_ns=clock.now_ns)],
+    ("newer", "is_valid"),
+    [
+        (late, False),
+        (lambda seq, _clock: make_refusal(seq), False),
+        (lambda seq, clock: make_action(seq, now_ns=clock.now_ns), True),
+    ],
     ids=["expired", "refusal", "action"],
 )
-def test_whatever_is_newer_ends_an_action(daemon, subscribed, clock, newer):
+def test_a_refusal_and_an_expired_action_end_the_action_before(daemon, subscribed, clock, newer, is_valid):
+    """A valid one does not: who asks whether the present action is valid, and then takes the next one, holds never."""
     first = make_action(1, now_ns=clock.now_ns, valid_ms=900)
     assert exchange(daemon, subscribed, first) == first and subscribed.is_valid(first)
     exchange(daemon, subscribed, newer(2, clock))
-    assert not subscribed.is_valid(first)
+    assert subscribed.is_valid(first) is is_valid
+    third = make_action(3, now_ns=clock.now_ns)
+    assert exchange(daemon, subscribed, third) == third and subscribed.is_valid(third)
 
 
 def test_the_session_that_has_ended_takes_its_action_with_it(daemon, subscribed, clock):
