@@ -146,6 +146,7 @@ class Autopilot:
         self._backward: deque[int] = deque(maxlen=MAX_BACKWARD)
         self._sequence: int | None = None
         self._version_1_since_ns: int | None = None
+        self.asked_time_ns = 0  # when TIMESYNC was sent: the answer repeats this number
         self.forget()
 
     def forget(self) -> None:
@@ -157,6 +158,7 @@ class Autopilot:
         self._globe: Globe | None = None
         self._home: Home | None = None
         self._clock = BootClock()
+        self.late_ns = 0  # how long the newest telemetry was on the way
         self._sequence = None
         self.values.clear()
         self.seen.clear()
@@ -187,6 +189,7 @@ class Autopilot:
                 self._note_jump(now_ns)
                 self._clock.stamp(name, boot_ms, now_ns)
                 t_ns = now_ns
+            self.late_ns = now_ns - t_ns
         handle = _HANDLERS.get(name)
         if handle is not None:
             self.seen[name] = now_ns
@@ -317,6 +320,11 @@ class Autopilot:
         if 0 <= percent <= 100:  # -1: not provided
             self.values["battery_percent"] = (t_ns, float(percent))
 
+    def _take_time(self, heard: Heard, now_ns: int) -> None:
+        m = heard.message
+        if m.tc1 > 0 and m.ts1 == self.asked_time_ns:  # tc1 is 0: the autopilot asks
+            self._clock.note_answer(m.tc1, m.ts1, now_ns)
+
     def _take_ack(self, heard: Heard, _t_ns: int) -> None:
         self.acks.append((heard.message.command, heard.message.result))
 
@@ -414,6 +422,7 @@ _HANDLERS = {
     "SYS_STATUS": Autopilot._take_system_status,
     "BATTERY_STATUS": Autopilot._take_battery,
     "COMMAND_ACK": Autopilot._take_ack,
+    "TIMESYNC": Autopilot._take_time,
 }
 # GPS_FIX_TYPE, as words that the vehicle's state may have.
 GPS_FIXES = ("no GPS", "no fix", "2D fix", "3D fix", "DGPS", "RTK float", "RTK fixed", "static", "PPP")

@@ -164,8 +164,8 @@ class Bridge:
 
     def _tell_autopilot(self) -> None:
         now_ns = self._clock()
-        if (command := self._requests.due(self._autopilot, now_ns)) is not None:
-            self._wire.send(command, self._autopilot.peer, True)
+        if (request := self._requests.due(self._autopilot, now_ns)) is not None:
+            self._wire.send(request, self._autopilot.peer, True)
         while self._autopilot.acks:
             command, result = self._autopilot.acks.popleft()
             if command == mavlink.MAV_CMD_NAV_LAND:

@@ -1,4 +1,4 @@
-"""Telemetry -> values of the vehicle's state for the model; and which messages to ask the autopilot for.
+"""Telemetry -> values of the vehicle's state for the model; and what to ask the autopilot for.
 
 >>> VehicleState().values(autopilot, now_ns)
 {'altitude_m': 3.2, 'mode': 'OFFBOARD'}
@@ -24,6 +24,8 @@ WANTED_HZ = {
     "HOME_POSITION": 0.5,
 }
 PAUSE_NS = NS_PER_S // 20
+LATE_NS = NS_PER_S // 10  # telemetry that seems older than this when it arrives: TIMESYNC tells whether it is
+TIME_AGAIN_NS = NS_PER_S // 5
 ASK_AGAIN_NS = 5 * NS_PER_S  # for a message that does not come
 # Key of the vehicle's state -> after what age it is unknown.
 MAX_AGE_NS = {
@@ -67,12 +69,15 @@ class Requests:
         self._home_ns, self._last_ns = -ASK_AGAIN_NS, 0
 
     def due(self, autopilot: Autopilot, now_ns: int) -> Any | None:
-        """A command to send now, if there is one. None before there is a HEARTBEAT."""
+        """A message to send now, if there is one. None before there is a HEARTBEAT."""
         if autopilot.fresh_heartbeat(now_ns) is None:
             self._asked_ns.clear()
             return None
         if now_ns - self._last_ns < PAUSE_NS:
             return None
+        if autopilot.late_ns > LATE_NS and now_ns - autopilot.asked_time_ns >= TIME_AGAIN_NS:
+            autopilot.asked_time_ns = self._last_ns = now_ns
+            return mavlink.MAVLink_timesync_message(0, now_ns)
         for name, rate_hz in WANTED_HZ.items():
             seen_ns, asked_ns = autopilot.seen.get(name), self._asked_ns.get(name)
             is_coming = seen_ns is not None and now_ns - seen_ns < max(ASK_AGAIN_NS, 2 * NS_PER_S / rate_hz)

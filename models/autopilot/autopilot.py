@@ -70,6 +70,7 @@ class Autopilot:
         self.battery_percent = 87.0
         self.gps_fix = mavlink.GPS_FIX_TYPE_3D_FIX
         self.real_time = True  # False: the vehicle flies only in fly()
+        self.clock_rate = 1.0  # of its time since boot; a simulation on a busy machine has less
         self.texts: list[Any] = []  # STATUSTEXT messages to broadcast; the link takes them
         self._clock = clock
         self._boot(clock())
@@ -122,8 +123,13 @@ class Autopilot:
     # -- state ---------------------------------------------------------------------------------------------------------
 
     @property
+    def boot_ns(self) -> int:
+        """Its time since boot."""
+        return self._clock() - self._boot_ns
+
+    @property
     def time_boot_ms(self) -> int:
-        return (self._clock() - self._boot_ns) // 1_000_000 & 0xFFFF_FFFF
+        return self.boot_ns // 1_000_000 & 0xFFFF_FFFF
 
     @property
     def is_landing(self) -> bool:
@@ -168,6 +174,8 @@ class Autopilot:
             return "", self._command(message)
         if kind == "SET_MODE":
             self._set_custom_mode(message.custom_mode)
+        if kind == "TIMESYNC" and not message.tc1:
+            return "", [mavlink.MAVLink_timesync_message(self.boot_ns, message.ts1)]
         return "", []
 
     def _say(self, severity: int, text: str) -> None:
@@ -313,6 +321,7 @@ class Autopilot:
         """Call it often: time-outs, and in real time the flight since the last call."""
         now_ns = self._clock()
         seconds = min(MAX_STEP_S, (now_ns - self._stepped_ns) / NS_PER_S)
+        self._boot_ns += round((now_ns - self._stepped_ns) * (1 - self.clock_rate))
         self._stepped_ns = now_ns
         has_more_to_lose = self.loss_mode != self.mode or self.target != Target()
         if self._is_external and self.is_armed and has_more_to_lose and self._is_lost(now_ns):

@@ -111,7 +111,7 @@ class Link:
                 found.append(Received(t_ns, message, outcome, mode, is_armed))
                 for reply in replies:
                     self.send(reply)
-                if replies and replies[0].result == mavlink.MAV_RESULT_ACCEPTED:
+                if replies and getattr(replies[0], "result", None) == mavlink.MAV_RESULT_ACCEPTED:
                     self._serve(message)
         return found
 

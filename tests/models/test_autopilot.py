@@ -167,6 +167,18 @@ def test_px4_refuses_offboard_and_arming_in_it_without_setpoints():
     assert ack.result == mavlink.MAV_RESULT_TEMPORARILY_REJECTED
 
 
+def test_timesync_is_answered_with_the_time_since_boot():
+    """Of a simulation that is slower than the clock, too."""
+    autopilot, clock = flying(PX4)
+    autopilot.step()
+    began_ns, autopilot.clock_rate = autopilot.boot_ns, 0.5
+    clock.advance(2)
+    autopilot.step()
+    _, (answer,) = autopilot.receive(mavlink.MAVLink_timesync_message(0, 77))
+    assert (answer.tc1, answer.ts1) == (began_ns + 1_000_000_000, 77)
+    assert autopilot.receive(mavlink.MAVLink_timesync_message(5, 77)) == ("", [])
+
+
 def test_a_restart_and_a_jump_of_the_clock_change_the_time_since_boot():
     autopilot, clock = flying(PX4)
     wait(autopilot, clock, 2.0)

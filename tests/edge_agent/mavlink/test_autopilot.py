@@ -281,6 +281,72 @@ def test_a_jump(jump_ms):
     assert clock.stamp("ATTITUDE", 10_150 + jump_ms, now_ns) == (now_ns, True)
 
 
+def answer_time(rig: Rig, requests: Requests, boot_ms: int) -> bool:
+    """Ask what is due; the autopilot answers TIMESYNC. Returns whether it was asked."""
+    asked = requests.due(rig.autopilot, rig.clock.now_ns)
+    is_asked = asked is not None and asked.get_type() == "TIMESYNC"
+    if is_asked:
+        rig.hear(mavlink.MAVLink_timesync_message(boot_ms * NS_PER_MS, asked.ts1))
+    return is_asked
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.98, 0.5])
+def test_a_simulation_slower_than_our_clock_is_not_old(rate):
+    """PX4's own physics sleeps a little too long in each step, and a busy machine is slower by far more."""
+    rig, requests, n_asked = Rig(), Requests(), 0
+    began_ns, began_ms = rig.clock.now_ns, rig.boot_ms()
+    for _ in range(1200):
+        rig.clock.advance(0.05)
+        boot_ms = began_ms + round((rig.clock.now_ns - began_ns) * rate) // NS_PER_MS
+        rig.boot_ns = rig.clock.now_ns - boot_ms * NS_PER_MS
+        rig.heartbeat()
+        rig.move_to()
+        n_asked += answer_time(rig, requests, boot_ms)
+        assert isinstance(rig.autopilot.place(rig.clock.now_ns), Place)
+    assert (n_asked > 0) == (rate < 1.0)
+
+
+def test_the_answer_to_timesync_does_not_make_old_telemetry_young():
+    """A queue grows until telemetry waits 0.8 s in it, and so does the answer."""
+    rig, requests, answers = Rig(), Requests(), []
+    boot_ns, n_answers = rig.boot_ns, 0
+    for i in range(200):
+        rig.clock.advance(0.05)
+        rig.heartbeat()
+        waited_ns = min(20 * i, 800) * NS_PER_MS
+        rig.boot_ns = boot_ns + waited_ns
+        rig.move_to()
+        rig.boot_ns = boot_ns
+        asked = requests.due(rig.autopilot, rig.clock.now_ns)
+        if asked is not None and asked.get_type() == "TIMESYNC":
+            answers.append((rig.clock.now_ns + waited_ns, rig.boot_ms(), asked.ts1))
+        while answers and answers[0][0] <= rig.clock.now_ns:
+            _, boot_ms, ts1 = answers.pop(0)
+            rig.hear(mavlink.MAVLink_timesync_message(boot_ms * NS_PER_MS, ts1))
+            n_answers += 1
+    assert n_answers > 5 and rig.autopilot.place(rig.clock.now_ns) == "LOCAL_POSITION_NED is missing or old"
+
+
+@pytest.mark.parametrize(
+    ("boot_ms", "ts1"),
+    [(100_900, 1), (0, None), (50_000, None), (900_000, None)],
+    ids=["not ours", "a question", "another clock, less", "another clock, more"],
+)
+def test_an_answer_to_timesync_that_does_not_count(boot_ms, ts1):
+    rig, requests = Rig(), Requests()
+    rig.clock.advance(0.8)
+    rig.heartbeat()
+    rig.boot_ns += 700 * NS_PER_MS
+    rig.move_to()
+    late_ns = rig.autopilot.late_ns
+    asked = requests.due(rig.autopilot, rig.clock.now_ns)
+    assert asked is not None and asked.get_type() == "TIMESYNC" and late_ns > 600 * NS_PER_MS
+    rig.hear(mavlink.MAVLink_timesync_message(boot_ms * NS_PER_MS, ts1 or asked.ts1))
+    rig.clock.advance(0.05)
+    rig.move_to()
+    assert rig.autopilot.late_ns == pytest.approx(late_ns, abs=NS_PER_MS)
+
+
 def test_two_packets_that_changed_places():
     clock = BootClock()
     clock.stamp("ATTITUDE", 10_000, NS_PER_S)

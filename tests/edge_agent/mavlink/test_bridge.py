@@ -156,7 +156,7 @@ def test_it_never_arms_and_never_changes_the_mode(daemon, flight):
     allowed = {mavlink.MAV_CMD_SET_MESSAGE_INTERVAL, mavlink.MAV_CMD_REQUEST_MESSAGE}
     assert {message.command for message in flight.autopilot.of("COMMAND_LONG")} <= allowed
     kinds = {message.get_type() for message in flight.autopilot.heard}
-    assert kinds <= {"HEARTBEAT", "COMMAND_LONG", "SET_POSITION_TARGET_LOCAL_NED", "STATUSTEXT"}
+    assert kinds <= {"HEARTBEAT", "COMMAND_LONG", "SET_POSITION_TARGET_LOCAL_NED", "STATUSTEXT", "TIMESYNC"}
 
 
 def test_the_pilot_is_told_why_the_vehicle_holds(daemon, flight):

@@ -164,7 +164,7 @@ def test_the_bridge_never_arms_and_never_changes_the_mode(both: Rig, checked):
     numbers = {item.message.command for item in rig.driver.received if item.type == "COMMAND_LONG"}
     assert numbers <= {mavlink.MAV_CMD_SET_MESSAGE_INTERVAL, mavlink.MAV_CMD_REQUEST_MESSAGE, mavlink.MAV_CMD_NAV_LAND}
     kinds = {item.type for item in rig.driver.received}
-    assert kinds <= {"HEARTBEAT", "STATUSTEXT", "COMMAND_LONG", "SET_POSITION_TARGET_LOCAL_NED"}
+    assert kinds <= {"HEARTBEAT", "STATUSTEXT", "COMMAND_LONG", "SET_POSITION_TARGET_LOCAL_NED", "TIMESYNC"}
     beats = [item.message for item in rig.driver.received if item.type == "HEARTBEAT"]
     assert {(m.type, m.autopilot) for m in beats} <= {
         (mavlink.MAV_TYPE_ONBOARD_CONTROLLER, mavlink.MAV_AUTOPILOT_INVALID)
