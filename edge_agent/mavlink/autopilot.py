@@ -339,10 +339,13 @@ class Autopilot:
         beat = self.heartbeat
         return beat if beat is not None and now_ns - beat.t_ns <= HEARTBEAT_MAX_AGE_NS else None
 
-    def is_with_the_pilot(self, now_ns: int) -> bool:
-        """Its own fresh HEARTBEAT says that it is disarmed, or in a mode that does not take setpoints."""
+    def waits_for_setpoints(self, now_ns: int) -> bool:
+        """PX4 whose own fresh HEARTBEAT says that it is disarmed, or not in OFFBOARD, which it enters only while setpoints
+        come. To ArduPilot, zero velocity would be the end of a take-off in GUIDED."""
         beat = self.fresh_heartbeat(now_ns)
-        return beat is not None and (not beat.armed or beat.mode != SETPOINT_MODE.get(beat.autopilot))
+        if beat is None or beat.autopilot != PX4:
+            return False
+        return not beat.armed or beat.mode != SETPOINT_MODE[PX4]
 
     def why_not_engaged(self, now_ns: int) -> str:
         """Why no setpoint but hold may be sent, in a few words; "": the autopilot is armed and takes setpoints."""

@@ -2,8 +2,8 @@
 
 Three states. SILENT: nothing is sent. FOLLOWING: an action was sent once, and stands until its expiry. HOLDING: zero
 velocity is sent at HOLD_HZ, until hold_s after the last action that was followed; then SILENT, so that the autopilot's
-own fail-safe takes over. Actions that are not followed do not make it longer, except while the pilot flies: PX4 enters
-OFFBOARD only while setpoints come.
+own fail-safe takes over. Actions that are not followed do not make it longer, except while a pilot flies PX4, which
+enters OFFBOARD only while setpoints come.
 
     take(action)   valid, engaged, inside the fence: one setpoint, FOLLOWING. Valid, but not to be followed: HOLDING.
     take(refusal), expiry, end(why): FOLLOWING becomes HOLDING, at once.
@@ -125,7 +125,7 @@ class Follower:
         if self._last_followed_ns is None:
             self._last_followed_ns = now_ns  # the first action: it is hold at least
         if why := self._why_not(answer, now_ns):
-            if why == RESTARTED or self._autopilot.is_with_the_pilot(now_ns):
+            if why == RESTARTED or self._autopilot.waits_for_setpoints(now_ns):
                 self._last_followed_ns = now_ns
             self.counts[f"held: {_kind(why)}"] += 1
             self._hold(why)

@@ -14,7 +14,7 @@ from edge_agent.mavlink.modes import ARDUPILOT, PX4
 from edge_agent.mavlink.setpoint import HOLD, Velocity
 from edge_agent.time_units import NS_PER_MS, NS_PER_S
 from tests.harness.fake_daemon import make_refusal
-from tests.harness.mavlink_rig import DISARMED, LOITER, POSCTL, STILL, Rig
+from tests.harness.mavlink_rig import ARMED, DISARMED, LOITER, POSCTL, STILL, Rig
 
 FORWARD = {"forward_m_s": 0.25}
 HOLD_S = BridgeConfig().hold_s
@@ -212,14 +212,32 @@ def test_a_change_that_is_over_before_the_next_turn_counts_too(rig, change):
 
 @pytest.mark.parametrize("base_mode, mode", [(DISARMED, None), (None, "other")], ids=["disarmed", "mode"])
 def test_not_engaged_is_hold_while_actions_come(rig, base_mode, mode):
-    """PX4 enters OFFBOARD only while setpoints come: this is longer than hold_s. Ten a second, however many actions."""
+    """PX4 enters OFFBOARD only while setpoints come: this is longer than hold_s. Ten a second, however many actions.
+    To ArduPilot, hold would be the end of a take-off in GUIDED."""
     mode = mode and (POSCTL if rig.kind == PX4 else LOITER)
     rig.heartbeat(**{"base_mode": base_mode} if base_mode else {}, mode=mode)
     for _ in range(200):
         rig.take(values=FORWARD)
         rig.clock.advance(0.05)
         rig.heartbeat(**{"base_mode": base_mode} if base_mode else {}, mode=mode)
-    assert rig.sent == ["hold"] * 100
+    assert rig.sent == ["hold"] * (100 if rig.kind == PX4 else 20)
+
+
+def test_a_take_off_in_guided_is_left_alone():
+    """Actions come all the time, while the pilot arms in GUIDED and takes off."""
+    rig = Rig(kind=ARDUPILOT)
+    for up_m, base_mode in [(0.0, DISARMED)] * 100 + [(0.0, ARMED)] * 20 + [(0.5, ARMED)] * 20:
+        rig.clock.advance(0.05)
+        rig.heartbeat(base_mode)
+        rig.move_to(up=up_m)
+        rig.follower.turn()
+        rig.take(values=FORWARD)
+        if base_mode == ARMED:
+            assert not rig.follower.is_holding
+    rig.clock.advance(0.05)
+    rig.move_to(up=5.0)
+    rig.take(values=FORWARD)
+    assert rig.sent[-1] == "move"
 
 
 def test_a_restart_that_is_over_before_the_next_turn_counts_too(rig):
