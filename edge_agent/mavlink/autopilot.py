@@ -36,6 +36,7 @@ VERSION_1_GRACE_NS = 3 * NS_PER_S  # PX4 begins with MAVLink 1 and changes when 
 HISTORY_NS = 5 * NS_PER_S  # of poses; longer than the age of any image that is used
 MAX_HISTORY = 1000
 MAX_GAP_NS = 500_000_000  # between two poses of which the one between is wanted
+RESET_M, RESET_S = 2.0, 1.0  # a step of more than this, and than the speed makes in this time, is no flight
 MAX_AHEAD_NS = 200_000_000  # an image can be newer than the newest pose
 BACKWARD, MAX_BACKWARD = range(129, 256), 3  # steps of a sequence number that are not a loss
 M_PER_DEGREE = 6_371_000 * math.pi / 180
@@ -276,7 +277,12 @@ class Autopilot:
             self._motions.clear()
             self.values.pop("speed_m_s", None)
             return
-        self._motions.append(Motion(t_ns, *numbers))
+        motion = Motion(t_ns, *numbers)
+        if self._motions and _is_reset(self._motions[-1], motion):
+            self.counts["position that jumped"] += 1
+            self.interruptions += 1
+            self._motions.clear()  # they are places of another frame
+        self._motions.append(motion)
         _drop_old(self._motions, t_ns)
         self.values["speed_m_s"] = (t_ns, math.hypot(m.vx, m.vy, m.vz))
 
@@ -340,7 +346,7 @@ class Autopilot:
         return beat if beat is not None and now_ns - beat.t_ns <= HEARTBEAT_MAX_AGE_NS else None
 
     def waits_for_setpoints(self, now_ns: int) -> bool:
-        """PX4 whose own fresh HEARTBEAT says that it is disarmed, or not in OFFBOARD, which it enters only while setpoints
+        """PX4 whose own fresh HEARTBEAT says that it is disarmed or not in OFFBOARD, which it enters only while setpoints
         come. To ArduPilot, zero velocity would be the end of a take-off in GUIDED."""
         beat = self.fresh_heartbeat(now_ns)
         if beat is None or beat.autopilot != PX4:
@@ -457,6 +463,13 @@ def _from_home(globe: Globe, home: Home) -> tuple[float, float]:
     north_m = (globe.latitude_deg - home.latitude_deg) * M_PER_DEGREE
     east_deg = math.remainder(globe.longitude_deg - home.longitude_deg, 360)
     return north_m, east_deg * M_PER_DEGREE * math.cos(math.radians(home.latitude_deg))
+
+
+def _is_reset(before: Motion, now: Motion) -> bool:
+    """The estimator has moved its frame: no vehicle flies so far between two messages, of which some may be lost."""
+    speed_m_s = max(math.hypot(*before[4:]), math.hypot(*now[4:]))
+    way_s = max(RESET_S, (now.t_ns - before.t_ns) / NS_PER_S)
+    return math.dist(before[1:4], now[1:4]) > RESET_M + speed_m_s * way_s
 
 
 def _drop_old(samples: deque[Any], now_ns: int) -> None:

@@ -133,6 +133,26 @@ def test_a_waypoint_is_relative_to_the_pose_of_its_image(rig):
     assert ("pace", "pace has no effect: the autopilot's speed limit counts") in rig.outbox.words
 
 
+def test_a_position_that_jumps_ends_the_waypoint_and_the_poses_of_before(rig):
+    """The estimator has moved the local frame: a target of before lies somewhere else in it."""
+    rig.clock.advance(0.1)
+    rig.move_to(velocity=(2, 0, 0))
+    rig.take("waypoint", {"forward_m": 4.0, "right_m": 0.0, "down_m": 0.0, "pace": "slow"})
+    rig.clock.advance(0.05)
+    captured_ns = rig.clock.now_ns
+    rig.clock.advance(0.05)
+    rig.move_to(north=0.2, velocity=(2, 0, 0))
+    rig.follower.turn()
+    assert rig.sent == ["waypoint"]
+    rig.clock.advance(0.05)
+    rig.move_to(north=5.3, velocity=(2, 0, 0))
+    rig.follower.turn()
+    assert rig.sent == ["waypoint", "hold"]
+    values = {"forward_m": 4.0, "right_m": 0.0, "down_m": 0.0, "pace": "slow"}
+    rig.take("waypoint", values, t_capture_ns=captured_ns)
+    assert rig.follower.why == "pose at the image's time is unknown"
+
+
 def test_a_waypoint_without_a_pose_is_hold(rig):
     action = rig.action("waypoint", {"forward_m": 5.0, "right_m": 1.0, "down_m": 2.0})
     rig.follower.take(msgspec.structs.replace(action, t_capture_ns=action.t_pub_ns - NS_PER_S))
