@@ -132,6 +132,7 @@ class Autopilot:
         self._kind, self._home_kind = kind, home
         self._fixed_peer, self.peer = peer is not None, peer
         self.counts: Counter[str] = Counter()  # what was not used, and why
+        self.gaps: dict[str, int] = {}  # name of a message -> time between the last two of them
         self.others: set[tuple[int, int]] = set()  # system and component of other autopilots
         self.values: dict[str, tuple[int, float | str]] = {}  # of the vehicle's state: key -> time, value
         self.seen: dict[str, int] = {}  # name of a message -> time of its arrival
@@ -193,6 +194,7 @@ class Autopilot:
             self.late_ns = now_ns - t_ns
         handle = _HANDLERS.get(name)
         if handle is not None:
+            self.gaps[name] = now_ns - self.seen.get(name, now_ns)
             self.seen[name] = now_ns
             handle(self, heard, t_ns)
 
@@ -346,7 +348,7 @@ class Autopilot:
         return beat if beat is not None and now_ns - beat.t_ns <= HEARTBEAT_MAX_AGE_NS else None
 
     def waits_for_setpoints(self, now_ns: int) -> bool:
-        """PX4 whose own fresh HEARTBEAT says that it is disarmed or not in OFFBOARD, which it enters only while setpoints
+        """PX4 whose fresh HEARTBEAT says that it is disarmed or not in OFFBOARD, which it enters only while setpoints
         come. To ArduPilot, zero velocity would be the end of a take-off in GUIDED."""
         beat = self.fresh_heartbeat(now_ns)
         if beat is None or beat.autopilot != PX4:

@@ -26,7 +26,8 @@ WANTED_HZ = {
 PAUSE_NS = NS_PER_S // 20
 LATE_NS = NS_PER_S // 10  # telemetry that seems older than this when it arrives: TIMESYNC tells whether it is
 TIME_AGAIN_NS = NS_PER_S // 5
-ASK_AGAIN_NS = 5 * NS_PER_S  # for a message that does not come
+ASK_AGAIN_NS = 5 * NS_PER_S  # for a message that does not come, or too rarely
+SLOW = 3  # times the period that was asked for
 # Key of the vehicle's state -> after what age it is unknown.
 MAX_AGE_NS = {
     "altitude_m": 1 * NS_PER_S,
@@ -79,15 +80,23 @@ class Requests:
             autopilot.asked_time_ns = self._last_ns = now_ns
             return mavlink.MAVLink_timesync_message(0, now_ns)
         for name, rate_hz in WANTED_HZ.items():
-            seen_ns, asked_ns = autopilot.seen.get(name), self._asked_ns.get(name)
-            is_coming = seen_ns is not None and now_ns - seen_ns < max(ASK_AGAIN_NS, 2 * NS_PER_S / rate_hz)
-            if asked_ns is None or (not is_coming and now_ns - asked_ns >= ASK_AGAIN_NS):
+            asked_ns = self._asked_ns.get(name)
+            if asked_ns is None or (now_ns - asked_ns >= ASK_AGAIN_NS and not _is_coming(autopilot, name, now_ns)):
                 self._asked_ns[name] = self._last_ns = now_ns
                 return _command(autopilot, mavlink.MAV_CMD_SET_MESSAGE_INTERVAL, IDS[name], round(US_PER_S / rate_hz))
         if "HOME_POSITION" not in autopilot.seen and now_ns - self._home_ns >= ASK_AGAIN_NS:
             self._home_ns = self._last_ns = now_ns
             return _command(autopilot, mavlink.MAV_CMD_REQUEST_MESSAGE, IDS["HOME_POSITION"])
         return None
+
+
+def _is_coming(autopilot: Autopilot, name: str, now_ns: int) -> bool:
+    """At about the rate that is wanted: a ground station on the same link may have asked for less."""
+    period_ns = NS_PER_S / WANTED_HZ[name]
+    seen_ns = autopilot.seen.get(name)
+    if seen_ns is None or now_ns - seen_ns >= max(ASK_AGAIN_NS, 2 * period_ns):
+        return False
+    return autopilot.gaps[name] <= SLOW * period_ns
 
 
 def land_command(autopilot: Autopilot) -> Any:

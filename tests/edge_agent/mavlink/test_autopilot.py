@@ -424,6 +424,21 @@ def test_messages_that_do_not_come_are_asked_for_again():
     assert ids["SYS_STATUS"] in again and ids["ATTITUDE"] not in again
 
 
+def test_a_rate_that_a_ground_station_has_made_lower_is_asked_for_again():
+    """On one link, the last one who asks decides."""
+    rig, requests, n_asked = Rig(), Requests(), 0
+    for n in range(400):
+        rig.clock.advance(0.05)
+        rig.heartbeat()
+        if n < 200 or n % 10 == 0:
+            rig.move_to()
+        command = requests.due(rig.autopilot, rig.clock.now_ns)
+        if command is not None and int(command.param1) == mavlink.MAVLINK_MSG_ID_ATTITUDE:
+            n_asked += 1
+            assert n < 20 or n > 200
+    assert n_asked == 3
+
+
 def test_nothing_is_asked_of_nobody():
     autopilot = Autopilot()
     assert Requests().due(autopilot, NS_PER_S) is None
