@@ -17,6 +17,7 @@ from edge_agent.time_units import NS_PER_MS, NS_PER_S
 
 DRIFT = 500e-6  # ten times what crystals differ
 JUMP_NS = NS_PER_S // 5  # a change of more than this is no drift
+SETTLE_NS, FIRST_JUMP_NS = 3 * NS_PER_S, 3 * NS_PER_S  # so long, all so far may have been late by so much
 BOOT_MS = 2**32  # time_boot_ms begins anew
 REORDER_NS = NS_PER_S // 10  # two packets that changed places arrive so soon after each other
 
@@ -24,7 +25,7 @@ REORDER_NS = NS_PER_S // 10  # two packets that changed places arrive so soon af
 class BootClock:
     def __init__(self) -> None:
         self._offset_ns: int | None = None  # our clock minus the autopilot's
-        self._offset_at_ns = 0
+        self._offset_at_ns = self._began_ns = 0
         self._arrived_offset_ns = 0  # the same of the newest message, with the time that it was on the way
         self._newest: dict[str, tuple[int, int]] = {}  # name of a message -> its newest time, and when that arrived
 
@@ -40,10 +41,11 @@ class BootClock:
                 return None
             return self._jump(now_ns)
         if self._offset_ns is None:
-            self._offset_ns = offset_ns
+            self._offset_ns, self._began_ns = offset_ns, now_ns
         else:
             longest_ns = self._offset_ns + round((now_ns - self._offset_at_ns) * DRIFT)
-            if offset_ns < longest_ns - JUMP_NS:
+            jump_ns = JUMP_NS if now_ns - self._began_ns > SETTLE_NS else FIRST_JUMP_NS
+            if offset_ns < longest_ns - jump_ns:
                 return self._jump(now_ns)
             self._offset_ns = min(offset_ns, longest_ns)
         self._offset_at_ns = now_ns

@@ -276,9 +276,18 @@ def test_a_clock_that_drifts_and_packets_that_are_late():
 @pytest.mark.parametrize("jump_ms", [-5000, -300, 300, 60_000])
 def test_a_jump(jump_ms):
     clock = BootClock()
-    assert clock.stamp("ATTITUDE", 10_000, NS_PER_S) == (NS_PER_S, False)
-    now_ns = NS_PER_S + 150 * NS_PER_MS
+    assert clock.stamp("ATTITUDE", 5_000, NS_PER_S) == (NS_PER_S, False)
+    now_ns = 6 * NS_PER_S
+    assert clock.stamp("ATTITUDE", 10_000, now_ns) == (now_ns, False)
+    now_ns += 150 * NS_PER_MS
     assert clock.stamp("ATTITUDE", 10_150 + jump_ms, now_ns) == (now_ns, True)
+
+
+def test_a_first_message_that_was_late_is_no_jump():
+    """A busy machine: the first one was read half a second late, and the next one at once."""
+    clock = BootClock()
+    clock.stamp("ATTITUDE", 10_000, 10 * NS_PER_S + 500 * NS_PER_MS)
+    assert clock.stamp("ATTITUDE", 10_500, 10 * NS_PER_S + 500 * NS_PER_MS) == (10_500 * NS_PER_MS, False)
 
 
 def answer_time(rig: Rig, requests: Requests, boot_ms: int) -> bool:
