@@ -161,7 +161,8 @@ class Rig:
             if not self.autopilot.is_armed or self.autopilot.mode != self.flavour.external_mode:
                 self.autopilot.set_mode(self.flavour.first_mode)
                 self.autopilot.arm()
-
+            time.sleep(0.002)  # a new time since boot
+            link.tell("LOCAL_POSITION_NED")  # the jump to the new body is over before the first action
         began_ns, until_s = time.monotonic_ns(), time.monotonic() + HANG_S
         while not self.driver.happens(lambda: self._is_following(began_ns), 0.1):
             self.publish()
