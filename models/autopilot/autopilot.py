@@ -257,6 +257,7 @@ class Autopilot:
             velocity_m_s = None
         if velocity_m_s != STILL:
             self._kept_m = None
+        self._take_off_m = None  # in GUIDED, any setpoint ends a take-off
         self.target = Target(velocity_m_s, position_m, yaw_rate, yaw)
 
     # -- commands ------------------------------------------------------------------------------------------------------

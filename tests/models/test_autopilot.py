@@ -158,6 +158,18 @@ def test_the_pilot_arms_takes_off_and_changes_modes_by_command(flavour: Flavour)
     assert autopilot.receive(command(mavlink.MAV_CMD_DO_PARACHUTE))[1][0].result == mavlink.MAV_RESULT_UNSUPPORTED
 
 
+def test_in_guided_a_setpoint_ends_a_take_off():
+    """Also zero velocity: ArduCopter leaves its submode TakeOff, and the vehicle stays where it is."""
+    clock = FakeClock()
+    autopilot = Autopilot(ARDUCOPTER, PointMass(0.0), clock)
+    assert autopilot.set_mode("GUIDED") and autopilot.arm()
+    assert autopilot.receive(command(mavlink.MAV_CMD_NAV_TAKEOFF, *[0.0] * 6, 5.0))[1][0].result == 0
+    wait(autopilot, clock, 1.0)
+    autopilot.receive(setpoint((0.0, 0.0, 0.0)))
+    wait(autopilot, clock, 6.0)
+    assert 0.2 < -autopilot.body.position_m[2] < 2.0
+
+
 def test_px4_refuses_offboard_and_arming_in_it_without_setpoints():
     autopilot, clock = flying(PX4)
     autopilot.disarm()
