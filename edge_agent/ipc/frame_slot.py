@@ -41,12 +41,14 @@ import mmap
 import os
 import select
 import threading
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
+if TYPE_CHECKING:  # the supervisor, which has a slot and looks at no image, starts without numpy
+    import numpy as np
+    import numpy.typing as npt
 
-Image = npt.NDArray[np.uint8]
+    Image = npt.NDArray[np.uint8]
+
 MAX_IMAGE_BYTES = 7680 * 4320 * 3  # 8K; a memfd is sparse, so untouched pages of a buffer cost nothing
 N_BUFFERS = 3
 CLOCKS = ("driver", "arrival", "sender")  # shared memory holds the index in this tuple; only append
@@ -138,8 +140,8 @@ class Slot:
         self.fd = fd
         self.wake_fd = wake_fd
         memory = mmap.mmap(fd, TOTAL_BYTES)
-        self._bytes: Image = np.frombuffer(memory, np.uint8)  # (TOTAL_BYTES,)
-        self._header = memoryview(memory)[:HEADER_BYTES].cast("q")
+        self._bytes = memoryview(memory)  # (TOTAL_BYTES,)
+        self._header = self._bytes[:HEADER_BYTES].cast("q")
         self._shape = (0, 0)
         self._image_request = 0
 
@@ -229,12 +231,12 @@ class Slot:
         _check_length(name, payload, max_bytes)
         start = (first + 1) * 8
         self._header[first] = 0  # a process that is killed here leaves no record, not half of one
-        self._bytes[start : start + len(payload)] = np.frombuffer(payload, np.uint8)
+        self._bytes[start : start + len(payload)] = payload
         self._header[first] = len(payload)
 
     def _read_own_record(self, first: int) -> bytes:
         start = (first + 1) * 8
-        return self._bytes[start : start + self._header[first]].tobytes()
+        return bytes(self._bytes[start : start + self._header[first]])
 
     # -- records of which only the newest counts ----------------------------------------------------------------------
 
@@ -308,8 +310,10 @@ class Slot:
         return self._header[_LATEST] < seq + N_BUFFERS - 1
 
     def _image(self, seq: int, height: int, width: int) -> Image:
+        import numpy as np
+
         start = HEADER_BYTES + seq % N_BUFFERS * MAX_IMAGE_BYTES
-        return self._bytes[start : start + height * width * 3].reshape(height, width, 3)
+        return np.frombuffer(self._bytes, np.uint8, height * width * 3, start).reshape(height, width, 3)
 
 
 def _check_length(name: str, payload: bytes, max_bytes: int) -> None:
