@@ -38,17 +38,19 @@ class ImageRequest(msgspec.Struct, frozen=True):
     fixed: tuple[Side, Side] | None = None  # height and width, if the encoder takes no other size
 
     def __post_init__(self) -> None:
-        if self.fixed is None and next(self.grids(), None) is None:
+        if self.fixed is None and next(self.grids(1.0), None) is None:
             raise ValueError(f"no grid of at least {MIN_TOKENS} tokens fits")
         if self.fixed is not None and min(self.fixed) < self.unit:
             raise ValueError("fixed: smaller than an image token")
 
-    def grids(self) -> Iterator[tuple[int, int]]:
-        """Every (lines, columns) within the limits."""
-        longest, most = self.longest_side // self.unit, self.max_tokens
-        for lines in range(1, min(longest, most) + 1):
-            for columns in range(-(-MIN_TOKENS // lines), min(longest, most // lines) + 1):
-                yield lines, columns
+    def grids(self, columns: float) -> Iterator[tuple[int, int]]:
+        """For each number of lines, the grids within the limits whose columns are nearest to `columns`."""
+        longest = self.longest_side // self.unit
+        for lines in range(1, min(longest, self.max_tokens) + 1):
+            least, most = -(-MIN_TOKENS // lines), min(longest, self.max_tokens // lines)
+            if least <= most:
+                for n in (math.floor(columns), math.ceil(columns)):
+                    yield lines, min(max(n, least), most)
 
 
 @functools.lru_cache(64)
@@ -78,7 +80,7 @@ def image_grid(height: int, width: int, request: ImageRequest) -> tuple[int, int
         apart = [(n, side) for n, side in zip(sides, (lines, columns), strict=True)]
         return any(abs(n - side) >= 1 for n, side in apart), sum(abs(math.log(n / side)) for n, side in apart)
 
-    return min(request.grids(), key=distance)
+    return min(request.grids(columns), key=distance)
 
 
 def image_size(height: int, width: int, request: ImageRequest) -> tuple[int, int]:
