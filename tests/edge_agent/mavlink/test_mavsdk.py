@@ -16,7 +16,7 @@ from models.autopilot.bodies import PointMass
 from models.autopilot.driver import Driver
 from models.autopilot.flavours import ARDUCOPTER, PX4, Flavour
 from models.autopilot.ports import UdpListener, UdpSender
-from tests.harness.bridge_rig import Rig, is_hold, rig
+from tests.harness.bridge_rig import Rig, rig
 from tests.harness.mavsdk_peer import MavsdkPeer, mavsdk_peer
 
 pytestmark = pytest.mark.skipif(
@@ -122,11 +122,9 @@ def test_mavsdk_is_the_pilot_while_the_bridge_flies(piloted, flavour: Flavour):
     assert (beat["type"], beat["autopilot"]) == (18, 8)  # onboard controller, no autopilot
     peer.wait(lambda: any(text.startswith("edge-agent") for text in peer.texts))
     assert peer.command("land") == "SUCCESS"
-    bridge.driver.wait(lambda: bridge.publish() and is_hold(bridge.driver.setpoints[-1]))
-    landing_ns = time.monotonic_ns()
-    for _ in range(5):
-        bridge.publish()
-    assert bridge.moves_since(landing_ns) == [] and bridge.autopilot.is_landing
+    bridge.publish_until_held()
+    bridge.publish_and_see_hold()
+    assert bridge.autopilot.is_landing
     peer.wait(lambda: peer.newest["landed"] == "ON_GROUND")
     assert bridge.wrong() == []
 

@@ -18,7 +18,7 @@ import pytest
 from edge_agent.time_units import NS_PER_MS
 from models.autopilot.flavours import ARDUCOPTER, PX4, Flavour
 from models.autopilot.link import LineFaults, Received
-from tests.harness.bridge_rig import NAME, Rig, is_hold, name_of, rig
+from tests.harness.bridge_rig import NAME, SHORT_HOLD_S, Rig, is_hold, name_of, rig
 
 TELEMETRY = ("HEARTBEAT", "LOCAL_POSITION_NED", "ATTITUDE", "GLOBAL_POSITION_INT")
 JUDGE_AFTER = 500  # actions; less than there are names
@@ -158,11 +158,13 @@ class Storm:
 
 
 def storm(folder: Path, flavour: Flavour, seed: int, n_actions: int) -> Counter[str]:
-    with rig(folder, flavour) as made:
+    with rig(folder, flavour, hold_s=SHORT_HOLD_S) as made:
         weather = Storm(made, seed)
-        weather.run(n_actions)
-        assert weather.counts["setpoints"] > n_actions / 20, weather.counts  # it did fly
-        return weather.counts
+        for _ in range(10):  # on a busy machine many actions expire before they are read
+            weather.run(n_actions)
+            if weather.counts["setpoints"] > n_actions / 20:
+                return weather.counts
+        pytest.fail(f"it hardly flew: {weather.counts}\n{made.report()}")
 
 
 @pytest.mark.parametrize("seed", [1])
@@ -181,7 +183,7 @@ def test_a_storm_finds_what_it_is_for(tmp_path_factory: pytest.TempPathFactory):
     with rig(tmp_path_factory.mktemp("s"), ARDUCOPTER) as made:
         weather = Storm(made, 1)
         made.fly()
-        action = made.publish()
+        action = made.follow_one()
         item = made.wait_for_move(action)
         with made.driver.lock:
             received, name = made.driver.received, float(action.values[NAME])
