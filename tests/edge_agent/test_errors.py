@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import os
-from pathlib import Path
-
-import pytest
+import re
 
 from edge_agent.errors import BundleError, ConfigError, UserError
 from tests.harness import ROOT
@@ -26,12 +23,11 @@ OTHERS = {
 FILES = sorted([*(ROOT / "edge_agent").rglob("*.py"), *(ROOT / "quantize").rglob("*.py")])
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).with_suffix("").as_posix())
-def test_no_error_class_stands_apart_from_user_error(path: Path):
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
-    apart = {node.name for node in classes if any(isinstance(b, ast.Name) and b.id == "Exception" for b in node.bases)}
-    assert apart <= OTHERS.keys()
+def test_no_error_class_stands_apart_from_user_error():
+    text = "".join(path.read_text(encoding="utf-8") for path in FILES)
+    classes = re.findall(r"^ *class (\w+)\(([^)]*)\):", text, flags=re.MULTILINE)
+    apart = {name for name, bases in classes if "Exception" in re.split(r"\W+", bases)}
+    assert OTHERS.keys() >= apart >= {"UserError"}
 
 
 def test_the_exceptions_to_the_rule_still_exist():
