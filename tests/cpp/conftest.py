@@ -1,8 +1,10 @@
-"""examples/cpp, built once for all workers of a test run. The controller as a user builds it, with warnings as errors;
-the header's pure parts in probe.cpp, with the sanitizers of addresses and of undefined behaviour."""
+"""examples/cpp, built once for all workers, and again when a source, the compiler or an option has changed. The
+controller as a user builds it, with warnings as errors; the header's pure parts in probe.cpp, with the sanitizers of
+addresses and of undefined behaviour."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import struct
@@ -19,6 +21,7 @@ EXAMPLE = ROOT / "examples" / "cpp"
 FETCHED = ROOT / ".venv" / "libzmq"  # by fetch_libzmq.sh, where the machine has none
 WARNINGS = "-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror"
 SANITIZERS = "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"
+BUILT = ROOT / ".venv" / "cpp"  # half a minute of compiling, kept for the next test run
 RECORD = struct.Struct("=cqqI")  # letter, now_ns, suspended_ns, size: see probe.cpp
 
 Record = tuple[str, int, int, bytes]
@@ -37,7 +40,31 @@ def build(command: str, **options: object) -> None:
 
 
 @pytest.fixture(scope="session")
-def has_libzmq(shared: SharedFolders) -> None:
+def built(has_libzmq: None) -> Callable[[str, Callable[[Path], object]], Path]:
+    """built(name, fill) -> the folder that fill(folder) made of these sources with this compiler."""
+    compiler = subprocess.run(["c++", "--version"], capture_output=True, check=True).stdout
+    digest = hashlib.sha256(repr((compiler, WARNINGS, SANITIZERS, libzmq_environment()["CPATH"])).encode())
+    for path in sorted([*EXAMPLE.iterdir(), ROOT / "tests" / "cpp" / "probe.cpp", Path(__file__)]):
+        digest.update(path.read_bytes())
+
+    def make(name: str, fill: Callable[[Path], object]) -> Path:
+        BUILT.mkdir(parents=True, exist_ok=True)
+        wanted = f"{name}-{digest.hexdigest()[:16]}"
+        for old in BUILT.glob(f"{name}-*"):
+            if not old.name.startswith(wanted):
+                shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
+
+        def fill_anew(folder: Path) -> None:  # a run that was killed may have left a part
+            shutil.rmtree(folder, ignore_errors=True)
+            fill(folder)
+
+        return SharedFolders(BUILT).folder(wanted, fill_anew)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def has_libzmq() -> None:
     """Skips the test where the example cannot be built."""
     if shutil.which("c++") is None or shutil.which("cmake") is None:
         pytest.skip("no C++ compiler or no cmake: examples/cpp is not tested here")
@@ -49,7 +76,7 @@ def has_libzmq(shared: SharedFolders) -> None:
 
 
 @pytest.fixture(scope="session")
-def controller(has_libzmq: None, shared: SharedFolders) -> Path:
+def controller(built: Callable[..., Path]) -> Path:
     """The program of examples/cpp, built by its CMakeLists.txt."""
 
     def fill(folder: Path) -> None:
@@ -59,11 +86,11 @@ def controller(has_libzmq: None, shared: SharedFolders) -> Path:
         assert done.returncode == 0, done.stderr
         build(f"cmake --build {folder}")
 
-    return shared.folder("cpp-controller", fill) / "controller"
+    return built("controller", fill) / "controller"
 
 
 @pytest.fixture(scope="session")
-def probe_program(has_libzmq: None, shared: SharedFolders) -> Path:
+def probe_program(built: Callable[..., Path]) -> Path:
     """probe.cpp, with sanitizers."""
 
     def fill(folder: Path) -> None:
@@ -71,7 +98,7 @@ def probe_program(has_libzmq: None, shared: SharedFolders) -> Path:
         source = ROOT / "tests" / "cpp" / "probe.cpp"
         build(f"c++ -std=c++17 {WARNINGS} {SANITIZERS} -I{EXAMPLE} {source} -lzmq -o {folder}/probe")
 
-    return shared.folder("cpp-probe", fill) / "probe"
+    return built("probe", fill) / "probe"
 
 
 @pytest.fixture(scope="session")

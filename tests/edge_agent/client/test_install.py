@@ -20,24 +20,36 @@ import zmq
 from edge_agent.wire.pushed_frame import decode_pushed_frame
 from tests.harness import ROOT, wheels
 from tests.harness.fake_daemon import FakeDaemon, make_action, make_status, make_text
+from tests.harness.shared import SharedFolders
 
 TIMEOUT_S = 120.0  # bounds a hang, not a duration
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="session")
+def wheel(shared: SharedFolders) -> Path:
     """The wheel of this tree, beside wheels of its dependencies."""
-    folder = tmp_path_factory.mktemp("wheels")
-    for name in ("msgspec", "pyzmq"):
-        wheels.repack(name, folder)
-    return wheels.build_wheel(folder)
+
+    def fill(folder: Path) -> None:
+        folder.mkdir()
+        for name in ("msgspec", "pyzmq"):
+            wheels.repack(name, folder)
+        wheels.build_wheel(folder)
+
+    (found,) = shared.folder("wheels-of-the-base-install", fill).glob("edge_agent-*.whl")
+    return found
 
 
-@pytest.fixture(scope="module")
-def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A virtual environment with the base install of this tree."""
-    folder = tmp_path_factory.mktemp("empty")
-    wheels.install(wheel.parent, folder, "edge-agent")
+@pytest.fixture(scope="session")
+def environment(wheel: Path, shared: SharedFolders) -> Path:
+    """A virtual environment with the base install of this tree. It knows its own name, so it cannot be made under
+    another one: an empty folder beside it says that it is complete."""
+    folder = shared.root / "base-install"
+
+    def fill(complete: Path) -> None:
+        wheels.install(wheel.parent, folder, "edge-agent")
+        complete.mkdir()
+
+    shared.folder("base-install-is-complete", fill)
     return folder
 
 

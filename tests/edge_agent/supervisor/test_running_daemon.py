@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import zmq
@@ -27,6 +29,25 @@ HANG_S = 120.0
 @pytest.fixture
 def runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("r")  # short: the path of a socket may have 107 bytes
+
+
+class Common(NamedTuple):
+    """A daemon that every test leaves as it was, and who pushes its frames."""
+
+    runtime: Path
+    pusher: rig.Pusher
+    running: rig.Daemon
+
+
+@pytest.fixture(scope="module")
+def common(toy_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Common]:
+    runtime = tmp_path_factory.mktemp("r")
+    with (
+        rig.Pusher(f"ipc://{runtime}/frames") as pusher,
+        rig.daemon(runtime, config(toy_bundle, runtime), fake={}, env={"MAX_PAUSE_S": "0.2"}) as running,
+    ):
+        yield Common(runtime, pusher, running)
+        assert running.process.poll() is None
 
 
 def config(bundle: Path, runtime: Path, **changes: object) -> dict:
@@ -51,15 +72,11 @@ def assert_never_twice(answers: list[Action | Refusal], pusher: rig.Pusher) -> N
         assert pusher.sent[answer.frame_id] == answer.t_capture_ns
 
 
-def test_ids_and_times_come_out_as_they_went_in(toy_bundle, runtime):
-    with (
-        rig.Pusher(f"ipc://{runtime}/frames") as pusher,
-        rig.daemon(runtime, config(toy_bundle, runtime), fake={}) as running,
-        running.client() as client,
-    ):
+def test_ids_and_times_come_out_as_they_went_in(common):
+    status = common.running.wait("running")
+    with common.running.client() as client:
         answers = next_answers(client, 20)
-        status = running.wait("running")
-    assert_never_twice(answers, pusher)
+    assert_never_twice(answers, common.pusher)
     for answer in answers:
         assert isinstance(answer, Action)
         assert answer.capture_clock == "sender"
@@ -102,26 +119,21 @@ def test_while_the_model_is_down_no_action_is_published_and_the_status_has_the_r
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("victim", ["camera_worker", "model_worker"])
-def test_killed_or_stopped_workers_come_back(toy_bundle, runtime, victim, number):
-    with (
-        rig.Pusher(f"ipc://{runtime}/frames"),
-        rig.daemon(runtime, config(toy_bundle, runtime), fake={}) as running,
-    ):
-        pid = getattr(running.wait("running"), victim).pid
-        os.kill(pid, number)
-        hurt = running.wait("fault", "stalled", "no-frames")
-        assert victim.split("_")[0] in hurt.reason
-        status = running.wait("running")
-        assert getattr(status, victim).pid != pid
-        assert not rig.alive(pid)
+def test_killed_or_stopped_workers_come_back(common, victim, number):
+    running = common.running
+    pid = getattr(running.wait("running"), victim).pid
+    os.kill(pid, number)
+    hurt = running.wait("fault", "stalled", "no-frames")
+    assert victim.split("_")[0] in hurt.reason
+    status = running.wait("running")
+    assert getattr(status, victim).pid != pid
+    assert not rig.alive(pid)
 
 
-def test_requests_reach_the_model_and_come_back(toy_bundle, runtime):
-    with (
-        rig.Pusher(f"ipc://{runtime}/frames"),
-        rig.daemon(runtime, config(toy_bundle, runtime), fake={}) as running,
-        running.client() as client,
-    ):
+def test_requests_reach_the_model_and_come_back(common):
+    running = common.running
+    running.wait("running")
+    with running.client() as client:
         client.instruct("Go to the red disc.")
         assert next(client.actions()).instruction == "Go to the red disc."
         with pytest.raises(RequestRefused, match="too long"):
@@ -135,39 +147,30 @@ def test_requests_reach_the_model_and_come_back(toy_bundle, runtime):
         assert isinstance(next(client.actions()), Action)
 
 
-def test_a_rep_socket_gets_its_reply(toy_bundle, runtime):
+def test_a_rep_socket_gets_its_reply(common):
     """A REQ socket sends an empty frame before the request, and needs it before the reply."""
-    with (
-        rig.Pusher(f"ipc://{runtime}/frames"),
-        rig.daemon(runtime, config(toy_bundle, runtime), fake={}),
-        zmq.Context() as context,
-        context.socket(zmq.REQ) as requester,
-    ):
+    with zmq.Context() as context, context.socket(zmq.REQ) as requester:
         requester.setsockopt(zmq.LINGER, 0)
         requester.setsockopt(zmq.RCVTIMEO, int(HANG_S * 1000))
-        requester.connect(endpoint(runtime, "control"))
+        requester.connect(endpoint(common.runtime, "control"))
         requester.send(b"\x84\xa1v\x01\xa2id\xa1a\xa2op\xa5stats\xa4text\xa0")
         assert b"uptime_s" in requester.recv()
 
 
-def test_stopped_subscribers_cost_the_others_nothing(toy_bundle, runtime):
-    with (
-        rig.Pusher(f"ipc://{runtime}/frames", rate_hz=100) as pusher,
-        rig.daemon(runtime, config(toy_bundle, runtime), fake={}) as running,
-        zmq.Context() as context,
-        running.client() as client,
-    ):
+def test_stopped_subscribers_cost_the_others_nothing(common):
+    common.running.wait("running")
+    with zmq.Context() as context, common.running.client() as client:
         sockets = []
         for stream, row in STREAMS.items():
             if row.topic:
                 sockets.append(context.socket(zmq.SUB))
                 sockets[-1].setsockopt(zmq.RCVHWM, 1)
                 sockets[-1].setsockopt(zmq.SUBSCRIBE, b"")
-                sockets[-1].connect(endpoint(runtime, stream))  # and never read
+                sockets[-1].connect(endpoint(common.runtime, stream))  # and never read
         answers = next_answers(client, 150)
         for stopped in sockets:
             stopped.close(0)
-    assert_never_twice(answers, pusher)
+    assert_never_twice(answers, common.pusher)
 
 
 def test_a_clean_stop_leaves_nothing(toy_bundle, runtime):

@@ -11,7 +11,9 @@ import cv2
 import numpy as np
 import pytest
 
+from edge_agent.cli import main
 from edge_agent.config import CameraConfig, Config, VisionConfig
+from edge_agent.errors import UserError
 from edge_agent.model.ceilings import CPU, GPU, INTEGRATED_GPU, DeviceCeilings, measure_device
 from edge_agent.model.fallbacks import LanguageFacts
 from edge_agent.tools import bench
@@ -120,9 +122,9 @@ def test_the_command(toy_bundle: Path, tmp_path: Path):
         (("--bundle", toy_bundle, "--max-image-tokens", 3), 78, "vision.max_image_tokens"),
         (("--bundle", toy_bundle, "-n", 0), 2, "expected 1 or more"),
     ):
-        wrong = run("-m", "edge_agent.cli.main", "bench", *arguments)
-        assert (wrong.returncode, len(wrong.stderr.splitlines())) == (status, 1), wrong.stderr
-        assert words in wrong.stderr
+        with pytest.raises(UserError, match=words) as wrong:
+            main.run_command(main.make_parser().parse_args(["bench", *map(str, arguments)]))
+        assert wrong.value.exit_status == status and "\n" not in str(wrong.value)
 
 
 def test_beside_the_high_level_chat(toy_bundle: Path, frames: Path):
