@@ -127,7 +127,7 @@ any_text = (
 
 
 @pytest.mark.parametrize("space", [VELOCITY, WAYPOINT], ids=("velocity_body", "waypoint"))
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(text=any_text)
 @example(text="[" * 100_000)
 @example(text='{"a":' * 100_000)
@@ -137,6 +137,18 @@ any_text = (
 @example(text=STILL.replace('"vx":0', '"vx":1,"vx":1e9'))
 @example(text='{"action":"hold","action":"land"}')
 def test_any_text_is_a_finite_action_inside_the_ranges_or_a_rejection(space, text):
+    check_any_text(space, text)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("space", [VELOCITY, WAYPOINT], ids=("velocity_body", "waypoint"))
+@settings(deadline=None, max_examples=5000)
+@given(text=any_text)
+def test_much_more_text(space, text):
+    check_any_text(space, text)
+
+
+def check_any_text(space: ActionSpace, text: str) -> None:
     result = parse_answer(text, space)
     if isinstance(result, Rejection):
         assert result.reason in get_args(RefusalReason)
@@ -158,7 +170,6 @@ def test_any_text_is_a_finite_action_inside_the_ranges_or_a_rejection(space, tex
             assert result.clamped[name] == float(written[name]) and math.isfinite(result.clamped[name])
 
 
-@settings(deadline=None, max_examples=300)
 @given(low=st.floats(-1e6, 1e6), span=st.floats(1e-3, 1e6), number=st.floats(allow_nan=False, allow_infinity=False))
 def test_any_range_holds(low, span, number):
     field = NumberField(min=low, max=low + span, step=span / 2)

@@ -395,7 +395,7 @@ class Stops(RuleBasedStateMachine):
 
 TestStops = Stops.TestCase
 TestStops.settings = settings(
-    max_examples=50, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=15, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
 
 

@@ -402,7 +402,7 @@ any_status = st.builds(
     [("actions", any_action), ("actions", any_refusal), ("text", any_text), ("status", any_status)],
     ids=["action", "refusal", "text", "status"],
 )
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(data=st.data())
 def test_decoding_any_encoded_message_gives_the_message(stream, messages, data):
     message = data.draw(messages)
