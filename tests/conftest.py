@@ -7,6 +7,7 @@ Native code is imported inside the fixtures: the tests of the light modules must
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import coverage
 import hypothesis
 import numpy as np
 import pytest
@@ -30,6 +32,12 @@ from tests.harness.validation import validated_here
 socket.has_ipv6 = False  # else urllib3, which mistral_common imports, makes an internet socket to see whether it can
 TESTS = Path(__file__).resolve().parent
 COVERED_ROOMS = ("wire", "zmtp", "client", "actions", "bundle", "supervisor")  # as in the Makefile
+# Their time is waiting, in real time: flights, rehearsals, daemons that come back.
+WAITING = {"test_controller.py", "test_examples.py", "test_hostile.py", "test_hostile_links.py", "test_mavsdk.py"}
+WAITING |= {"test_node.py", "test_real_daemon.py", "test_rehearsal.py", "test_running_daemon.py", "test_scenarios.py"}
+WAITING |= {"test_storm.py"}
+COVERED_TESTS = {TESTS / "edge_agent" / room for room in COVERED_ROOMS}
+COVERAGE = pytest.StashKey[coverage.Coverage]()
 # Hypothesis measures the time of an example and of the generation of data. A busy machine must not fail a test.
 hypothesis.settings.register_profile(
     "busy machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
@@ -47,15 +55,40 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("OMP_THREAD_LIMIT", "1")
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under coverage Python needs twice the time. So it is measured in the tests of the rooms that make test wants
-    covered, which need no other room's tests for it; and there not in tests with random examples, because what only
-    they reach would be covered in one run and not in the next."""
-    covered = [TESTS / "edge_agent" / room for room in COVERED_ROOMS]
-    for item in items:
-        is_random = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
-        if is_random or not any(item.path.is_relative_to(room) for room in covered):
-            item.add_marker(pytest.mark.no_cover)
+    """What waits comes first, in random order as the rest. The first of the workers has it, and the others have the
+    processors meanwhile; at the end no worker waits for it."""
+    items.sort(key=lambda item: item.path.name not in WAITING)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session: pytest.Session) -> None:
+    """Under coverage Python needs twice the time. So it is measured where it counts: while the covered rooms are
+    imported, and in their tests."""
+    if session.config.pluginmanager.hasplugin("_cov") and (measured := coverage.Coverage.current()) is not None:
+        for room in COVERED_ROOMS:
+            for path in sorted((TESTS.parent / "edge_agent" / room).glob("*.py")):
+                importlib.import_module(f"edge_agent.{room}.{path.stem}")
+        measured.stop()
+        session.config.stash[COVERAGE] = measured
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> None:
+    """From the first fixture of a test to the last one."""
+    if (measured := item.config.stash.get(COVERAGE, None)) is None:
+        return
+    measured.stop()
+    if is_covered(item):
+        measured.start()
+
+
+def is_covered(item: pytest.Item) -> bool:
+    """The covered rooms need no other room's tests for it. Random examples do not count: what only they reach would be
+    covered in one run and not in the next."""
+    is_random = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
+    return item.path.parent in COVERED_TESTS and not is_random and item.get_closest_marker("no_cover") is None
 
 
 @pytest.fixture(scope="session")

@@ -241,7 +241,6 @@ VALUES = st.recursive(
 )
 
 
-@pytest.mark.no_cover
 def test_any_message_is_a_frame_or_a_refusal():
     """Any bytes; a frame with some bytes changed; a frame with any values under any keys."""
     outcomes: set[str] = set()

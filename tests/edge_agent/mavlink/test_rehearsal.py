@@ -5,12 +5,9 @@ from __future__ import annotations
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import pytest
-
 from edge_agent.rehearsal import SCENARIOS, rehearse
 from tests.harness import ROOT
 
-pytestmark = pytest.mark.no_cover  # the code of the product runs in other processes
 AT_ONCE = 6  # scenarios that are played at the same time: most of their time is waiting
 
 

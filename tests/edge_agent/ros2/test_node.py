@@ -27,7 +27,6 @@ from tests.harness import ROOT
 from tests.harness.fake_daemon import FakeDaemon, make_action, make_refusal, make_reply, make_status, make_text
 from tests.harness.ros2 import HANG_S, LineProcess, Peer, node_process, ros_environment
 
-pytestmark = pytest.mark.no_cover  # the code of the product runs in other processes
 SEQUENCE = iter(range(1, 10**6))
 SESSIONS = [1]  # of the test's daemon; the last one is the present one
 ZERO = {f"{part}.{axis}": 0.0 for part in ("linear", "angular") for axis in "xyz"}

@@ -6,12 +6,9 @@ import contextlib
 import os
 from pathlib import Path
 
-import pytest
-
 from tests.harness import rig
 from tests.harness.ros2 import Peer, node_process, ros_environment
 
-pytestmark = pytest.mark.no_cover  # the code of the product runs in other processes
 PIXELS = bytes(range(256)) * 27  # 48 x 48, three channels
 
 

@@ -12,13 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from edge_agent.rehearsal import SCENARIOS, Command, judge, parse_command, play
 from tests.harness.fake_daemon import FakeDaemon, make_action
 from tests.harness.ros2 import Peer, node_process, ros_environment
 
-pytestmark = pytest.mark.no_cover  # the code of the product runs in other processes
 N_NODES = 4  # at the same time: most of the time of a scenario is waiting
 NAMES = list(SCENARIOS)
 INSTRUCTION = "Land on the red disc."  # of the scenarios
