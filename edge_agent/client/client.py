@@ -121,11 +121,10 @@ class Client:
             answer = self._newest_of(payloads)
             if isinstance(answer, Action) and self.is_valid(answer):
                 return answer
-            if answer is not None:
+            if answer is not None:  # no action from before it is followed any more
                 self._ended = (answer.session, answer.seq)
-            if isinstance(answer, Refusal):
-                return answer
-            if answer is not None:
+                if isinstance(answer, Refusal):
+                    return answer
                 self.expired += 1
             if self._is_over(deadline_ns):
                 break
@@ -179,16 +178,13 @@ class Client:
         return message
 
     def is_valid(self, action: Action) -> bool:
-        """Whether a controller may still act on an action: it has not expired, and nothing has ended it before.
-
-        A newer refusal, and a newer action that had expired when it was read, end it; also the next session.
-        """
-        is_current = action.t_pub_ns > max(self._valid_from_ns, self._suspend.resumed_ns())
-        return is_current and not self._has_ended(action) and is_valid(action, self._clock())
-
-    def _has_ended(self, action: Action) -> bool:
+        """Whether a controller may still act on an action: it has not expired, and nothing has ended it before: a newer
+        refusal, a newer action that had expired when it was read, the next session."""
         session, seq = self._ended
-        return action.session in self._ended_sessions or (action.session == session and action.seq < seq)
+        if action.session in self._ended_sessions or (action.session == session and action.seq < seq):
+            return False
+        is_current = action.t_pub_ns > max(self._valid_from_ns, self._suspend.resumed_ns())
+        return is_current and is_valid(action, self._clock())
 
     # -- control ------------------------------------------------------------------------------------------------------
 

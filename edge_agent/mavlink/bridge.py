@@ -119,15 +119,20 @@ class Bridge:
             self.say("link", f"link lost: {self._wire.why_lost}")
             if was_open:
                 self._autopilot.forget()
-        self.follower.turn(
-            may_follow=not self._wire.is_behind
-        )  # what telemetry or time has ended is not followed by a new action's chance
-        if isinstance(self._answer, Refusal) or (self._answer is not None and not self._wire.is_behind):
-            answer, self._answer = self._answer, None
-            self.follower.take(answer)
+        if isinstance(self._answer, Refusal):
+            self._take_answer()
+        # Before a new action: it does not take up what telemetry or time has ended.
+        self.follower.turn(may_follow=not self._wire.is_behind)
+        if not self._wire.is_behind:
+            self._take_answer()
         self._tell_daemon()
         self._tell_autopilot()
         self._log_counts()
+
+    def _take_answer(self) -> None:
+        if self._answer is not None:
+            answer, self._answer = self._answer, None
+            self.follower.take(answer)
 
     def _wait(self) -> None:
         now_ns = self._clock()

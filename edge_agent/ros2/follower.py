@@ -62,7 +62,8 @@ class Follower:
     def step(self, answer: Action | Refusal | None) -> list[Command]:
         """What is due now, in this order. answer: what Client.next_answer returned."""
         commands: list[Command] = []
-        if self._action is not None and not self._still_valid(self._action):
+        has_ended = self._action is not None and not self._still_valid(self._action)
+        if has_ended and not isinstance(answer, Refusal):  # else it says why
             commands += self._hold("the action has expired and no newer one has come")
         if isinstance(answer, Refusal):
             self._newest_pub_ns = max(self._newest_pub_ns, min(answer.t_pub_ns, self._clock()))

@@ -113,12 +113,13 @@ def flight(daemon, tmp_path) -> Iterator[Flight]:
 
 
 def test_an_action_becomes_one_setpoint_and_a_refusal_hold(daemon, flight):
-    daemon.publish("actions", make_action(1, **MOVE))
+    daemon.publish("actions", make_action(1, valid_ms=1000, **MOVE))
     flight.turn_until(flight.setpoints)
     assert flight.setpoints() == [pytest.approx((0.25, 0.1))]
     daemon.publish("actions", make_refusal(2))
     flight.turn_until(lambda: len(flight.setpoints()) > 1)
     assert flight.setpoints()[1] == (0, 0)
+    assert flight.bridge.follower.counts["ended: refusal"] == 1
 
 
 @pytest.mark.parametrize("n_before", [0, 100], ids=["alone", "behind more than one turn reads"])
