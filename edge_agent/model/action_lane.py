@@ -29,6 +29,10 @@ from edge_agent.model.llama import ACTION_SEQ, LlamaContext
 from edge_agent.model.text_lane import LaneContext, TextLane
 from edge_agent.time_units import NS_PER_MS
 
+# How much of a draft is evaluated again after one of its steps was wrong: GROWTH times what was right until then, but
+# FEW_TOKENS at least. A CPU computes so few rows in little more time than one, and 16 of them in four times as much.
+FEW_TOKENS, GROWTH = 3, 4
+
 
 class Decision(NamedTuple):
     """The answer to one frame."""
@@ -165,6 +169,7 @@ class ActionLane:
         answer: DraftSteps = []
         stop_reason: AnswerStopReason = ""
         stream.add(self._prompt.forced_prefix)
+        most = self._prompt.max_answer_tokens  # of a draft
         while not grammar.complete:
             if stop_reason := stop_check(answer):
                 break
@@ -178,14 +183,17 @@ class ActionLane:
             if grammar.complete or stop_reason:  # a complete answer is not evaluated: nothing follows it
                 break
             known = known[len(new) - 1 :]
-            if len(answer) == 1 and self._speculative:
+            is_right = new[-1:] == draft[len(new) - 1 : len(new)]  # all that was evaluated of the draft
+            n_right = n_accepted + is_right * len(new[-1])
+            most = max(most if is_right else FEW_TOKENS, GROWTH * n_right)
+            if len(answer) == 1 and self._speculative and answer[0][0] in self.last_answer_by_type:
                 # The model chose a different action type: the last answer of that type is the draft.
-                known = self.last_answer_by_type.get(answer[0][0], known)
+                known, most = self.last_answer_by_type[answer[0][0]], self._prompt.max_answer_tokens
             draft = grammar.usable_draft(known) if self.draft_margin is not None else []
             known = draft or known
             position = batch.position + n_accepted  # these tokens were evaluated as the draft
             self._llama.truncate(ACTION_SEQ, position)
-            batch = self._continue(new[-1], draft[:-1], position)
+            batch = self._continue(new[-1], _beginning(draft[:-1], most), position)
         self._accept_text(batch)
         return stop_reason, answer
 
@@ -283,6 +291,12 @@ class ActionLane:
         if batch.text is not None:
             logits, batch.text = batch.text, None
             self._text_lane.accept(logits)
+
+
+def _beginning(draft: DraftSteps, n_tokens: int) -> DraftSteps:
+    """The first steps of a draft, at most n_tokens."""
+    ends = itertools.accumulate(len(step) for step in draft)
+    return draft[: sum(end <= n_tokens for end in ends)]
 
 
 class _ActionText:

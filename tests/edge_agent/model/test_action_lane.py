@@ -21,7 +21,7 @@ from edge_agent.actions.vehicle_state import render_vehicle_state
 from edge_agent.bundle.manifest import LANGUAGE, read_manifest
 from edge_agent.config import AdvancedConfig, LanguageConfig
 from edge_agent.ipc.events import TextDelta
-from edge_agent.model.constrained import NonFiniteError
+from edge_agent.model.constrained import NonFiniteError, flatten
 from edge_agent.model.events import Events
 from edge_agent.model.llama import ACTION_SEQ, LlamaContext, LlamaOptions
 from edge_agent.model.prompt import SYSTEM_PROMPT
@@ -333,6 +333,27 @@ def test_after_another_action_type_the_last_answer_of_that_type_is_the_draft(toy
 )
 def test_a_draft_changes_nothing_but_the_time(toy_bundle, tmp_path, name, action_type):
     assert answer_under_drafts(toy_bundle, space_file(tmp_path, name, **only(name, action_type)), 5) == 45
+
+
+def test_a_draft_that_is_wrong_is_not_evaluated_again_and_again(exact_bundle, tmp_path):
+    """Each continuation evaluates at most 3 tokens of it, or 4 times what was right in the batch before."""
+    with engine_of(exact_bundle, numbers_only(tmp_path), profile="fast") as rig:
+        rig.engine.actions.draft_margin = 0.0
+        actions, offered = rig.engine.actions, []
+        rig.answer(rig.image(1))
+        draft = actions.last_answer
+        plain = rig.answer(rig.image(2))
+        actions.last_answer, actions.last_answer_by_type = draft, {}
+        before = actions.n_accepted_tokens
+        with pytest.MonkeyPatch.context() as patch:
+            real = actions._continue
+            patch.setattr(
+                actions, "_continue", lambda new, draft, at: offered.append(len(flatten(draft))) or real(new, draft, at)
+            )
+            assert rig.answer(rig.image(2)) == plain
+        n_right = actions.n_accepted_tokens - before
+        assert len(offered) > 5 and sum(offered) <= 3 * len(offered) + 4 * (n_right + len(offered))
+        assert sum(n > 3 for n in offered) <= len(offered) // 2
 
 
 @pytest.mark.soak
