@@ -151,12 +151,17 @@ def hot(headroom_c: float) -> Board:
     return ORIN._replace(zones=(Zone("gpu-thermal", 99.0 - headroom_c, 99.0),))
 
 
-def test_a_hot_board_limits_the_model_and_the_status_says_why(running, capfd):
+def heat_up(running: InProcess) -> None:
+    """To 1 °C below the limit, while frames are answered."""
     for headroom_c in (30.0, 20.0, 1.0):
         running.supervisor.board.reader.board = hot(headroom_c)
         running.answer()
         running.turn(1.0)
     running.turn()
+
+
+def test_a_hot_board_limits_the_model_and_the_status_says_why(running, capfd):
+    heat_up(running)
     (limit,) = commands(running, LimitLoad)
     assert limit.max_image_tokens == 128 and limit.min_interval_ms > 0 and not limit.describe
     said = status(running).governor
@@ -180,11 +185,7 @@ def bundle_of(vision: VisionInfo | None) -> Bundle:
 def test_a_model_without_a_choice_of_image_tokens_has_its_rate_lowered_at_once(vision, capfd):
     """A text-only model, and an encoder that takes images of one size: fewer tokens would save nothing."""
     with daemon(verification=FakeVerification(bundle_of(vision))) as running:
-        for headroom_c in (30.0, 20.0, 1.0):
-            running.supervisor.board.reader.board = hot(headroom_c)
-            running.answer()
-            running.turn(1.0)
-        running.turn()
+        heat_up(running)
         (limit,) = commands(running, LimitLoad)
         assert (limit.max_image_tokens, limit.describe) == (0, False) and limit.min_interval_ms > 0
         assert status(running).governor.max_image_tokens is None
