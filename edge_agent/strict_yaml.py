@@ -117,7 +117,7 @@ def _explain(text: str, value: object, kind: object, base: str) -> str:
     if message.in_key:
         found = next(iter(_wrong_keys(found, expected_type)), found)
         place = f"{place}: key"
-    shown = "a mapping" if isinstance(found, dict) else repr(found)
+    shown = _shown(found, "length" in message.problem)
     if message.problem.startswith("Invalid enum value"):
         return f"{place}: expected one of {', '.join(map(str, get_args(expected_type)))}, found {shown}"
     problem = re.sub(r", got `.*`$", "", message.problem, flags=re.DOTALL)  # the value itself follows
@@ -127,6 +127,14 @@ def _explain(text: str, value: object, kind: object, base: str) -> str:
     if ", found " in problem:  # of a __post_init__ that compares keys: it has named the value
         return f"{place}: {problem}"
     return f"{place}: {problem}, found {shown}"
+
+
+def _shown(found: object, with_length: bool) -> str:
+    if found is None:
+        return "an empty value"
+    if isinstance(found, dict):
+        return f"a mapping of {len(found)} keys" if with_length else "a mapping"
+    return repr(found)
 
 
 def _explain_mapping_value(value: object, kind: object, base: str, path: str) -> str:

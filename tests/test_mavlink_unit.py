@@ -20,7 +20,7 @@ def test_contract():
     for line in (
         "Type=notify",
         "WatchdogSec=2",  # shorter than any hold: a bridge that hangs is replaced soon
-        "RestartPreventExitStatus=78",
+        "RestartPreventExitStatus=2 78",
         "IPAddressDeny=any",
         "IPAddressAllow=localhost",
         "DevicePolicy=closed",

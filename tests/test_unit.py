@@ -95,7 +95,7 @@ def test_contract_with_the_supervisor():
     for line in (
         "Type=notify",
         "WatchdogSec=15",
-        "RestartPreventExitStatus=78",
+        "RestartPreventExitStatus=2 78",
         "KillMode=mixed",
         "TimeoutStopSec=5",
         "RuntimeDirectoryPreserve=restart",  # the file of a pause

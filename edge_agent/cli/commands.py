@@ -15,7 +15,7 @@ from edge_agent.errors import UserError
 EX_FAILED = 1
 EX_USAGE = 2  # argparse's own status for wrong arguments
 EX_NO_DAEMON = os.EX_TEMPFAIL  # 75
-EX_CONFIG = os.EX_CONFIG  # 78: systemd does not retry this one
+EX_CONFIG = os.EX_CONFIG  # 78: as EX_USAGE, systemd does not retry it
 
 
 class CommandFailed(UserError):

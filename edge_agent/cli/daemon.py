@@ -35,9 +35,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def read_config(arguments: argparse.Namespace) -> Config:
-    """The configuration of --config, with --bundle and --camera in place of the file's values. Raises ConfigError.
+    """The configuration of --config, with --bundle and --camera in place of the file's values.
 
-    With both --bundle and --camera no file is needed.
+    With both --bundle and --camera no file is needed. Raises ConfigError, and CommandFailed without either.
     """
     bundle, source = arguments.bundle, arguments.camera
     for flag, name in (("--bundle", bundle), ("--camera", source)):
@@ -50,7 +50,7 @@ def read_config(arguments: argparse.Namespace) -> Config:
     elif bundle and source:
         config = Config(bundle=bundle, camera=CameraConfig(source=source))
     else:
-        raise ConfigError("expected --config FILE, or --bundle DIR and --camera SOURCE")
+        raise CommandFailed("expected --config FILE, or --bundle DIR and --camera SOURCE", EX_USAGE)
     check_texts(config, arguments.config or "arguments")
     return config
 

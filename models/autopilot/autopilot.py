@@ -19,9 +19,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from edge_agent.mavlink.dialect import mavlink
-from models.autopilot.bodies import Body, Vector
-from models.autopilot.flavours import Flavour
-from models.autopilot.telemetry import MESSAGES, NAMES, ORIGIN_ALT_M
+from models.autopilot.bodies import ORIGIN_ALT_M, Body, Vector
+from models.autopilot.flavours import TELEMETRY, Flavour
 
 NS_PER_S = 1_000_000_000
 STILL: Vector = (0.0, 0.0, 0.0)
@@ -402,5 +401,4 @@ def _toward(here_m: Vector, there_m: Vector, speed_m_s: float) -> Vector:
 
 
 def _if_known(message: Any) -> int:
-    known = int(message.param1) in NAMES and NAMES[int(message.param1)] in MESSAGES
-    return mavlink.MAV_RESULT_ACCEPTED if known else mavlink.MAV_RESULT_UNSUPPORTED
+    return mavlink.MAV_RESULT_ACCEPTED if int(message.param1) in TELEMETRY else mavlink.MAV_RESULT_UNSUPPORTED

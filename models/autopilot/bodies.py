@@ -9,6 +9,7 @@ import math
 from typing import Protocol
 
 Vector = tuple[float, float, float]
+ORIGIN_LAT_DEG, ORIGIN_LON_DEG, ORIGIN_ALT_M = 47.397742, 8.545594, 488.0  # of every position; PX4's simulation
 
 
 class Body(Protocol):

@@ -22,6 +22,16 @@ GUIDED = mavlink.MAV_MODE_FLAG_GUIDED_ENABLED
 AUTO = mavlink.MAV_MODE_FLAG_AUTO_ENABLED
 
 
+# Message id -> name: what both send, at a rate or when asked
+TELEMETRY: dict[int, str] = {
+    getattr(mavlink, f"MAVLINK_MSG_ID_{name}"): name
+    for name in (
+        "HEARTBEAT", "SYS_STATUS", "BATTERY_STATUS", "ATTITUDE", "LOCAL_POSITION_NED", "GLOBAL_POSITION_INT",
+        "GPS_RAW_INT", "VFR_HUD", "HOME_POSITION", "EXTENDED_SYS_STATE", "AUTOPILOT_VERSION",
+    )
+}  # fmt: skip
+
+
 class Mode(NamedTuple):
     """A flight mode as HEARTBEAT reports it; the bit for "armed" is added."""
 

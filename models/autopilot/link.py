@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from edge_agent.mavlink.dialect import mavlink
 from models.autopilot.autopilot import NS_PER_S, Autopilot
+from models.autopilot.flavours import TELEMETRY
 from models.autopilot.ports import Port
-from models.autopilot.telemetry import MESSAGES, NAMES
+from models.autopilot.telemetry import MESSAGES
 
 MAX_LATE_S = 0.5  # a message that is later than this is not caught up
 
@@ -118,14 +119,14 @@ class Link:
     def _serve(self, command: Any) -> None:
         """The commands that concern this connection alone."""
         if command.command == mavlink.MAV_CMD_SET_MESSAGE_INTERVAL:
-            name, interval_us = NAMES[int(command.param1)], command.param2
+            name, interval_us = TELEMETRY[int(command.param1)], command.param2
             default_hz = self.autopilot.flavour.default_rates_hz.get(name, 0.0)
             default_ns = round(NS_PER_S / default_hz) if default_hz else 0
             self.set_interval(
                 name, round(interval_us * 1000) if interval_us > 0 else 0 if interval_us < 0 else default_ns
             )
         elif command.command == mavlink.MAV_CMD_REQUEST_MESSAGE:
-            self.send(MESSAGES[NAMES[int(command.param1)]](self.autopilot))
+            self.send(MESSAGES[TELEMETRY[int(command.param1)]](self.autopilot))
 
     def send_due(self) -> None:
         now_ns, mode = self._clock(), self.autopilot.mode

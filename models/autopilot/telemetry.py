@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from edge_agent.mavlink.dialect import mavlink
+from models.autopilot.autopilot import Autopilot
+from models.autopilot.bodies import ORIGIN_ALT_M, ORIGIN_LAT_DEG, ORIGIN_LON_DEG
 
-if TYPE_CHECKING:
-    from models.autopilot.autopilot import Autopilot
-
-ORIGIN_LAT_DEG, ORIGIN_LON_DEG, ORIGIN_ALT_M = 47.397742, 8.545594, 488.0  # PX4's simulation
 M_PER_DEG = 111_319.5  # of latitude
 CELL_MV, CELLS = 3_900, 4
 
@@ -140,4 +138,3 @@ MESSAGES: dict[str, Callable[[Autopilot], Any]] = {
     "EXTENDED_SYS_STATE": extended_sys_state,
     "AUTOPILOT_VERSION": autopilot_version,
 }
-NAMES: dict[int, str] = {getattr(mavlink, f"MAVLINK_MSG_ID_{name}"): name for name in MESSAGES}  # message id -> name

@@ -138,7 +138,7 @@ class WeightAddresses:
 
     def __init__(self, names: Container[str]) -> None:
         self._names = names
-        self.found: dict[str, set[int]] = {}  # tensor -> ggml_tensors; a tied embedding table can be there twice
+        self.found: dict[str, set[int]] = {}  # tensor -> ggml_tensors; two for a tied embedding table
         self.copied: set[str] = set()
 
     def __call__(self, node: int, ask: bool) -> bool:

@@ -88,7 +88,7 @@ FORMS = {
         "table.a.files: key: expected `str` matching regex '^[a-z]+$', found 'B'"),
     "key that is not text": ("3: 4", "Expected `str` - at `key` in `$`", "top level: key: expected `str`, found 3"),
     "mapping too long": ("table: {a: {}, b: {}, c: {}, d: {}}", "Expected `object` of length <= 3 - at `$.table`",
-        "table: expected a mapping of length <= 3, found a mapping"),
+        "table: expected a mapping of length <= 3, found a mapping of 4 keys"),
     "not a list": ("inner: {names: 3}", "Expected `array`, got `int` - at `$.inner.names`",
         "inner.names: expected a list, found 3"),
     "keys that contradict": ("inner: {count: 8, width: 7}", "width: expected 8 or ~, found 7 - at `$.inner`",

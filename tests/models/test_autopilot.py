@@ -11,7 +11,7 @@ from pymavlink.dialects.v20 import common as mavlink
 
 from models.autopilot.autopilot import FOLLOWED, HEARD, REFUSED, Autopilot, Target
 from models.autopilot.bodies import PointMass
-from models.autopilot.flavours import ARDUCOPTER, PX4, Flavour
+from models.autopilot.flavours import ARDUCOPTER, PX4, TELEMETRY, Flavour
 from models.autopilot.link import LineFaults, Link
 from models.autopilot.ports import Arrival
 from models.autopilot.telemetry import MESSAGES
@@ -261,6 +261,7 @@ def test_telemetry_has_the_units_of_mavlink():
     stream(autopilot, clock, setpoint((2.0, 0.0, 1.0)), 2.0)  # west and down
     north, east, down = autopilot.body.position_m
     read = {name: make(autopilot) for name, make in MESSAGES.items()}
+    assert {message.get_msgId(): message.get_type() for message in read.values()} == TELEMETRY
     assert read["LOCAL_POSITION_NED"].vy == pytest.approx(-2.0, abs=0.01) and read["LOCAL_POSITION_NED"].z == down
     position = read["GLOBAL_POSITION_INT"]
     assert (position.vx, position.vy, position.vz) == (0, -200, 100) and position.hdg == 27_000

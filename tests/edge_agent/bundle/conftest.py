@@ -1,4 +1,4 @@
-"""Small bundles, and a folder to install them in."""
+"""Small bundles, a folder to install them in, and GGUF files to wrap."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness import gguf_toys as toys
 from tests.harness import small_bundle
 
 
@@ -25,3 +26,15 @@ def make(tmp_path):
 @pytest.fixture
 def bundles(tmp_path) -> Path:
     return tmp_path / "bundles"
+
+
+@pytest.fixture(scope="session")
+def chatml(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toys.write_language(tmp_path_factory.mktemp("chatml") / "toy-chatml.gguf")
+
+
+@pytest.fixture(scope="session")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("gemma")
+    language = toys.write_language(folder / "toy-gemma.gguf", "gemma3", toys.GEMMA)
+    return language, toys.write_gemma_mmproj(folder / "mmproj-toy-gemma.gguf")

@@ -21,19 +21,6 @@ from edge_agent.bundle.wrap import wrap
 from edge_agent.errors import BundleError, ConfigError, UserError
 from tests.harness import gguf_toys as toys
 
-
-@pytest.fixture(scope="module")
-def chatml(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toys.write_language(tmp_path_factory.mktemp("chatml") / "toy-chatml.gguf")
-
-
-@pytest.fixture(scope="module")
-def gemma(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("gemma")
-    language = toys.write_language(folder / "toy-gemma.gguf", "gemma3", toys.GEMMA)
-    return language, toys.write_gemma_mmproj(folder / "mmproj-toy-gemma.gguf")
-
-
 # -- what is made ------------------------------------------------------------------------------------------------------
 
 

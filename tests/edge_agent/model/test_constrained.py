@@ -100,7 +100,6 @@ def test_thousands_of_answers_are_complete_inside_their_space_and_short(language
     assert len(wordings_of(language, grammar, pieces, name, 3_000)) > 1_500
 
 
-@pytest.mark.no_cover
 def test_cached_states_give_the_answers_of_llguidance(language, grammar, pieces, monkeypatch):
     """The same answers from a grammar with a cache, one whose cache is emptied all the time, and one without."""
     schema = grammar_from_schema(json_schema(load_action_space("velocity_body")))
