@@ -22,7 +22,15 @@ import numpy as np
 from edge_agent.actions import action_tokens
 from edge_agent.ipc.events import AnswerStopReason, StopReason, TextDelta
 from edge_agent.model.batch_shape import margin_of, shift_of_leads
-from edge_agent.model.constrained import DraftSteps, Grammar, GrammarError, NonFiniteError, flatten
+from edge_agent.model.constrained import (
+    NO_ANSWER,
+    DraftSteps,
+    Grammar,
+    GrammarError,
+    NonFiniteError,
+    PastAnswer,
+    flatten,
+)
 from edge_agent.model.events import NULL_EVENTS, Events
 from edge_agent.model.frame_buffer import FrameBuffer
 from edge_agent.model.llama import ACTION_SEQ, LlamaContext
@@ -78,8 +86,8 @@ class ActionLane:
         self._llama, self._prompt, self._cache, self._clock = shared
         self._grammar, self._text_lane = grammar, text_lane
         self._speculative, self._stream_text = speculative, stream_text
-        self.last_answer: DraftSteps = []
-        self.last_answer_by_type: dict[int, DraftSteps] = {}  # keyed by the first token, which tells the action type
+        self.last_answer = NO_ANSWER
+        self.last_answer_by_type: dict[int, PastAnswer] = {}  # keyed by the first token, which tells the action type
         self.n_draft_tokens = self.n_accepted_tokens = self.n_steps_alone = 0
         # Logits; 0: any batch gives the same bits; None: not measured yet, so that there are no drafts.
         self.draft_margin: float | None = 0.0 if self._llama.reproducible else None
@@ -103,8 +111,9 @@ class ActionLane:
         self._cache.frame_end_position = 0
         self._grammar.start()
         self._grammar.forced_tokens()  # the forced prefix, which is in the closing text
-        draft = self.last_answer if self._speculative and self.draft_margin is not None else []
-        batch = self._prefill(frame, self._close(frame, vehicle_state), draft[:-1])
+        draft = self.last_answer if self._speculative and self.draft_margin is not None else NO_ANSWER
+        closing = self._close(frame, vehicle_state)
+        batch = self._prefill(frame, closing, self._offered(draft), may_share=not self._begins_with_tie(draft))
         self._remember_frame(frame, frame_id)
         prefilled_ns = self._clock()
         stream = _ActionText(self._llama, frame_id, events if self._stream_text else NULL_EVENTS)
@@ -162,50 +171,53 @@ class ActionLane:
         return stop_reason
 
     def _decode(
-        self, batch: Batch, draft: DraftSteps, stream: _ActionText, stop_check: Callable[[DraftSteps], AnswerStopReason]
-    ) -> tuple[AnswerStopReason, DraftSteps]:
-        """Verify the draft and decode until the answer is complete -> (why it stopped early, the answer's steps)."""
-        grammar, known = self._grammar, draft
-        answer: DraftSteps = []
+        self,
+        batch: Batch,
+        draft: PastAnswer,
+        stream: _ActionText,
+        stop_check: Callable[[DraftSteps], AnswerStopReason],
+    ) -> tuple[AnswerStopReason, PastAnswer]:
+        """Verify the draft and decode until the answer is complete -> (why it stopped early, the answer)."""
+        grammar, known, answer = self._grammar, draft, PastAnswer([], [])
         stop_reason: AnswerStopReason = ""
         stream.add(self._prompt.forced_prefix)
         most = self._prompt.max_answer_tokens  # of a draft
         while not grammar.complete:
-            if stop_reason := stop_check(answer):
+            if stop_reason := stop_check(answer.steps):
                 break
-            n = len(answer)
-            stop_reason = self._verify(batch, draft, answer, stop_check)
-            new = answer[n:]
+            n = len(answer.steps)
+            stop_reason = self._verify(batch, draft.steps, answer, stop_check)
+            new = answer.steps[n:]
             n_accepted = len(flatten(new[:-1]))
             self.n_accepted_tokens += n_accepted
             stream.add(flatten(new))
             self._accept_text(batch)
             if grammar.complete or stop_reason:  # a complete answer is not evaluated: nothing follows it
                 break
-            known = known[len(new) - 1 :]
-            is_right = new[-1:] == draft[len(new) - 1 : len(new)]  # all that was evaluated of the draft
+            known = known.after(len(new) - 1)
+            is_right = new[-1:] == draft.steps[len(new) - 1 : len(new)]  # all that was evaluated of the draft
             n_right = n_accepted + is_right * len(new[-1])
             most = max(most if is_right else FEW_TOKENS, GROWTH * n_right)
-            if len(answer) == 1 and self._speculative and answer[0][0] in self.last_answer_by_type:
+            if len(answer.steps) == 1 and self._speculative and new[0][0] in self.last_answer_by_type:
                 # The model chose a different action type: the last answer of that type is the draft.
-                known, most = self.last_answer_by_type[answer[0][0]], self._prompt.max_answer_tokens
-            draft = grammar.usable_draft(known) if self.draft_margin is not None else []
-            known = draft or known
+                known, most = self.last_answer_by_type[new[0][0]], self._prompt.max_answer_tokens
+            draft = grammar.usable_draft(known) if self.draft_margin is not None else NO_ANSWER
+            known = draft if draft.steps else known
             position = batch.position + n_accepted  # these tokens were evaluated as the draft
             self._llama.truncate(ACTION_SEQ, position)
-            batch = self._continue(new[-1], _beginning(draft[:-1], most), position)
+            batch = self._continue(new[-1], _beginning(self._offered(draft), most), position)
         self._accept_text(batch)
         return stop_reason, answer
 
     def _verify(
-        self, batch: Batch, draft: DraftSteps, answer: DraftSteps, stop_check: Callable[[DraftSteps], AnswerStopReason]
+        self, batch: Batch, draft: DraftSteps, answer: PastAnswer, stop_check: Callable[[DraftSteps], AnswerStopReason]
     ) -> AnswerStopReason:
-        n = len(answer)
+        n = len(answer.steps)
 
         def evaluate_alone(i: int) -> tuple[np.ndarray, bool]:
-            if i and (reason := stop_check(answer)):
+            if i and (reason := stop_check(answer.steps)):
                 raise _Stopped(reason)
-            alone, is_draft_kept = self._evaluate_alone(batch, answer[n:], i)
+            alone, is_draft_kept = self._evaluate_alone(batch, answer.steps[n:], i)
             # Both are known here, so the margin learns from real frames what warm-up did not meet.
             self.draft_margin = max(self.draft_margin or 0.0, margin_of(shift_of_leads(alone, batch.steps[i])))
             return alone, is_draft_kept
@@ -235,17 +247,27 @@ class ActionLane:
         start = batch.position + len(flatten(accepted)) - len(tokens)
         return self._llama.logits_alone(tokens, start), True
 
-    def _finish(self, stream: _ActionText, answer: DraftSteps, stop_reason: AnswerStopReason) -> None:
+    def _finish(self, stream: _ActionText, answer: PastAnswer, stop_reason: AnswerStopReason) -> None:
         """End the stream and remember a complete answer as a draft."""
         space = self._prompt.action_space
         if space.codec == "action_tokens" and not stop_reason:
-            stream.emit(action_tokens.decode(space, [*self._prompt.forced_prefix, *flatten(answer)]))
+            stream.emit(action_tokens.decode(space, [*self._prompt.forced_prefix, *flatten(answer.steps)]))
         stream.finish(stop_reason)
-        if self._speculative and answer and not stop_reason:
-            self.last_answer = self.last_answer_by_type[answer[0][0]] = answer
+        if self._speculative and answer.steps and not stop_reason:
+            self.last_answer = self.last_answer_by_type[answer.steps[0][0]] = answer
 
-    def _prefill(self, frame: FrameBuffer, closing: list[int], draft: DraftSteps) -> Batch:
-        """Evaluate the frame with its rows of text, tokens that follow them, and a draft."""
+    def _offered(self, draft: PastAnswer) -> DraftSteps:
+        """The steps of a draft that are evaluated with what is before them."""
+        return draft.clear_steps(self.draft_margin or 0.0)
+
+    def _begins_with_tie(self, draft: PastAnswer) -> bool:
+        """Then the frame would be evaluated again if its batch had one row more. An answer of a single step has no
+        other batch for the text lane."""
+        return len(draft.steps) > 1 and draft.is_tie(0, self.draft_margin or 0.0)
+
+    def _prefill(self, frame: FrameBuffer, closing: list[int], draft: DraftSteps, *, may_share: bool = True) -> Batch:
+        """Evaluate the frame with its rows of text, tokens that follow them, and a draft. may_share: whether the text
+        lane's next token may be in the batch of the frame."""
         start, n_rows = len(self._cache.prefix_tokens), len(frame)
         self._llama.truncate(ACTION_SEQ, start)
         if closing and n_rows:
@@ -253,9 +275,9 @@ class ActionLane:
             start += n_rows
         if closing:
             return self._continue(closing, draft, start)
-        tokens, output_rows, text_position = self._append_text_token(
-            flatten(draft), _output_rows(n_rows, draft), n_rows
-        )
+        tokens, output_rows, text_position = flatten(draft), _output_rows(n_rows, draft), None
+        if may_share:
+            tokens, output_rows, text_position = self._append_text_token(tokens, output_rows, n_rows)
         if tokens:
             frame.append(self._llama.embed(tokens))
         logits = self._llama.logits_at(frame, start, output_rows, text_position=text_position)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import llguidance
 import llguidance.llamacpp
@@ -26,6 +27,30 @@ DraftSteps = list[list[int]]  # each: a selected token and the forced tokens aft
 MAX_CACHED_STATES = 5_000  # of the grammar, up to 2 KB each; with more, the cache is emptied
 DRAFT_LOOKAHEAD = 6  # steps of a draft that are tried as its new beginning
 COMPACT_JSON = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
+
+
+class PastAnswer(NamedTuple):
+    """An answer so far, or one that is the draft of the next."""
+
+    steps: DraftSteps
+    leads: list[float]  # of each step's token when it was selected, in logits; the first of those that are known
+
+    def after(self, n: int) -> PastAnswer:
+        """Without its first n steps."""
+        return PastAnswer(self.steps[n:], self.leads[n:])
+
+    def is_tie(self, i: int, margin: float) -> bool:
+        """Whether the lead of step i was below the margin, or NaN."""
+        return i < len(self.leads) and not self.leads[i] >= margin
+
+    def clear_steps(self, margin: float) -> DraftSteps:
+        """The steps that are worth rows in a batch as a draft: what follows the last one decides the step behind it, so
+        that is not a tie either. A tie is left to plain decoding, which a batch with a draft would only precede."""
+        n = next((i for i in range(len(self.steps)) if self.is_tie(i, margin)), len(self.steps))
+        return self.steps[: max(0, n - 1)]
+
+
+NO_ANSWER = PastAnswer([], [])
 
 
 def flatten(steps: DraftSteps) -> list[int]:
@@ -152,33 +177,36 @@ class Grammar:
         self,
         logits: list[np.ndarray],
         draft: DraftSteps,
-        answer: DraftSteps,
+        answer: PastAnswer,
         margin: float,
         evaluate_alone: Callable[[int], tuple[np.ndarray, bool]],
     ) -> None:
         """Append steps to the answer as long as each is the draft's; the first that differs, or that completes the
-        answer, is the last. logits[i]: (n_vocab,) float32 before step i, one more than the draft has steps.
+        answer, is the last. logits[i]: (n_vocab,) float32 before step i, one more than are evaluated of the draft.
 
         margin: a lead below it, in logits, is not trusted; 0: every lead is. Then evaluate_alone(i) -> (logits before
         step i from a batch of plain decoding, whether the steps behind it are still evaluated) decides.
         """
         for i in range(len(logits)):
             step_logits, is_rest_valid = logits[i], True
-            if margin and not self.lead(step_logits) >= margin:  # NaN is not trusted
+            lead = self.lead(step_logits)
+            if margin and not lead >= margin:  # NaN is not trusted
                 logits[i:] = [kept.copy() for kept in logits[i:]]  # they are views that another batch overwrites
                 step_logits, is_rest_valid = evaluate_alone(i)
-            answer.append(self.step(step_logits))
-            if self.complete or i >= len(draft) or answer[-1] != draft[i] or not is_rest_valid:
+                lead = self.lead(step_logits)
+            answer.steps.append(self.step(step_logits))
+            answer.leads.append(lead)
+            if self.complete or i >= len(draft) or answer.steps[-1] != draft[i] or not is_rest_valid:
                 break
 
-    def usable_draft(self, draft: DraftSteps) -> DraftSteps:
+    def usable_draft(self, draft: PastAnswer) -> PastAnswer:
         """The part of a draft that the grammar still accepts after its first step was rejected: the steps after that
         one, else those from another of the first few, else none."""
-        for start in (1, 0, *range(2, min(DRAFT_LOOKAHEAD, len(draft)))):
-            tokens = flatten(draft[start:])
+        for start in (1, 0, *range(2, min(DRAFT_LOOKAHEAD, len(draft.steps)))):
+            tokens = flatten(draft.steps[start:])
             if tokens and self._matcher.validate_tokens(tokens) == len(tokens):
-                return draft[start:]
-        return []
+                return draft.after(start)
+        return NO_ANSWER
 
     @property
     def complete(self) -> bool:

@@ -7,15 +7,22 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 
+from edge_agent.model.constrained import NO_ANSWER, PastAnswer
 from tests.harness.engine import EngineRig
+
+
+def whole(draft: PastAnswer) -> PastAnswer:
+    """The same draft, of which no step is known as a tie: all of it is offered."""
+    return PastAnswer(draft.steps, [])
 
 
 def drafted_against_plain(rig: EngineRig, shown: Iterable[np.ndarray]) -> tuple[int, list[float]]:
     """(number of answers with a draft, the leads of those that differ from plain decoding). Each image is answered
-    without a draft, with the previous answer as draft, and with its own. A lead is the plain one where they part."""
-    actions, previous, n_answers, leads = rig.engine.actions, [], 0, []
+    without a draft, with the previous answer as draft, and with its own; both whole, as if no step had been a tie. A
+    lead is the plain one where they part."""
+    actions, previous, n_answers, leads = rig.engine.actions, NO_ANSWER, 0, []
     for image in shown:
-        actions.last_answer, actions.last_answer_by_type = [], {}
+        actions.last_answer, actions.last_answer_by_type = NO_ANSWER, {}
         steps: list[tuple[int, float]] = []
         with pytest.MonkeyPatch.context() as patch:
             real = rig.engine.grammar.step
@@ -30,12 +37,12 @@ def drafted_against_plain(rig: EngineRig, shown: Iterable[np.ndarray]) -> tuple[
             plain = rig.answer(image)
         own = actions.last_answer
         for draft in (previous, own):
-            actions.last_answer, actions.last_answer_by_type = draft, {}
+            actions.last_answer, actions.last_answer_by_type = whole(draft), {}
             given = rig.answer(image)
             n_answers += 1
             if given != plain:
-                taken = actions.last_answer
-                parted = next(i for i, (a, b) in enumerate(zip(taken, own, strict=False)) if a != b)
+                both = zip(actions.last_answer.steps, own.steps, strict=False)
+                parted = next(i for i, (a, b) in enumerate(both) if a != b)
                 leads.append(steps[parted][1])
         previous = own
     return n_answers, leads

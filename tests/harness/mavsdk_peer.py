@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,8 +28,15 @@ class MavsdkPeer:
 
     def __init__(self, url: str) -> None:
         command = [sys.executable, "-m", "tests.harness.mavsdk_peer", url]
+        self._scratch = tempfile.TemporaryDirectory()  # MAVSDK makes folders and leaves them
         self._process = subprocess.Popen(
-            command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            command,
+            cwd=ROOT,
+            env=os.environ | {"TMPDIR": self._scratch.name},
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
         )
         self.newest: dict[str, Any] = {}  # name -> what MAVSDK reported last
         self.texts: list[str] = []
@@ -72,6 +81,7 @@ class MavsdkPeer:
         self._reader.join(HANG_S)
         self._process.stdin.close()
         self._process.stdout.close()
+        self._scratch.cleanup()
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -169,16 +170,17 @@ def test_busy_cores_are_counted_from_the_first_line_of_proc_stat() -> None:
 def test_an_interrupt_leaves_no_daemon_and_no_change(file: Path, number: signal.Signals) -> None:
     before = file.read_bytes()
     command = [sys.executable, "-m", "edge_agent.cli.main", "tune", "--config", str(file), "--write"]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    child = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, env=env)
-    daemon = _wait_for_daemon(child.pid)
-    child.send_signal(number)
-    assert child.communicate(timeout=60)[0] == b""
-    assert child.returncode == (-9 if number == signal.SIGKILL else 130)
-    for _ in range(600):  # after SIGKILL of its parent the daemon ends by itself
-        if not Path(f"/proc/{daemon}").exists():
-            break
-        time.sleep(0.05)
+    with tempfile.TemporaryDirectory() as scratch:  # short, for sockets; SIGKILL leaves tune's folder
+        env = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": scratch}
+        child = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, env=env)
+        daemon = _wait_for_daemon(child.pid)
+        child.send_signal(number)
+        assert child.communicate(timeout=60)[0] == b""
+        assert child.returncode == (-9 if number == signal.SIGKILL else 130)
+        for _ in range(600):  # after SIGKILL of its parent the daemon ends by itself
+            if not Path(f"/proc/{daemon}").exists():
+                break
+            time.sleep(0.05)
     assert not Path(f"/proc/{daemon}").exists()
     assert file.read_bytes() == before
 

@@ -21,7 +21,7 @@ from edge_agent.actions.vehicle_state import render_vehicle_state
 from edge_agent.bundle.manifest import LANGUAGE, read_manifest
 from edge_agent.config import AdvancedConfig, LanguageConfig
 from edge_agent.ipc.events import TextDelta
-from edge_agent.model.constrained import NonFiniteError, flatten
+from edge_agent.model.constrained import NO_ANSWER, NonFiniteError, PastAnswer, flatten
 from edge_agent.model.events import Events
 from edge_agent.model.llama import ACTION_SEQ, LlamaContext, LlamaOptions
 from edge_agent.model.prompt import SYSTEM_PROMPT
@@ -290,19 +290,19 @@ def answer_under_drafts(bundle_folder: Path, space: str, n_frames: int) -> int:
         actions, text = rig.engine.actions, rig.engine.text
         for seed in range(n_frames):
             image = rig.image(seed, 60 + seed % 90, 150 + seed % 70)
-            actions.last_answer, actions.last_answer_by_type = [], {}
+            actions.last_answer, actions.last_answer_by_type = NO_ANSWER, {}
             n_plain_calls = -rig.llama.n_calls
             expected = rig.answer(image)
             n_plain_calls += rig.llama.n_calls
-            answer = actions.last_answer
+            answer = actions.last_answer.steps
             if seed % 3 == 0:
                 rig.start_text()
             for kind, draft in wrong_drafts(rng, answer, others).items():
-                actions.last_answer = draft
+                actions.last_answer = PastAnswer(draft, [])
                 n_calls = -rig.llama.n_calls
                 assert rig.answer(image) == expected, (seed, kind)
                 n_calls += rig.llama.n_calls
-                assert actions.last_answer == answer
+                assert actions.last_answer.steps == answer
                 assert kind != "right" or n_calls == 1
                 assert n_calls <= n_plain_calls
                 if not text.idle:
@@ -320,12 +320,12 @@ def test_after_another_action_type_the_last_answer_of_that_type_is_the_draft(toy
     with engine_of(toy_bundle, space_file(tmp_path, "velocity_body", actions={"fly": move, "walk": move})) as rig:
         actions = rig.engine.actions
         text = rig.answer(rig.image(1))
-        answer, n_calls = actions.last_answer, rig.llama.n_calls
+        answer, n_calls = actions.last_answer.steps, rig.llama.n_calls
         other = rig.llama.tokens("walk" if "fly" in text else "fly")
         assert len(answer) > 3 and other[0] != answer[0][0]
-        actions.last_answer = [other]
+        actions.last_answer = PastAnswer([other], [])
         assert rig.answer(rig.image(1)) == text and rig.llama.n_calls == n_calls + 2
-        assert actions.last_answer == answer
+        assert actions.last_answer.steps == answer
 
 
 @pytest.mark.parametrize(

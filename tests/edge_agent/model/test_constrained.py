@@ -14,7 +14,14 @@ from edge_agent.actions.space import ActionSpace, ActionType, ChoiceField, Numbe
 from edge_agent.bundle.manifest import LANGUAGE, read_manifest
 from edge_agent.errors import ConfigError
 from edge_agent.model import constrained
-from edge_agent.model.constrained import Grammar, NonFiniteError, grammar_from_lark, grammar_from_schema, select_greedy
+from edge_agent.model.constrained import (
+    Grammar,
+    NonFiniteError,
+    PastAnswer,
+    grammar_from_lark,
+    grammar_from_schema,
+    select_greedy,
+)
 from edge_agent.model.llama import LlamaContext, LlamaOptions
 
 MAX_TOKENS = 60  # the longest answers of the ready spaces have 48
@@ -194,9 +201,9 @@ def test_a_lead_above_the_margin_is_taken_from_the_draft_and_a_smaller_one_only_
     steps = [logits_of(language, letters, **{best: 0.5}) for best in "aba"]
     for margin in (0.0, 0.4, 0.5):
         grammar.start()
-        answer: list = []
+        answer = PastAnswer([], [])
         grammar.verify_draft(list(steps), [a, b], answer, margin, never_alone)
-        assert answer == [a, b, a] and grammar.complete
+        assert answer == ([a, b, a], [0.5, 0.5, 0.5]) and grammar.complete
 
 
 @pytest.mark.parametrize(
@@ -220,21 +227,42 @@ def test_a_tie_is_decided_by_the_plain_step(language, choosing, alone, rest_vali
         return logits_of(language, letters, **{alone[i]: 0.01}), rest_valid
 
     views = [logits.copy() for logits in drafted]
-    answer: list = []
+    answer = PastAnswer([], [])
     draft = [[letters["b"]], [letters["b"]]]
     grammar.verify_draft(list(views), draft, answer, 0.02, evaluate_alone)
-    assert answer == [[letters[letter]] for letter in expected] and places == asked
+    assert answer.steps == [[letters[letter]] for letter in expected] and places == asked
+    assert answer.leads == pytest.approx([0.01] * len(expected))
 
 
 def test_logits_that_are_not_finite_are_never_a_drafts(language, choosing):
     grammar, letters = choosing
     bad = logits_of(language, letters, a=np.nan)
     with pytest.raises(NonFiniteError):
-        grammar.verify_draft([bad], [], [], 0.02, lambda i: (bad, True))
+        grammar.verify_draft([bad], [], PastAnswer([], []), 0.02, lambda i: (bad, True))
     grammar.start()
-    answer: list = []
+    answer = PastAnswer([], [])
     grammar.verify_draft([bad], [], answer, 0.02, lambda i: (logits_of(language, letters, c=1.0), True))
-    assert answer == [[letters["c"]]]
+    assert answer == ([[letters["c"]]], [1.0])
+
+
+@pytest.mark.parametrize(
+    ("leads", "expected"),
+    [
+        ([], 4),  # nothing is known: all but the last, which nothing follows
+        ([9, 9, 9, 9, 9], 4),
+        ([9, 9, 9, 9, 0.5], 3),  # the step before a tie comes alone
+        ([9, 9, 0.5, 9, 9], 1),
+        ([9, 0.5, 9, 9, 9], 0),
+        ([0.5, 9, 9, 9, 9], 0),
+        ([9, 9, float("nan"), 9, 9], 1),
+        ([9, 9, 1.0, float("inf"), 9], 4),  # the margin itself is enough
+    ],
+)
+def test_the_steps_that_are_worth_rows_as_a_draft_end_before_a_tie(leads, expected):
+    draft = PastAnswer([[1], [2, 3], [4], [5], [6]], leads)
+    assert draft.clear_steps(1.0) == draft.steps[:expected]
+    in_front = PastAnswer([[0], *draft.steps], [9, *leads])
+    assert in_front.after(1) == draft
 
 
 def test_forced_tokens_need_no_logits(language, grammar, pieces):

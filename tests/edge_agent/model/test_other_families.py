@@ -13,6 +13,7 @@ from edge_agent.actions.prompt import describe_action_space
 from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, read_manifest
 from edge_agent.bundle.wrap import wrap
 from edge_agent.config import LanguageConfig
+from edge_agent.model.constrained import NO_ANSWER
 from edge_agent.model.llama import ACTION_SEQ, TEXT_SEQ, LlamaContext, LlamaError, LlamaOptions
 from edge_agent.model.prompt import NO_FRAME, ONE_FRAME, SYSTEM_PROMPT
 from tests.harness import gguf_toys as toys
@@ -99,7 +100,7 @@ def test_a_draft_does_not_change_an_answer_about_an_image_of_gemma(gemma: Path, 
         assert drafted.engine.actions.n_accepted_tokens > 0
     with engine_of(gemma, space, language=LONG) as rig:
         for frame, answer in zip(frames, answers, strict=True):
-            rig.engine.actions.last_answer = []
+            rig.engine.actions.last_answer = NO_ANSWER
             rig.engine.actions.last_answer_by_type.clear()
             assert rig.answer(rig.images.resize(frame)) == answer
 

@@ -10,8 +10,8 @@ import json
 import pytest
 
 from edge_agent.config import AdvancedConfig
-from edge_agent.model.constrained import flatten
-from tests.harness.drafts import drafted_against_plain
+from edge_agent.model.constrained import PastAnswer, flatten
+from tests.harness.drafts import drafted_against_plain, whole
 from tests.harness.engine import engine_of
 from tests.harness.rig import numbers_only
 
@@ -66,14 +66,16 @@ def test_a_tie_behind_the_frame_is_decided_by_the_frame_without_a_draft(exact_bu
             patch.setattr(rig.llama, "_evaluate", lambda batch, *rest: calls.append(len(batch)) or real(batch, *rest))
             assert rig.answer(image) == text
         drafted, alone, rest = calls
-        n_draft = len(flatten(actions.last_answer[:-1]))
+        n_draft = len(flatten(actions.last_answer.steps[:-1]))
         assert alone == drafted - n_draft and rest == n_draft
 
 
 def test_the_margin_grows_with_what_real_frames_show(toy_bundle, tmp_path):
     with engine_of(toy_bundle, numbers_only(tmp_path), profile="fast") as rig:
         rig.answer(rig.image(1))
-        rig.engine.actions.draft_margin = 1e9  # everything is evaluated alone
+        actions = rig.engine.actions
+        actions.draft_margin = 1e9  # everything is evaluated alone
+        actions.last_answer, actions.last_answer_by_type = whole(actions.last_answer), {}
         shifts = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
@@ -81,7 +83,35 @@ def test_the_margin_grows_with_what_real_frames_show(toy_bundle, tmp_path):
             )
             rig.answer(rig.image(1))
         assert len(shifts) > 5 and all(0 <= shift < 10 for shift in shifts)
-        assert rig.engine.actions.draft_margin == 1e9 + len(shifts)
+        assert actions.draft_margin == 1e9 + len(shifts)
+
+
+def test_steps_that_were_ties_the_last_time_are_decoded_plainly(exact_bundle, tmp_path):
+    """With the margin just above the lead of step k: nothing is evaluated twice, and the others are still drafted."""
+    with engine_of(exact_bundle, numbers_only(tmp_path), profile="fast") as rig:
+        rig.measure()
+        actions, image = rig.engine.actions, rig.image(1)
+        expected = rig.answer(image)
+        steps, leads = actions.last_answer
+        assert len(steps) == len(leads) > 6
+        for k in (0, 1, 2, len(steps) - 1):
+            known = PastAnswer(steps, [9.0 if i != k else 0.0 for i in range(len(steps))])
+            actions.draft_margin, calls = 0.02, []
+            actions.last_answer, actions.last_answer_by_type = known, {}
+            with pytest.MonkeyPatch.context() as patch:
+                real, lead = rig.llama._evaluate, iter(known.leads)
+                patch.setattr(rig.engine.grammar, "lead", lambda logits, lead=lead: next(lead))
+                patch.setattr(
+                    rig.llama,
+                    "_evaluate",
+                    lambda batch, *rest, calls=calls, real=real: calls.append(len(batch)) or real(batch, *rest),
+                )
+                n_alone = actions.n_steps_alone
+                assert rig.answer(image) == expected
+            frame_rows = calls[0] - len(flatten(steps[: max(0, k - 1)]))
+            assert actions.n_steps_alone == n_alone and len(calls) == (2 if k in (0, len(steps) - 1) else 3)
+            assert frame_rows == len(rig.rows(image)) + len(rig.engine.prompt.closing_embeddings())
+            assert actions.last_answer.leads == known.leads
 
 
 @pytest.mark.parametrize("n_alone", [1, 3])
@@ -90,12 +120,14 @@ def test_a_cancelled_answer_ends_before_its_next_step_alone(toy_bundle, tmp_path
         rig.answer(rig.image(1))
         actions = rig.engine.actions
         actions.draft_margin = 1e9
-        whole = rig.answer(rig.image(1))
+        complete = rig.answer(rig.image(1))
+        actions.last_answer, actions.last_answer_by_type = whole(actions.last_answer), {}
         before = actions.n_steps_alone
         replies = iter([False] * (n_alone + 1))  # before the batch, then before each step but the first
         decision = rig.decide(rig.image(1), should_cancel=lambda: next(replies, True))
-        assert decision.stop_reason == "cancelled" and whole.startswith(decision.text) and decision.text != whole
-        assert actions.n_steps_alone - before <= n_alone + 1
+        assert decision.stop_reason == "cancelled" and complete.startswith(decision.text)
+        assert decision.text != complete
+        assert 0 < actions.n_steps_alone - before <= n_alone + 1
 
 
 def test_a_text_in_the_batch_keeps_its_tokens_where_a_tie_is_decided_alone(exact_bundle):
@@ -114,6 +146,24 @@ def test_a_text_in_the_batch_keeps_its_tokens_where_a_tie_is_decided_alone(exact
         assert rig.engine.actions.n_steps_alone > 1
         rig.finish_text()
         assert rig.text() == alone
+
+
+def test_a_text_is_not_in_the_batch_of_a_frame_whose_first_step_was_a_tie(exact_bundle, tmp_path):
+    """It would be another shape, and the frame would be evaluated again for one token of a text."""
+    with engine_of(exact_bundle, numbers_only(tmp_path), profile="fast") as rig:
+        rig.measure()
+        actions, image = rig.engine.actions, rig.image(1)
+        expected = rig.answer(image)
+        rig.start_text("What do you see?")
+        generation = rig.engine.text.generation
+        n_tokens, actions.draft_margin = generation.n_tokens, 1e9
+        with pytest.MonkeyPatch.context() as patch:
+            real, calls = rig.llama._evaluate, []
+            patch.setattr(rig.llama, "_evaluate", lambda batch, *rest: calls.append(len(batch)) or real(batch, *rest))
+            assert rig.answer(image) == expected
+        frame_rows = len(rig.rows(image)) + len(rig.engine.prompt.closing_embeddings())
+        assert calls[0] == frame_rows and all(n < frame_rows for n in calls[1:])
+        assert rig.engine.text.generation is generation and generation.n_tokens > n_tokens + 5
 
 
 @pytest.mark.soak
