@@ -279,7 +279,7 @@ class _Reader:
 
     def skip(self, n_bytes: int) -> None:
         if n_bytes > self.size - self.position:
-            raise UnsafeFileError(f"the file ends at byte {self.size}, inside its header")
+            raise self.ends_early()
         self.position += n_bytes
 
     def uint32(self) -> int:
@@ -321,18 +321,30 @@ class _Reader:
         if n > MAX_ARRAY or (element_type != STRING and element_type not in SCALARS):
             raise UnsafeFileError(f"{key}: an array of {n} values of type {element_type}")
         if element_type == STRING:
-            spans = self.string_spans(n)
-            kept = [self.text(*span) for span in itertools.islice(spans, MAX_KEPT)]
-            for _ in spans:
-                pass
+            kept = [self.text(*span) for span in self.string_spans(min(n, MAX_KEPT))]
+            self.skip_strings(n - len(kept))
             return kept
         if n <= MAX_KEPT_NUMBERS:
             return self.numbers(SCALARS[element_type], n)
         self.skip(n * struct.calcsize(f"<{SCALARS[element_type]}"))
         return None
 
+    def skip_strings(self, n: int) -> None:
+        """A vocabulary and its merges have hundreds of thousands of them."""
+        data, last, position, read = self.data, self.size - 8, self.position, _UINT64.unpack_from
+        for _ in range(n):
+            if position > last:
+                raise self.ends_early()
+            position += 8 + read(data, position)[0]
+        self.position = position
+        if position > self.size:
+            raise self.ends_early()
+
+    def ends_early(self) -> UnsafeFileError:
+        return UnsafeFileError(f"the file ends at byte {self.size}, inside its header")
+
     def string_spans(self, n: int) -> Iterator[tuple[int, int]]:
-        """Start and end of each of n strings, which begin here. A vocabulary has hundreds of thousands of them."""
+        """Start and end of each of n strings, which begin here."""
         data, size, position = self.data, self.size, self.position
         for _ in range(n):
             if position + 8 > size:

@@ -137,9 +137,12 @@ def describe(language_source: Source, mmproj_source: Source | None, layout: str)
 
 def _check_language(source: Source) -> GgufHeader:
     try:
-        if refused := refused_architecture(read_gguf_keys(source.opened).get("general.architecture")):
-            raise UnsafeFileError(refused)
-        header = check_gguf(source.opened, ARCHITECTURES)
+        try:
+            header = check_gguf(source.opened, ARCHITECTURES)
+        except UnsafeFileError:
+            if refused := refused_architecture(read_gguf_keys(source.opened).get("general.architecture")):
+                raise UnsafeFileError(refused) from None
+            raise
         check_family(header)
     except UnsafeFileError as error:
         raise BundleError(f"{source.path}: {error}") from None
@@ -313,16 +316,23 @@ def _copy(source: Source, target: Path | None, report: Callable[[int], None]) ->
             parts[block.part].update(block.read)
 
     out = open(target, "xb", buffering=0) if target is not None else None  # noqa: SIM115
-    hashed: Future[None] | None = None
-    with out or contextlib.nullcontext(), ThreadPoolExecutor(1) as pool:  # hashing takes as long as writing
+    hashed: Future[None] = Future()
+    hashed.set_result(None)
+    synced = hashed
+    # A processor hashes as fast as it copies, and the disk is slower than both: all three at the same time.
+    with out or contextlib.nullcontext(), ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as disk:
         for block in source.blocks():
-            if hashed is not None:
-                hashed.result()
-            hashed = pool.submit(update, block)
+            hashed.result()
+            hashed = hasher.submit(update, block)
             if out is not None:
                 _write_all(out.fileno(), block.kept)
+                if synced.done():
+                    synced.result()
+                    synced = disk.submit(os.fdatasync, out.fileno())
             n_done += len(block.kept)
             report(n_done)
+        hashed.result()
+        synced.result()
         if out is not None:
             os.fsync(out.fileno())
     file = BundleFile(bytes=n_done, sha256=whole.hexdigest())

@@ -51,6 +51,8 @@ def test_the_allowed_operators_are_those_that_are_written(toy_bundle: Path):
 
 
 ARRAY = file([ARCHITECTURE, key(b"x", 9, struct.pack("<IQ", 8, 9) + string(b"aaaa"))], [tensor()])
+MANY = file([ARCHITECTURE, key(b"x", 9, struct.pack("<IQ", 8, 1030) + 1030 * string(b"aaaa"))], [tensor()])
+LAST = MANY.rindex(b"aaaa")  # the 1030th; the first 1024 are kept
 BAD = {
     "empty": (b"", "empty"),
     "a ZIP file": (b"PK\3\4" + bytes(100), "GGUF version 3"),
@@ -69,6 +71,12 @@ BAD = {
     "a split file": (file([ARCHITECTURE, key(b"split.count", 2, b"\2\0")], [tensor()]), "one of 2 parts of"),
     "a value of no type": (file([ARCHITECTURE, key(b"x", 13, bytes(8))], [tensor()]), "x: value type 13 is unknown"),
     "texts of an array that end early": (ARRAY[: ARRAY.index(b"aaaa") + 4], "inside its header"),
+    "many texts that end between two": (MANY[: LAST - 8], "inside its header"),
+    "many texts that end in a length": (MANY[: LAST - 3], "inside its header"),
+    "many texts that end in the last": (MANY[: LAST + 3], "inside its header"),
+    "many texts, the last of which is too long": (
+        MANY[: LAST - 8] + struct.pack("<Q", 2**60) + MANY[LAST:], "inside its header",
+    ),
     "a text of an array that is too long": (
         file([ARCHITECTURE, key(b"x", 9, struct.pack("<IQQ", 8, 9, 2**60))], [tensor()]), "inside its header",
     ),

@@ -253,7 +253,7 @@ def test_two_at_once_do_not_write_one_folder(chatml: Path, tmp_path: Path):
     verify_bundle(tmp_path / "out")
 
 
-@pytest.mark.parametrize("where", ["write", "fsync", "rename"])
+@pytest.mark.parametrize("where", ["write", "fdatasync", "fsync", "rename"])
 def test_a_full_disk_leaves_nothing(chatml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str):
     def full(*_arguments: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
