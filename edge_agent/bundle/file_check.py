@@ -357,7 +357,7 @@ class _Reader:
         else:
             self.position = position
             return
-        raise UnsafeFileError(f"the file ends at byte {size}, inside its header")
+        raise self.ends_early()
 
     def text(self, start: int, end: int) -> str:
         """A string of an array; "": longer than any text that is needed."""

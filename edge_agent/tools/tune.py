@@ -46,7 +46,8 @@ Report = Callable[[str, Measured | None, int, int], None]
 KV = "advanced.kv_cache_type"
 TENSORRT_LOAD_S = 1800.0  # of watchdog.model_load_s: the first start makes an engine
 MEASURE_S = 4.0
-CONFIRM_TIMES = 2
+# Of many measurements the lowest is a lucky one. So the best few are measured again, if they are near the very best.
+FINALISTS, FINALIST_WITHIN, CONFIRM_TIMES = 3, 1.25, 2
 MIN_GAIN = 0.02  # of the mean age; less is noise of this measurement
 
 
@@ -226,7 +227,7 @@ def search(config: Config, choices: Callable[[bool], Board], run: Measure, repor
     gpu = first.language_backend.startswith("llama.cpp GPU")
     start, board = values_in_force(config, gpu), choices(gpu)
     found.encoders = tuple(encoder for encoder in board.encoders if not encoder.skip)
-    found.about = 2 + len(board.encoders) + len(board.threads) * (1 + board.overlap) + 2 * CONFIRM_TIMES
+    found.about = 2 + len(board.encoders) + len(board.threads) * (1 + board.overlap) + (1 + FINALISTS) * CONFIRM_TIMES
     found.tried[0] = Tried("as configured", start, first)
     if (first_ms := usable_age_ms(first)) is not None:
         found.best, found.best_ms = found.tried[0], first_ms
@@ -274,18 +275,32 @@ def _axes(board: Board, encoders: tuple[Encoder, ...]) -> list[Callable[[Values]
 
 
 def _confirm(found: _Search, start: Values) -> Tuned:
-    """Measure the start and the best again, in turn."""
-    best = found.best
-    assert best is not None
-    ages_ms = {"start": [usable_age_ms(found.tried[0].result)], "best": [usable_age_ms(best.result)]}
-    if best.values != start:
-        for _ in range(CONFIRM_TIMES):
-            for name, values in (("start", start), ("best", best.values)):
-                result = found.measure(f"again: {found.name(values)}", values)
-                ages_ms[name].append(usable_age_ms(result))
-    start_ms, best_ms = (median_ms(ages_ms[name]) for name in ("start", "best"))
-    is_better = best_ms is not None and (start_ms is None or best_ms < start_ms * (1 - MIN_GAIN))
-    return Tuned(found.tried, start, best.values if is_better else start, start_ms, best_ms if is_better else start_ms)
+    """Measure the start and the best few again, in turn; the medians decide."""
+    ages_ms = [(tried.values, [usable_age_ms(tried.result)]) for tried in (found.tried[0], *_finalists(found, start))]
+    for _ in range(CONFIRM_TIMES if len(ages_ms) > 1 else 0):
+        for values, ages in ages_ms:
+            ages.append(usable_age_ms(found.measure(f"again: {found.name(values)}", values)))
+    start_ms, *others_ms = [median_ms(ages) for _, ages in ages_ms]
+    best, best_ms, limit_ms = start, start_ms, math.inf if start_ms is None else start_ms * (1 - MIN_GAIN)
+    for (values, _), age_ms in zip(ages_ms[1:], others_ms, strict=True):
+        if age_ms is not None and age_ms * _handicap(values, start) < limit_ms:
+            best, best_ms, limit_ms = values, age_ms, age_ms * _handicap(values, start)
+    return Tuned(found.tried, start, best, start_ms, best_ms)
+
+
+def _finalists(found: _Search, start: Values) -> list[Tried]:
+    """The best few beside the start, the best first."""
+    usable = [
+        (age_ms * _handicap(tried.values, start), n, tried)
+        for n, tried in enumerate(found.tried)
+        if tried.values != start and (age_ms := usable_age_ms(tried.result)) is not None
+    ]
+    return [tried for age_ms, _, tried in sorted(usable)[:FINALISTS] if age_ms <= FINALIST_WITHIN * found.best_ms]
+
+
+def _handicap(values: Values, start: Values) -> float:
+    """What changes answers must be faster by more than chance."""
+    return 1.0 if values[KV] == start[KV] else 1 / (1 - MIN_GAIN)
 
 
 def median_ms(ages_ms: list[float | None]) -> float | None:

@@ -137,6 +137,25 @@ def test_a_best_that_is_late_when_it_is_measured_again_is_not_chosen() -> None:
     assert tuned.best == tuned.start
 
 
+def test_one_lucky_measurement_does_not_decide() -> None:
+    """The grid's second best seems the best by far when it is measured first."""
+    board = FakeBoard(COST | {"mtmd": 85.0})
+    tokens = {"vision.max_image_tokens": 256}
+    best = min(GRID, key=lambda values: board.age_ms(tokens | values))
+    lucky = best | MTMD
+    assert board.age_ms(tokens | lucky) > 1.02 * board.age_ms(tokens | best)
+    first = board.run
+
+    def noisy(values: Values) -> Measured:
+        is_first = values not in board.measured and lucky.items() <= values.items()
+        result = first(values)
+        return msgspec.structs.replace(result, mean_age_ms=0.9 * result.mean_age_ms) if is_first else result
+
+    board.run = noisy  # type: ignore[method-assign]
+    tuned = run(board)
+    assert best.items() <= tuned.best.items()
+
+
 def test_a_candidate_that_does_not_start_is_shown_and_passed_over() -> None:
     board = FakeBoard(COST)
     first = board.run
@@ -160,7 +179,7 @@ def test_progress_names_every_candidate_before_and_after() -> None:
     search(CONFIG, lambda gpu: BOARD, FakeBoard(COST).run, report)
     assert shown[:2] == [("as configured", True), ("as configured", False)]
     assert [name for name, begins in shown if begins] == [name for name, begins in shown if not begins]
-    assert sum(name.startswith("again: ") for name, begins in shown if begins) in (0, 4)
+    assert sum(name.startswith("again: ") for name, begins in shown if begins) == 8
 
 
 def test_the_choices_depend_on_whether_the_first_run_used_a_gpu() -> None:
