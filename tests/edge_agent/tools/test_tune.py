@@ -139,7 +139,7 @@ def test_a_best_that_is_late_when_it_is_measured_again_is_not_chosen() -> None:
 
 def test_one_lucky_measurement_does_not_decide() -> None:
     """The grid's second best seems the best by far when it is measured first."""
-    board = FakeBoard(COST | {"mtmd": 85.0})
+    board = FakeBoard(COST | {"mtmd": 88.0, "overlap": 0.6})
     tokens = {"vision.max_image_tokens": 256}
     best = min(GRID, key=lambda values: board.age_ms(tokens | values))
     lucky = best | MTMD
