@@ -86,7 +86,8 @@ def test_every_socket_type_that_may_connect_is_served(bind, path, kind, peer):
     endpoint = bind(kind)
     with zmq.Context() as context, context.socket(peer) as theirs:
         theirs.setsockopt(zmq.LINGER, 0)
-        theirs.setsockopt(zmq.HEARTBEAT_IVL, 5)  # the peer pings us
+        theirs.setsockopt(zmq.HEARTBEAT_IVL, 5)  # the peer pings us; a busy machine may answer later than that
+        theirs.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(1000 * HANG_S))
         theirs.connect(f"ipc://{path}")
         if kind == PUB:
             theirs.send(b"\x01A") if peer == zmq.XSUB else theirs.subscribe(b"A")
