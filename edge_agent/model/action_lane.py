@@ -40,6 +40,9 @@ from edge_agent.time_units import NS_PER_MS
 # How much of a draft is evaluated again after one of its steps was wrong: GROWTH times what was right until then, but
 # FEW_TOKENS at least. A CPU computes so few rows in little more time than one, and 16 of them in four times as much.
 FEW_TOKENS, GROWTH = 3, 4
+# A step alone stands behind cells that a draft may have left. Below this part of the margin, its lead could be due to
+# their rounding.
+NEAR_TIE = 1 / 8
 
 
 class Decision(NamedTuple):
@@ -61,6 +64,7 @@ class Batch(msgspec.Struct):
     before: list[int]  # tokens in front of the draft; none where they are rows of the frame
     frame: FrameBuffer | None = None  # its rows are in front of the draft, in the same batch
     n_frame_rows: int = 0
+    is_first_exact: bool = False  # the logits before the first step are those of plain decoding, bit for bit
 
     @property
     def is_plain(self) -> bool:
@@ -91,6 +95,12 @@ class ActionLane:
         self.n_draft_tokens = self.n_accepted_tokens = self.n_steps_alone = 0
         # Logits; 0: any batch gives the same bits; None: not measured yet, so that there are no drafts.
         self.draft_margin: float | None = 0.0 if self._llama.reproducible else None
+        self.frame_alignment = 0  # rows: padded to it, the batch of a frame is exact whatever stands behind; 0: never
+        self._answer_start, self._before_answer = (
+            0,
+            list[int](),
+        )  # position; the tokens there, in front of the first step
+        self._is_rounded = False  # cells of this answer may differ from those of plain decoding in their last bits
 
     def decide(
         self,
@@ -182,6 +192,8 @@ class ActionLane:
         stop_reason: AnswerStopReason = ""
         stream.add(self._prompt.forced_prefix)
         most = self._prompt.max_answer_tokens  # of a draft
+        self._answer_start, self._before_answer = batch.position - len(batch.before), batch.before
+        self._is_rounded = False
         while not grammar.complete:
             if stop_reason := stop_check(answer.steps):
                 break
@@ -191,6 +203,8 @@ class ActionLane:
             n_accepted = len(flatten(new[:-1]))
             self.n_accepted_tokens += n_accepted
             stream.add(flatten(new))
+            if batch.is_first_exact and not n_accepted:
+                self._is_rounded = False
             self._accept_text(batch)
             if grammar.complete or stop_reason:  # a complete answer is not evaluated: nothing follows it
                 break
@@ -215,14 +229,24 @@ class ActionLane:
         n = len(answer.steps)
 
         def evaluate_alone(i: int) -> tuple[np.ndarray, bool]:
+            if i == 0 and batch.is_first_exact:
+                return batch.steps[0], True
             if i and (reason := stop_check(answer.steps)):
                 raise _Stopped(reason)
+            if batch.is_plain:
+                return self._evaluate_plainly(answer.steps, stop_check), False
             alone, is_draft_kept = self._evaluate_alone(batch, answer.steps[n:], i)
             # Both are known here, so the margin learns from real frames what warm-up did not meet.
             self.draft_margin = max(self.draft_margin or 0.0, margin_of(shift_of_leads(alone, batch.steps[i])))
+            if answer.steps and not self._grammar.lead(alone) >= NEAR_TIE * self.draft_margin:
+                return self._evaluate_plainly(answer.steps, stop_check), False
             return alone, is_draft_kept
 
-        margin = 0.0 if batch.is_plain else self.draft_margin or 0.0
+        margin = self.draft_margin or 0.0
+        if batch.is_plain:
+            margin *= NEAR_TIE * self._is_rounded
+        else:
+            self._is_rounded = True
         try:
             self._grammar.verify_draft(batch.steps, draft, answer, margin, evaluate_alone)
         except NonFiniteError:
@@ -232,6 +256,19 @@ class ActionLane:
         except _Stopped as stopped:
             return stopped.args[0]
         return ""
+
+    def _evaluate_plainly(self, steps: DraftSteps, stop_check: Callable[[DraftSteps], AnswerStopReason]) -> np.ndarray:
+        """Evaluate all steps of an answer again, one after the other -> logits after the last. What a draft leaves in
+        the cells is rounded only a little differently, but that can turn round the nearest ties."""
+        position, logits = self._answer_start, np.empty(0, np.float32)
+        self._llama.truncate(ACTION_SEQ, position)
+        for tokens in filter(None, [self._before_answer, *steps]):
+            if reason := stop_check(steps):
+                raise _Stopped(reason)
+            logits = self._llama.logits_after_last(tokens, position)
+            position += len(tokens)
+        self._is_rounded = False
+        return logits
 
     def _evaluate_alone(self, batch: Batch, accepted: DraftSteps, i: int) -> tuple[np.ndarray, bool]:
         """(logits before step i of a batch's draft as plain decoding evaluates them, whether the draft is still in the
@@ -280,9 +317,14 @@ class ActionLane:
             tokens, output_rows, text_position = self._append_text_token(tokens, output_rows, n_rows)
         if tokens:
             frame.append(self._llama.embed(tokens))
-        logits = self._llama.logits_at(frame, start, output_rows, text_position=text_position)
-        batch = Batch([], None, draft, start + n_rows, [], frame, n_rows)
+        alignment = self._alignment_of(start + len(frame)) if text_position is None else 0
+        logits = self._llama.logits_at(frame, start, output_rows, text_position=text_position, alignment=alignment)
+        batch = Batch([], None, draft, start + n_rows, [], frame, n_rows, is_first_exact=alignment > 0)
         return self._with_logits(batch, logits, text_position)
+
+    def _alignment_of(self, stop: int) -> int:
+        """Of the batch of a frame with a draft that ends at this position."""
+        return self.frame_alignment if stop + self.frame_alignment <= self._llama.n_ctx else 0
 
     def _continue(self, new: list[int], draft: DraftSteps, position: int) -> Batch:
         """Evaluate new tokens and a draft of what follows them."""

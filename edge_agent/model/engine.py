@@ -78,6 +78,7 @@ class Engine:
         if llama.reproducible:
             self.actions.draft_margin = 0.0
             return
+        self.actions.frame_alignment = batch_shape.row_alignment(llama, tokens, start)
         if self.prompt.text_as_rows:  # then a draft is evaluated in the frame's batch
             frame.drop_text()
             frame.append(llama.embed(self.prompt.image_end_tokens))

@@ -285,13 +285,16 @@ class LlamaContext:
         output_rows: list[int],
         sequence: int = ACTION_SEQ,
         text_position: int | None = None,
+        alignment: int = 0,
     ) -> list[np.ndarray]:
         """The same -> logits after each of the output rows (indices into the batch, rising), (n_vocab,) float32 each.
+
+        alignment: pad the batch to a multiple of so many rows; 0: as always.
 
         text_position: the last row is not of `sequence` but the next of TEXT_SEQ, at this position. Only where
         can_batch_text is true.
         """
-        return self._evaluate(batch, start, sequence, output_rows, text_position)
+        return self._evaluate(batch, start, sequence, output_rows, text_position, alignment)
 
     def evaluate_image(self, rows: np.ndarray, start: int) -> None:
         """Evaluate the rows of one image, (n, n_embd) float32, on ACTION_SEQ; each attends to all others.

@@ -10,9 +10,10 @@ import json
 import pytest
 
 from edge_agent.config import AdvancedConfig
+from edge_agent.model.batch_shape import ALIGNMENTS
 from edge_agent.model.constrained import PastAnswer, flatten
 from tests.harness.drafts import drafted_against_plain, whole
-from tests.harness.engine import engine_of
+from tests.harness.engine import EngineRig, engine_of
 from tests.harness.rig import numbers_only
 
 SHAPES = {  # profiles whose batches have other shapes with a draft than without
@@ -54,10 +55,12 @@ def test_without_a_measured_margin_there_is_no_draft(toy_bundle, tmp_path):
 
 
 def test_a_tie_behind_the_frame_is_decided_by_the_frame_without_a_draft(exact_bundle, tmp_path):
-    """And the draft, which is no longer in the cache, is evaluated again behind the first step."""
+    """Where padding cannot make the frame's batch exact, as on a GPU. And the draft, which is no longer in the cache,
+    is evaluated again behind the first step."""
     with engine_of(exact_bundle, numbers_only(tmp_path), profile="fast") as rig:
         rig.measure()
         actions, image = rig.engine.actions, rig.image(1)
+        actions.frame_alignment = 0
         text, calls = rig.answer(image), []
         actions.draft_margin = 0.02
         with pytest.MonkeyPatch.context() as patch:
@@ -68,6 +71,56 @@ def test_a_tie_behind_the_frame_is_decided_by_the_frame_without_a_draft(exact_bu
         drafted, alone, rest = calls
         n_draft = len(flatten(actions.last_answer.steps[:-1]))
         assert alone == drafted - n_draft and rest == n_draft
+
+
+def lead_of_each_call(patch: pytest.MonkeyPatch, rig: EngineRig, leads: list[float]) -> list[int]:
+    """The grammar gives these leads, then 9. Returns the list of the numbers of rows that will be evaluated."""
+    rows: list[int] = []
+    real, given = rig.llama._evaluate, iter(leads)
+    patch.setattr(rig.engine.grammar, "lead", lambda logits: next(given, 9.0))
+    patch.setattr(rig.llama, "_evaluate", lambda batch, *rest: rows.append(len(batch)) or real(batch, *rest))
+    return rows
+
+
+def test_a_first_step_is_exact_where_padding_makes_the_batch_of_a_frame_exact(toy_bundle, tmp_path):
+    with engine_of(toy_bundle, numbers_only(tmp_path), profile="fast") as rig:
+        rig.measure()
+        actions, image = rig.engine.actions, rig.image(1)
+        assert actions.frame_alignment in ALIGNMENTS, "this CPU has no shape that is exact"
+        text = rig.answer(image)
+        plain = actions.last_answer
+        actions.last_answer, actions.last_answer_by_type = whole(plain), {}
+        with pytest.MonkeyPatch.context() as patch:
+            rows = lead_of_each_call(patch, rig, [0.0])
+            assert rig.answer(image) == text
+        assert len(rows) == 1 and actions.n_steps_alone == 0
+        assert actions._alignment_of(rig.llama.n_ctx) == 0, "no room for padding"
+
+
+def test_a_near_tie_is_decided_by_the_steps_of_plain_decoding(exact_bundle, tmp_path):
+    """A step alone stands behind cells that a draft has left. Their rounding decides only the nearest ties."""
+    with engine_of(exact_bundle, numbers_only(tmp_path), profile="fast") as rig:
+        rig.measure()
+        actions, image = rig.engine.actions, rig.image(1)
+        text = rig.answer(image)
+        steps = actions.last_answer.steps
+        for lead, replayed in ((0.01, []), (0.001, [len(steps[0]), len(steps[1])])):
+            actions.draft_margin = 0.02
+            actions.last_answer, actions.last_answer_by_type = whole(actions.last_answer), {}
+            with pytest.MonkeyPatch.context() as patch:
+                rows = lead_of_each_call(patch, rig, [9.0, 9.0, lead, lead])
+                assert rig.answer(image) == text
+            assert rows[1 : 2 + len(replayed)] == [len(steps[1]), *replayed]
+            assert len(rows) == (5 if replayed else 2), "the rest is evaluated again behind the replayed steps"
+
+
+@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
+def test_frames_whose_ties_were_once_decided_by_rounding(toy_bundle, tmp_path, changes):
+    with engine_of(toy_bundle, numbers_only(tmp_path), **changes) as rig:
+        rig.measure()
+        shown = (rig.image(seed, 60 + seed % 90, 150 + seed % 70) for seed in (98, 99, 132, 133, 266, 267))
+        n_answers, leads = drafted_against_plain(rig, shown)
+        assert n_answers == 12 and leads == []
 
 
 def test_the_margin_grows_with_what_real_frames_show(toy_bundle, tmp_path):
@@ -95,7 +148,7 @@ def test_steps_that_were_ties_the_last_time_are_decoded_plainly(exact_bundle, tm
         steps, leads = actions.last_answer
         assert len(steps) == len(leads) > 6
         for k in (0, 1, 2, len(steps) - 1):
-            known = PastAnswer(steps, [9.0 if i != k else 0.0 for i in range(len(steps))])
+            known = PastAnswer(steps, [9.0 if i != k else 0.01 for i in range(len(steps))])
             actions.draft_margin, calls = 0.02, []
             actions.last_answer, actions.last_answer_by_type = known, {}
             with pytest.MonkeyPatch.context() as patch:
