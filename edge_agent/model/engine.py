@@ -78,8 +78,9 @@ class Engine:
         if llama.reproducible:
             self.actions.draft_margin = 0.0
             return
-        self.actions.frame_alignment = batch_shape.row_alignment(llama, tokens, start)
         if self.prompt.text_as_rows:  # then a draft is evaluated in the frame's batch
+            if not llama.on_gpu:  # a GPU has other kernels for larger batches than those that are compared here
+                self.actions.frame_alignment = batch_shape.row_alignment(llama, tokens, start)
             frame.drop_text()
             frame.append(llama.embed(self.prompt.image_end_tokens))
             shift = batch_shape.largest_shift(llama, tokens, len(self.cache.prefix_tokens), frame)

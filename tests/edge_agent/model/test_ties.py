@@ -97,6 +97,13 @@ def test_a_first_step_is_exact_where_padding_makes_the_batch_of_a_frame_exact(to
         assert actions._alignment_of(rig.llama.n_ctx) == 0, "no room for padding"
 
 
+def test_on_a_gpu_no_batch_of_a_frame_counts_as_exact(toy_bundle, tmp_path, monkeypatch):
+    with engine_of(toy_bundle, numbers_only(tmp_path), profile="fast") as rig:
+        monkeypatch.setattr(rig.llama, "on_gpu", True)
+        rig.measure()
+        assert rig.engine.actions.frame_alignment == 0 and rig.engine.actions.draft_margin > 0
+
+
 def test_a_near_tie_is_decided_by_the_steps_of_plain_decoding(exact_bundle, tmp_path):
     """A step alone stands behind cells that a draft has left. Their rounding decides only the nearest ties."""
     with engine_of(exact_bundle, numbers_only(tmp_path), profile="fast") as rig:
