@@ -2,9 +2,9 @@
 
     python benchmarks/tune_grid.py BUNDLE              # about 10 minutes on two cores
 
-First tune itself, then every combination of its grid, one run each; then its choice
-and the best of the grid in turn, --again times. The last line is one JSON object: the two medians of the mean age of
-information, and their ratio.
+For a CPU: the encoders of a GPU are not in the grid. First tune itself, then every combination of its grid, one run
+each; then its choice and the best of the grid in turn, --again times. The last line is one JSON object: the two medians
+of the mean age of information, and their ratio.
 """
 
 from __future__ import annotations

@@ -6,7 +6,9 @@ selects another token, the rest is decoded with what remains of a draft. If bit-
 GPU, the text lane's next token is added to each batch: the weights are read once for both lanes.
 
 There a batch with a draft or with text gives slightly other logits than plain decoding, one step after the other. A
-token whose lead is below `draft_margin` is therefore decided by plain decoding: its position is evaluated again alone.
+token whose lead is below `draft_margin` is therefore decided by plain decoding: its position is evaluated again alone,
+or for the nearest ties the whole answer so far. On a CPU the batch of a frame is padded, so that the frame and the
+first step are those of plain decoding.
 """
 
 from __future__ import annotations
@@ -96,10 +98,8 @@ class ActionLane:
         # Logits; 0: any batch gives the same bits; None: not measured yet, so that there are no drafts.
         self.draft_margin: float | None = 0.0 if self._llama.reproducible else None
         self.frame_alignment = 0  # rows: padded to it, the batch of a frame is exact whatever stands behind; 0: never
-        self._answer_start, self._before_answer = (
-            0,
-            list[int](),
-        )  # position; the tokens there, in front of the first step
+        self._answer_start = 0  # position of the answer, or of the closing tokens in front of it
+        self._before_answer: list[int] = []  # those tokens; none where they are rows of the frame
         self._is_rounded = False  # cells of this answer may differ from those of plain decoding in their last bits
 
     def decide(
@@ -123,7 +123,8 @@ class ActionLane:
         self._grammar.forced_tokens()  # the forced prefix, which is in the closing text
         draft = self.last_answer if self._speculative and self.draft_margin is not None else NO_ANSWER
         closing = self._close(frame, vehicle_state)
-        batch = self._prefill(frame, closing, self._offered(draft), may_share=not self._begins_with_tie(draft))
+        offered = draft.clear_steps(self.draft_margin or 0.0, n_exact=int(self.frame_alignment > 0))
+        batch = self._prefill(frame, closing, offered, may_share=not self._begins_with_tie(draft))
         self._remember_frame(frame, frame_id)
         prefilled_ns = self._clock()
         stream = _ActionText(self._llama, frame_id, events if self._stream_text else NULL_EVENTS)
@@ -219,7 +220,7 @@ class ActionLane:
             known = draft if draft.steps else known
             position = batch.position + n_accepted  # these tokens were evaluated as the draft
             self._llama.truncate(ACTION_SEQ, position)
-            batch = self._continue(new[-1], _beginning(self._offered(draft), most), position)
+            batch = self._continue(new[-1], _beginning(draft.clear_steps(self.draft_margin or 0.0), most), position)
         self._accept_text(batch)
         return stop_reason, answer
 
@@ -229,8 +230,6 @@ class ActionLane:
         n = len(answer.steps)
 
         def evaluate_alone(i: int) -> tuple[np.ndarray, bool]:
-            if i == 0 and batch.is_first_exact:
-                return batch.steps[0], True
             if i and (reason := stop_check(answer.steps)):
                 raise _Stopped(reason)
             if batch.is_plain:
@@ -248,7 +247,7 @@ class ActionLane:
         else:
             self._is_rounded = True
         try:
-            self._grammar.verify_draft(batch.steps, draft, answer, margin, evaluate_alone)
+            self._grammar.verify_draft(batch.steps, draft, answer, margin, evaluate_alone, int(batch.is_first_exact))
         except NonFiniteError:
             return "not-finite"
         except GrammarError:
@@ -292,10 +291,6 @@ class ActionLane:
         stream.finish(stop_reason)
         if self._speculative and answer.steps and not stop_reason:
             self.last_answer = self.last_answer_by_type[answer.steps[0][0]] = answer
-
-    def _offered(self, draft: PastAnswer) -> DraftSteps:
-        """The steps of a draft that are evaluated with what is before them."""
-        return draft.clear_steps(self.draft_margin or 0.0)
 
     def _begins_with_tie(self, draft: PastAnswer) -> bool:
         """Then the frame would be evaluated again if its batch had one row more. An answer of a single step has no

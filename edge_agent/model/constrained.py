@@ -43,10 +43,13 @@ class PastAnswer(NamedTuple):
         """Whether the lead of step i was below the margin, or NaN."""
         return i < len(self.leads) and not self.leads[i] >= margin
 
-    def clear_steps(self, margin: float) -> DraftSteps:
+    def clear_steps(self, margin: float, n_exact: int = 0) -> DraftSteps:
         """The steps that are worth rows in a batch as a draft: what follows the last one decides the step behind it, so
-        that is not a tie either. A tie is left to plain decoding, which a batch with a draft would only precede."""
-        n = next((i for i in range(len(self.steps)) if self.is_tie(i, margin)), len(self.steps))
+        that is not a tie either. A tie is left to plain decoding, which a batch with a draft would only precede.
+
+        n_exact: so many first steps are decided by exact logits, where a tie does not matter.
+        """
+        n = next((i for i in range(n_exact, len(self.steps)) if self.is_tie(i, margin)), len(self.steps))
         return self.steps[: max(0, n - 1)]
 
 
@@ -180,17 +183,19 @@ class Grammar:
         answer: PastAnswer,
         margin: float,
         evaluate_alone: Callable[[int], tuple[np.ndarray, bool]],
+        n_exact: int = 0,
     ) -> None:
         """Append steps to the answer as long as each is the draft's; the first that differs, or that completes the
         answer, is the last. logits[i]: (n_vocab,) float32 before step i, one more than are evaluated of the draft.
 
         margin: a lead below it, in logits, is not trusted; 0: every lead is. Then evaluate_alone(i) -> (logits before
-        step i from a batch of plain decoding, whether the steps behind it are still evaluated) decides.
+        step i from a batch of plain decoding, whether the steps behind it are still evaluated) decides. n_exact: the
+        logits before so many first steps are those of plain decoding already.
         """
         for i in range(len(logits)):
             step_logits, is_rest_valid = logits[i], True
             lead = self.lead(step_logits)
-            if margin and not lead >= margin:  # NaN is not trusted
+            if i >= n_exact and margin and not lead >= margin:  # NaN is not trusted
                 logits[i:] = [kept.copy() for kept in logits[i:]]  # they are views that another batch overwrites
                 step_logits, is_rest_valid = evaluate_alone(i)
                 lead = self.lead(step_logits)
