@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 MAX_DATAGRAM_BYTES = 65_535
 TIMESPEC = struct.Struct("=qq")
 SO_TIMESTAMPNS = 35  # of Linux; Python has no name for it
+N_READINGS = 5  # of two clocks, each time that they are compared
 PEERS = 8  # a UDP port answers the newest of them
 
 
@@ -75,13 +76,22 @@ class UdpListener:
 
 
 def _monotonic_ns(extra: list[tuple[int, int, bytes]]) -> int:
-    """The kernel's stamp of a datagram, which is CLOCK_REALTIME."""
-    now_ns = time.monotonic_ns()
+    """The kernel's stamp of a datagram, which is CLOCK_REALTIME, as CLOCK_MONOTONIC."""
     for level, kind, value in extra:
         if (level, kind) == (socket.SOL_SOCKET, SO_TIMESTAMPNS):
             seconds, nanoseconds = TIMESPEC.unpack(value)
-            return now_ns - max(0, time.time_ns() - (seconds * 1_000_000_000 + nanoseconds))
-    return now_ns
+            return seconds * 1_000_000_000 + nanoseconds - _realtime_lead_ns()
+    return time.monotonic_ns()
+
+
+def _realtime_lead_ns() -> int:
+    """How far CLOCK_REALTIME is ahead of CLOCK_MONOTONIC: of several readings the one during which this thread waited
+    least. Of a single one the other threads can make milliseconds."""
+    readings = []
+    for _ in range(N_READINGS):
+        before_ns, realtime_ns, after_ns = time.monotonic_ns(), time.time_ns(), time.monotonic_ns()
+        readings.append((after_ns - before_ns, realtime_ns - (before_ns + after_ns) // 2))
+    return min(readings)[1]
 
 
 class UdpSender(UdpListener):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +15,7 @@ from models.autopilot.autopilot import FOLLOWED, HEARD, REFUSED, Autopilot, Targ
 from models.autopilot.bodies import PointMass
 from models.autopilot.flavours import ARDUCOPTER, PX4, TELEMETRY, Flavour
 from models.autopilot.link import LineFaults, Link
-from models.autopilot.ports import Arrival
+from models.autopilot.ports import Arrival, UdpListener
 from models.autopilot.telemetry import MESSAGES
 from tests.harness.clock import FakeClock
 
@@ -387,3 +389,24 @@ def test_bad_bytes_are_counted_and_the_next_packet_is_read(wired):
     link, wire, _ = wired(PX4)
     wire.arriving += [b"\xfd\x00garbage", packed(setpoint())[:20], packed(setpoint()), packed(setpoint())]
     assert [item.type for item in link.receive()][-1:] == ["SET_POSITION_TARGET_LOCAL_NED"] and link.bad_bytes
+
+
+def test_a_datagram_is_not_older_than_its_sending_when_the_thread_waits_between_two_clocks(monkeypatch):
+    """As on a busy machine: a setpoint that looks older than its action would be judged as one without an action."""
+    waits = iter([True, True, False] + [True] * 100)
+    realtime_ns = time.time_ns
+
+    def waiting_ns() -> int:
+        if next(waits):
+            time.sleep(0.05)
+        return realtime_ns()
+
+    port = UdpListener()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        monkeypatch.setattr(time, "time_ns", waiting_ns)
+        before_ns = time.monotonic_ns()
+        sender.sendto(b"x", ("127.0.0.1", port.port))
+        [arrival] = port.receive()
+        received_ns = time.monotonic_ns()
+    port.close()
+    assert before_ns <= arrival.t_ns <= received_ns
