@@ -31,12 +31,13 @@ from tests.harness.validation import validated_here
 
 socket.has_ipv6 = False  # else urllib3, which mistral_common imports, makes an internet socket to see whether it can
 TESTS = Path(__file__).resolve().parent
-COVERED_ROOMS = ("wire", "zmtp", "client", "actions", "bundle", "supervisor")  # as in the Makefile
+COVERED_ROOMS = ("wire", "zmtp", "client", "actions", "bundle")  # as in the Makefile, and the supervisor's gate
 # Their time is waiting, in real time: flights, rehearsals, daemons that come back.
 WAITING = {"test_controller.py", "test_examples.py", "test_hostile.py", "test_hostile_links.py", "test_mavsdk.py"}
 WAITING |= {"test_node.py", "test_real_daemon.py", "test_rehearsal.py", "test_running_daemon.py", "test_scenarios.py"}
 WAITING |= {"test_storm.py"}
 COVERED_TESTS = {TESTS / "edge_agent" / room for room in COVERED_ROOMS}
+GATE_TESTS = TESTS / "edge_agent" / "supervisor" / "test_gate.py"
 COVERAGE = pytest.StashKey[coverage.Coverage]()
 # Hypothesis measures the time of an example and of the generation of data. A busy machine must not fail a test.
 hypothesis.settings.register_profile(
@@ -70,7 +71,9 @@ def pytest_collection(session: pytest.Session) -> None:
         for room in COVERED_ROOMS:
             for path in sorted((TESTS.parent / "edge_agent" / room).glob("*.py")):
                 importlib.import_module(f"edge_agent.{room}.{path.stem}")
-        measured.stop()
+        importlib.import_module("edge_agent.supervisor.gate")
+        while (running := coverage.Coverage.current()) is not None:  # a worker has two: the end of one resumes the other
+            running.stop()
         session.config.stash[COVERAGE] = measured
 
 
@@ -88,7 +91,8 @@ def is_covered(item: pytest.Item) -> bool:
     """The covered rooms need no other room's tests for it. Random examples do not count: what only they reach would be
     covered in one run and not in the next."""
     is_random = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
-    return item.path.parent in COVERED_TESTS and not is_random and item.get_closest_marker("no_cover") is None
+    is_of_a_room = item.path.parent in COVERED_TESTS or item.path == GATE_TESTS
+    return is_of_a_room and not is_random and item.get_closest_marker("no_cover") is None
 
 
 @pytest.fixture(scope="session")
