@@ -50,10 +50,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One thread for llama.cpp, here and in every process that a test starts. The threads of a tiny model wait for each
-    other more than they compute; on a busy machine each wait may cost milliseconds. libgomp reads it while loaded."""
+    """One thread for llama.cpp and for numpy, here and in every process that a test starts. The threads of a tiny model
+    wait for each other more than they compute; on a busy machine each wait may cost milliseconds. Those of numpy's
+    OpenBLAS double the processor time of its import. Both libraries read this while they are loaded."""
     if config.option.markexpr != "promise":
         os.environ.setdefault("OMP_THREAD_LIMIT", "1")
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 @pytest.hookimpl(trylast=True)
@@ -72,7 +74,7 @@ def pytest_collection(session: pytest.Session) -> None:
             for path in sorted((TESTS.parent / "edge_agent" / room).glob("*.py")):
                 importlib.import_module(f"edge_agent.{room}.{path.stem}")
         importlib.import_module("edge_agent.supervisor.gate")
-        while (running := coverage.Coverage.current()) is not None:  # a worker has two: the end of one resumes the other
+        while running := coverage.Coverage.current():  # a worker has two: the end of one resumes the other
             running.stop()
         session.config.stash[COVERAGE] = measured
 

@@ -27,6 +27,10 @@ MAX_EVENTS_AT_ONCE = 256
 MAX_STDERR_BYTES = 64 * 1024
 CHILD_OOM_SCORE = 500  # without memory the kernel kills a child, never the supervisor, whose score is 0
 PR_SET_PDEATHSIG = 1
+ENVIRONMENT = {
+    "PYTHONSAFEPATH": "1",  # never import a module from the current folder
+    "OPENBLAS_NUM_THREADS": "1",  # numpy multiplies no matrices here, and its threads spin while they start
+}
 _libc = ctypes.CDLL(None)
 
 
@@ -56,7 +60,7 @@ class Worker:
                 stdin=subprocess.DEVNULL,
                 stderr=child_stderr_fd,
                 pass_fds=fds,
-                env=os.environ | {"PYTHONSAFEPATH": "1"},  # never import a module from the current folder
+                env=os.environ | ENVIRONMENT,
             )
             ours.callback(self.process.kill)
             with contextlib.suppress(ConnectionError):  # the child has ended already; its exit status will be read

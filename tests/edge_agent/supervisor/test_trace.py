@@ -61,12 +61,12 @@ def test_a_run_shows_what_was_done_when(toy_bundle, tmp_path_factory, overlap):
     path = runtime / "trace.json"
     config = {
         "bundle": str(toy_bundle), "camera": {"source": f"zmq:ipc://{runtime}/frames"},
-        "vision": {"max_image_tokens": 256}, "language": {"gpu_layers": 0},
+        "vision": {"max_image_tokens": 64}, "language": {"gpu_layers": 0},
         "advanced": {"overlap": overlap, "speculative": False},
         "task": {"deadline_ms": 600_000}, "watchdog": {"model_stall_s": 60.0},
     }  # fmt: skip
     with (
-        rig.Pusher(f"ipc://{runtime}/frames", rate_hz=100.0, height=480, width=640),
+        rig.Pusher(f"ipc://{runtime}/frames", rate_hz=100.0, height=240, width=320),
         rig.daemon(runtime, config, trace=path) as run,
     ):
         with run.client() as client:
