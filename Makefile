@@ -39,10 +39,10 @@ check: lint
 # action envelope, the bundle, the gate.
 COVERED := edge_agent/wire/*,edge_agent/zmtp/*,edge_agent/client/*,edge_agent/actions/*,edge_agent/bundle/*,edge_agent/supervisor/gate.py
 
-# Three workers on two cores: tests that wait for a process leave room for another. worksteal keeps the tests of a file
+# Four workers on two cores: tests that wait for a process leave room for another. worksteal keeps the tests of a file
 # together, so that what they share is loaded once.
 test: lint $(VENV)/.smollm2 $(VENV)/.ros2 $(VENV)/libzmq
-	$(RUN)/python -m pytest -n 3 --dist worksteal --cov --cov-report=
+	$(RUN)/python -m pytest -n 4 --dist worksteal --cov --cov-report=
 	$(RUN)/coverage report
 	$(RUN)/coverage report --include="$(COVERED)" --fail-under=100
 
