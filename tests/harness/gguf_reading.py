@@ -7,9 +7,9 @@ import json
 import struct
 from pathlib import Path
 
-import gguf
 import numpy as np
 
+from edge_agent.bundle.gguf_package import gguf
 from tests.harness import toy_numbers
 
 Kind = gguf.GGUFValueType

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
+
+from edge_agent.bundle.gguf_package import gguf
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 CHATML = {"<|im_start|>": CONTROL, "<|im_end|>": CONTROL}

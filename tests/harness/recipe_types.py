@@ -13,9 +13,9 @@ import tempfile
 from itertools import groupby
 from pathlib import Path
 
-import gguf
 import numpy as np
 
+from edge_agent.bundle.gguf_package import gguf
 from tests.harness import ROOT, releases
 
 Type = gguf.GGMLQuantizationType

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 
+from edge_agent.bundle.gguf_package import gguf
 from edge_agent.bundle.manifest import LANGUAGE, MMPROJ
 from edge_agent.bundle.wrap import wrap
 from edge_agent.config import LanguageConfig, VisionConfig

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import gguf
 import msgspec
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ import pytest
 import quantize.build
 import quantize.build_folder
 from edge_agent.bundle import manifest, verify
+from edge_agent.bundle.gguf_package import gguf
 from edge_agent.model.llama import LlamaContext, LlamaOptions
 from edge_agent.model.onnx_runtime import onnxruntime
 from quantize.build_folder import BuildError, BuildFolder

@@ -9,12 +9,12 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import gguf
 import llama_cpp
 import llama_cpp.llama_cpp as ll
 import numpy as np
 import pytest
 
+from edge_agent.bundle.gguf_package import gguf
 from edge_agent.bundle.manifest import LANGUAGE
 from quantize import standard_recipes
 from quantize.boards import BOARDS, boards_that_fit

@@ -8,7 +8,6 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-import gguf
 import msgspec
 import numpy as np
 import onnx
@@ -17,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edge_agent.bundle.file_check import BLOCKS, TensorHeader, UnsafeFileError, check_gguf
 from edge_agent.bundle.files import hash_file
+from edge_agent.bundle.gguf_package import gguf
 from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, VISION, read_manifest, write_manifest
 from edge_agent.bundle.onnx_check import OPS, check_onnx, weight_type
 from edge_agent.bundle.verify import verify_bundle

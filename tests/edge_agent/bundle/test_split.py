@@ -7,12 +7,12 @@ import shutil
 import struct
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 
 from edge_agent.bundle.file_check import UnsafeFileError, check_gguf
 from edge_agent.bundle.files import hash_file
+from edge_agent.bundle.gguf_package import gguf
 from edge_agent.bundle.gguf_source import open_source
 from edge_agent.bundle.manifest import LANGUAGE
 from edge_agent.bundle.verify import verify_bundle

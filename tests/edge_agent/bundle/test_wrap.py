@@ -7,12 +7,12 @@ import os
 import shutil
 from pathlib import Path
 
-import gguf
 import pytest
 
 from edge_agent.bundle import signing
 from edge_agent.bundle import wrap as wrap_module
 from edge_agent.bundle.files import hash_file
+from edge_agent.bundle.gguf_package import gguf
 from edge_agent.bundle.layout import MISTRAL_VISION
 from edge_agent.bundle.manifest import LANGUAGE, MANIFEST, MMPROJ, read_manifest
 from edge_agent.bundle.verified_files import VerifiedFiles

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import gguf
 import numpy as np
 import pytest
 
+from edge_agent.bundle.gguf_package import gguf
 from quantize.formats import ggml_kernels
 from tests.harness.gguf_reading import Reader
 

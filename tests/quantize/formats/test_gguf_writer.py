@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 
+from edge_agent.bundle.gguf_package import gguf
 from quantize.formats.ggml_kernels import Type
 from quantize.formats.gguf_writer import ALIGNMENT, GgufFile, HeaderWriter, State, WriterWithoutArchitecture
 

@@ -6,9 +6,9 @@ import json
 import re
 from pathlib import Path
 
-import gguf
 import pytest
 
+from edge_agent.bundle.gguf_package import gguf
 from quantize.source.tensor_names import TensorSpec, canonical, tensor_specs
 from tests.harness import toy
 

@@ -6,11 +6,11 @@ import base64
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import gguf
 import pytest
-from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
+from edge_agent.bundle.gguf_package import gguf
 from edge_agent.bundle.manifest import LANGUAGE, EmbeddingInfo
 from edge_agent.model.llama import LlamaContext, LlamaOptions
 from quantize.source.hf_config import CheckpointError
@@ -18,6 +18,9 @@ from quantize.source.tokenizer import read_tokenizer
 from tests.harness import toy, toy_tokenizer
 from tests.harness.case import Case
 from tests.harness.gguf_reading import Reader
+
+if TYPE_CHECKING:
+    from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 CORPUS = {
     "english": "The quick brown fox jumps over 13 lazy dogs, doesn't it? I'LL SEE. HelloWorld fooBarBAZ, don't WE'VE",
@@ -60,9 +63,16 @@ def full(toy_full_vocabulary: Path, convert: Callable[..., Path]) -> Iterator[Ll
         yield llm
 
 
+def tekkenizer_of(folder: Path) -> Tekkenizer:
+    """mistral-common's reader of tekken.json. Its import takes a second."""
+    from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+
+    return Tekkenizer.from_file(folder / "tekken.json")
+
+
 @pytest.fixture(scope="module")
 def tekkenizer(toy_full_vocabulary: Path) -> Tekkenizer:
-    return Tekkenizer.from_file(toy_full_vocabulary / "tekken.json")
+    return tekkenizer_of(toy_full_vocabulary)
 
 
 @pytest.mark.parametrize("text", CORPUS.values(), ids=CORPUS)
@@ -74,7 +84,7 @@ def test_llama_cpp_tokenises_as_mistral_common_does(full: LlamaContext, tekkeniz
 def test_the_same_with_a_vocabulary_cut_by_rank(form: str, convert: Callable[..., Path], tmp_path: Path):
     folder = toy.write_checkpoint(tmp_path / form, tokenizer=form, vocab=2048)
     toy_tokenizer.write_tekken(tmp_path, 2048)
-    tekkenizer = Tekkenizer.from_file(tmp_path / "tekken.json")
+    tekkenizer = tekkenizer_of(tmp_path)
     with Case({}, folder, convert(folder)).language() as llm:
         for text in CORPUS.values():
             assert llm.tokens(text) == tekkenizer.encode(text, bos=False, eos=False)
@@ -151,7 +161,7 @@ def older(version: str) -> Callable[[dict], None]:
 def test_names_that_an_older_file_does_not_list_are_those_of_mistral_common(tmp_path: Path, version: str):
     toy_tokenizer.write_tekken(tmp_path, 2048)
     edit(tmp_path / "tekken.json", older(version))
-    found, theirs = read_tokenizer(tmp_path, 2048), Tekkenizer.from_file(tmp_path / "tekken.json")
+    found, theirs = read_tokenizer(tmp_path, 2048), tekkenizer_of(tmp_path)
     assert found.tokens[:1000] == [theirs.id_to_piece(i) for i in range(1000)]
     assert found.special == {name: i for name, i in IDS.items() if not name.startswith("think")}
 
