@@ -105,11 +105,9 @@ def plan_bundle(
     vision = vision or VisionFormat()
     if vision.fixed is not None:
         check_fixed_size(checkpoint, vision.fixed)
-    if tokenizer is None:
-        tokenizer = read_tokenizer(checkpoint.folder, checkpoint.text.vocab)
     return BuildPlan(
         checkpoint=checkpoint,
-        tokenizer=tokenizer,
+        tokenizer=tokenizer or read_tokenizer(checkpoint.folder, checkpoint.text.vocab),
         name=recipe,
         types=recipe_types(checkpoint, recipe, imatrix),
         file_type=RECIPES[recipe],

@@ -69,11 +69,9 @@ class BuildPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 def plan_conversion(checkpoint: Checkpoint, kind: str, tokenizer: Tokenizer | None = None) -> BuildPlan:
     """All three files at bf16, f16 or f32. tokenizer: if it is read already. Raises CheckpointError."""
-    if tokenizer is None:
-        tokenizer = read_tokenizer(checkpoint.folder, checkpoint.text.vocab)
     return BuildPlan(
         checkpoint=checkpoint,
-        tokenizer=tokenizer,
+        tokenizer=tokenizer or read_tokenizer(checkpoint.folder, checkpoint.text.vocab),
         name=kind,
         types=uniform_types(checkpoint, checkpoint.text_tensors, kind),
         file_type=FLOAT_TYPES[kind][1],

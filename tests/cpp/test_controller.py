@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -100,24 +99,8 @@ def test_it_follows_an_action_until_its_expiry_and_then_holds(start, daemon):
     assert rest == ["hold"] and "hold: expired\n" in reasons
 
 
-@contextlib.contextmanager
-def publishing(daemon: FakeDaemon, first_seq: int = 0, **changes: Any) -> Iterator[None]:
-    """An action every 10 ms, in a thread."""
-    stop = threading.Event()
-
-    def publish() -> None:
-        seq = first_seq
-        while not stop.wait(0.01):
-            daemon.publish("actions", move(seq, **changes))
-            seq += 1
-
-    thread = threading.Thread(target=publish)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+def publishing(daemon: FakeDaemon, first_seq: int = 0, **changes: Any) -> contextlib.AbstractContextManager[None]:
+    return daemon.publishing(lambda seq: move(seq, **changes), first_seq)
 
 
 def test_what_must_be_discarded_does_not_stop_it(start, daemon):

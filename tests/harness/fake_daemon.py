@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -82,6 +83,26 @@ class FakeDaemon:
         thread.start()
         try:
             yield requests
+        finally:
+            stop.set()
+            thread.join()
+
+    @contextlib.contextmanager
+    def publishing(self, make: Callable[[int], Header], first_seq: int = 0) -> Iterator[None]:
+        """Publish make(seq) on the actions stream every 10 ms, in a thread: on a busy machine an action may expire
+        before it is read."""
+        stop = threading.Event()
+
+        def publish() -> None:
+            for seq in itertools.count(first_seq):
+                if stop.wait(0.01):
+                    return
+                self.publish("actions", make(seq))
+
+        thread = threading.Thread(target=publish)
+        thread.start()
+        try:
+            yield
         finally:
             stop.set()
             thread.join()

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -147,24 +146,8 @@ def test_commands_of_the_daemon_name_the_extra_to_install(environment, command):
 VALUES = {"forward_m_s": 0.5, "right_m_s": 0.0, "down_m_s": 0.0, "yaw_rate_rad_s": -0.1}
 
 
-@contextlib.contextmanager
-def publishing_actions(daemon: FakeDaemon) -> Iterator[None]:
-    """A new action every 20 ms: on a busy machine one may expire before it is read."""
-    stop = threading.Event()
-
-    def publish() -> None:
-        seq = 0
-        while not stop.wait(0.02):
-            seq += 1
-            daemon.publish("actions", make_action(seq, type="move", values=VALUES))
-
-    thread = threading.Thread(target=publish)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+def publishing_actions(daemon: FakeDaemon) -> contextlib.AbstractContextManager[None]:
+    return daemon.publishing(lambda seq: make_action(seq, type="move", values=VALUES), first_seq=1)
 
 
 def read_until(process: subprocess.Popen[str], words: str) -> str:
