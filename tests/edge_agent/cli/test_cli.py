@@ -159,11 +159,19 @@ def test_check_prints_a_line_per_part(toy_bundle, pictures):
     assert "140x112" in done.stdout
 
 
-@pytest.mark.parametrize("source", ["/dev/video77", "/none/such.mp4", "rtsp://camera/1", "gst:videotestsrc"])
-def test_check_names_the_camera_that_failed(toy_bundle, source):
-    done = run("check", "--bundle", toy_bundle, "--camera", source)
+def test_a_camera_that_failed_is_the_only_fault(toy_bundle):
+    done = run("check", "--bundle", toy_bundle, "--camera", "/dev/video77")
     assert done.returncode == os.EX_CONFIG
     failed = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
+    assert len(failed) == 1 and "camera.source" in failed[0] and "/dev/video77" in failed[0]
+
+
+@pytest.mark.parametrize("source", ["/none/such.mp4", "rtsp://camera/1", "gst:videotestsrc"])
+def test_check_names_the_camera_that_failed(tmp_path, source):
+    """Without a bundle: only the camera is looked at."""
+    done = run("check", "--bundle", tmp_path, "--camera", source)
+    assert done.returncode == os.EX_CONFIG
+    failed = [line for line in done.stdout.splitlines() if line.startswith("FAIL  camera")]
     assert len(failed) == 1 and "camera.source" in failed[0]
     assert source.removeprefix("gst:videotestsrc") in failed[0]
 
