@@ -26,7 +26,7 @@ class Group(NamedTuple):
 def read_text(path: str) -> str:
     """The text of a file; empty if it cannot be read."""
     try:
-        return Path(path).read_text()
+        return (Path(path).read_bytes() or b"").decode()  # None: EAGAIN, of a sensor that is switched off
     except (OSError, UnicodeDecodeError):
         return ""
 

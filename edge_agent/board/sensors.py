@@ -19,9 +19,14 @@ MIN_TRIP_C, MAX_C = 40.0, 150.0  # no working silicon is hotter; a trip point be
 BELOW_CRITICAL_C = 5.0  # a zone with a shut-down temperature alone
 # Zones of a computer that do not measure its processors. A radio or a charger has its own limits.
 OTHER_ZONES = ("iwlwifi", "battery", "bat", "pch", "nvme", "wifi", "charger", "tboard", "tdiode", "mt76", "int34")
+# Its trip points are notifications that a program sets; coretemp has the limit.
+PACKAGE_ZONE = "x86_pkg_temp"
+UNDER_VOLTAGE = "under-voltage"
 # The firmware of a Raspberry Pi throttles at this temperature; sysfs does not tell.
 FIRMWARE_LIMITS_C = {"Raspberry Pi": 80.0}
 PROCESSOR_COOLERS = ("processor", "cpufreq", "devfreq", "cpu-throttle", "gpu-throttle", "cpu_throttle", "gpu_throttle")
+# mV and mA: the largest value of a register. It is read where a limit was never set, or the bus failed.
+FULL_SCALE = 32_000
 POWER_CHIPS = ("ina3221", "ina238", "ina226", "ina2xx")
 # Rails that carry the whole board, best first. INA3221's channel 1 is the input of a Jetson module.
 TOTAL_RAILS = ("VDD_IN", "VIN", "VDD_TOTAL", "POM_5V_IN", "SYS_VIN_HV")
@@ -111,6 +116,8 @@ def zones(read: Read = read_text, names: Names = list_names) -> list[Zone]:
         limit_c = _throttle_trip_c(folder, read, names)
         if firmware_c is not None:
             limit_c = min(firmware_c, limit_c or firmware_c)
+        if kind == PACKAGE_ZONE:
+            limit_c = None
         temperature_c = _celsius(read(f"{folder}/temp"))
         found.append(Zone(kind or name, temperature_c if (temperature_c or 0) > 0 else None, limit_c))
     return found + _chip_sensors(read, names)
@@ -140,7 +147,14 @@ def _chip_sensors(read: Read, names: Names) -> list[Zone]:
             if re.fullmatch(r"temp[0-9]+_input", file):
                 stem = f"{HWMON}/{name}/{file.removesuffix('_input')}"
                 label = read(f"{stem}_label").strip() or chip
-                found.append(Zone(label, _celsius(read(f"{stem}_input")), _celsius(read(f"{stem}_crit"))))
+                temperature_c, limit_c = (_celsius(read(f"{stem}_{what}")) or 0.0 for what in ("input", "crit"))
+                found.append(
+                    Zone(
+                        label,
+                        temperature_c if temperature_c > 0 else None,
+                        limit_c if limit_c >= MIN_TRIP_C else None,
+                    )
+                )
     return found
 
 
@@ -166,7 +180,7 @@ def rails(read: Read = read_text, names: Names = list_names) -> list[Rail]:
         if not read(f"{folder}/name").strip().startswith(POWER_CHIPS):
             continue
         for file in names(folder):
-            match = re.fullmatch(r"in([0-9]+)_input", file)
+            match = re.fullmatch(r"in([1-3])_input", file)  # the others are sums, and voltages of shunts
             if match and (rail := _rail(folder, match.group(1), read)) is not None:
                 found.append(rail)
     return found
@@ -178,15 +192,14 @@ def _rail(folder: str, number: str, read: Read) -> Rail | None:
     if (
         voltage_mv is None
         or current_ma is None
-        or voltage_mv < 0
-        or current_ma < 0
+        or not 0 <= voltage_mv < FULL_SCALE
+        or not 0 <= current_ma < FULL_SCALE
         or label in ("NC", "Sum of shunt v")
     ):
         return None
     limits = [_integer(read(f"{folder}/curr{number}_{kind}")) for kind in ("max", "crit")]
     limit_ma = min((limit for limit in limits if limit is not None and limit > 0), default=None)
-    # A sensor that was never set up says the largest value of its register.
-    limit_w = voltage_mv * limit_ma / 1e6 if limit_ma is not None and limit_ma < 32_000 else None
+    limit_w = voltage_mv * limit_ma / 1e6 if limit_ma is not None and limit_ma < FULL_SCALE else None
     return Rail(label or f"channel {number}", voltage_mv * current_ma / 1e6, limit_w)
 
 
@@ -199,7 +212,7 @@ def board_power(found: list[Rail]) -> tuple[float | None, float | None]:
     parts = [by_name[name].power_w for name in PART_RAILS if name in by_name]
     if len(parts) > 1:
         return sum(parts), None
-    return (found[0].power_w, found[0].limit_w) if found else (None, None)
+    return (found[0].power_w, found[0].limit_w) if len(found) == 1 else (None, None)  # of several: parts of the board
 
 
 # -- clocks and throttling --------------------------------------------------------------------------------------------
@@ -232,14 +245,14 @@ def throttle_reasons(read: Read = read_text, names: Names = list_names) -> tuple
             continue
         state = _integer(read(f"{THERMAL}/{name}/cur_state"))
         known |= state is not None
-        if state:
+        if state is not None and state > 0:
             reasons.append(f"temperature: {kind} at step {state}")
     for name in names(HWMON):
         alarm = _integer(read(f"{HWMON}/{name}/in0_lcrit_alarm"))  # of a Raspberry Pi
         if alarm is not None and read(f"{HWMON}/{name}/name").strip() == "rpi_volt":
             known = True
             if alarm:
-                reasons.append("under-voltage")
+                reasons.append(UNDER_VOLTAGE)
     return tuple(reasons) if known else None
 
 

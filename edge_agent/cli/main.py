@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import sys
 from collections.abc import Callable, Mapping
 
@@ -55,6 +56,8 @@ def main() -> None:
     words, controller = split_controller(sys.argv[1:])
     arguments = make_parser().parse_args(words)
     arguments.controller = controller
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without "°" shows "?"
     try:
         sys.exit(run_command(arguments))
     except UserError as error:

@@ -10,7 +10,8 @@ from edge_agent.doctor.hardware import CUDA_OF_JETPACK, is_container, jetson
 from edge_agent.doctor.machine import CudaAnswer, Machine
 
 NVIDIA_VENDOR, DISPLAY_CLASSES = "0x10de", ("0x0300", "0x0302")  # of PCI: VGA, and 3D without a monitor
-JETSON_NODES = ("/dev/nvmap", "/dev/nvhost-gpu", "/dev/nvgpu", "/dev/nvhost-ctrl-gpu")
+# Of the GPU's own driver, on Orin and on Thor. /dev/nvmap belongs to another one, and is there without a GPU.
+JETSON_NODES = ("/dev/nvhost-gpu", "/dev/nvgpu", "/dev/nvhost-ctrl-gpu", "/dev/nvidia0")
 MIN_FREE_MIB = 1024.0  # of a card, if the bundle is not known
 CPU_PROVIDER, CUDA_PROVIDER, TENSORRT_PROVIDER = (
     f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt")
@@ -74,11 +75,15 @@ def gpu(machine: Machine) -> Finding:
             return warned("GPU", f"{len(answers.cards)} cards, the model is spread over all of them: {names}", remedy)
         return passed("GPU", names)
     if answers.card_error or (driver and answers.cards == ()):
-        why = answers.card_error or "NVML finds no card"
+        if is_container(machine) and not answers.card_error:  # it sees the driver of the machine, and no card
+            return failed("GPU", "the container has no NVIDIA card", "start the container with --gpus all")
+        why = answers.card_error or "NVML is not installed, or finds no card"
         remedy = "restart the machine; if that does not help, install the driver again. `nvidia-smi` says more"
         return failed("GPU", f"the driver is loaded and does not answer: {why}", remedy)
     if driver:
         return passed("GPU", "NVIDIA's driver is loaded")
+    if n_pci and not wants_gpu(machine):
+        return passed("GPU", "an NVIDIA card without its driver, not used: language.gpu_layers is 0")
     if n_pci:
         loaded = "nouveau is loaded instead" if "nouveau " in machine.read("/proc/modules") else "no driver is loaded"
         if is_container(machine):

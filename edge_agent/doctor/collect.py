@@ -23,7 +23,6 @@ import msgspec
 
 from edge_agent.board import health
 from edge_agent.board.control_groups import allowed_cores
-from edge_agent.board.nvml import Nvml
 from edge_agent.bundle.gpu_memory import probe_gpu
 from edge_agent.bundle.manifest import VISION, read_manifest
 from edge_agent.bundle.memory_plan import NotEnoughMemoryError, adapters_mib, plan_memory
@@ -99,6 +98,7 @@ def _system(config: Config | None) -> Answers:
         pointer_bits=64 if sys.maxsize > 2**32 else 32,
         n_cores=allowed_cores(),
         user=_user(),
+        may_open_cameras=any(os.access(device, os.R_OK | os.W_OK) for device in Path("/dev").glob("video*")),
         largest_block_mib=largest_block_mib(),
         clock_synchronised=_clock_is_synchronised(),
         year=time.gmtime().tm_year,
@@ -142,13 +142,16 @@ def _clock_is_synchronised() -> bool | None:
 
 
 def _disks(config: Config | None) -> dict[str, DiskAnswer]:
-    paths = ["/", str(state_dir())]
+    paths = ["/"]
+    with contextlib.suppress(RuntimeError):  # this user has no home folder
+        paths.append(str(state_dir()))
     if config is not None:
         paths.append(config.bundle)
     found: dict[str, DiskAnswer] = {}
     devices: set[int] = set()
     for path in paths:
-        existing = next((p for p in (Path(path), *Path(path).absolute().parents) if p.exists()), Path("/"))
+        # os.path.exists() is False, and not an error, in a folder that this user may not enter
+        existing = next((p for p in (Path(path), *Path(path).absolute().parents) if os.path.exists(p)), Path("/"))
         with contextlib.suppress(OSError):
             status, device = os.statvfs(existing), existing.stat().st_dev
             if device in devices:
@@ -178,6 +181,8 @@ def _bundle(config: Config | None) -> dict[str, Any]:
         return {"memory_error": str(error).removeprefix("memory: ")}
     except (BundleError, ConfigError) as error:
         return {"bundle_error": str(error)}
+    except OSError as error:
+        return {"bundle_error": f"{error.filename or config.bundle}: {error.strerror}"}
     return {
         "has_vision_onnx": VISION in bundle.manifest.files,
         "needed_mib": plan.mib,
@@ -185,21 +190,20 @@ def _bundle(config: Config | None) -> dict[str, Any]:
     }
 
 
-def _cards() -> dict[str, Any]:
-    nvml = Nvml()
-    try:
-        cards = nvml.cards()
-        fields = CardAnswer.__struct_fields__
-        return {
-            "cards": tuple(CardAnswer(**{name: getattr(card, name) for name in fields}) for card in cards),
-            "card_error": nvml.error,
-            "cuda_version": nvml.cuda_version(),
-        }
-    finally:
-        nvml.close()
-
-
 # -- child processes --------------------------------------------------------------------------------------------------
+
+
+class _NvmlAnswer(msgspec.Struct, frozen=True):
+    """NVIDIA's management library. A broken card can make it hang in the driver."""
+
+    error: str = ""
+    cards: tuple[CardAnswer, ...] = ()
+    cuda_version: int | None = None
+
+
+def _cards() -> dict[str, Any]:
+    found = _native("nvml", _NvmlAnswer)
+    return {"cards": found.cards, "card_error": found.error, "cuda_version": found.cuda_version}
 
 
 def ask_onnxruntime() -> OnnxruntimeAnswer:

@@ -20,6 +20,7 @@ CHIPS = {  # name in the device tree -> (name of the family, compute capability)
 }
 JETPACK = {36: 6, 38: 7, 39: 7}  # major number of the L4T release -> JetPack
 OLDEST_RELEASE = 36
+LAST_JETPACK = {"Xavier": 5, "TX2": 4, "Nano": 4}  # of boards that get no newer one
 CUDA_OF_JETPACK = {6: 12, 7: 13}
 SIMD = {"x86_64": ("flags", "avx2"), "aarch64": ("Features", "asimddp")}
 NEAR_LIMIT_C = 5.0
@@ -72,12 +73,16 @@ def board(machine: Machine) -> Finding:
     if found.release is None:
         if machine.exists("/etc/nv_tegra_release"):
             return warned("board", f"{name}, /etc/nv_tegra_release names no release", "install nvidia-l4t-core again")
-        remedy = "install JetPack 6 or 7; in a container, mount /etc/nv_tegra_release"
+        wanted = "JetPack 7" if found.family == "Thor" else "JetPack 6 or 7"
+        remedy = f"install {wanted}; in a container, mount /etc/nv_tegra_release"
         return warned("board", f"{name}, no /etc/nv_tegra_release: JetPack is unknown", remedy)
     revision = re.search(r"REVISION: ([0-9.]+)", machine.read("/etc/nv_tegra_release"))
     release = f"L4T {found.release}" + (f".{revision.group(1)}" if revision else "")
     if found.release < OLDEST_RELEASE:
-        return failed("board", f"{name}, {release}: older than JetPack 6", "install JetPack 6 or 7 on the board")
+        last = LAST_JETPACK.get(found.family)
+        remedy = f"use an Orin or a Thor: {found.family} has no JetPack after {last}"
+        remedy = remedy if last else "install JetPack 6 or 7 on the board"
+        return failed("board", f"{name}, {release}: older than JetPack 6", remedy)
     if found.jetpack is None:
         return warned("board", f"{name}, {release}: a release that we do not know", "use JetPack 6 or 7, or report it")
     if found.family == "Thor" and found.jetpack < 7:
@@ -192,25 +197,29 @@ def _watts(name: str) -> float | None:
 def clocks(machine: Machine) -> Finding | None:
     """Frequency governors, and clocks that are held down."""
     cpu = "/sys/devices/system/cpu/cpufreq"
-    slow = []
+    slow: list[tuple[str, str]] = []  # what is slow, and the remedy
     for name in machine.names(cpu):
         governor, driver = (machine.line(f"{cpu}/{name}/scaling_{what}") for what in ("governor", "driver"))
         preference = machine.line(f"{cpu}/{name}/energy_performance_preference")
         # Two drivers choose the clock by themselves; there, powersave is the name of the normal governor.
         chooses_itself = driver in ("intel_pstate", "amd-pstate-epp")
-        if (governor == "powersave" and not chooses_itself) or (chooses_itself and preference == "power"):
-            slow.append(f"{name}: {preference if chooses_itself else governor}")
+        if governor == "powersave" and not chooses_itself:
+            slow.append((f"{name}: {governor}", f"echo schedutil | sudo tee {cpu}/*/scaling_governor"))
+        if chooses_itself and preference == "power":
+            file = f"{cpu}/*/energy_performance_preference"
+            slow.append((f"{name}: {preference}", f"echo balance_performance | sudo tee {file}"))
         limits = [machine.number(f"{cpu}/{name}/{what}") for what in ("scaling_max_freq", "cpuinfo_max_freq")]
         if jetson(machine) is None and None not in limits and (limits[0] or 0) < WEAK_MODE * (limits[1] or 0):
-            slow.append(f"{name}: at most {(limits[0] or 0) / 1000:.0f} of {(limits[1] or 0) / 1000:.0f} MHz")
+            found = f"{name}: at most {(limits[0] or 0) / 1000:.0f} of {(limits[1] or 0) / 1000:.0f} MHz"
+            slow.append((found, f"echo {limits[1]} | sudo tee {cpu}/{name}/scaling_max_freq"))
     gpu = sensors.gpu_folder(machine.names)
     steps = to_numbers(machine.read(f"{gpu}/available_frequencies")) if gpu else []
     limit_hz = machine.number(f"{gpu}/max_freq") if gpu else None
     if steps and limit_hz and limit_hz < HELD_DOWN_GPU * max(steps):
-        slow.append(f"GPU: at most {limit_hz / 1e6:.0f} of {max(steps) / 1e6:.0f} MHz")
+        slow.append((f"GPU: at most {limit_hz / 1e6:.0f} of {max(steps) / 1e6:.0f} MHz", ""))
     if slow:
-        command = "sudo jetson_clocks" if jetson(machine) else "sudo cpupower frequency-set -g schedutil"
-        return warned("clocks", "; ".join(slow[:3]), f"{command}; on a Jetson choose a stronger power mode first")
+        remedy = "sudo jetson_clocks; choose a stronger power mode first" if jetson(machine) else slow[0][1]
+        return warned("clocks", "; ".join(found for found, _ in slow[:3]), remedy)
     mhz = sensors.cpu_mhz(machine.read, machine.names)
     if mhz is None and gpu is None:
         return None
@@ -253,10 +262,12 @@ def throttling(machine: Machine) -> Finding | None:
     known = sensors.throttle_reasons(machine.read, machine.names) is not None
     if reasons:
         remedy = "cool the board, or use a stronger supply; the governor lowers the load before (governor.enabled)"
+        if set(reasons) == {sensors.UNDER_VOLTAGE}:
+            remedy = "use a stronger supply, with a short and thick cable"
         return warned("throttling", "; ".join(reasons[:4]), remedy)
     events = sensors.overcurrent_events(machine.read, machine.names)
     if events:
-        found = f"{events} times since the boot because of too much current"
+        found = f"too much current, since the boot: {events}"
         return warned("throttling", found, "use a stronger supply, or a weaker power mode (nvpmodel)")
     known |= events is not None or any(card.throttle_reasons is not None for card in machine.answers.cards or ())
     return passed("throttling", "not now") if known else None

@@ -93,6 +93,7 @@ class Answers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     pointer_bits: int | None = None  # of this Python
     n_cores: int | None = None  # that a process may use, by its affinity
     user: str = ""  # that runs the daemon, if no unit is installed
+    may_open_cameras: bool | None = None  # this user; a desktop session may give it the right without a group
     largest_block_mib: float | None = None  # of memory, in one piece, that a process could allocate
     clock_synchronised: bool | None = None
     year: int | None = None  # by this machine's clock
@@ -140,7 +141,7 @@ class LocalFiles:
             with os.fdopen(os.open(self._real(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     return ""
-                return file.read(MAX_FILE_BYTES).decode()
+                return (file.read(MAX_FILE_BYTES) or b"").decode()  # None: EAGAIN, of a sensor that is switched off
         except (OSError, UnicodeDecodeError):
             return ""
 

@@ -7,7 +7,7 @@ import re
 from edge_agent.board import health
 from edge_agent.board.control_groups import groups, memory_left_mib
 from edge_agent.doctor.finding import Finding, failed, passed, warned
-from edge_agent.doctor.hardware import jetson
+from edge_agent.doctor.hardware import is_container, jetson
 from edge_agent.doctor.machine import Machine, to_numbers
 
 ENOUGH_MIB, LITTLE_MIB = 1024.0, 400.0  # if the bundle is not known
@@ -48,14 +48,16 @@ def killed_for_memory(machine: Machine) -> Finding | None:
     events = [
         int(match.group(1))
         for group in groups("memory", machine.read)
-        if (match := re.search(r"^oom_kill ([0-9]{1,9})$", machine.read(f"{group.folder}/memory.events"), re.MULTILINE))
+        for name in ("memory.events", "memory.oom_control")  # of version 2 and of version 1
+        if (match := re.search(r"^oom_kill ([0-9]{1,9})$", machine.read(f"{group.folder}/{name}"), re.MULTILINE))
     ]
-    counts = [*events, *([int(found.group(1))] if found else [])]
+    # In a container /proc/vmstat is that of the machine: what is killed there says nothing about the container.
+    counts = [*events, *([int(found.group(1))] if found and not is_container(machine) else [])]
     if not counts:
         return None
     if max(counts):
         remedy = "journalctl -k | grep -i 'killed process' names them; then free memory, or use a smaller bundle"
-        return warned("memory kills", f"the kernel ended {max(counts)} processes since the boot", remedy)
+        return warned("memory kills", f"processes that the kernel ended since the boot: {max(counts)}", remedy)
     return passed("memory kills", "none since the boot")
 
 

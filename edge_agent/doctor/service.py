@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import PurePosixPath
 
 from edge_agent.doctor.accelerator import has_gpu
 from edge_agent.doctor.finding import Finding, failed, passed, warned
@@ -25,9 +26,10 @@ def configuration(machine: Machine) -> Finding | None:
     if machine.config is None:
         return None
     if machine.answers.bundle_error:
-        return failed(
-            "configuration", machine.answers.bundle_error, "build or copy the bundle again, or correct `bundle`"
-        )
+        remedy = "build or copy the bundle again, or correct `bundle`"
+        if machine.answers.bundle_error.endswith("Permission denied"):
+            remedy = "sudo edge-agent doctor: this user may not read it, the daemon's may"
+        return failed("configuration", machine.answers.bundle_error, remedy)
     return passed("configuration", machine.config_path or "from the arguments")
 
 
@@ -42,6 +44,8 @@ def unit(machine: Machine) -> Finding | None:
             return passed("unit", "not installed: edge-agent is no service here")
         remedy = "sudo sh systemd/install.sh in the folder of this project (docs/jetson.md)"
         return warned("unit", f"{NAME} is not installed", remedy)
+    if found.is_masked:
+        return failed("unit", f"{found.path}: masked, systemd does not start it", "sudo systemctl unmask edge-agent")
     command = found.command
     n_commands = len(found.settings.get("ExecStart", []))
     if n_commands != 1:
@@ -63,7 +67,7 @@ def unit(machine: Machine) -> Finding | None:
         return failed(
             "unit",
             f"User={user}: no such user",
-            "sudo cp systemd/edge-agent.sysusers.conf /etc/sysusers.d/edge-agent.conf && sudo systemd-sysusers",
+            "sudo sh systemd/install.sh in the folder of this project makes it",
         )
     wants = [f"{folder}/{target}.wants/{NAME}" for folder in ("/etc/systemd/system", "/usr/lib/systemd/system")
              for target in ("multi-user.target", "default.target", "graphical.target")]  # fmt: skip
@@ -78,7 +82,7 @@ def unit(machine: Machine) -> Finding | None:
 def drop_ins(machine: Machine) -> Finding | None:
     """Settings with which the daemon cannot work."""
     found = installed_unit(machine)
-    if found is None:
+    if found is None or found.is_masked:
         return None
     for problem in (_devices, _folders, _limits, _watchdog):
         if (finding := problem(found, machine)) is not None:
@@ -114,7 +118,7 @@ def _folders(found: Unit, machine: Machine) -> Finding | None:
         return None
     source = config.camera.source
     if "nvargus" in source and found.last("PrivateTmp", "no").lower() not in ("no", "false", "off", "0"):
-        remedy = f"sudo cp systemd/edge-agent-csi.conf /etc/systemd/system/{NAME}.d/csi.conf, {RELOAD}"
+        remedy = f"sudo sh systemd/install.sh --csi in the folder of this project, {RELOAD}"
         return failed("unit settings", "PrivateTmp=yes hides the socket of the CSI cameras", remedy)
     hidden = found.last("ProtectHome", "no").lower() in ("yes", "true", "on", "1", "tmpfs")
     for path in (config.bundle, *config.trusted_keys, *config.language.adapters.values(), source):
@@ -136,10 +140,10 @@ def _limits(found: Unit, machine: Machine) -> Finding | None:
         if allowed_mib is not None and needed_mib is not None and allowed_mib < needed_mib:
             found_text = f"{key}={found.last(key)}, and the bundle needs about {needed_mib:.0f} MiB"
             return failed("unit settings", found_text, f"raise {key}=, or use a smaller bundle, {RELOAD}")
-    quota = re.fullmatch(r"([0-9]{1,6})%", found.last("CPUQuota"))
+    quota = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,3})?)%", found.last("CPUQuota"))
     if quota:
         n_threads = machine.config.cpu_threads if machine.config is not None else 0
-        if int(quota.group(1)) < 100 * max(1, n_threads):
+        if float(quota.group(1)) < 100 * max(1, n_threads):
             remedy = f"raise CPUQuota=, or lower cpu_threads, {RELOAD}"
             return warned("unit settings", f"CPUQuota={quota.group(0)} for {n_threads or 'at least 1'} threads", remedy)
     if machine.config is not None and machine.config.advanced.mlock and found.last("LimitMEMLOCK") != "infinity":
@@ -148,7 +152,7 @@ def _limits(found: Unit, machine: Machine) -> Finding | None:
 
 
 def _watchdog(found: Unit, machine: Machine) -> Finding | None:
-    if found.last("Type") != "notify":
+    if found.last("Type") not in ("notify", "notify-reload"):
         remedy = f"remove Type= from the drop-in, {RELOAD}"
         return failed(
             "unit settings", f"Type={found.last('Type') or 'simple'}: systemd does not hear the daemon", remedy
@@ -173,7 +177,7 @@ def _watchdog(found: Unit, machine: Machine) -> Finding | None:
 
 
 def user_groups(machine: Machine) -> Finding | None:
-    """Cameras belong to group video, a GPU to video and render."""
+    """Cameras belong to group video, the GPU of a Jetson to video and render; a card of a PC is open to all."""
     found = installed_unit(machine)
     user = found.last("User", "root") if found is not None else machine.answers.user
     if not user:
@@ -186,11 +190,15 @@ def user_groups(machine: Machine) -> Finding | None:
                     if line.startswith(f"{user}:") and line.count(":") >= 4), None)  # fmt: skip
     own = {name for name, users in members.items() if user in users} | {row[0] for row in rows if row[2] == primary}
     if found is not None:
-        own |= {*found.words("SupplementaryGroups"), found.last("Group", user)}
+        by_number = {row[2]: row[0] for row in rows}
+        groups = (*found.words("SupplementaryGroups"), found.last("Group", user))
+        own |= {by_number.get(group, group) for group in groups}
     has_camera = any(name.startswith("video") for name in machine.names("/dev"))
-    wanted = {"video"} if has_camera or jetson(machine) is not None else set()
-    if jetson(machine) is not None or machine.names("/dev/dri"):
-        wanted |= {"render"} if "render" in members and has_gpu(machine) else set()
+    may_open = found is None and machine.answers.may_open_cameras is True
+    is_jetson = jetson(machine) is not None
+    wanted = {"video"} if is_jetson or (has_camera and not may_open) else set()
+    if is_jetson and "render" in members and has_gpu(machine):
+        wanted |= {"render"}
     missing = sorted(wanted & members.keys() - own)
     if missing:
         remedy = f"sudo usermod -aG {','.join(missing)} {user}, then log in again"
@@ -206,7 +214,7 @@ def clock(machine: Machine) -> Finding | None:
     if machine.exists("/run/systemd/timesync/synchronized"):
         synchronised = True
     if year is not None and year < OLDEST_YEAR:
-        remedy = "sudo timedatectl set-time, or sudo hwclock -s; replace the battery of the clock"
+        remedy = "sudo date -s 'YEAR-MONTH-DAY HOURS:MINUTES', then sudo hwclock -w; replace the battery of the clock"
         return warned("clock", f"this machine is in the year {year}: recordings get wrong dates", remedy)
     if synchronised is None or is_container(machine):  # a container cannot set the machine's clock
         return None
@@ -230,9 +238,9 @@ def leftovers(machine: Machine) -> Finding | None:
         if any(child in words for child in CHILDREN):
             state = re.search(r"^State:\s+(\S)", status, re.MULTILINE)
             stuck = state is not None and state.group(1) == "D"
-            if stuck or (parent is not None and parent.group(1) == "1" and not is_first):
+            if stuck or (parent is not None and not is_first and _takes_orphans(parent.group(1), machine)):
                 orphans.append(f"{name}{' (in a driver call)' if stuck else ''}")
-        daemons += any(word.endswith("edge-agent") for word in words) and "run" in words
+        daemons += _is_daemon(words)
     if orphans:
         remedy = f"kill -9 {orphans[0].split()[0]}; if it stays, replug the camera or restart the machine"
         return warned("leftovers", f"processes of a daemon that is gone: {', '.join(orphans)}", remedy)
@@ -256,6 +264,18 @@ def leftovers(machine: Machine) -> Finding | None:
     if machine.is_open_to_all(folder):
         return failed("leftovers", f"{folder}: everybody may write to it", f"sudo chmod 750 {folder}")
     return passed("leftovers", "none" if not daemons and not machine.answers.listening else "a daemon runs")
+
+
+def _is_daemon(words: list[str]) -> bool:
+    """Whether the words of a command are `[python] edge-agent run`, and not those of sudo or docker around it."""
+    program = PurePosixPath(words[0]).name
+    rest = words[1:] if program.startswith("python") else words
+    return PurePosixPath(rest[0] if rest else "").name == "edge-agent" and rest[1:2] == ["run"]
+
+
+def _takes_orphans(pid: str, machine: Machine) -> bool:
+    """Whether a parent is one that the kernel gives to processes whose own has ended: init, or a user's systemd."""
+    return pid == "1" or PurePosixPath(machine.read(f"/proc/{pid}/cmdline").split("\0")[0]).name == "systemd"
 
 
 CHECKS = (configuration, unit, drop_ins, user_groups, clock, leftovers)

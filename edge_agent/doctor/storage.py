@@ -7,6 +7,7 @@ import stat
 from pathlib import PurePosixPath
 
 from edge_agent.doctor.finding import Finding, failed, passed, warned
+from edge_agent.doctor.hardware import is_container
 from edge_agent.doctor.machine import Machine
 
 LITTLE_MIB, FULL_MIB = 500.0, 50.0
@@ -50,8 +51,11 @@ def _root_is_read_only(machine: Machine) -> Finding | None:
 
 
 def _may_be_read_only(path: str, machine: Machine) -> bool:
-    """The bundle's folder, and a system that is mounted read-only by its own fstab: only its state must be writable."""
+    """The bundle's folder, a container's own system, and one that is mounted read-only by its own fstab: only the state
+    must be writable."""
     if machine.config is not None and path == machine.config.bundle:
+        return True
+    if path == "/" and is_container(machine):
         return True
     return path == "/" and bool(re.search(r"^\S+\s+/\s+\S+\s+(?:\S+,)?ro\b", machine.read("/etc/fstab"), re.MULTILINE))
 
@@ -67,7 +71,7 @@ def wear(machine: Machine) -> Finding | None:
             continue
         spare = max(_hexadecimal(machine.line(f"{folder}/pre_eol_info")), default=0)
         worst = max(worst, life, WORN if spare >= 3 else ALMOST_WORN if spare == 2 else 0)
-        lines.append(f"{name}: " + (f"{10 * life} % of its life is used" if life < WORN else "past its life"))
+        lines.append(f"{name}: " + (f"up to {10 * life} % of its life is used" if life < WORN else "past its life"))
     if not lines:
         return None
     if worst >= WORN:
@@ -92,9 +96,8 @@ def keys(machine: Machine) -> Finding | None:
     for path in machine.config.trusted_keys:
         text = machine.read(path)
         if not machine.exists(path):
-            return failed(
-                "keys", f"{path}: no such file", "copy the public key (NAME.pub) there, or correct trusted_keys"
-            )
+            remedy = "copy the public key (NAME.pub) there, or correct trusted_keys; as root, if this user may not look"
+            return failed("keys", f"{path}: no such file", remedy)
         if not text:
             return failed("keys", f"{path}: cannot be read, or is empty", f"sudo chmod 644 {path}")
         if "PRIVATE KEY" in text:

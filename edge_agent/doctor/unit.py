@@ -15,17 +15,21 @@ SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 class Unit(NamedTuple):
-    """The settings of [Service] and [Install], a list for each key: an empty value has emptied the list before it."""
+    """is_masked: systemd does not start it, whatever it says.
+
+    settings: of [Service] and [Install], a list for each key; an empty value has emptied the list before it.
+    """
 
     path: str
     drop_ins: tuple[str, ...]
     settings: dict[str, list[str]]
+    is_masked: bool = False
 
     def last(self, key: str, default: str = "") -> str:
         return self.settings.get(key, [default])[-1] if self.settings.get(key) else default
 
     def is_on(self, key: str) -> bool:
-        return self.last(key).lower() in ("yes", "true", "on", "1")
+        return self.last(key).lower() in ("yes", "y", "true", "t", "on", "1")
 
     def words(self, key: str) -> list[str]:
         return [word for value in self.settings.get(key, []) for word in value.split()]
@@ -64,7 +68,7 @@ def installed_unit(machine: Machine) -> Unit | None:
     for file in (path, *drop_ins):
         for key, value in parse(machine.read(file)):
             settings[key] = [*settings.get(key, []), value] if value else []
-    return Unit(path, drop_ins, settings)
+    return Unit(path, drop_ins, settings, machine.files.target(path) == "/dev/null")
 
 
 def parse(text: str) -> list[tuple[str, str]]:
@@ -81,14 +85,19 @@ def parse(text: str) -> list[tuple[str, str]]:
 
 
 def size_mib(text: str) -> float | None:
-    """1G, 900M or a number of bytes; None: infinity, or a share of the memory."""
-    found = re.fullmatch(r"([0-9]{1,15})([KMGT]?)B?", text.strip())
-    return int(found.group(1)) * SIZES[found.group(2)] / (1 << 20) if found else None
+    """1.5G, 900M or a number of bytes; of 1G:2G the first, which is in force; None: infinity, or a share."""
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?)([KMGT]?)B?", text.partition(":")[0].strip())
+    return float(found.group(1)) * SIZES[found.group(2)] / (1 << 20) if found else None
 
 
 def seconds(text: str) -> float | None:
     """15, 15s, 1min 30s or 500ms."""
-    units = {"": 1.0, "s": 1.0, "sec": 1.0, "ms": 0.001, "min": 60.0, "m": 60.0, "h": 3600.0}
+    units = {
+        **dict.fromkeys(("", "s", "sec", "second", "seconds"), 1.0),
+        **dict.fromkeys(("ms", "msec"), 0.001),
+        **dict.fromkeys(("m", "min", "minute", "minutes"), 60.0),
+        **dict.fromkeys(("h", "hr", "hour", "hours"), 3600.0),
+    }
     parts = re.findall(r"([0-9]{1,9}(?:\.[0-9]+)?)\s*([a-z]*)", text.strip())
     if not parts or any(unit not in units for _, unit in parts):
         return None

@@ -1,4 +1,4 @@
-"""Whether the native libraries work on this machine: python -m edge_agent.model.native_probe llama|onnxruntime
+"""Whether the native libraries work on this machine: python -m edge_agent.model.native_probe llama|onnxruntime|nvml
 
 Each prints one line of JSON. `edge-agent doctor` runs them in processes of their own: a library that was built for
 another processor ends its process with SIGILL, and the import of another version of llama.cpp fails.
@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent.board.cuda_code import cuda_code
+from edge_agent.board.nvml import Nvml
 
 ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
 PROVIDERS = ("CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider")  # that the daemon uses
+UNUSED = ("number", "uuid", "power_limit_w")  # of a card
 MAX_ERROR_CHARS = 300
 FLOAT32, OPSET, IR_VERSION = 1, 17, 8
 
@@ -35,6 +37,18 @@ def llama() -> dict[str, Any]:
         "system_info": ll.llama_print_system_info().decode("utf-8", "replace"),
         "cuda": None if cuda is None else cuda._asdict(),
     }
+
+
+def nvml() -> dict[str, Any]:
+    library = Nvml()
+    try:
+        cards = [card._asdict() for card in library.cards()]
+        for card in cards:
+            for name in UNUSED:
+                del card[name]
+        return {"error": library.error, "cards": cards, "cuda_version": library.cuda_version()}
+    finally:
+        library.close()
 
 
 def onnxruntime() -> dict[str, Any]:
@@ -92,7 +106,7 @@ def _field(number: int, value: int | bytes) -> bytes:
     return bytes([number << 3 | 2, len(value)]) + value
 
 
-PROBES: dict[str, Callable[[], dict[str, Any]]] = {"llama": llama, "onnxruntime": onnxruntime}
+PROBES: dict[str, Callable[[], dict[str, Any]]] = {"llama": llama, "onnxruntime": onnxruntime, "nvml": nvml}
 
 
 def main() -> int:

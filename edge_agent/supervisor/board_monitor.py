@@ -46,6 +46,7 @@ class BoardReader:
     def __init__(self, clock: Clock = time.monotonic_ns, read: Callable[[], Board] = read_board) -> None:
         self._clock, self._read = clock, read
         self._newest: tuple[int, Board] | None = None
+        self._has_failed = False
         self._pause = threading.Event()
 
     def start(self) -> None:
@@ -64,7 +65,13 @@ class BoardReader:
             self._pause.wait(INTERVAL_NS / NS_PER_S)
 
     def read_once(self) -> None:
-        board = self._read()
+        try:
+            board = self._read()
+        except Exception as error:  # whatever one sensor does: without this thread the governor would never act again
+            if not self._has_failed:
+                log_line(f"board: the sensors cannot be read: {type(error).__name__}: {error}")
+            self._has_failed = True
+            return
         self._newest = (self._clock(), board)
 
 

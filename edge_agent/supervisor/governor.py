@@ -34,6 +34,7 @@ REGRET_S = 120.0  # a step back that is undone within this time: the next one wa
 FIRST_STEPS = 7
 BASE_RATE_MEMORY = 0.98  # a second
 EMA_WEIGHT = 0.3  # weight of the newest reading
+MAX_POWER_SHARE = 2.0  # of the limit; more is a wrong reading, which would count for minutes
 SLOPE_WEIGHT = 0.1  # HORIZON_S multiplies the sensor's noise too
 
 
@@ -112,7 +113,7 @@ class Governor(msgspec.Struct, frozen=True, kw_only=True):
             headroom_c = self.headroom_c + EMA_WEIGHT * (heat.headroom_c - self.headroom_c)
             elapsed_s = max(now_s - self.updated_s, 0.1)
             slope = self.slope_c_s + SLOPE_WEIGHT * ((headroom_c - self.headroom_c) / elapsed_s - self.slope_c_s)
-        power = heat.power_share
+        power = None if heat.power_share is None else min(heat.power_share, MAX_POWER_SHARE)
         if power is not None and self.power_share is not None:
             power = self.power_share + EMA_WEIGHT * (power - self.power_share)
         return msgspec.structs.replace(

@@ -46,6 +46,59 @@ class Fault(NamedTuple):
 
 
 BOARD_FAULTS: dict[str, Fault] = {
+    # -- found by a reviewer with files of other boards
+    "an Orin whose GPU driver is not loaded": Fault(
+        ORIN_NANO, {"files": {"/dev/nvhost-gpu": None}}, "GPU", "fail", "no GPU nodes"
+    ),
+    "a board that gets no newer JetPack": Fault(
+        ORIN_NANO,
+        {
+            "files": {
+                "/proc/device-tree/compatible": "nvidia,p3668\0nvidia,tegra194\0",
+                "/etc/nv_tegra_release": "# R35 (release), REVISION: 6.0, GCID: 1\n",
+            },
+            **llama(ORIN_NANO, system_info="CUDA : NO_VMM = 1 | OPENMP = 1 | ", cuda=None),
+            **onnx(ORIN_NANO, cuda=None),
+        },
+        "board",
+        "fail",
+        "use an Orin or a Thor",
+    ),
+    "a container without its card": Fault(
+        CONTAINER,
+        {"files": {"/proc/driver/nvidia/version": "NVRM version: 580\n"}, "cards": ()},
+        "GPU",
+        "fail",
+        "--gpus all",
+    ),
+    "a preference for little power": Fault(
+        PC,
+        {
+            "files": {
+                f"{CPU}/scaling_driver": "intel_pstate\n",
+                f"{CPU}/scaling_governor": "powersave\n",
+                f"{CPU}/energy_performance_preference": "power\n",
+            }
+        },
+        "clocks",
+        "warn",
+        "echo balance_performance | sudo tee",
+    ),
+    "clocks of a PC held down": Fault(
+        PC, {"files": {f"{CPU}/scaling_max_freq": "800000\n"}}, "clocks", "warn", "/policy0/scaling_max_freq"
+    ),
+    "only a weak supply": Fault(
+        RASPBERRY_PI,
+        {
+            "files": {
+                "/sys/class/hwmon/hwmon7/name": "rpi_volt\n",
+                "/sys/class/hwmon/hwmon7/in0_lcrit_alarm": "1\n",
+            }
+        },
+        "throttling",
+        "warn",
+        "short and thick cable",
+    ),
     # -- board and system
     "JetPack 5": Fault(
         ORIN_NANO,
@@ -135,7 +188,7 @@ BOARD_FAULTS: dict[str, Fault] = {
     ),
     "throttled by heat": Fault(ORIN_NX, {"files": boards.cooler(1, "cpufreq-cpu0", 2)}, "throttling", "warn", "step 2"),
     "too much current": Fault(
-        ORIN_NANO, {"files": {"/sys/class/hwmon/hwmon5/oc2_event_cnt": "7\n"}}, "throttling", "warn", "7 times"
+        ORIN_NANO, {"files": {"/sys/class/hwmon/hwmon5/oc2_event_cnt": "7\n"}}, "throttling", "warn", "boot: 7"
     ),
     "under-voltage": Fault(
         RASPBERRY_PI,
@@ -170,7 +223,7 @@ BOARD_FAULTS: dict[str, Fault] = {
         "fail",
         "Driver/library version mismatch",
     ),
-    "no card behind the driver": Fault(PC_WITH_CARD, {"cards": ()}, "GPU", "fail", "NVML finds no card"),
+    "no card behind the driver": Fault(PC_WITH_CARD, {"cards": ()}, "GPU", "fail", "or finds no card"),
     "two cards": Fault(PC_WITH_CARD, {"cards": (CARD, CARD)}, "GPU", "warn", "CUDA_VISIBLE_DEVICES"),
     "every card is hidden": Fault(
         PC_WITH_CARD, {"cards": (), "visible_devices": ""}, "GPU", "warn", "hides every card"
@@ -293,10 +346,10 @@ BOARD_FAULTS: dict[str, Fault] = {
         "the limit of a control group",
     ),
     "killed for memory": Fault(
-        RASPBERRY_PI, {"files": {"/proc/vmstat": "oom_kill 3\n"}}, "memory kills", "warn", "3 processes"
+        RASPBERRY_PI, {"files": {"/proc/vmstat": "oom_kill 3\n"}}, "memory kills", "warn", "boot: 3"
     ),
     "killed in the unit": Fault(
-        PC, {"files": {f"{GROUP}/memory.events": "oom 1\noom_kill 2\n"}}, "memory kills", "warn", "2 processes"
+        PC, {"files": {f"{GROUP}/memory.events": "oom 1\noom_kill 2\n"}}, "memory kills", "warn", "boot: 2"
     ),
     "limited address space": Fault(
         PC,

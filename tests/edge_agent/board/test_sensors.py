@@ -128,8 +128,28 @@ def test_an_agx_orin_has_parts_only():
     assert board_of(boards.AGX_ORIN.files).power_w == pytest.approx(19.84 * 0.2 + 19.84 * 0.04 + 5 * 0.6)
 
 
+def test_one_rail_of_several_is_not_the_power_of_the_board():
+    parts = boards.rail(1, 1, "VDD_GPU", 5000, 400) | boards.rail(1, 2, "VDD_CPU_SOC_MSS", 5000, 200)
+    assert (board_of(parts).power_w, board_of(parts).power_limit_w) == (None, None)
+
+
+def test_the_sum_of_shunts_is_no_rail():
+    table = boards.rail(1, 1, "VDD_IN", 5000, 1500) | boards.rail(1, 7, "", 1, 1)
+    assert [rail.name for rail in sensors.rails(files(table).read, files(table).names)] == ["VDD_IN"]
+
+
 @pytest.mark.parametrize(
-    ("voltage", "current"), [("", "1"), ("5000", "x"), ("5000", ""), ("-1", "1"), ("5000", "-3"), ("²", "1")]
+    ("voltage", "current"),
+    [
+        ("32760", "1"),
+        ("5000", "32760"),
+        ("", "1"),
+        ("5000", "x"),
+        ("5000", ""),
+        ("-1", "1"),
+        ("5000", "-3"),
+        ("²", "1"),
+    ],
 )
 def test_a_rail_that_cannot_be_read_is_skipped(voltage, current):
     folder = "/sys/class/hwmon/hwmon1"

@@ -8,11 +8,59 @@ import pytest
 
 from edge_agent.doctor.examine import examine, exit_status
 from edge_agent.doctor.machine import Answers, CameraAnswer, DiskAnswer
+from edge_agent.doctor.unit import NAME
 from tests.harness import boards
 from tests.harness.board_faults import BOARD_FAULTS, UNIT_FILE, Fault, onnx, service
-from tests.harness.boards import AGX_ORIN, ORIN_NANO, ORIN_NX, PC, PC_WITH_CARD, RASPBERRY_PI, THOR
+from tests.harness.boards import AGX_ORIN, CONTAINER, ORIN_NANO, ORIN_NX, PC, PC_WITH_CARD, RASPBERRY_PI, THOR
 
 INSTALLATION_FAULTS: dict[str, Fault] = {
+    # -- found by a reviewer with other drop-ins
+    "a masked unit": Fault(PC, {"files": {UNIT_FILE: "->/dev/null"}}, "unit", "fail", "systemctl unmask"),
+    "too little memory, with a fraction": Fault(
+        PC, {"files": service("MemoryMax=1.5G")}, "unit settings", "fail", "MemoryMax=1.5G"
+    ),
+    "a soft limit of addresses": Fault(
+        PC, {"files": service("LimitAS=1G:200G")}, "unit settings", "fail", "LimitAS=1G:200G"
+    ),
+    "a quota with a fraction": Fault(
+        PC, {"files": service("CPUQuota=12.5%")}, "unit settings", "warn", "CPUQuota=12.5%"
+    ),
+    "private devices in one letter": Fault(
+        PC, {"files": service("PrivateDevices=y")}, "unit settings", "fail", "PrivateDevices"
+    ),
+    "two daemons, and what started them": Fault(
+        PC,
+        {
+            "files": {
+                "/proc/4001/cmdline": "/usr/bin/python3\0/opt/edge-agent/.venv/bin/edge-agent\0run\0",
+                "/proc/4002/cmdline": "sudo\0edge-agent\0run\0",
+                "/proc/4003/cmdline": "edge-agent\0run\0",
+            }
+        },
+        "leftovers",
+        "warn",
+        "2 daemons run",
+    ),
+    "a camera process of a daemon that is gone, under a user's systemd": Fault(
+        PC,
+        {
+            "files": {
+                "/proc/900/cmdline": "/usr/lib/systemd/systemd\0--user\0",
+                "/proc/901/cmdline": "python\0-m\0edge_agent.camera\0",
+                "/proc/901/status": "State:\tS (sleeping)\nPPid:\t900\n",
+            }
+        },
+        "leftovers",
+        "warn",
+        "kill -9 901",
+    ),
+    "a bundle that this user may not read": Fault(
+        PC,
+        {"bundle_error": "/var/lib/edge-agent/bundle: Permission denied"},
+        "configuration",
+        "fail",
+        "sudo edge-agent doctor",
+    ),
     # -- camera
     "no pusher": Fault(
         PC,
@@ -156,7 +204,7 @@ INSTALLATION_FAULTS: dict[str, Fault] = {
         "DeviceAllow= has no GPU",
     ),
     "CSI without its drop-in": Fault(
-        ORIN_NX, {"files": {f"{UNIT_FILE}.d/csi.conf": None}}, "unit settings", "fail", "csi.conf"
+        ORIN_NX, {"files": {f"{UNIT_FILE}.d/csi.conf": None}}, "unit settings", "fail", "install.sh --csi"
     ),
     "a bundle at home": Fault(
         PC,
@@ -267,6 +315,73 @@ def test_a_wrapped_bundle_needs_no_onnxruntime(planted):
     assert alarms(ORIN_NANO.machine(**planted)) != {}
     assert alarms(ORIN_NANO.machine(**planted, has_vision_onnx=False)) == {}
     assert alarms(ORIN_NANO.machine(**planted, has_vision_onnx=True)) != {}
+
+
+NO_UNIT = {UNIT_FILE: None, f"/etc/systemd/system/multi-user.target.wants/{NAME}": None}
+DESKTOP_USER = {
+    "/etc/passwd": "root:x:0:0:root:/root:/bin/bash\nalice:x:1000:1000::/home/alice:/bin/bash\n",
+    "/etc/group": "root:x:0:\nvideo:x:44:\nrender:x:104:\nalice:x:1000:\n",
+    "/dev/dri/renderD128": "",
+    "/opt/edge-agent/.venv/bin/edge-agent": None,
+    "/var/lib/edge-agent/bundle/bundle.json": None,
+    "/run/edge-agent/actions": None,
+    "/run/edge-agent/control": None,
+}
+NO_FAULTS: dict[str, tuple[boards.Fixture, dict]] = {
+    "a desktop session opens the camera without a group": (
+        PC_WITH_CARD,
+        {
+            "files": {**NO_UNIT, **DESKTOP_USER, boards.CONFIG_PATH: None},
+            "config": "bundle: /home/alice/bundle\ncamera: {source: /dev/video0}\n",
+            "user": "alice",
+            "may_open_cameras": True,
+            "listening": False,
+        },
+    ),
+    "groups by number": (PC, {"files": service("SupplementaryGroups=", "SupplementaryGroups=44 104")}),
+    "a watchdog in words": (PC, {"files": service("WatchdogSec=20seconds")}),
+    "a unit that tells systemd of a reload": (PC, {"files": service("Type=notify-reload")}),
+    "a daemon that sudo started": (
+        PC, {"files": {"/proc/4002/cmdline": "sudo\0edge-agent\0run\0", "/proc/4003/cmdline": "edge-agent\0run\0"}}
+    ),
+    "a notification of a processor's package": (
+        PC, {"files": boards.zone(7, "x86_pkg_temp", 52.0, passive=50)}
+    ),
+    "a sensor of a chip without a limit": (
+        PC,
+        {
+            "files": {
+                "/sys/class/hwmon/hwmon8/name": "coretemp\n",
+                "/sys/class/hwmon/hwmon8/temp1_input": "52000\n",
+                "/sys/class/hwmon/hwmon8/temp1_crit": "0\n",
+                "/sys/class/hwmon/hwmon8/temp2_input": "-5000\n",
+                "/sys/class/hwmon/hwmon8/temp2_crit": "100000\n",
+            }
+        },
+    ),
+    "a card that is not used": (
+        PC,
+        {
+            "files": {
+                "/sys/bus/pci/devices/0000:01:00.0/vendor": "0x10de\n",
+                "/sys/bus/pci/devices/0000:01:00.0/class": "0x030000\n",
+                "/proc/modules": "nouveau 2300000 1 - Live 0x0\n",
+            },
+            "config": boards.CONFIG + "language: {gpu_layers: 0}\n",
+        },
+    ),
+    "a container that may not write to its own system": (
+        CONTAINER, {"disks": {"/": DiskAnswer(total_mib=60_000, free_mib=30_000, read_only=True)}}
+    ),
+    "what was killed on a container's machine": (CONTAINER, {"files": {"/proc/vmstat": "oom_kill 5\n"}}),
+    "a cooler that does not tell its step": (PC, {"files": boards.cooler(9, "Processor", -1)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_FAULTS)
+def test_what_only_looks_like_a_fault_is_none(name):
+    board, planted = NO_FAULTS[name]
+    assert alarms(board.machine(**planted)) == {}
 
 
 def test_every_topic_has_a_planted_fault():

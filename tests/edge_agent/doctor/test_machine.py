@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
+from pathlib import Path
 
 import cv2
 import msgspec
@@ -13,7 +15,7 @@ import pytest
 from edge_agent.bundle.wrap import wrap
 from edge_agent.cli import main
 from edge_agent.cli.doctor import _ask_camera
-from edge_agent.config import CameraConfig, VisionConfig
+from edge_agent.config import CameraConfig, Config, VisionConfig
 from edge_agent.doctor import collect
 from edge_agent.doctor.examine import examine
 from edge_agent.doctor.machine import Answers, CardAnswer, LlamaAnswer, LocalFiles, Machine, OnnxruntimeAnswer
@@ -50,6 +52,17 @@ def test_the_lines_name_the_remedy_and_the_status_is_for_scripts(tmp_path, monke
     (tmp_path / "etc/edge-agent/fleet.pub").unlink()
     status, out, _ = doctor(monkeypatch, capsys, "--root", tmp_path)
     assert status == os.EX_CONFIG and "FAIL  keys" in out
+
+
+def test_a_terminal_without_a_degree_sign_gets_every_line(tmp_path, monkeypatch):
+    boards.ORIN_NANO.write(tmp_path)
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
+    monkeypatch.setattr(sys, "argv", ["edge-agent", "doctor", "--root", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        main.main()
+    sys.stdout.flush()
+    assert b"temperature    48 ?C" in written.getvalue() and b"leftovers" in written.getvalue()
 
 
 def test_a_wrong_configuration_is_a_finding_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
@@ -114,7 +127,41 @@ def test_only_plain_files_are_read(tmp_path):
     assert "MemTotal" in live.read("/proc/meminfo")
 
 
+def test_a_sensor_that_is_switched_off_is_an_empty_text(tmp_path, monkeypatch):
+    """Its file answers EAGAIN, and Python's read() then returns None."""
+
+    class SwitchedOff(io.BufferedReader):
+        def read(self, size=-1):
+            return None
+
+    (tmp_path / "temp").write_text("0")
+    monkeypatch.setattr(os, "fdopen", lambda fd, mode: SwitchedOff(io.FileIO(fd, "r")))
+    assert LocalFiles(tmp_path).read("/temp") == ""
+
+
 # -- this machine -----------------------------------------------------------------------------------------------------
+
+
+def test_a_user_who_may_not_look_and_has_no_home_gets_every_other_answer(tmp_path, monkeypatch):
+    """As one who is not root: an existing folder that cannot be entered."""
+    closed, look = str(tmp_path / "closed"), os.stat
+
+    def stat(path, *arguments, **options):
+        if str(path).startswith(closed + "/"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    monkeypatch.setattr(collect, "state_dir", lambda: Path("~nobody-of-this-name").expanduser())
+    config = Config(bundle=f"{closed}/bundle", camera=CameraConfig(source="0"))
+    found = collect._system(config)
+    assert "/" in found.disks
+    assert collect._bundle(config) == {"bundle_error": f"{closed}/bundle: Permission denied"}
+
+
+def test_a_card_whose_driver_hangs_is_an_answer(monkeypatch):
+    monkeypatch.setattr(collect, "_run", lambda command, timeout_s: (None, b""))
+    assert collect._cards() == {"cards": (), "card_error": "does not answer in 60 s", "cuda_version": None}
 
 
 def test_this_machine_answers(tmp_path):
@@ -241,7 +288,16 @@ def test_a_unit_is_read_as_systemd_reads_it():
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("2G", 2048.0), ("512M", 512.0), ("1048576", 1.0), ("infinity", None), ("50%", None), ("", None)],
+    [
+        ("1.5G", 1536.0),
+        ("1G:2G", 1024.0),
+        ("2G", 2048.0),
+        ("512M", 512.0),
+        ("1048576", 1.0),
+        ("infinity", None),
+        ("50%", None),
+        ("", None),
+    ],
 )
 def test_sizes(text, expected):
     assert size_mib(text) == expected
@@ -249,7 +305,16 @@ def test_sizes(text, expected):
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("15", 15.0), ("15s", 15.0), ("1min 30s", 90.0), ("500ms", 0.5), ("infinity", None), ("", None)],
+    [
+        ("20seconds", 20.0),
+        ("1 minute 5 sec", 65.0),
+        ("15", 15.0),
+        ("15s", 15.0),
+        ("1min 30s", 90.0),
+        ("500ms", 0.5),
+        ("infinity", None),
+        ("", None),
+    ],
 )
 def test_durations(text, expected):
     assert seconds(text) == expected

@@ -314,6 +314,22 @@ def test_the_sensors_are_read_in_a_thread():
     assert reader.newest(time.monotonic_ns()) is ORIN
 
 
+def test_a_sensor_that_raises_does_not_end_the_thread(capfd):
+    readings = iter([TypeError("can't concat NoneType to bytes"), TypeError("again"), ORIN])
+
+    def read():
+        found = next(readings, ORIN)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    reader = BoardReader(time.monotonic_ns, read)
+    for _ in range(3):
+        reader.read_once()
+    assert reader.newest(time.monotonic_ns()) is ORIN
+    assert capfd.readouterr().err.count("board: the sensors cannot be read: TypeError: can't concat") == 1
+
+
 def test_a_machine_without_processes_left_reads_no_sensor(monkeypatch, capfd):
     def refuse(*_arguments, **_options):
         raise RuntimeError("can't start new thread")

@@ -215,6 +215,15 @@ def test_power_alone_is_enough_to_lower_and_to_raise():
     assert governor.level == 0
 
 
+def test_one_wrong_reading_of_the_power_is_over_within_seconds():
+    governor, levels = Governor.of(256), []
+    for second in range(100):
+        share = 199_999.0 if second == 50 else 0.25
+        governor = governor.update(Heat(power_share=share), 10.0, float(second))
+        levels.append(governor.level)
+    assert max(levels) <= 1 and levels[-1] == 0
+
+
 def test_a_board_that_tells_nothing_is_never_limited_and_never_released():
     governor = Governor.of(256)
     for second in range(1000):
