@@ -96,7 +96,7 @@ class UserError(Exception):
     exit_status: int = EX_FAILED
 
     def __init__(self, line: str, fault: FaultName | None = None) -> None:
-        super().__init__(line)
+        super().__init__(one_line(line))
         self.fault = fault or self.fault
         if self.fault is not None:
             self.exit_status = FAULTS[self.fault].exit_status
@@ -112,6 +112,11 @@ class BundleError(UserError):
     """A wrong or damaged bundle. One line: file, key, expected, found, and what to do."""
 
     fault: FaultName | None = "bundle"
+
+
+def one_line(text: str) -> str:
+    """The text with every control character replaced: a name in a file can have some, and a terminal obeys them."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def encodable(text: str) -> str:

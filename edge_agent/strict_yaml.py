@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin
@@ -22,9 +23,12 @@ import msgspec
 import yaml
 
 from edge_agent.errors import ConfigError, encodable, fault_of
+from edge_agent.small_file import read_small_file
 
 T = TypeVar("T")
 _WORDS = (("`object`", "a mapping"), ("`array`", "a list"), (" | null`", "` or ~"))  # msgspec's words -> YAML's
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxstring, _SHORT.maxother = 2, 6, 4096, 4096
 # "PROBLEM - at `$.PATH`", or "PROBLEM - at `key` in `$.PATH`" for a key of a mapping. "[...]" in a path is any value of
 # a mapping; "[0]" is an item of a list.
 _MESSAGE = re.compile(r"(?P<problem>.*) - at (?P<in_key>`key` in )?`\$\.?(?P<path>[^`]*)`", re.DOTALL)
@@ -41,7 +45,7 @@ class _Message(NamedTuple):
 def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file. Raises ConfigError."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return read_small_file(path).decode()
     except OSError as error:
         fault = fault_of(error, "configuration")
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}", fault) from None
@@ -134,7 +138,7 @@ def _shown(found: object, with_length: bool) -> str:
         return "an empty value"
     if isinstance(found, dict):
         return f"a mapping of {len(found)} keys" if with_length else "a mapping"
-    return repr(found)
+    return _SHORT.repr(found)  # ten lines of YAML with aliases can stand for a list of 10,000,000,000 values
 
 
 def _explain_mapping_value(value: object, kind: object, base: str, path: str) -> str:

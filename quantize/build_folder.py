@@ -138,6 +138,8 @@ def atomic_folder(out: Path, key: str, force: bool = False) -> Iterator[BuildFol
     """
     out = check_target(out, force)
     folder = out.with_name(f".{out.name}.part")
+    if folder.is_symlink():
+        raise BuildError(f"{folder}: expected what an interrupted run has left, found a link; remove it")
     is_new = not folder.exists()
     folder.mkdir(mode=0o700, exist_ok=True)
     keep = False

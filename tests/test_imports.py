@@ -22,7 +22,8 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "time_units": (set(), set()),
     "suspend": ({"time_units"}, set()),
     "systemd": (set(), set()),
-    "strict_yaml": ({"errors"}, {"msgspec", "yaml"}),
+    "small_file": (set(), set()),
+    "strict_yaml": ({"errors", "small_file"}, {"msgspec", "yaml"}),
     "yaml_edit": ({"errors", "strict_yaml"}, {"yaml"}),
     "config": ({"errors", "strict_yaml"}, {"msgspec"}),
     "profile": ({"config"}, {"msgspec"}),
@@ -31,7 +32,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "client": ({"suspend", "time_units", "wire"}, {"msgspec", "zmq"}),
     "board": (set(), set()),
     "actions": ({"errors", "strict_yaml", "time_units", "wire"}, {"msgspec"}),
-    "bundle": ({"errors", "config", "profile", "strict_yaml"}, {"msgspec", "gguf", "cryptography"}),
+    "bundle": ({"errors", "config", "profile", "small_file", "strict_yaml"}, {"msgspec", "gguf", "cryptography"}),
     "ipc": ({"time_units", "wire"}, {"cv2", "msgspec", "numpy"}),
     "camera": (
         {"ipc", "config", "errors", "suspend", "time_units", "wire", "zmtp"},

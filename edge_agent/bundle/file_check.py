@@ -21,6 +21,8 @@ from edge_agent.errors import UserError
 MAX_KEYS, MAX_TENSORS, MAX_KEY_BYTES, MAX_NAME_BYTES = 4096, 65536, 256, 63
 MAX_STRING_BYTES = 4096  # longer values are skipped, not returned
 MAX_ARRAY = 1 << 24
+INCOMPLETE = "the download is not complete, repeat it"
+MAX_SHOWN = 60  # characters of a value in an error
 MAX_ELEMENTS = 1 << 40
 ALIGNMENT_BYTES = 32
 # ggml type -> its name, elements in a block, bytes of a block: what edge-quantize and other tools write
@@ -56,9 +58,13 @@ BLOCKS = {
 GGUF_VERSIONS = (2, 3)  # 3 differs from 2 in that a file may be big-endian
 # GGUF value type -> format of struct: 8 to 64 bit integers, float32, bool, float64
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+UINT32, INT32, FLOAT32 = 4, 5, 6
 STRING, ARRAY, INTEGERS = 8, 9, frozenset("bBhHiIqQ")
 PARTS, MAX_PARTS = "split.count", 512  # each part that is merged is an open file
-TOKENS, TOKEN_TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
+TOKENS, TOKEN_TYPES, SCORES = (f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "scores"))
+# Keys of the architecture that llama.cpp reads as a uint32, or as a list with a number for each layer.
+UINT32_KEYS = ("block_count", "context_length", "embedding_length", "attention.head_count", "attention.head_count_kv",
+               "attention.key_length", "attention.value_length")  # fmt: skip
 MAX_KEPT = 1024  # values of an array of strings that are returned: the special tokens come first
 MAX_KEPT_NUMBERS = 1024  # a longer array of numbers is not returned: a number for each layer, not for each token
 
@@ -105,6 +111,12 @@ class UnsafeFileError(UserError):
     """What is wrong with the file; one line, without the file's name."""
 
 
+def shown(value: object) -> str:
+    """A value of a file in an error: a text there can have thousands of characters."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
 def check_gguf(path: Path, architectures: Container[str]) -> GgufHeader:
     """Check a GGUF file whose general.architecture has to be one of `architectures`. Raises UnsafeFileError."""
     with path.open("rb") as file, map_file(file) as data:
@@ -113,8 +125,9 @@ def check_gguf(path: Path, architectures: Container[str]) -> GgufHeader:
         architecture = values.get("general.architecture")
         if not isinstance(architecture, str) or architecture not in architectures:
             expected = " or ".join(architectures) if isinstance(architectures, tuple) else "a language model"
-            raise UnsafeFileError(f"general.architecture: expected {expected}, found {architecture!r}")
+            raise UnsafeFileError(f"general.architecture: expected {expected}, found {shown(architecture)}")
         _check_alignment(values)
+        _check_types(reader, architecture)
         return GgufHeader(values, _read_tensors(reader, n_tensors))
 
 
@@ -185,7 +198,25 @@ def _read_start(reader: _Reader) -> tuple[int, dict[str, object]]:
 def _check_alignment(values: dict[str, object]) -> None:
     alignment = values.get("general.alignment", ALIGNMENT_BYTES)
     if alignment != ALIGNMENT_BYTES:
-        raise UnsafeFileError(f"general.alignment: expected {ALIGNMENT_BYTES}, found {alignment!r}")
+        raise UnsafeFileError(f"general.alignment: expected {ALIGNMENT_BYTES}, found {shown(alignment)}")
+
+
+def _check_types(reader: _Reader, architecture: str) -> None:
+    """llama.cpp takes these numbers in one type only, and a table of the vocabulary only as long as it is."""
+    for name in UINT32_KEYS:
+        kind = reader.types.get(f"{architecture}.{name}", UINT32)
+        if kind not in (UINT32, ARRAY):
+            raise UnsafeFileError(f"{architecture}.{name}: expected a uint32, found GGUF value type {kind}")
+    if (kind := reader.types.get("general.alignment", UINT32)) != UINT32:
+        raise UnsafeFileError(f"general.alignment: expected a uint32, found GGUF value type {kind}")
+    if TOKENS not in reader.arrays:
+        return
+    element, n_tokens = reader.array_start(TOKENS)
+    if element != STRING:
+        raise UnsafeFileError(f"{TOKENS}: expected texts")
+    for key, element, word in ((TOKEN_TYPES, INT32, "int32"), (SCORES, FLOAT32, "float32")):
+        if key in reader.types and (reader.types[key] != ARRAY or reader.array_start(key) != (element, n_tokens)):
+            raise UnsafeFileError(f"{key}: expected {n_tokens} numbers of type {word}, one for each token")
 
 
 def _n_parts(values: dict[str, object]) -> int:
@@ -203,10 +234,12 @@ def _read_counts(reader: _Reader, min_tensors: int = 1) -> tuple[int, int]:
     if int.from_bytes(version.to_bytes(4, "little"), "big") in GGUF_VERSIONS:
         raise UnsafeFileError("big-endian; convert it with gguf_convert_endian.py of llama.cpp")
     if version not in GGUF_VERSIONS:
-        raise UnsafeFileError(f"GGUF version {version}: expected version {GGUF_VERSIONS[-1]}; use another edge-agent")
+        remedy = "make it again with a present llama.cpp" if version < GGUF_VERSIONS[0] else "use a newer edge-agent"
+        raise UnsafeFileError(f"GGUF version {version}: expected version {GGUF_VERSIONS[-1]}; {remedy}")
     n_tensors, n_keys = reader.uint64(), reader.uint64()
     if not min_tensors <= n_tensors <= MAX_TENSORS or n_keys > MAX_KEYS:
-        raise UnsafeFileError(f"{n_tensors} tensors and {n_keys} keys; expected at most {MAX_TENSORS} and {MAX_KEYS}")
+        expected = f"{min_tensors} to {MAX_TENSORS}, and at most {MAX_KEYS}"
+        raise UnsafeFileError(f"{n_tensors} tensors and {n_keys} keys; expected {expected}")
     return n_tensors, n_keys
 
 
@@ -254,7 +287,10 @@ def _read_tensors(reader: _Reader, n_tensors: int) -> dict[str, TensorHeader]:
         if next_start < end:
             raise UnsafeFileError(f"the tensors {name} and {next_name} overlap")
     if spans and data_start + spans[-1][1] > reader.size:
-        raise UnsafeFileError(f"{spans[-1][2]}: ends after the end of the file")
+        raise UnsafeFileError(
+            f"expected {data_start + spans[-1][1]} bytes, found {reader.size} ({spans[-1][2]} ends after the end of "
+            f"the file); {INCOMPLETE}"
+        )
     return {name: tensor._replace(offset=data_start + tensor.offset) for name, tensor in found.items()}
 
 
@@ -272,6 +308,7 @@ class _Reader:
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.position, self.size = data, 0, len(data)
         self.arrays: dict[str, int] = {}  # key -> position of its array, element type first
+        self.types: dict[str, int] = {}  # key -> GGUF value type
 
     def take(self, n_bytes: int) -> bytes:
         self.skip(n_bytes)
@@ -299,6 +336,7 @@ class _Reader:
 
     def value(self, value_type: int, key: str) -> object:
         """As in GgufHeader.values."""
+        self.types[key] = value_type
         if value_type == STRING:
             n_bytes = self.uint64()
             if n_bytes <= MAX_STRING_BYTES:
@@ -320,6 +358,9 @@ class _Reader:
         element_type, n = self.uint32(), self.uint64()
         if n > MAX_ARRAY or (element_type != STRING and element_type not in SCALARS):
             raise UnsafeFileError(f"{key}: an array of {n} values of type {element_type}")
+        if element_type == STRING and key != TOKENS:  # merges, names of tags: nobody needs them
+            self.skip_strings(n)
+            return None
         if element_type == STRING:
             kept = [self.text(*span) for span in self.string_spans(min(n, MAX_KEPT))]
             self.skip_strings(n - len(kept))
@@ -328,6 +369,11 @@ class _Reader:
             return self.numbers(SCALARS[element_type], n)
         self.skip(n * struct.calcsize(f"<{SCALARS[element_type]}"))
         return None
+
+    def array_start(self, key: str) -> tuple[int, int]:
+        """Element type and length of an array that was read."""
+        element, n = struct.unpack_from("<IQ", self.data, self.arrays[key])
+        return element, n
 
     def skip_strings(self, n: int) -> None:
         """A vocabulary and its merges have hundreds of thousands of them."""
@@ -341,7 +387,7 @@ class _Reader:
             raise self.ends_early()
 
     def ends_early(self) -> UnsafeFileError:
-        return UnsafeFileError(f"the file ends at byte {self.size}, inside its header")
+        return UnsafeFileError(f"the file ends at byte {self.size}, inside its header; {INCOMPLETE}")
 
     def string_spans(self, n: int) -> Iterator[tuple[int, int]]:
         """Start and end of each of n strings, which begin here."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
-from edge_agent.bundle.file_check import GgufHeader, Token, UnsafeFileError
+from edge_agent.bundle.file_check import GgufHeader, Token, UnsafeFileError, read_tokens
 from edge_agent.bundle.layout import CONTROL
 from edge_agent.bundle.manifest import (
     LANGUAGE,
@@ -27,6 +28,7 @@ from edge_agent.bundle.model_facts import (
     EMBEDDING,
     bytes_by_type,
     kv_bytes_per_token,
+    usable_context,
     vision_info,
 )
 
@@ -49,6 +51,12 @@ class Headers(NamedTuple):
     tokens: list[Token]  # of the prompt layout; empty for a bundle without one
     mmproj: GgufHeader | None
     vision_input: list[int] | None  # input shape of vision.onnx, (1, 3, height, width); 0 is a side that can vary
+
+
+def read_layout_tokens(path: Path, manifest: Manifest) -> list[Token]:
+    """The tokens of a language model that its manifest names. Raises UnsafeFileError."""
+    texts = {*manifest.prompt_layout.special, *(SPECIAL_TOKENS | THINK_TOKENS).values()}
+    return read_tokens(path, texts | manifest.model.special.keys())
 
 
 def wrong_fact(manifest: Manifest, headers: Headers) -> str:
@@ -84,7 +92,7 @@ def _language_facts(manifest: Manifest, header: GgufHeader) -> Iterator[Fact]:
     yield Fact("model.layers", model.layers, LANGUAGE, values.get(f"{prefix}.block_count"))
     yield Fact("model.hidden", model.hidden, LANGUAGE, table.shape[0])
     yield Fact("model.vocab", model.vocab, LANGUAGE, table.shape[1])
-    yield Fact("model.context", model.context, LANGUAGE, values.get(f"{prefix}.context_length"))
+    yield Fact("model.context", model.context, LANGUAGE, usable_context(values.get(f"{prefix}.context_length")))
     yield Fact("model.embedding.offset", embedding.offset, LANGUAGE, table.offset)
     yield Fact("model.embedding.ggml_type", embedding.ggml_type, LANGUAGE, table.type_name)
     yield Fact("model.embedding.row_bytes", embedding.row_bytes, LANGUAGE, table.n_bytes // table.shape[1])
@@ -113,7 +121,8 @@ def _special_facts(manifest: Manifest, header: GgufHeader) -> Iterator[Fact]:
 
 def _layout_facts(manifest: Manifest, tokens: list[Token]) -> Iterator[Fact]:
     """Each special token of the layout is that token of the vocabulary, and text from outside cannot be it."""
-    by_text = {token.text: token for token in tokens}
+    by_text = {token.text: token for token in reversed(tokens)}
+    by_text |= {token.text: token for token in reversed(tokens) if token.type == CONTROL}  # as wrap chooses it
     names = {SPECIAL_NAMES.get(text, text): text for text in manifest.prompt_layout.special}
     for name, text in names.items():
         token = by_text.get(text, Token(-1, text, None))

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from edge_agent.bundle.file_check import GgufHeader, TensorHeader, UnsafeFileError
+from edge_agent.bundle.file_check import GgufHeader, TensorHeader, UnsafeFileError, shown
 from edge_agent.bundle.manifest import EmbeddingInfo, ModelInfo, VisionInfo
 
 EMBEDDING = "token_embd.weight"
 KV_VALUE_BYTES = 2
 MAX_LAYERS = 1024
+MAX_SIZE = 1 << 20  # of a number in a manifest
+ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")  # that llama.cpp knows
 # Decoders with one position for each row and a cache that can be cut at any position, known to the llama.cpp that
 # edge_agent/model/llama.py requires.
 ARCHITECTURES = frozenset((
@@ -83,21 +85,39 @@ def check_family(header: GgufHeader) -> None:
         hint = {"adapter": "give it in language.adapters, and wrap its model", "mmproj": "give it second"}.get(
             str(kind)
         )
-        raise UnsafeFileError(f"general.type: expected 'model', found {kind!r}" + (f": {hint}" if hint else ""))
+        raise UnsafeFileError(f"general.type: expected 'model', found {shown(kind)}" + (f": {hint}" if hint else ""))
     if "adapter.type" in values:
         raise UnsafeFileError("adapter.type: a LoRA adapter; give it in language.adapters, and wrap its model")
-    if values.get(f"{architecture}.pooling_type") or values.get(f"{architecture}.attention.causal") is False:
-        raise UnsafeFileError(f"{architecture}.pooling_type: {_ENCODER}; expected a model that writes text")
+    for key, is_encoder in (("pooling_type", bool), ("attention.causal", lambda value: value is False)):
+        if is_encoder(values.get(f"{architecture}.{key}")):
+            raise UnsafeFileError(f"{architecture}.{key}: {_ENCODER}; expected a model that writes text")
     if any(_numbers(values.get(f"{architecture}.rope.dimension_sections"))):
         raise UnsafeFileError(f"{architecture}.rope.dimension_sections: {_M_ROPE}")
+    _check_for_aborts(values, architecture)
     for key in ("ssm.conv_kernel", "ssm.state_size", "wkv.head_size", "shortconv.l_cache"):
         if values.get(f"{architecture}.{key}"):
             raise UnsafeFileError(f"{architecture}.{key}: {_RECURRENT}")
 
 
+def _check_for_aborts(values: dict[str, object], architecture: str) -> None:
+    """Values that llama.cpp ends the process for. Raises UnsafeFileError."""
+    scaling = values.get(f"{architecture}.rope.scaling.type", "none")
+    if scaling not in ROPE_SCALINGS:
+        expected = ", ".join(ROPE_SCALINGS)
+        raise UnsafeFileError(f"{architecture}.rope.scaling.type: expected one of {expected}, found {shown(scaling)}")
+    for key in ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"):
+        epsilon = values.get(f"{architecture}.{key}", 0.0)
+        if not isinstance(epsilon, float) or not 0 <= epsilon <= 1:
+            raise UnsafeFileError(f"{architecture}.{key}: expected a number from 0 to 1, found {shown(epsilon)}")
+    n_experts, n_used = (values.get(f"{architecture}.{key}", 0) for key in ("expert_count", "expert_used_count"))
+    if not isinstance(n_experts, int) or not isinstance(n_used, int) or not 0 <= n_used <= n_experts:
+        expected = f"at most expert_count ({shown(n_experts)})"
+        raise UnsafeFileError(f"{architecture}.expert_used_count: expected {expected}, found {shown(n_used)}")
+
+
 def refused_architecture(architecture: object) -> str:
     """Why a file of this architecture is not a language model that can be served; "": it can."""
-    if architecture in ARCHITECTURES:
+    if isinstance(architecture, str) and architecture in ARCHITECTURES:
         return ""
     why = REFUSED.get(
         str(architecture), "unknown to this version; use a newer edge-agent, or a model of another family"
@@ -135,7 +155,7 @@ def model_info(header: GgufHeader, special: dict[str, int], n_vision_weights: in
         layers=layers,
         hidden=hidden,
         vocab=vocab,
-        context=_size(values, f"{architecture}.context_length"),
+        context=usable_context(_size(values, f"{architecture}.context_length", most=1 << 31)),
         kv_bytes_per_token=kv_bytes_per_token(header, layers),
         special=special,
         embedding=EmbeddingInfo(
@@ -153,13 +173,19 @@ def kv_bytes_per_token(header: GgufHeader, layers: int) -> int:
     if values.get(key) is None:  # as many as there are heads
         key = f"{prefix}head_count"
     kv_heads = _per_layer(values, key, layers)
-    sizes = [values.get(f"{prefix}{name}") for name in ("key_length", "value_length")]
-    if None in sizes:
-        n_heads = max(1, *_per_layer(values, f"{prefix}head_count", layers))
-        default = _size(values, f"{architecture}.embedding_length") // n_heads
-        sizes = [default if size is None else size for size in sizes]
-    n_values = sum(size for size in sizes if isinstance(size, int))
+    n_values = 0
+    for name in ("key_length", "value_length"):
+        if values.get(f"{prefix}{name}") is not None:
+            n_values += _size(values, f"{prefix}{name}")
+        else:
+            n_heads = max(1, *_per_layer(values, f"{prefix}head_count", layers))
+            n_values += _size(values, f"{architecture}.embedding_length") // n_heads
     return max(1, KV_VALUE_BYTES * n_values * sum(kv_heads))
+
+
+def usable_context(stated: Any) -> Any:
+    """Of a model's context, as much as edge-agent counts with."""
+    return min(stated, MAX_SIZE) if isinstance(stated, int) else stated
 
 
 def vision_info(language: GgufHeader, mmproj: GgufHeader) -> VisionInfo:
@@ -171,7 +197,7 @@ def vision_info(language: GgufHeader, mmproj: GgufHeader) -> VisionInfo:
     if name in M_ROPE_PROJECTORS:
         raise UnsafeFileError(f"clip.projector_type: {name}: {_M_ROPE}")
     if not isinstance(name, str) or name not in PROJECTORS:
-        raise UnsafeFileError(f"clip.projector_type: expected one of {', '.join(PROJECTORS)}, found {name!r}")
+        raise UnsafeFileError(f"clip.projector_type: expected one of {', '.join(PROJECTORS)}, found {shown(name)}")
     projector, architecture = PROJECTORS[name], language.values["general.architecture"]
     if architecture not in projector.architectures:
         expected = " or ".join(projector.architectures)
@@ -234,10 +260,10 @@ def _numbers(value: object) -> list[int]:
     return [each for each in value if isinstance(each, int)] if isinstance(value, list) else []
 
 
-def _size(values: dict[str, object], key: str) -> int:
+def _size(values: dict[str, object], key: str, most: int = MAX_SIZE) -> int:
     value = values.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1 << 20:
-        raise UnsafeFileError(f"{key}: expected a number from 1 to {1 << 20}, found {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise UnsafeFileError(f"{key}: expected a number from 1 to {most}, found {shown(value)}")
     return value
 
 
@@ -252,7 +278,7 @@ def _per_layer(values: dict[str, object], key: str, layers: int) -> list[int]:
 
 def _same(key: str, found: object, other: str, expected: int) -> None:
     if found != expected:
-        raise UnsafeFileError(f"{key}: {found}, but {other} has {expected}; the file contradicts itself")
+        raise UnsafeFileError(f"{key}: {shown(found)}, but {other} has {expected}; the file contradicts itself")
 
 
 def _three(values: dict[str, object], key: str) -> tuple[float, float, float]:

@@ -12,7 +12,10 @@ from edge_agent.bundle.file_check import UnsafeFileError, read_gguf_keys
 BUNDLE, ADAPTER, CHECKPOINT = "bundle.json", "adapter_config.json", ("config.json", "params.json")
 MAX_FOLDERS = 200  # that are searched below a folder
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-FROM_16_BIT = "edge-quantize builds from the 16-bit checkpoint (config.json and *.safetensors): download that"
+GGUF_USES = (
+    "edge-agent bundle wrap makes a bundle of it; edge-quantize builds from the 16-bit checkpoint (config.json and "
+    "*.safetensors)"
+)
 # First bytes -> what it is, and the next step.
 BEGINNINGS = (
     (
@@ -49,7 +52,7 @@ def _describe_file(path: Path) -> str:
     if not start:
         return "an empty file; download or copy it again"
     if start.startswith(b"GGUF"):
-        return f"a GGUF file{_gguf_facts(path)}; {FROM_16_BIT}"
+        return f"a GGUF file{_gguf_facts(path)}; {GGUF_USES}"
     if path.suffix in PICKLES and start.startswith((b"PK\3\4", b"\x80")):
         return "a PyTorch pickle, which is not read; save the model as safetensors"
     if start.lstrip().lower().startswith(HTML):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_agent.errors import UserError, fault_of
+from edge_agent.small_file import read_small_file
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -113,6 +114,6 @@ def find_signer(data: bytes, signature: bytes, trusted_keys: tuple[str, ...]) ->
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_small_file(path)
     except OSError as error:
         raise SigningError(f"{path}: {error.strerror}", fault_of(error, "configuration")) from None

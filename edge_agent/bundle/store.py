@@ -263,6 +263,8 @@ def _fault_line(store: Path, error: OSError) -> str:
 
 
 def _make_folder(store: Path) -> None:
+    if (store / MANIFEST).exists():
+        raise StoreError(f"{store}: a bundle, not a folder of installed bundles; give another --store")
     with contextlib.suppress(FileExistsError):
         store.mkdir()
         store.chmod(0o755)  # the daemon's user reads it, whatever the umask of the installer
@@ -337,7 +339,7 @@ def _check_sizes(source: Bundle) -> None:
     for name, expected in source.manifest.files.items():
         path = source.path(name)
         try:
-            found = path.stat().st_size
+            found = path.lstat().st_size
         except FileNotFoundError:
             raise BundleError(f"{path}: missing; copy the bundle again") from None
         if found != expected.bytes:
@@ -395,7 +397,10 @@ def _remove_unused(store: Path, wanted: str) -> None:
     current = _current(store)
     keep = {current, _previous(store, current, _read_record(store)), wanted}
     for path in sorted(store.iterdir()):
-        if HIDDEN.fullmatch(path.name):
+        is_ours = HIDDEN.fullmatch(path.name) or FOLDER.fullmatch(path.name)
+        if is_ours and (path.is_symlink() or not path.is_dir()):
+            path.unlink()
+        elif HIDDEN.fullmatch(path.name):
             shutil.rmtree(path)
         elif FOLDER.fullmatch(path.name) and path.name not in keep:
             removed = path.with_name(f".{path.name}{REMOVED}")

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -35,6 +36,7 @@ from edge_agent.bundle.manifest import (
     VisionInfo,
     write_manifest,
 )
+from edge_agent.bundle.manifest_check import Headers, read_layout_tokens, wrong_fact
 from edge_agent.bundle.model_facts import (
     ARCHITECTURES,
     EMBEDDING,
@@ -47,7 +49,7 @@ from edge_agent.bundle.model_facts import (
     refused_architecture,
     vision_info,
 )
-from edge_agent.errors import BundleError, ConfigError
+from edge_agent.errors import BundleError, ConfigError, encodable
 
 IMG_BREAK = "[IMG_BREAK]"
 FICLONE = 0x40049409  # ioctl: a copy that shares its blocks, on btrfs and XFS
@@ -88,6 +90,7 @@ def wrap(
                 raise BundleError(f"{source.path}: {n_parts} parts are merged, not linked; leave out --link")
         manifest = describe(sources[LANGUAGE], sources.get(MMPROJ), layout)
         _check_space(sources, out, link)
+        _check_hidden_folder(out)
         try:
             with _new_folder(out) as folder:
                 files, source_sha256 = _fill(sources, folder, link, report)
@@ -120,7 +123,7 @@ def describe(language_source: Source, mmproj_source: Source | None, layout: str)
         model = model_info(language, special, n_vision)
     except (UnsafeFileError, BundleError) as error:
         raise BundleError(f"{language_source.path}: {error}") from None
-    return Manifest(
+    manifest = Manifest(
         format=FORMAT,
         created_by=f"edge-agent bundle wrap {edge_agent.__version__}",
         files={},
@@ -133,6 +136,20 @@ def describe(language_source: Source, mmproj_source: Source | None, layout: str)
         source_sha256={},
         licence=str(language.values.get("general.license") or "unknown")[:200],
     )
+    _check_manifest(manifest, language_source, language, mmproj_header)
+    return manifest
+
+
+def _check_manifest(manifest: Manifest, source: Source, language: GgufHeader, mmproj: GgufHeader | None) -> None:
+    """What `verify` will say of the bundle, before gigabytes are copied. Raises BundleError."""
+    try:
+        msgspec.json.decode(msgspec.json.encode(manifest), type=Manifest)
+        tokens = read_layout_tokens(source.opened, manifest)
+        wrong = wrong_fact(manifest, Headers(language, tokens, mmproj, None))
+    except (msgspec.DecodeError, UnsafeFileError) as error:
+        wrong = str(error)
+    if wrong:
+        raise BundleError(f"{source.path}: no bundle can be made of it: {wrong}")
 
 
 def _check_language(source: Source) -> GgufHeader:
@@ -226,15 +243,34 @@ def _check_space(sources: dict[str, Source], out: Path, link: bool) -> None:
     needed = SPARE_BYTES + (0 if link else sum(source.n_bytes for source in sources.values()))
     free = shutil.disk_usage(out.parent).free
     if free < needed:
-        raise BundleError(f"{out.parent}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; make room")
+        raise BundleError(f"{out.parent}: {needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free; make room")
+
+
+def _hidden_folder(out: Path) -> Path:
+    return out.with_name(f".{out.name}.wrap")
+
+
+def _check_hidden_folder(out: Path) -> None:
+    """What is under the hidden name is removed: it must be what a killed run has left. Raises BundleError."""
+    folder = _hidden_folder(out)
+    if not os.path.lexists(folder):
+        return
+    remedy = "expected what an interrupted run has left; remove it"
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        raise BundleError(f"{folder}: a link, a file or a folder of another user; {remedy}")
+    ours = {f"{name}{end}" for name in (LANGUAGE, MMPROJ, MANIFEST, signing.SIGNATURE) for end in ("", ".new")}
+    for path in folder.iterdir():
+        if path.name not in ours or not stat.S_ISREG(path.lstat().st_mode):
+            raise BundleError(f"{path}: {remedy}")
 
 
 @contextlib.contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
     """A hidden folder beside `out` that becomes `out` at the end. What a killed run has left is removed first."""
-    folder = out.with_name(f".{out.name}.wrap")
+    folder = _hidden_folder(out)
     folder.mkdir(mode=0o700, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -272,7 +308,9 @@ def _fill(
             report(n_before + n_done, n_total)
 
         files[name], of_parts = _copy(source, None if link else target, advance)
-        source_sha256 |= of_parts or {source.path.name: files[name].sha256}
+        key = encodable(source.path.name)
+        key = f"{key} ({name})" if key in source_sha256 else key
+        source_sha256 |= of_parts or {key: files[name].sha256}
         if is_linked:
             files[name] = msgspec.structs.replace(files[name], linked=True)
         else:
@@ -336,7 +374,7 @@ def _copy(source: Source, target: Path | None, report: Callable[[int], None]) ->
         if out is not None:
             os.fsync(out.fileno())
     file = BundleFile(bytes=n_done, sha256=whole.hexdigest())
-    return file, {name: digest.hexdigest() for name, digest in parts.items()}
+    return file, {encodable(name): digest.hexdigest() for name, digest in parts.items()}
 
 
 def _write_all(descriptor: int, block: bytes | memoryview) -> None:

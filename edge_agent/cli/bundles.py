@@ -9,6 +9,7 @@ from pathlib import Path
 from edge_agent.bundle import signing
 from edge_agent.bundle.wrap import wrap
 from edge_agent.cli.commands import EX_USAGE, CommandFailed
+from edge_agent.errors import one_line
 
 
 def keygen(arguments: argparse.Namespace) -> int:
@@ -36,10 +37,8 @@ def wrap_files(arguments: argparse.Namespace) -> int:
     layout = manifest.prompt_layout.name
     sees = "frames and text" if manifest.vision is not None else "text only: it answers from the vehicle's state"
     n_bytes = sum(file.bytes for file in manifest.files.values())
-    print(
-        f"{out}: {manifest.model.family} {manifest.model.size} {manifest.recipe}, {n_bytes / 1e6:.1f} MB, "
-        f"prompt layout {layout}, {sees}"
-    )
+    model = f"{manifest.model.family} {manifest.model.size} {manifest.recipe}"
+    print(one_line(f"{out}: {model}, {n_bytes / 1e6:.1f} MB, prompt layout {layout}, {sees}"))
     return 0
 
 

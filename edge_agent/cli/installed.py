@@ -14,7 +14,7 @@ from edge_agent.bundle.manifest import CURRENT, Bundle
 from edge_agent.bundle.verify import verify_bundle
 from edge_agent.cli.commands import EX_CONFIG
 from edge_agent.config import load_config
-from edge_agent.errors import BundleError
+from edge_agent.errors import BundleError, one_line
 
 DEFAULT_CONFIG = Path("/etc/edge-agent.yaml")
 
@@ -48,7 +48,10 @@ def install(arguments: argparse.Namespace) -> int:
     device = read_device(arguments)
     change = store.install(device.store, arguments.bundle, device.trusted_keys, _show_progress)
     if change.bundle.manifest.counter is None:
-        change.remarks.append("no counter in the manifest: it counts as 0; edge-quantize build --counter N sets one")
+        remark = "no counter in the manifest: it counts as 0, and a device that had a higher one refuses it"
+        if change.bundle.manifest.layout is None:  # edge-quantize made it
+            remark += "; edge-quantize build --counter N sets one"
+        change.remarks.append(remark)
     _print_change(device, change)
     return 0
 
@@ -121,7 +124,7 @@ def _describe(bundle: Bundle) -> str:
 
 def _model(bundle: Bundle) -> str:
     model = bundle.manifest.model
-    return f"{model.family} {model.size} {bundle.manifest.recipe}"
+    return one_line(f"{model.family} {model.size} {bundle.manifest.recipe}")
 
 
 def _states(entry: store.Entry) -> str:

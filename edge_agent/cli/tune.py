@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -60,11 +61,12 @@ def tune(arguments: argparse.Namespace) -> int:
     from edge_agent.tools import tune as search
 
     if file is not None:  # a file that cannot be changed is found before the minutes of measuring, not after them
-        _edited(
-            file,
-            search.values_in_force(config, gpu=False) | {f"tuned.{key}": default for key, default in NOT_TUNED.items()},
-            "",
-        )
+        in_force = search.values_in_force(config, gpu=False)
+        try:
+            _edited(file, in_force | {f"tuned.{key}": default for key, default in NOT_TUNED.items()}, "")
+        except ConfigError as error:  # it lists these values, which are no results
+            problem = str(error).partition("; set by hand")[0]
+            raise ConfigError(f"{problem}; run tune without --write, and set the printed keys by hand") from None
         if not (os.access(file, os.W_OK) and os.access(file.parent, os.W_OK)):
             raise CommandFailed(f"{file}: cannot be written by this user; run tune without --write, or with sudo")
     if (others := busy_cores()) > MAX_BUSY_CORES:
@@ -74,9 +76,9 @@ def tune(arguments: argparse.Namespace) -> int:
     figures = _figures(tuned, config, frames, verified.id)
     for line in _conclusion(tuned):
         print(line, file=sys.stderr)
+    print(json.dumps(figures), flush=True)  # before the file: minutes of measuring are not lost with it
     if file is not None:
         _write(file, tuned, figures)
-    print(json.dumps(figures))
     return 0
 
 
@@ -209,7 +211,8 @@ def _write(file: Path, tuned: Any, figures: dict[str, Any]) -> None:
             target.flush()
             shutil.copystat(file, name)
             status = file.stat()
-            os.chown(name, status.st_uid, status.st_gid)
+            with contextlib.suppress(PermissionError):  # the owner is another one, and this user may write by its group
+                os.chown(name, status.st_uid, status.st_gid)
             os.fsync(target.fileno())
         os.replace(name, file)
         sync_folder(file.parent)

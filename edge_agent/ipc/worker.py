@@ -28,6 +28,7 @@ MAX_STDERR_BYTES = 64 * 1024
 CHILD_OOM_SCORE = 500  # without memory the kernel kills a child, never the supervisor, whose score is 0
 PR_SET_PDEATHSIG = 1
 ENVIRONMENT = {
+    "GGML_NO_BACKTRACE": "1",  # else ggml starts gdb when it aborts, and its pages hide the reason
     "PYTHONSAFEPATH": "1",  # never import a module from the current folder
     "OPENBLAS_NUM_THREADS": "1",  # numpy multiplies no matrices here, and its threads spin while they start
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from typing import Annotated, Literal
 
 import msgspec
@@ -9,7 +11,7 @@ import pytest
 import yaml
 from msgspec import Meta
 
-from edge_agent.errors import ConfigError
+from edge_agent.errors import ConfigError, one_line
 from edge_agent.strict_yaml import convert, parse_yaml, read_text
 
 
@@ -191,9 +193,29 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         (tmp_path, "Is a directory"),
         (tmp_path / "latin1.yaml", "'utf-8' codec can't decode byte 0xfc in position 3: unexpected end of data"),
         (f"{tmp_path}/\0", "embedded null byte"),
+        ("/dev/zero", "more than 1 MiB; expected a small text file"),
     ]:
         with pytest.raises(ConfigError) as caught:
             read_text(path)
-        assert str(caught.value).startswith(f"{path}: cannot be read: ")
+        assert str(caught.value).startswith(f"{one_line(str(path))}: cannot be read: ")
         if path != tmp_path / "latin1.yaml":
-            assert str(caught.value) == f"{path}: cannot be read: {reason}"
+            assert str(caught.value) == f"{one_line(str(path))}: cannot be read: {reason}"
+
+
+def test_a_pipe_is_read_and_one_without_a_writer_is_empty(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert read_text(tmp_path / "pipe") == ""
+    reading, writing = os.pipe()  # as a shell makes one for <(command)
+    os.write(writing, b"a: 1")
+    os.close(writing)
+    assert read_text(f"/dev/fd/{reading}") == "a: 1"
+    os.close(reading)
+
+
+def test_ten_lines_that_stand_for_a_list_of_billions_are_one_short_line():
+    names = "abcdefghi"
+    text = "count:\n  - &a [" + ", ".join(["x"] * 10) + "]\n"
+    text += "".join(f"  - &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in itertools.pairwise(names))
+    with pytest.raises(ConfigError) as caught:
+        convert(parse_yaml(text, "f.yaml"), Inner, "f.yaml")
+    assert str(caught.value).startswith("f.yaml: count: expected `int`, found [[") and len(str(caught.value)) < 1000

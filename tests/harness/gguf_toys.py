@@ -174,6 +174,8 @@ def _write(
 def _add(writer: gguf.GGUFWriter, key: str, value: object) -> None:
     if isinstance(value, bool):
         writer.add_bool(key, value)
+    elif isinstance(value, np.uint64):
+        writer.add_uint64(key, int(value))
     elif isinstance(value, int):
         writer.add_uint32(key, value)
     elif isinstance(value, float):

@@ -123,6 +123,15 @@ def test_the_manifest_describes_the_files(toy_bf16: Path, tmp_path: Path):
 # -- complete or not there --------------------------------------------------------------------------------------------
 
 
+def test_a_link_in_the_place_of_the_hidden_folder_is_not_followed(toy_small: Path, tmp_path: Path):
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "language.gguf").write_text("precious")
+    (tmp_path / ".out.part").symlink_to(tmp_path / "victim")
+    with pytest.raises(BuildError, match=r"\.out\.part: expected what an interrupted run has left, found a link"):
+        quantize.build.build(plan_bundle(checkpoint.read_checkpoint(toy_small), "Q8_0"), tmp_path / "out", SILENT)
+    assert (tmp_path / "victim" / "language.gguf").read_text() == "precious"
+
+
 def test_the_manifest_comes_last_and_the_bundle_appears_at_once(toy_small: Path, tmp_path: Path, monkeypatch):
     out, stages, contents = tmp_path / "bundle", [], {}
     write_manifest = manifest.write_manifest

@@ -351,7 +351,7 @@ def test_a_missing_manifest_or_folder_is_an_error_with_advice(folder, tmp_path):
     assert "edge-quantize build" in refused(folder)
     assert "no such folder; expected a bundle made by" in refused(tmp_path / "nowhere")
     assert "no such folder; install one: edge-agent bundle install" in refused(tmp_path / "current")
-    assert "a GGUF file (llama); edge-quantize builds from the 16-bit checkpoint" in refused(folder / LANGUAGE)
+    assert "a GGUF file (llama); edge-agent bundle wrap makes a bundle of it" in refused(folder / LANGUAGE)
 
 
 # -- native parsers ---------------------------------------------------------------------------------------------------

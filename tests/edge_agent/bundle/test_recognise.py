@@ -44,7 +44,7 @@ FILES = {
     "new pickle": ("pytorch_model.bin", archive("zip"), "a PyTorch pickle, which is not read; save the model as"),
     "old pickle": ("model.pt", pickle.dumps([1]), "a PyTorch pickle"),
     "any pickle": ("model", pickle.dumps([1]), "a Python pickle, which is not read"),
-    "GGUF": ("a.gguf", Q4, "a GGUF file (llama, Q4_K_M); edge-quantize builds from the 16-bit checkpoint"),
+    "GGUF": ("a.gguf", Q4, "a GGUF file (llama, Q4_K_M); edge-agent bundle wrap makes a bundle of it"),
     "GGUF without a type": ("a.gguf", GOOD, "a GGUF file (llama);"),
     "GGUF without an architecture": ("a.gguf", NO_FACTS, "a GGUF file; edge"),
     "GGUF, cut": ("a.gguf", Q4[:30], "a GGUF file; edge"),

@@ -234,6 +234,23 @@ def test_what_is_in_the_place_of_the_store_is_named(tmp_path, make):
     refused(lambda: list_bundles(file), "Not a directory")
 
 
+def test_a_bundle_is_no_store(make):
+    source = make("one")
+    before = sorted(os.listdir(source))
+    refused(lambda: install(source, source), "a bundle, not a folder of installed bundles", "another --store")
+    assert sorted(os.listdir(source)) == before
+
+
+def test_a_file_or_a_link_in_the_place_of_a_folder_of_ours_is_removed(bundles, make, tmp_path):
+    bundles.mkdir()
+    (tmp_path / "victim").mkdir()
+    (bundles / ".0123456789abcdef.part").write_text("x")
+    (bundles / "0123456789abcdef").symlink_to(tmp_path / "victim")
+    install(bundles, make("one"))
+    assert not {".0123456789abcdef.part", "0123456789abcdef"} & set(os.listdir(bundles))
+    assert (tmp_path / "victim").is_dir()
+
+
 @pytest.mark.parametrize("kind", ["folder", "absolute", "outside", "odd name"])
 def test_a_current_that_we_did_not_make_is_left_alone(bundles, make, kind):
     bundles.mkdir()

@@ -220,6 +220,55 @@ def test_what_a_killed_run_has_left_is_replaced(chatml: Path, tmp_path: Path):
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_what_a_killed_run_cannot_have_left_is_not_touched(chatml: Path, tmp_path: Path):
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / LANGUAGE).write_text("precious")
+    left = tmp_path / ".out.wrap"
+    left.symlink_to(victim)
+    with pytest.raises(BundleError, match=r"\.out\.wrap: a link, a file or a folder of another user; .* remove it"):
+        wrap(chatml, None, tmp_path / "out")
+    left.unlink()
+    left.mkdir()
+    (left / "notes.txt").write_text("precious")
+    with pytest.raises(BundleError, match=r"\.out\.wrap/notes\.txt: expected what an interrupted run has left"):
+        wrap(chatml, None, tmp_path / "out")
+    assert (victim / LANGUAGE).read_text() == (left / "notes.txt").read_text() == "precious"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_context_of_millions_counts_as_the_most_that_is_counted(tmp_path: Path):
+    path = toys.write_language(tmp_path / "x.gguf", keys={"llama.context_length": 10_485_760})
+    wrap(path, None, tmp_path / "out")
+    assert verify_bundle(tmp_path / "out").manifest.model.context == 1 << 20
+
+
+def test_a_token_that_is_there_twice_is_its_control_token(tmp_path: Path):
+    texts, types, scores = toys.vocabulary(toys.CHATML)
+    texts[-1], types[-1] = "<|im_start|>", toys.NORMAL
+    keys = {"tokenizer.ggml.tokens": texts, "tokenizer.ggml.token_type": types, "tokenizer.ggml.scores": scores}
+    wrap(toys.write_language(tmp_path / "x.gguf", keys=keys), None, tmp_path / "out")
+    assert verify_bundle(tmp_path / "out").manifest.model.special["<|im_start|>"] == 1
+
+
+def test_files_of_one_name_and_of_a_name_in_another_encoding(gemma: tuple[Path, Path], tmp_path: Path):
+    name = os.fsdecode(b"m\xff.gguf")
+    for folder, file in zip("ab", gemma, strict=True):
+        (tmp_path / folder).mkdir()
+        shutil.copy(file, tmp_path / folder / name)
+    wrap(tmp_path / "a" / name, tmp_path / "b" / name, tmp_path / "out")
+    found = verify_bundle(tmp_path / "out").manifest.source_sha256
+    assert list(found) == ["m\\udcff.gguf", "m\\udcff.gguf (mmproj.gguf)"] and len(set(found.values())) == 2
+
+
+@pytest.mark.parametrize(("key", "numbers"), [("mean", [float("nan")] * 3), ("std", [0.0] * 3)])
+def test_pixels_that_verify_refuses_are_refused_before_the_copy(gemma, tmp_path: Path, key: str, numbers: list):
+    mmproj = toys.write_gemma_mmproj(tmp_path / "m.gguf", keys={f"clip.vision.image_{key}": numbers})
+    with pytest.raises(BundleError, match="no bundle can be made of it: "):
+        wrap(gemma[0], mmproj, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["m.gguf"]
+
+
 def test_a_file_system_without_locks(chatml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def refuse(*_arguments: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -267,7 +316,7 @@ def test_a_full_disk_leaves_nothing(chatml: Path, tmp_path: Path, monkeypatch: p
 
 def test_a_disk_with_too_little_room_is_told_first(chatml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("edge_agent.bundle.wrap.shutil.disk_usage", lambda _folder: shutil._ntuple_diskusage(1, 1, 0))
-    with pytest.raises(BundleError, match=r"GB needed, 0\.00 GB free; make room"):
+    with pytest.raises(BundleError, match=r"MB needed, 0\.0 MB free; make room"):
         wrap(chatml, None, tmp_path / "out")
 
 

@@ -6,6 +6,7 @@ import os
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edge_agent.bundle.verify import verify_bundle
@@ -42,10 +43,46 @@ REFUSED: dict[str, tuple[str, dict, str]] = {
     ),
     "no embeddings": ("llama", {"drop": ("token_embd.weight",)}, "token_embd.weight: expected the matrix"),
     "no vocabulary": ("llama", {"drop": ("tokenizer.ggml.tokens",)}, "tokenizer.ggml.tokens: missing"),
-    "a vocabulary of another size": ("llama", {"keys": {"tokenizer.ggml.tokens": ["a"]}}, "another number of tokens"),
+    "a vocabulary of another size": (
+        "llama", {"keys": {"tokenizer.ggml.tokens": ["a"]}}, "token_type: expected 1 numbers of type int32",
+    ),
     "numbers as tokens": ("llama", {"keys": {"tokenizer.ggml.tokens": [1, 2]}}, "ggml.tokens: expected texts"),
     "types that are texts": (
-        "llama", {"keys": {"tokenizer.ggml.token_type": ["x"]}}, "tokenizer.ggml.token_type: expected integers",
+        "llama", {"keys": {"tokenizer.ggml.token_type": ["x"]}}, "tokenizer.ggml.token_type: expected ",
+    ),
+    "a number that llama.cpp takes in another type only": (
+        "llama", {"keys": {"llama.context_length": np.uint64(4096)}}, "llama.context_length: expected a uint32",
+    ),
+    "an alignment in another type": (
+        "llama", {"keys": {"general.alignment": np.uint64(32)}}, "general.alignment: expected a uint32",
+    ),
+    "scores of another number of tokens": (
+        "llama", {"keys": {"tokenizer.ggml.scores": [0.5]}}, "tokenizer.ggml.scores: expected ",
+    ),
+    "a key length that is a fraction": (
+        "llama", {"keys": {"llama.attention.key_length": 16.0}}, "llama.attention.key_length: expected a uint32",
+    ),
+    "a scaling of positions that llama.cpp ends the process for": (
+        "llama", {"keys": {"llama.rope.scaling.type": "bogus"}}, "expected one of none, linear, yarn, longrope",
+    ),
+    "more experts in use than there are": (
+        "llama", {"keys": {"llama.expert_count": 8, "llama.expert_used_count": 20}}, "expert_used_count: expected at",
+    ),
+    "an epsilon that is no number": (
+        "llama",
+        {"keys": {"llama.attention.layer_norm_rms_epsilon": float("nan")}},
+        "llama.attention.layer_norm_rms_epsilon: expected a number from 0 to 1, found nan",
+    ),
+    "a first token of 100 letters": (
+        "llama",
+        {
+            "special": {"x" * 100: toys.CONTROL, **toys.CHATML},
+            "keys": {"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.add_bos_token": True},
+        },
+        "no bundle can be made of it: Expected `str` of length <= 63",
+    ),
+    "a text of thousands of letters in place of a number": (
+        "llama", {"keys": {"llama.block_count": "x" * 4000}}, "llama.block_count: expected a ",
     ),
     "no types of tokens": ("llama", {"drop": ("tokenizer.ggml.token_type",)}, "no prompt layout of"),
     "special tokens that text can write": (
@@ -62,8 +99,27 @@ def test_a_file_that_is_not_a_model_to_serve_is_one_line(
     with pytest.raises(UserError) as caught:
         wrap(path, None, tmp_path / "out")
     line = str(caught.value)
-    assert line.startswith(f"{path}: ") and words in line and "\n" not in line
+    assert line.startswith(f"{path}: ") and words in line and "\n" not in line and len(line) < 1000
     assert os.listdir(tmp_path) == ["x.gguf"]
+
+
+def test_an_architecture_that_is_a_list_is_one_line(tmp_path: Path):
+    def text(words: bytes) -> bytes:
+        return struct.pack("<Q", len(words)) + words
+
+    value = struct.pack("<IIQ", 9, 8, 1) + text(b"llama")
+    raw = b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + text(b"general.architecture") + value
+    path = tmp_path / "x.gguf"
+    path.write_bytes(raw + bytes(100))
+    with pytest.raises(BundleError, match=r"general\.architecture: .None.: unknown to this version"):
+        wrap(path, None, tmp_path / "out")
+
+
+def test_control_characters_of_a_file_are_not_printed(tmp_path: Path):
+    path = toys.write_language(tmp_path / "x.gguf", keys={"general.type": "a\nok   verified\x1b[2J"})
+    with pytest.raises(BundleError) as caught:
+        wrap(path, None, tmp_path / "out")
+    assert str(caught.value).isprintable()
 
 
 def test_a_token_that_text_can_write_is_named_where_the_layout_is_given(tmp_path: Path):

@@ -59,6 +59,18 @@ def test_a_device_from_its_first_bundle_to_a_rollback(device, tmp_path, capsys):
     assert bundle("install", tmp_path / "one") == 0 and "was current already" in capsys.readouterr().out
 
 
+def test_control_characters_of_a_manifest_are_not_printed(device, tmp_path, capsys):
+    source = make(tmp_path / "one", 1, tmp_path / "fleet")
+    manifest = json.loads((source / "bundle.json").read_text())
+    manifest["model"]["family"] = "x\nok   current  verified\x1b[2J"
+    (source / "bundle.json").write_text(json.dumps(manifest))
+    signature = signing.sign((source / MANIFEST).read_bytes(), tmp_path / "fleet")
+    (source / signing.SIGNATURE).write_bytes(signature)
+    assert bundle("install", source) == 0 and bundle("list") == 0 and bundle("verify") == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and not any(line.startswith("ok   current") for line in out.splitlines())
+
+
 def test_the_list_as_json(device, tmp_path, capsys):
     for name, counter in (("one", 3), ("two", 4)):
         bundle("install", make(tmp_path / name, counter, tmp_path / "fleet"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -112,6 +113,36 @@ def test_write_sets_the_keys_and_leaves_the_rest(file: Path, measured: None) -> 
     assert file.read_text() == after != before
 
 
+def test_a_file_of_another_owner_is_written_and_keeps_what_it_can(
+    file: Path, measured: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_arguments: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chown", refuse)
+    assert run("--config", file, "--write") == 0
+    assert load_config(file).cpu_threads == 1
+
+
+def test_a_disk_that_fails_at_the_end_does_not_lose_the_figures(
+    file: Path, measured: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_arguments: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="Input/output"):
+        run("--config", file, "--write")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["chosen"] == BEST
+
+
+def test_a_file_that_cannot_be_edited_is_told_before_the_measuring(file: Path, measured: None) -> None:
+    text = file.read_text().replace("vision: {max_image_tokens: 64}", "vision: &v {max_image_tokens: 64}")
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"run tune without --write, and set the printed keys by hand$"):
+        run("--config", file, "--write")
+
+
 def test_write_follows_a_link(file: Path, measured: None, tmp_path: Path) -> None:
     link = tmp_path / "link.yaml"
     link.symlink_to(file)
@@ -133,7 +164,7 @@ def _get(config: Any, key: str) -> Any:
         (("--config", "FILE", "--deadline-ms", "0"), 2, "--deadline-ms: expected 1 to 600000, found 0"),
         (("--config", "FILE", "--bundle", "/nowhere"), 78, "/nowhere"),
         (("--config", "FILE", "--camera", "/nowhere.mp4"), 78, "camera.source"),
-        (("--config", "ALIAS", "--write"), 78, "cannot be edited here; set by hand"),
+        (("--config", "ALIAS", "--write"), 78, "cannot be edited here; run tune without --write"),
         (("--config", "OLDER"), 78, "tuned: unknown key"),
     ],
 )
