@@ -14,7 +14,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edge_agent.bundle.file_check import BLOCKS, TensorHeader, UnsafeFileError, check_gguf
+from edge_agent.bundle.file_check import BLOCKS, TensorHeader, UnsafeFileError, check_gguf, read_tokens
 from edge_agent.bundle.files import hash_file
 from edge_agent.bundle.gguf_package import gguf
 from edge_agent.bundle.manifest import LANGUAGE, MMPROJ, VISION, read_manifest, write_manifest
@@ -141,6 +141,37 @@ def test_numbers_and_short_values_are_returned_and_long_ones_skipped(tmp_path: P
     assert tensors == {
         "a.weight": TensorHeader([32, 2], "F32", start, 256), "q": TensorHeader([64], "Q8_0", start + 256, 68)
     }  # fmt: skip
+
+
+TOKENS, TOKEN_TYPE = b"tokenizer.ggml.tokens", b"tokenizer.ggml.token_type"
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ([key(TOKENS, 9, struct.pack("<IQ", 4, 1) + bytes(4))], "tokenizer.ggml.tokens: expected texts"),
+        (
+            [
+                key(TOKENS, 9, struct.pack("<IQ", 8, 1) + string(b"a")),
+                key(TOKEN_TYPE, 9, struct.pack("<IQ", 8, 1) + string(b"a")),
+            ],
+            "tokenizer.ggml.token_type: expected integers",
+        ),
+    ],
+)
+def test_tokens_of_a_file_that_was_not_checked(tmp_path: Path, keys: list[bytes], words: str):
+    (tmp_path / "x.gguf").write_bytes(file([ARCHITECTURE, *keys], [tensor()]))
+    with pytest.raises(UnsafeFileError, match=words):
+        read_tokens(tmp_path / "x.gguf", {"a"})
+
+
+@pytest.mark.parametrize("n_bytes", [4, 30])  # in a length, in a text
+def test_a_vocabulary_that_is_cut(tmp_path: Path, n_bytes: int):
+    texts = struct.pack("<IQ", 8, 3) + 3 * string(b"ten letters")
+    raw = file([ARCHITECTURE, key(TOKENS, 9, texts)], [tensor()])
+    (tmp_path / "x.gguf").write_bytes(raw[: raw.index(TOKENS) + len(TOKENS) + 16 + n_bytes])
+    with pytest.raises(UnsafeFileError, match="inside its header; the download is not complete"):
+        check_gguf(tmp_path / "x.gguf", ARCHITECTURES)
 
 
 def outcomes(check: Callable[[Path], object], path: Path, raw: bytes, limit: int) -> set[str]:

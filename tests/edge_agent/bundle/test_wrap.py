@@ -243,6 +243,13 @@ def test_a_context_of_millions_counts_as_the_most_that_is_counted(tmp_path: Path
     assert verify_bundle(tmp_path / "out").manifest.model.context == 1 << 20
 
 
+def test_a_vocabulary_of_another_size_than_the_embeddings_is_refused(tmp_path: Path):
+    texts, types, scores = (values[:-1] for values in toys.vocabulary(toys.CHATML))
+    keys = {"tokenizer.ggml.tokens": texts, "tokenizer.ggml.token_type": types, "tokenizer.ggml.scores": scores}
+    with pytest.raises(BundleError, match=r"rows, but tokenizer\.ggml\.tokens has another number of tokens"):
+        wrap(toys.write_language(tmp_path / "x.gguf", keys=keys), None, tmp_path / "out")
+
+
 def test_a_token_that_is_there_twice_is_its_control_token(tmp_path: Path):
     texts, types, scores = toys.vocabulary(toys.CHATML)
     texts[-1], types[-1] = "<|im_start|>", toys.NORMAL
