@@ -20,7 +20,7 @@ import msgspec
 
 import edge_agent
 from edge_agent.bundle import signing
-from edge_agent.bundle.file_check import GgufHeader, UnsafeFileError, check_gguf, read_gguf_keys, read_tokens
+from edge_agent.bundle.file_check import GgufHeader, Token, UnsafeFileError, check_gguf, read_gguf_keys, read_tokens
 from edge_agent.bundle.files import BundleFile, sync_folder, write_durably
 from edge_agent.bundle.gguf_source import Block, OpenFile, Source, open_source
 from edge_agent.bundle.layout import CONTROL, LAYOUTS, SPECIAL_TEXTS, PromptLayout, read_layout
@@ -36,7 +36,7 @@ from edge_agent.bundle.manifest import (
     VisionInfo,
     write_manifest,
 )
-from edge_agent.bundle.manifest_check import Headers, read_layout_tokens, wrong_fact
+from edge_agent.bundle.manifest_check import Headers, wrong_fact
 from edge_agent.bundle.model_facts import (
     ARCHITECTURES,
     EMBEDDING,
@@ -118,7 +118,7 @@ def describe(language_source: Source, mmproj_source: Source | None, layout: str)
         except UnsafeFileError as error:
             raise BundleError(f"{mmproj_source.path}: {error}") from None
     try:
-        chosen, special = _choose_layout(language_source, language, vision, layout)
+        chosen, special, tokens = _choose_layout(language_source, language, vision, layout)
         n_vision = sum(tensor.n_elements for tensor in mmproj_header.tensors.values()) if mmproj_header else 0
         model = model_info(language, special, n_vision)
     except (UnsafeFileError, BundleError) as error:
@@ -136,20 +136,18 @@ def describe(language_source: Source, mmproj_source: Source | None, layout: str)
         source_sha256={},
         licence=str(language.values.get("general.license") or "unknown")[:200],
     )
-    _check_manifest(manifest, language_source, language, mmproj_header)
+    if wrong := _wrong_manifest(manifest, Headers(language, tokens, mmproj_header, None)):
+        raise BundleError(f"{language_source.path}: no bundle can be made of it: {wrong}")
     return manifest
 
 
-def _check_manifest(manifest: Manifest, source: Source, language: GgufHeader, mmproj: GgufHeader | None) -> None:
-    """What `verify` will say of the bundle, before gigabytes are copied. Raises BundleError."""
+def _wrong_manifest(manifest: Manifest, headers: Headers) -> str:
+    """What `verify` would say of the bundle, before gigabytes are copied; "": nothing."""
     try:
         msgspec.json.decode(msgspec.json.encode(manifest), type=Manifest)
-        tokens = read_layout_tokens(source.opened, manifest)
-        wrong = wrong_fact(manifest, Headers(language, tokens, mmproj, None))
-    except (msgspec.DecodeError, UnsafeFileError) as error:
-        wrong = str(error)
-    if wrong:
-        raise BundleError(f"{source.path}: no bundle can be made of it: {wrong}")
+    except msgspec.DecodeError as error:
+        return str(error)
+    return wrong_fact(manifest, headers)
 
 
 def _check_language(source: Source) -> GgufHeader:
@@ -175,9 +173,9 @@ def _check_mmproj(source: Source) -> GgufHeader:
 
 def _choose_layout(
     source: Source, header: GgufHeader, vision: VisionInfo | None, layout: str
-) -> tuple[PromptLayout, dict[str, int]]:
-    """The layout, and its special tokens by their names in the manifest. Raises UnsafeFileError, BundleError,
-    ConfigError."""
+) -> tuple[PromptLayout, dict[str, int], list[Token]]:
+    """The layout, its special tokens by their names in the manifest, and all tokens that were looked at. Raises
+    UnsafeFileError, BundleError, ConfigError."""
     written = read_layout(layout) if layout and layout not in LAYOUTS else None
     texts = {*SPECIAL_TEXTS, *SPECIAL_NAMES, *(written.special if written is not None else ())}
     bos, n_embeddings = header.values.get("tokenizer.ggml.bos_token_id"), embedding_table(header).shape[1]
@@ -204,7 +202,7 @@ def _choose_layout(
     _check_plain_texts(source, chosen)
     if chosen.name == "mistral" and all(text in control for text in THINK_TOKENS.values()):
         needed += THINK_TOKENS.values()
-    return chosen, {SPECIAL_NAMES.get(text, text): control[text] for text in needed}
+    return chosen, {SPECIAL_NAMES.get(text, text): control[text] for text in needed}, tokens
 
 
 def _ready_layout(name: str, vision: VisionInfo | None) -> PromptLayout:
