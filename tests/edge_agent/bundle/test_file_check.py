@@ -64,6 +64,10 @@ BAD = {
     "no architecture": (file([], [tensor()]), "general.architecture: expected mistral3 or llama, found None"),
     "another architecture": (file([key(b"general.architecture", 8, string(b"clip"))], [tensor()]), "found 'clip'"),
     "an architecture that is a number": (file([key(b"general.architecture", 4, bytes(4))], [tensor()]), "found 0"),
+    "a key that a terminal would obey": (
+        file([ARCHITECTURE, *2 * [key(b"a\nok\x1b[2J", 4, bytes(4))]], [tensor()]),
+        "a\N{REPLACEMENT CHARACTER}ok\N{REPLACEMENT CHARACTER}[2J: duplicate key",
+    ),
     "a duplicate key": (file([ARCHITECTURE, ARCHITECTURE], [tensor()]), "general.architecture: duplicate key"),
     "a key too long": (file([key(b"k" * 300, 4, bytes(4))], [tensor()]), "a name of 300 bytes"),
     "a key of 2^64 bytes": (file([struct.pack("<Q", 2**64 - 1)], [tensor()]), "a name of 18446744073709551615"),

@@ -115,13 +115,6 @@ def test_an_architecture_that_is_a_list_is_one_line(tmp_path: Path):
         wrap(path, None, tmp_path / "out")
 
 
-def test_control_characters_of_a_file_are_not_printed(tmp_path: Path):
-    path = toys.write_language(tmp_path / "x.gguf", keys={"general.type": "a\nok   verified\x1b[2J"})
-    with pytest.raises(BundleError) as caught:
-        wrap(path, None, tmp_path / "out")
-    assert str(caught.value).isprintable()
-
-
 def test_a_token_that_text_can_write_is_named_where_the_layout_is_given(tmp_path: Path):
     special = {"<|im_start|>": toys.USER_DEFINED, "<|im_end|>": toys.CONTROL}
     path = toys.write_language(tmp_path / "x.gguf", special=special)

@@ -338,7 +338,13 @@ NO_FAULTS: dict[str, tuple[boards.Fixture, dict]] = {
             "listening": False,
         },
     ),
-    "groups by number": (PC, {"files": service("SupplementaryGroups=", "SupplementaryGroups=44 104")}),
+    "groups by number": (
+        ORIN_NANO,
+        {
+            "files": service("SupplementaryGroups=", "SupplementaryGroups=44 104")
+            | {"/etc/group": "root:x:0:\nvideo:x:44:\nrender:x:104:\nedge-agent:x:998:\n"}
+        },
+    ),
     "a watchdog in words": (PC, {"files": service("WatchdogSec=20seconds")}),
     "a unit that tells systemd of a reload": (PC, {"files": service("Type=notify-reload")}),
     "a daemon that sudo started": (
