@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
-from edge_agent.bundle.file_check import GgufHeader, Token, UnsafeFileError, read_tokens
+from edge_agent.bundle.file_check import GgufHeader, Token, UnsafeFileError
 from edge_agent.bundle.layout import CONTROL
 from edge_agent.bundle.manifest import (
     LANGUAGE,
@@ -51,12 +50,6 @@ class Headers(NamedTuple):
     tokens: list[Token]  # of the prompt layout; empty for a bundle without one
     mmproj: GgufHeader | None
     vision_input: list[int] | None  # input shape of vision.onnx, (1, 3, height, width); 0 is a side that can vary
-
-
-def read_layout_tokens(path: Path, manifest: Manifest) -> list[Token]:
-    """The tokens of a language model that its manifest names. Raises UnsafeFileError."""
-    texts = {*manifest.prompt_layout.special, *(SPECIAL_TOKENS | THINK_TOKENS).values()}
-    return read_tokens(path, texts | manifest.model.special.keys())
 
 
 def wrong_fact(manifest: Manifest, headers: Headers) -> str:

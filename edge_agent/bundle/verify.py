@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent.bundle import signing
-from edge_agent.bundle.file_check import GgufHeader, Token, UnsafeFileError, check_gguf
+from edge_agent.bundle.file_check import GgufHeader, Token, UnsafeFileError, check_gguf, read_tokens
 from edge_agent.bundle.files import BLOCK_BYTES, BundleFile, file_stamp, open_plain
 from edge_agent.bundle.manifest import (
     LANGUAGE,
@@ -17,12 +17,14 @@ from edge_agent.bundle.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
     MMPROJ,
+    SPECIAL_TOKENS,
+    THINK_TOKENS,
     VISION,
     Bundle,
     Manifest,
     read_manifest,
 )
-from edge_agent.bundle.manifest_check import Headers, read_layout_tokens, wrong_fact
+from edge_agent.bundle.manifest_check import Headers, wrong_fact
 from edge_agent.bundle.model_facts import ARCHITECTURES, check_family
 from edge_agent.bundle.onnx_check import check_onnx
 from edge_agent.errors import BundleError
@@ -76,7 +78,8 @@ def _check_language(path: Path, manifest: Manifest) -> tuple[GgufHeader, list[To
         return check_gguf(path, LANGUAGE_ARCHITECTURES), []
     header = check_gguf(path, ARCHITECTURES)
     check_family(header)
-    return header, read_layout_tokens(path, manifest)
+    texts = {*manifest.layout.special, *(SPECIAL_TOKENS | THINK_TOKENS).values()}
+    return header, read_tokens(path, texts | manifest.model.special.keys())
 
 
 # The files that native code parses.

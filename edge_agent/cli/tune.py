@@ -65,7 +65,9 @@ def tune(arguments: argparse.Namespace) -> int:
         try:
             _edited(file, in_force | {f"tuned.{key}": default for key, default in NOT_TUNED.items()}, "")
         except ConfigError as error:  # it lists these values, which are no results
-            problem = str(error).partition("; set by hand")[0]
+            problem, is_its_form, _ = str(error).partition("; set by hand")
+            if not is_its_form:
+                raise
             raise ConfigError(f"{problem}; run tune without --write, and set the printed keys by hand") from None
         if not (os.access(file, os.W_OK) and os.access(file.parent, os.W_OK)):
             raise CommandFailed(f"{file}: cannot be written by this user; run tune without --write, or with sudo")

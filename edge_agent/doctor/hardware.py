@@ -79,9 +79,9 @@ def board(machine: Machine) -> Finding:
     revision = re.search(r"REVISION: ([0-9.]+)", machine.read("/etc/nv_tegra_release"))
     release = f"L4T {found.release}" + (f".{revision.group(1)}" if revision else "")
     if found.release < OLDEST_RELEASE:
-        last = LAST_JETPACK.get(found.family)
-        remedy = f"use an Orin or a Thor: {found.family} has no JetPack after {last}"
-        remedy = remedy if last else "install JetPack 6 or 7 on the board"
+        remedy = "install JetPack 6 or 7 on the board"
+        if last := LAST_JETPACK.get(found.family):
+            remedy = f"use an Orin or a Thor: {found.family} has no JetPack after {last}"
         return failed("board", f"{name}, {release}: older than JetPack 6", remedy)
     if found.jetpack is None:
         return warned("board", f"{name}, {release}: a release that we do not know", "use JetPack 6 or 7, or report it")
